@@ -1,0 +1,20 @@
+"""Score how safely a token may leave, from its hidden state alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from offramp.kernels.rms_norm import rms_norm
+
+
+def exit_gate(
+    hidden: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, eps: float
+) -> Tensor:
+    """Gate scores [n] in 0..1 of ``hidden`` [n, d]: norm, one hidden layer, sigmoid.
+
+    ``up`` [g, d], ``up_bias`` [g], ``down`` [1, g], ``down_bias`` [1].
+    """
+    inner = F.silu(F.linear(rms_norm(hidden, None, eps), up, up_bias))
+    return torch.sigmoid(F.linear(inner, down, down_bias)).squeeze(-1)

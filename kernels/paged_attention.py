@@ -1,0 +1,100 @@
+"""Causal attention of ragged query runs over paged K,V."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class QueryRun:
+    """Queries of one slot: rows ``first .. first + count`` of the batch, at positions
+    ``context - count .. context``.
+
+    ``spans`` are the half-open ranges of flat cache places (block * block_size + offset) that hold
+    positions ``0 .. context``, adjacent blocks merged. ``mask`` [count * group, context] is True
+    where a query may look, None for a single query.
+    """
+
+    first: int
+    count: int
+    context: int
+    spans: tuple[tuple[int, int], ...]
+    mask: Tensor | None
+
+
+def spans_of(table: Sequence[int], block_size: int, context: int) -> tuple[tuple[int, int], ...]:
+    """Flat ranges of the first ``context`` positions of a block table, adjacent blocks merged."""
+    spans: list[tuple[int, int]] = []
+    for index in range(-(-context // block_size)):
+        begin = table[index] * block_size
+        end = begin + min(block_size, context - index * block_size)
+        if spans and spans[-1][1] == begin:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((begin, end))
+    return tuple(spans)
+
+
+def query_run(
+    first: int,
+    count: int,
+    start: int,
+    table: Sequence[int],
+    *,
+    block_size: int,
+    group: int,
+    window: int | None,
+) -> QueryRun:
+    """Describe ``count`` queries at positions ``start ..`` whose context lies in ``table``.
+
+    ``group`` is query heads per K,V head; ``window`` the attention span in tokens (None: all).
+    """
+    context = start + count
+    mask = None
+    if count > 1 or (window is not None and context > window):
+        keys = torch.arange(context)
+        queries = torch.arange(start, context).unsqueeze(1)
+        mask = keys <= queries
+        if window is not None:
+            mask &= keys > queries - window
+        mask = mask.repeat(group, 1)
+    return QueryRun(first, count, context, spans_of(table, block_size, context), mask)
+
+
+def _context(cache: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
+    """K or V of one slot, [1, kv_heads, context, head_dim]; a view where its blocks are adjacent."""
+    pieces = [cache[begin:end] for begin, end in spans]
+    rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return rows.transpose(0, 1).unsqueeze(0)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, runs: Sequence[QueryRun]
+) -> Tensor:
+    """Attend ``q`` [T, heads, head_dim] over one layer's cache; returns [T, heads * head_dim].
+
+    The caches are [blocks, block_size, kv_heads, head_dim] and already hold the queries' own K,V.
+    Query heads that share a K,V head become rows of one product, so K,V are never repeated.
+    """
+    rows, heads, dim = q.shape
+    kv_heads = k_cache.shape[2]
+    group = heads // kv_heads
+    flat_k, flat_v = k_cache.view(-1, kv_heads, dim), v_cache.view(-1, kv_heads, dim)
+    out = torch.empty_like(q)
+    for run in runs:
+        end = run.first + run.count
+        grouped = q[run.first : end].view(run.count, kv_heads, group, dim).permute(1, 2, 0, 3)
+        answer = F.scaled_dot_product_attention(
+            grouped.reshape(1, kv_heads, group * run.count, dim),
+            _context(flat_k, run.spans),
+            _context(flat_v, run.spans),
+            attn_mask=run.mask,
+        )
+        answer = answer.view(kv_heads, group, run.count, dim).permute(2, 0, 1, 3)
+        out[run.first : end].view(run.count, kv_heads, group, dim).copy_(answer)
+    return out.view(rows, heads * dim)

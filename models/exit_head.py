@@ -1,0 +1,54 @@
+"""An exit point's own weights: the gate that decides and the adapter that predicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from offramp.kernels.exit_gate import exit_gate
+from offramp.kernels.linear import linear
+from offramp.kernels.rms_norm import rms_norm
+
+
+@dataclass(frozen=True, slots=True)
+class ExitHead:
+    """Exit point after layer ``layer``.
+
+    The adapter maps the exit state [d] to what the final norm would have given: scaled state plus a
+    SwiGLU branch, then a norm of its own; the model's LM head follows. The gate is a one-hidden-layer
+    network on the same state; its score estimates P(exit's token == full depth's token), and a token
+    leaves at ``threshold`` or above.
+
+    Shapes: ``scale`` and ``norm`` [d], ``gate_up`` [2 * width, d], ``down`` [d, width],
+    ``router_up`` [g, d], ``router_up_bias`` [g], ``router_down`` [1, g], ``router_down_bias`` [1].
+    """
+
+    layer: int
+    threshold: float
+    scale: Tensor
+    gate_up: Tensor
+    down: Tensor
+    norm: Tensor
+    router_up: Tensor
+    router_up_bias: Tensor
+    router_down: Tensor
+    router_down_bias: Tensor
+
+    def score(self, hidden: Tensor, eps: float) -> Tensor:
+        """Gate scores [n] of exit states [n, d]."""
+        return exit_gate(
+            hidden,
+            self.router_up,
+            self.router_up_bias,
+            self.router_down,
+            self.router_down_bias,
+            eps,
+        )
+
+    def normed(self, hidden: Tensor, eps: float) -> Tensor:
+        """LM-head input [n, d] for exit states [n, d]."""
+        gate, up = linear(rms_norm(hidden, None, eps), self.gate_up).chunk(2, dim=-1)
+        state = hidden * self.scale + linear(F.silu(gate) * up, self.down)
+        return rms_norm(state, self.norm, eps)

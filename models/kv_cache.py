@@ -1,0 +1,42 @@
+"""The paged K,V tensors of all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from offramp.models.config import ModelConfig
+
+
+class KVCache:
+    """K and V pages: one tensor [layers, 2, blocks, block_size, kv_heads, head_dim].
+
+    A block id names the same page in every layer. Which slot owns which block is the engine's
+    business; this class only holds memory.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers: list[tuple[Tensor, Tensor]] = [(kv[0], kv[1]) for kv in pages]
+
+    def places(self, table: Sequence[int], start: int, count: int) -> list[int]:
+        """Flat places of positions ``start .. start + count`` under a block table."""
+        size = self.block_size
+        return [table[p // size] * size + p % size for p in range(start, start + count)]
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes one block takes over all layers, K and V together."""
+    return 2 * config.num_layers * block_size * config.kv_size * dtype.itemsize

@@ -1,0 +1,57 @@
+"""One decoder layer, for every family of the table in families.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from offramp.kernels.kv_store import store_kv
+from offramp.kernels.linear import linear
+from offramp.kernels.paged_attention import paged_attention
+from offramp.kernels.rms_norm import rms_norm
+from offramp.kernels.rotary import rotate
+from offramp.models.config import ModelConfig
+from offramp.models.context import ForwardContext
+
+
+class DecoderLayer:
+    """Attention and gated MLP with pre-norms, weights under the loader's canonical names."""
+
+    def __init__(self, config: ModelConfig, index: int, weights: dict[str, Tensor]) -> None:
+        self.config = config
+        self.index = index
+        prefix = f"layers.{index}."
+        own = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+        self.attn_norm, self.mlp_norm = own["attn_norm"], own["mlp_norm"]
+        self.qkv, self.qkv_bias = own["qkv"], own.get("qkv_bias")
+        self.o, self.o_bias = own["o"], own.get("o_bias")
+        self.gate_up, self.gate_up_bias = own["gate_up"], own.get("gate_up_bias")
+        self.down, self.down_bias = own["down"], own.get("down_bias")
+        self.q_norm, self.k_norm = own.get("q_norm"), own.get("k_norm")
+
+    def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """Advance ``hidden`` [T, d] by one layer, writing the rows' K,V into the cache."""
+        eps = self.config.rms_norm_eps
+        hidden = hidden + self._attend(rms_norm(hidden, self.attn_norm, eps), ctx)
+        return hidden + self._mlp(rms_norm(hidden, self.mlp_norm, eps))
+
+    def _attend(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        config = self.config
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        qkv = linear(x, self.qkv, self.qkv_bias).view(x.shape[0], heads + 2 * kv_heads, dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(qk[:, :heads], self.q_norm, config.rms_norm_eps)
+            k = rms_norm(qk[:, heads:], self.k_norm, config.rms_norm_eps)
+            qk = torch.cat((q, k), dim=1)
+        qk = rotate(qk, ctx.cos, ctx.sin)
+        k_cache, v_cache = ctx.cache.layers[self.index]
+        store_kv(qk[:, heads:], v, k_cache, v_cache, ctx.places)
+        return linear(
+            paged_attention(qk[:, :heads], k_cache, v_cache, ctx.runs), self.o, self.o_bias
+        )
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gate, up = linear(x, self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.down, self.down_bias)

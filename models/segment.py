@@ -1,0 +1,29 @@
+"""A run of decoder layers between two exit points."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from offramp.models.context import ForwardContext
+from offramp.models.layers import DecoderLayer
+
+
+class Segment:
+    """Layers ``first .. last`` (half-open) of the stack."""
+
+    def __init__(self, layers: list[DecoderLayer]) -> None:
+        self.layers = layers
+
+    @property
+    def first(self) -> int:
+        """Index of the first layer."""
+        return self.layers[0].index
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """Advance ``hidden`` [T, d] through every layer."""
+        for layer in self.layers:
+            hidden = layer(hidden, ctx)
+        return hidden

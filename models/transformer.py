@@ -1,0 +1,58 @@
+"""The whole stack: embedding, segments, final norm and LM head."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from offramp.kernels.linear import linear
+from offramp.kernels.rms_norm import rms_norm
+from offramp.kernels.rotary import RotaryTable
+from offramp.models.config import ModelConfig
+from offramp.models.layers import DecoderLayer
+from offramp.models.segment import Segment
+
+
+class Transformer:
+    """A model cut into segments at ``exit_layers`` (ascending, each in 1 .. num_layers - 1).
+
+    ``weights`` are the loader's canonical tensors, all of one dtype on one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        exit_layers: tuple[int, ...],
+        max_positions: int,
+    ) -> None:
+        self.config = config
+        self.exit_layers = exit_layers
+        self.embed = weights["embed"]
+        self.final_norm = weights["final_norm"]
+        self.lm_head = weights.get("lm_head", self.embed)
+        layers = [DecoderLayer(config, index, weights) for index in range(config.num_layers)]
+        bounds = [0, *exit_layers, config.num_layers]
+        self.segments = [Segment(layers[begin:end]) for begin, end in pairwise(bounds)]
+        self.rotary = RotaryTable(
+            torch.tensor(config.inv_freq),
+            max_positions,
+            config.rope_scale,
+            self.embed.dtype,
+            self.embed.device,
+        )
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """All layers, bottom up."""
+        return [layer for segment in self.segments for layer in segment.layers]
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Final norm of full-depth states [n, d]."""
+        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """LM head: normalised states [n, d] to logits [n, vocab] in fp32."""
+        return linear(normed, self.lm_head).float()

@@ -1,0 +1,275 @@
+"""The thread that owns the engine, and the only way to reach it from the event loop.
+
+Public methods are called on the event loop. They never touch slots, queues or blocks: requests
+and aborts go into an inbox the engine thread empties between steps, and each step's output comes
+back with one `call_soon_threadsafe`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from enum import StrEnum
+from typing import Protocol
+
+from offramp.server.engine.request import (
+    EngineInfo,
+    EngineOutput,
+    FinishReason,
+    GenerationRequest,
+    RequestStats,
+    TokenEvent,
+)
+from offramp.server.errors import EngineFailed, EngineLoading, QueueFull, ShuttingDown
+
+logger = logging.getLogger("offramp.engine")
+
+
+class EngineProtocol(Protocol):
+    """What the driver needs of an engine; all of it runs on the engine thread."""
+
+    info: EngineInfo
+
+    def add(self, request: GenerationRequest, submitted_at: float) -> None:
+        """Accept a request; its events come out of `step`."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; unknown ids are ignored."""
+        ...
+
+    def step(self) -> EngineOutput:
+        """Plan, run and commit once."""
+        ...
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        ...
+
+
+class EngineState(StrEnum):
+    """Where the engine is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+Observer = Callable[[EngineOutput], None]
+
+
+class TokenStream:
+    """Events of one request. Iterate it; call `abort` (or leave the `async with`) to give it up."""
+
+    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._abort = abort
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._finished = False
+
+    def push(self, event: TokenEvent) -> None:
+        """Deliver an event (event loop only)."""
+        self._events.put_nowait(event)
+
+    def abort(self) -> None:
+        """Tell the engine to forget the request unless it ended by itself."""
+        if not self._finished:
+            self._finished = True
+            self._abort(self.request_id)
+
+    async def __aenter__(self) -> TokenStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.abort()
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        while not self._finished:
+            event = await self._events.get()
+            self._finished = event.finish_reason is not None
+            yield event
+
+
+class EngineDriver:
+    """Runs an engine on a thread of its own.
+
+    ``build`` makes the engine (slow: it loads the model) on that thread. ``observe`` sees every
+    output on the event loop, before the streams do. ``max_waiting`` bounds the requests accepted
+    beyond ``max_num_seqs``; more raise QueueFull.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], EngineProtocol],
+        observe: Observer | None = None,
+        *,
+        max_waiting: int = 256,
+    ) -> None:
+        self._build = build
+        self._observe = observe
+        self._max_waiting = max_waiting
+        self._inbox: deque[tuple[GenerationRequest, float] | str] = deque()
+        self._wake = threading.Condition()
+        self._streams: dict[str, TokenStream] = {}
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._info: EngineInfo | None = None
+        self._settled = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._stopping = False
+        self.state = EngineState.LOADING
+        self.failure: str | None = None
+        self.last_step_at = time.monotonic()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the loaded engine; raises EngineLoading before it is ready."""
+        if self._info is None:
+            raise self._unavailable()
+        return self._info
+
+    @property
+    def num_requests(self) -> int:
+        """Requests accepted and not yet ended."""
+        return len(self._streams)
+
+    def start(self) -> None:
+        """Start the thread; returns at once, `ready` waits for the model."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="offramp-engine", daemon=True)
+        self._thread.start()
+
+    async def ready(self) -> EngineInfo:
+        """Wait until the engine is loaded; raises EngineFailed if that failed."""
+        await self._settled.wait()
+        return self.info
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        """Queue a request. Raises EngineLoading, ShuttingDown, EngineFailed or QueueFull."""
+        if self.state is not EngineState.READY:
+            raise self._unavailable()
+        if len(self._streams) >= self.info.max_num_seqs + self._max_waiting:
+            raise QueueFull(
+                f"{len(self._streams)} requests are running or waiting; try again later.",
+                headers={"Retry-After": "1"},
+            )
+        stream = TokenStream(request.request_id, self._abort)
+        self._streams[request.request_id] = stream
+        self._idle.clear()
+        self._post((request, time.monotonic()))
+        return stream
+
+    async def drain(self, grace_s: float) -> bool:
+        """Take nothing new; wait up to ``grace_s`` seconds for what runs. True if all ended."""
+        if self.state is EngineState.READY:
+            self.state = EngineState.DRAINING
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """End the thread after the step in flight; open streams get an abort event."""
+        if self.state is not EngineState.FAILED:
+            self.state = EngineState.STOPPED
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._end_streams(FinishReason.ABORT, "The server was stopped.")
+
+    def _unavailable(self) -> EngineFailed | EngineLoading | ShuttingDown:
+        if self.state is EngineState.FAILED:
+            return EngineFailed("The engine failed; the server must be restarted.")
+        if self.state is EngineState.LOADING:
+            return EngineLoading("The model is being loaded.", headers={"Retry-After": "2"})
+        return ShuttingDown("The server is shutting down.", headers={"Retry-After": "5"})
+
+    def _abort(self, request_id: str) -> None:
+        self._forget(request_id)
+        self._post(request_id)
+
+    def _post(self, item: tuple[GenerationRequest, float] | str) -> None:
+        with self._wake:
+            self._inbox.append(item)
+            self._wake.notify()
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        if not self._streams:
+            self._idle.set()
+
+    def _deliver(self, output: EngineOutput) -> None:
+        self.last_step_at = time.monotonic()
+        if self._observe is not None:
+            self._observe(output)
+        for event in output.events:
+            stream = self._streams.get(event.request_id)
+            if stream is None:
+                continue
+            if event.finish_reason is not None:
+                self._forget(event.request_id)
+            stream.push(event)
+
+    def _end_streams(self, reason: FinishReason, message: str) -> None:
+        stats = RequestStats(submitted_at=time.monotonic())
+        for request_id in list(self._streams):
+            event = TokenEvent(request_id, (), (), stats, reason, message)
+            self._deliver(EngineOutput((event,)))
+
+    def _became_ready(self, info: EngineInfo) -> None:
+        self._info = info
+        if self.state is EngineState.LOADING:
+            self.state = EngineState.READY
+        self.last_step_at = time.monotonic()
+        self._settled.set()
+
+    def _became_failed(self, message: str) -> None:
+        self.state = EngineState.FAILED
+        self.failure = message
+        self._end_streams(FinishReason.ERROR, "The engine failed.")
+        self._settled.set()
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _run(self) -> None:
+        try:
+            engine = self._build()
+            self._call(self._became_ready, engine.info)
+            while self._intake(engine):
+                output = engine.step()
+                if output.events or output.stats is not None:
+                    self._call(self._deliver, output)
+        except Exception as error:
+            logger.exception("engine thread died")
+            self._call(self._became_failed, f"{type(error).__name__}: {error}")
+
+    def _intake(self, engine: EngineProtocol) -> bool:
+        """Empty the inbox into the engine, sleeping while there is nothing to do."""
+        with self._wake:
+            while not self._inbox and not self._stopping and not engine.has_work:
+                self._wake.wait()
+            items = list(self._inbox)
+            self._inbox.clear()
+            if self._stopping:
+                return False
+        for item in items:
+            if isinstance(item, str):
+                engine.abort(item)
+            else:
+                engine.add(*item)
+        return True
