@@ -18,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from offramp.models.errors import ModelError
 from offramp.models.exit_head import ExitHead
 
 FORMAT = "offramp-exits-1"
 _TENSORS = tuple(f.name for f in fields(ExitHead) if f.name not in ("layer", "threshold"))
 
 
-class ExitFileError(Exception):
+class ExitFileError(ModelError):
     """The file is not an exit file, or not one for this model."""
 
 

@@ -40,7 +40,7 @@ class Engine:
     ) -> None:
         self.info = info
         self.scheduler = scheduler
-        self._runner = runner
+        self.runner = runner
         self._audit = audit
         self._ids = count()
         self._slots: dict[str, Slot] = {}
@@ -77,7 +77,7 @@ class Engine:
         stats = None
         if plan is not None:
             planned = time.perf_counter()
-            result = self._runner.run(plan.step)
+            result = self.runner.run(plan.step)
             ran = time.perf_counter()
             stayed, layers = self._totals(plan)
             self._commit(plan, result)

@@ -1,0 +1,114 @@
+"""Run known text through the stack and keep the hidden states at the exit points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.models.context import Span, make_context
+from offramp.models.kv_cache import KVCache
+from offramp.models.transformer import Transformer
+
+_BATCH_TOKENS = 1024
+_BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prompt and what the model answered, as token ids."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """States of n answer positions.
+
+    ``at[layer]`` [n, d] fp16 after that layer; ``top`` [n, d] fp16 the full-depth state after the
+    final norm; ``labels`` [n] the full-depth model's choice; ``answer_of`` [n] which answer a
+    position belongs to.
+    """
+
+    at: dict[int, Tensor]
+    top: Tensor
+    labels: Tensor
+    answer_of: Tensor
+
+    def where(self, keep: Tensor) -> States:
+        """The positions selected by a boolean mask [n]."""
+        picked = {layer: states[keep] for layer, states in self.at.items()}
+        return States(picked, self.top[keep], self.labels[keep], self.answer_of[keep])
+
+
+def collect(
+    model: Transformer, answers: Sequence[Answer], progress: Callable[[int], None] | None = None
+) -> States:
+    """States at the model's exit layers for every position that makes an answer token.
+
+    ``progress`` is called with the number of answers done. Teacher-forced at full depth, so K,V are
+    exact. Memory: 2 bytes * d * (exit layers + 1) a position.
+    """
+    at: dict[int, list[Tensor]] = {layer: [] for layer in model.exit_layers}
+    top: list[Tensor] = []
+    labels: list[Tensor] = []
+    owners: list[Tensor] = []
+    order = sorted(range(len(answers)), key=lambda i: len(answers[i].prompt))
+    done = 0
+    for batch in _batches(answers, order):
+        exits, normed, owner = _forward(model, [(i, answers[i]) for i in batch])
+        for layer, states in exits.items():
+            at[layer].append(states.half())
+        top.append(normed.half())
+        labels.append(torch.cat([part.argmax(-1) for part in map(model.logits, normed.split(256))]))
+        owners.append(owner)
+        done += len(batch)
+        if progress is not None:
+            progress(done)
+    joined = {layer: torch.cat(states) for layer, states in at.items()}
+    return States(joined, torch.cat(top), torch.cat(labels), torch.cat(owners))
+
+
+def _batches(answers: Sequence[Answer], order: Sequence[int]) -> list[list[int]]:
+    batches: list[list[int]] = [[]]
+    tokens = 0
+    for index in order:
+        size = len(answers[index].prompt) + len(answers[index].answer)
+        if batches[-1] and tokens + size > _BATCH_TOKENS:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += size
+    return batches
+
+
+@torch.inference_mode()
+def _forward(
+    model: Transformer, batch: list[tuple[int, Answer]]
+) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+    """Exit states, normalised top states and owners of one batch's answer positions."""
+    spans, ids, keep, owner = [], [], [], []
+    blocks = 0
+    for index, item in batch:
+        tokens = (*item.prompt, *item.answer[:-1])
+        size = -(-len(tokens) // _BLOCK)
+        spans.append(Span(0, len(tokens), range(blocks, blocks + size)))
+        blocks += size
+        keep += range(len(ids) + len(item.prompt) - 1, len(ids) + len(tokens))
+        owner += [index] * len(item.answer)
+        ids += tokens
+    embed = model.embed
+    cache = KVCache(model.config, blocks, _BLOCK, embed.dtype, embed.device)
+    ctx = make_context(spans, model.config, cache, model.rotary)
+    rows = torch.tensor(keep)
+    hidden = embed[torch.tensor(ids)]
+    exits: dict[int, Tensor] = {}
+    for segment in model.segments:
+        hidden = segment(hidden, ctx)
+        end = segment.first + len(segment)
+        if end in model.exit_layers:
+            exits[end] = hidden[rows]
+    return exits, model.normed(hidden[rows]), torch.tensor(owner)

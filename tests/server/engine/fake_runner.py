@@ -1,0 +1,117 @@
+"""A runner without tensors that knows what every K,V and hidden state must be.
+
+A position's content is a hash chain over its tokens, read back from the ground segment's own pages, so a
+wrong block, a lost fill or a stale row changes every later token. It also checks the core invariant on
+each read: a segment finds K,V of every earlier position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from offramp.models.sampling_params import KVFill
+from offramp.models.step import (
+    FillKV,
+    HeadRow,
+    OwedRows,
+    RunHead,
+    RunSegment,
+    SlotRows,
+    Step,
+    StepResult,
+)
+
+VOCAB = 50
+# Seed of requests whose tokens must come of K,V that full depth would give: mode off, or debts
+# paid by recompute.
+MUST_BE_EXACT = 7
+
+
+def link(previous: bytes, token: int) -> bytes:
+    """Content of a position from the one before and its token."""
+    return hashlib.blake2b(previous + token.to_bytes(4, "big"), digest_size=8).digest()
+
+
+def token_after(content: bytes) -> int:
+    """What the model says after this content, at any depth."""
+    return content[0] % VOCAB
+
+
+def expected_answer(prompt: Sequence[int], count: int) -> list[int]:
+    """The only right answer to a prompt."""
+    content = b""
+    for token in prompt:
+        content = link(content, token)
+    answer: list[int] = []
+    for _ in range(count):
+        answer.append(token_after(content))
+        content = link(content, answer[-1])
+    return answer
+
+
+@dataclass(frozen=True)
+class Cell:
+    """K,V of one position in one segment, or a hidden state."""
+
+    content: bytes
+    exact: bool
+
+
+class FakeRunner:
+    """Carries out steps on dictionaries; gates fire at random."""
+
+    def __init__(self, num_segments: int, block_size: int, leave_share: float, seed: int) -> None:
+        self.pages: dict[tuple[int, int], Cell] = {}
+        self.rows: dict[int, Cell] = {}
+        self._num_segments = num_segments
+        self._block_size = block_size
+        self._leave_share = leave_share
+        self._random = Random(seed)
+
+    def run(self, step: Step) -> StepResult:
+        """Run one step; every step takes a microsecond a row."""
+        match step:
+            case RunSegment(segment, work):
+                leave = tuple(self._run_slot(segment, item) for item in work)
+                return StepResult(1e-6 * sum(len(item.rows) for item in work), leave)
+            case FillKV(method, owed):
+                for item in owed:
+                    self._fill(method, item)
+                return StepResult(1e-6)
+            case RunHead(heads):
+                return StepResult(1e-6, token_ids=tuple(map(self._head, heads)))
+
+    def _place(self, table: Sequence[int], position: int) -> int:
+        return table[position // self._block_size] * self._block_size + position % self._block_size
+
+    def _run_slot(self, segment: int, item: SlotRows) -> bool:
+        for index, row in enumerate(item.rows):
+            position = item.start + index
+            earlier = [
+                self.pages[segment, self._place(item.table, p)] for p in range(position)
+            ]
+            if segment == 0:
+                previous = earlier[-1].content if earlier else b""
+                cell = Cell(link(previous, item.token_ids[index]), exact=True)
+            else:
+                cell = self.rows[row]
+            exact = cell.exact and all(other.exact for other in earlier)
+            self.rows[row] = Cell(cell.content, exact)
+            self.pages[segment, self._place(item.table, position)] = self.rows[row]
+        return item.threshold is not None and self._random.random() < self._leave_share
+
+    def _fill(self, method: KVFill, item: OwedRows) -> None:
+        assert method is not KVFill.RECOMPUTE
+        for index, row in enumerate(item.rows):
+            place = self._place(item.table, item.start + index)
+            for segment in range(item.segment, self._num_segments):
+                assert self.rows[row].content == self.pages[0, place].content
+                self.pages[segment, place] = Cell(self.rows[row].content, exact=False)
+
+    def _head(self, item: HeadRow) -> int:
+        cell = self.rows[item.row]
+        assert cell.exact or item.sampling.seed != MUST_BE_EXACT
+        return token_after(cell.content)

@@ -1,0 +1,164 @@
+"""Single behaviours of the engine over the fake runner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from offramp.models.sampling_params import ExitMode, KVFill
+from offramp.server.engine.bulk import Finished, run_all
+from offramp.server.engine.engine import Engine
+from offramp.server.engine.request import EngineOutput, FinishReason, GenerationRequest, StepStats
+
+from .fake_runner import expected_answer
+from .test_engine_machine import BLOCK, CONTEXT, LAYERS, fake_engine, request
+
+
+def run(
+    engine: Engine, requests: Sequence[GenerationRequest], concurrency: int = 8
+) -> tuple[list[Finished], list[StepStats]]:
+    """All answers and the statistics of all steps."""
+    stats: list[StepStats] = []
+
+    def observe(output: EngineOutput) -> None:
+        if output.stats is not None:
+            stats.append(output.stats)
+
+    return run_all(engine, requests, concurrency=concurrency, observe=observe), stats
+
+
+def test_a_second_prompt_reuses_the_blocks_of_the_first() -> None:
+    """Full blocks of an equal beginning are found, the last token is always computed."""
+    engine, _ = fake_engine()
+    prompt = list(range(12))
+    first, _ = run(engine, [request("a", prompt, 2)])
+    second, _ = run(engine, [request("b", prompt, 2)])
+    assert first[0].stats is not None
+    assert second[0].stats is not None
+    assert (first[0].stats.cached_tokens, second[0].stats.cached_tokens) == (0, 8)
+    assert second[0].token_ids == first[0].token_ids == expected_answer(prompt, 2)
+
+
+@pytest.mark.parametrize("fill", [KVFill.PROJECT, KVFill.COPY])
+def test_approximate_kv_is_never_shared(fill: KVFill) -> None:
+    """Blocks with projected or copied K,V stay private: mode off must not read them."""
+    engine, _ = fake_engine(leave_share=0.7, num_blocks=40)
+    prompt = [1, 2, 3]
+    adaptive, _ = run(engine, [request("a", prompt, 30, ExitMode.ADAPTIVE, fill)])
+    assert set(adaptive[0].exit_layers) > {LAYERS}
+    longer = [*prompt, *adaptive[0].token_ids, 0]
+    exact, _ = run(engine, [request("b", longer, 4)])
+    assert exact[0].stats is not None
+    assert exact[0].stats.cached_tokens < len(longer) - BLOCK
+
+
+def test_recomputed_kv_is_shared() -> None:
+    """Debts paid by recompute leave the K,V full depth would give."""
+    engine, _ = fake_engine(leave_share=0.5, num_blocks=40)
+    prompt = [1, 2, 3]
+    done, _ = run(engine, [request("a", prompt, 30, ExitMode.ADAPTIVE, KVFill.RECOMPUTE)])
+    assert min(done[0].exit_layers) < LAYERS
+    again, _ = run(engine, [request("b", [*prompt, *done[0].token_ids], 1)])
+    assert again[0].stats is not None
+    assert again[0].stats.cached_tokens >= 20
+
+
+def test_layers_are_counted_where_they_ran() -> None:
+    """With every gate open each token but the prompt's runs only the ground segment."""
+    engine, _ = fake_engine(leave_share=1.0, max_debt=100)
+    done, stats = run(engine, [request("a", [1, 2], 10, ExitMode.ADAPTIVE)])
+    assert done[0].exit_layers == [LAYERS] + [5] * 9
+    assert done[0].stats is not None
+    assert done[0].stats.layers_executed == LAYERS + 9 * 5
+    assert sum(item.layers_executed for item in stats) == LAYERS + 9 * 5
+    assert {item.kind for item in stats} == {"segment", "head"}
+
+
+def test_recompute_counts_the_layers_it_runs_later() -> None:
+    """A recomputed debt is work done, not work saved."""
+    engine, _ = fake_engine(leave_share=1.0, max_debt=3)
+    done, _ = run(engine, [request("a", [1, 2], 9, ExitMode.ADAPTIVE, KVFill.RECOMPUTE)])
+    owed_at_the_end = [layer for layer in done[0].exit_layers if layer < LAYERS]
+    assert done[0].stats is not None
+    assert done[0].stats.stayed > 0
+    assert done[0].stats.layers_executed > LAYERS * 9 - len(owed_at_the_end) * (LAYERS - 5)
+
+
+def test_debt_is_bounded_and_nobody_is_forced_out() -> None:
+    """At the debt limit a token whose gate fires stays, and that is counted."""
+    engine, _ = fake_engine(leave_share=1.0, max_debt=2)
+    done, stats = run(engine, [request("a", [1], 12, ExitMode.ADAPTIVE)])
+    assert max(item.debt_tokens for item in stats) == 2
+    assert 0 < done[0].exit_layers.count(5) < 11
+    assert sum(item.stayed for item in stats) == done[0].stats.stayed > 0  # type: ignore[union-attr]
+    assert {item.fill_method for item in stats if item.kind == "fill"} == {"project"}
+
+
+def test_closed_gates_make_every_token_run_every_layer() -> None:
+    """No gate fires: full depth, no debt, no fill."""
+    engine, _ = fake_engine(leave_share=0.0)
+    done, stats = run(engine, [request("a", [1, 2, 3], 6, ExitMode.ADAPTIVE)])
+    assert done[0].exit_layers == [LAYERS] * 6
+    assert max(item.debt_tokens for item in stats) == 0
+
+
+def test_riders_of_all_slots_share_each_upper_step() -> None:
+    """Slots that stay ride up together, one segment step for all of them."""
+    engine, _ = fake_engine(leave_share=0.0, num_blocks=40, max_batched=40)
+    requests = [request(str(i), [i, i], 5) for i in range(4)]
+    _, stats = run(engine, requests)
+    tops = [item for item in stats if item.kind == "segment" and item.segment == 2]
+    assert len(tops) == 5
+    assert {item.prefill_rows + item.decode_rows for item in tops[1:]} == {4}
+
+
+def test_preempted_requests_finish_with_the_same_answer() -> None:
+    """When blocks run out the newest slot waits and is prefilled again."""
+    engine, _ = fake_engine(num_blocks=10, caching=False)
+    prompts = [[i, 1, 2, 3, 4, 5] for i in range(4)]
+    done, stats = run(engine, [request(str(i), p, 14) for i, p in enumerate(prompts)])
+    assert sum(item.preemptions for item in stats) > 0
+    assert [item.token_ids for item in done] == [expected_answer(p, 14) for p in prompts]
+
+
+def test_long_prompts_go_up_in_chunks_beside_decoding() -> None:
+    """A chunk never exceeds the token budget, and decoding goes on next to it."""
+    engine, _ = fake_engine(num_blocks=40, max_batched=5)
+    engine.add(request("a", [1], 30), time.monotonic())
+    while not engine.step().events:
+        pass
+    engine.add(request("b", list(range(20)), 1), time.monotonic())
+    mixed = 0
+    while engine.has_work:
+        stats = engine.step().stats
+        assert stats is not None
+        assert stats.prefill_rows + stats.decode_rows <= 5
+        mixed += stats.prefill_rows > 0 and stats.decode_rows > 0
+    assert mixed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens"), [([], 4), ([1] * CONTEXT, 4), ([1], 0)], ids=["empty", "full", "none"]
+)
+def test_unservable_requests_end_in_one_error_event(prompt: list[int], max_tokens: int) -> None:
+    """The front refuses these; should one slip through it still ends."""
+    engine, _ = fake_engine()
+    engine.add(request("a", prompt, max_tokens), time.monotonic())
+    events = engine.step().events
+    assert [event.finish_reason for event in events] == [FinishReason.ERROR]
+    assert not engine.has_work
+
+
+def test_aborting_twice_or_the_unknown_is_harmless() -> None:
+    """An abort is one terminal event, whatever comes after it."""
+    engine, _ = fake_engine()
+    engine.abort("nobody")
+    engine.add(request("a", [1, 2], 5), time.monotonic())
+    engine.step()
+    engine.abort("a")
+    engine.abort("a")
+    events = engine.step().events
+    assert [event.finish_reason for event in events] == [FinishReason.ABORT]
+    assert not engine.has_work

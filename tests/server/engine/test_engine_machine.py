@@ -1,0 +1,219 @@
+"""The engine's invariants (design: invariants 1 to 5) under arbitrary interleavings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
+from offramp.server.engine.blocks import BlockPool
+from offramp.server.engine.debt import DebtLedger, RowPool
+from offramp.server.engine.engine import Engine
+from offramp.server.engine.memory import SlotMemory
+from offramp.server.engine.policy import ExitPolicy
+from offramp.server.engine.request import (
+    EngineInfo,
+    FinishReason,
+    GenerationRequest,
+    TokenEvent,
+)
+from offramp.server.engine.scheduler import Limits, Scheduler
+
+from .fake_runner import MUST_BE_EXACT, FakeRunner, expected_answer
+
+LAYERS = 12
+CONTEXT = 40
+BLOCK = 4
+
+
+def fake_engine(
+    *,
+    exit_layers: tuple[int, ...] = (5, 8),
+    num_blocks: int = 14,
+    max_num_seqs: int = 4,
+    max_batched: int = 7,
+    max_debt: int = 3,
+    max_hold: float = 0.0,
+    leave_share: float = 0.5,
+    caching: bool = True,
+    seed: int = 0,
+) -> tuple[Engine, FakeRunner]:
+    """A real engine over a fake runner, audited after every step."""
+    segments = len(exit_layers) + 1
+    thresholds = (0.5,) * len(exit_layers)
+    limits = Limits(LAYERS, exit_layers, thresholds, max_num_seqs, max_batched, max_debt)
+    rows = RowPool(max_num_seqs * (1 + max_debt) + max_batched)
+    memory = SlotMemory(
+        BlockPool(num_blocks, BLOCK), rows, DebtLedger(rows, segments), prefix_caching=caching
+    )
+    scheduler = Scheduler(limits, memory, ExitPolicy(segments, max_hold))
+    info = EngineInfo(
+        "fake", LAYERS, exit_layers, thresholds, 50, CONTEXT, BLOCK, num_blocks, max_num_seqs, "none"
+    )
+    runner = FakeRunner(segments, BLOCK, leave_share, seed)
+    return Engine(info, scheduler, runner, audit=True), runner
+
+
+def request(
+    name: str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    mode: ExitMode = ExitMode.OFF,
+    fill: KVFill = KVFill.PROJECT,
+    stop: frozenset[int] = frozenset(),
+) -> GenerationRequest:
+    """A greedy request, marked where its K,V have to be exact."""
+    exact = mode is ExitMode.OFF or fill is KVFill.RECOMPUTE
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0,
+        stop_token_ids=stop,
+        seed=MUST_BE_EXACT if exact else 0,
+    )
+    return GenerationRequest(name, tuple(prompt), sampling, ExitSettings(mode, kv_fill=fill))
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Adds, steps and aborts in any order; every answer must be the only right one."""
+
+    @initialize(
+        exits=st.sampled_from([(), (6,), (5, 8), (3, 6, 9)]),
+        num_blocks=st.integers(10, 20),
+        max_batched=st.integers(2, 12),
+        max_debt=st.integers(0, 4),
+        leave_share=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+        caching=st.booleans(),
+        max_hold=st.sampled_from([0.0, 10.0]),
+        seed=st.integers(0, 5),
+    )
+    def build(
+        self,
+        exits: tuple[int, ...],
+        num_blocks: int,
+        max_batched: int,
+        max_debt: int,
+        leave_share: float,
+        caching: bool,  # noqa: FBT001 (drawn by hypothesis)
+        max_hold: float,
+        seed: int,
+    ) -> None:
+        """An engine of arbitrary sizes."""
+        self.engine, self.runner = fake_engine(
+            exit_layers=exits,
+            num_blocks=num_blocks,
+            max_batched=max_batched,
+            max_debt=max_debt,
+            max_hold=max_hold,
+            leave_share=leave_share,
+            caching=caching,
+            seed=seed,
+        )
+        self.requests: dict[str, GenerationRequest] = {}
+        self.events: dict[str, list[TokenEvent]] = {}
+        self.aborted: set[str] = set()
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24),
+        max_tokens=st.integers(1, 14),
+        mode=st.sampled_from(ExitMode),
+        fill=st.sampled_from(KVFill),
+        stop=st.frozensets(st.integers(0, 49), max_size=3),
+    )
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        mode: ExitMode,
+        fill: KVFill,
+        stop: frozenset[int],
+    ) -> None:
+        """A new request; two-letter prompts make prefix hits common."""
+        item = request(str(len(self.requests)), prompt, max_tokens, mode, fill, stop)
+        self.requests[item.request_id] = item
+        self.events[item.request_id] = []
+        self.engine.add(item, time.monotonic())
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), mode=st.sampled_from(ExitMode), fill=st.sampled_from(KVFill))
+    def follow_up(self, data: st.DataObject, mode: ExitMode, fill: KVFill) -> None:
+        """The next turn of a conversation: its prompt holds an earlier answer."""
+        first = self.requests[data.draw(st.sampled_from(sorted(self.requests)))]
+        answer = [t for event in self.events[first.request_id] for t in event.token_ids]
+        self.add([*first.prompt, *answer, 0][: CONTEXT - 2], 6, mode, fill, frozenset())
+
+    @rule(steps=st.integers(1, 9))
+    def step(self, steps: int) -> None:
+        """Some steps."""
+        for _ in range(steps):
+            self._step()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        """Abort any request, ended ones included."""
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        self.aborted.add(name)
+        self.engine.abort(name)
+
+    def teardown(self) -> None:
+        """Run to the end and judge every answer."""
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(4000):
+            if not self.engine.has_work:
+                break
+            self._step()
+        assert not self.engine.has_work
+        for name, item in self.requests.items():
+            self._judge(name, item)
+        memory = self.engine.scheduler.memory
+        assert memory.blocks.num_used == 0
+        assert memory.rows.num_free == memory.rows.num_rows
+        assert memory.ledger.total == 0
+
+    def _step(self) -> None:
+        for event in self.engine.step().events:
+            self.events[event.request_id].append(event)
+
+    def _judge(self, name: str, item: GenerationRequest) -> None:
+        events = self.events[name]
+        assert [event.finish_reason is not None for event in events] == [
+            *[False] * (len(events) - 1),
+            True,
+        ]
+        tokens = [token for event in events for token in event.token_ids]
+        layers = [layer for event in events for layer in event.exit_layers]
+        assert len(layers) == len(tokens)
+        assert tokens == expected_answer(item.prompt, len(tokens))
+        if item.exits.mode is ExitMode.OFF:
+            assert set(layers) <= {LAYERS}
+        if events[-1].finish_reason is FinishReason.ABORT:
+            assert name in self.aborted
+        else:
+            self._judge_ending(item, tokens, events[-1])
+
+    @staticmethod
+    def _judge_ending(item: GenerationRequest, tokens: list[int], last: TokenEvent) -> None:
+        stops = [i for i, token in enumerate(tokens) if token in item.sampling.stop_token_ids]
+        full = min(item.sampling.max_tokens, CONTEXT - len(item.prompt))
+        if stops:
+            assert stops == [len(tokens) - 1]
+            assert last.finish_reason is FinishReason.STOP
+        else:
+            assert len(tokens) == full
+            assert last.finish_reason is FinishReason.LENGTH
+        if item.exits.mode is ExitMode.OFF and not last.stats.preemptions:
+            assert last.stats.layers_executed == LAYERS * len(tokens)
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=120,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestEngineMachine = EngineMachine.TestCase
