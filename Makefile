@@ -1,0 +1,41 @@
+# PYTHON makes the environment in VENV; PIP_ARGS go to pip, ARGS to the command a target runs.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := server models kernels offramp tests
+
+.PHONY: install serve test lint type bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[fast,test,dev,train]'
+	touch $@
+
+serve: install
+	$(BIN)/offramp serve $(ARGS)
+
+# Some tests use real weights; they are kept in the cache, so this downloads once.
+# One thread: several wait for each other longer than they compute on tiny tensors.
+test: export OMP_NUM_THREADS ?= 1
+test: install
+	$(BIN)/offramp pull smollm2-135m
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: install
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/offramp bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(filter-out offramp,$(SOURCES)) -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,201 @@
+"""Weights of a model folder, straight from safetensors into this project's fused names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from offramp.models.config import ModelConfig
+from offramp.models.errors import CheckpointError
+from offramp.models.families import FAMILIES
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+STORED_DTYPES = ("F32", "BF16", "F16")
+FINGERPRINT_ROWS = 64
+# Enough names to recognise the fault, few enough to read.
+MAX_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """One tensor here, made of tensors of the file stacked along the first dimension."""
+
+    name: str
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape after stacking."""
+        first = self.parts[0][1]
+        return (sum(shape[0] for _, shape in self.parts), *first[1:])
+
+
+def load_weights(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Read all weights of ``folder`` as ``dtype`` tensors on the CPU.
+
+    Names and shapes, with d hidden, H and K query and KV heads of size hd, ff the MLP's width and
+    V the vocabulary: ``embed`` [V, d], ``final_norm`` [d], ``lm_head`` [V, d] (absent when tied),
+    and under ``layers.{i}.``: ``attn_norm`` [d], ``qkv`` [(H + 2K) * hd, d], ``o`` [d, H * hd],
+    ``mlp_norm`` [d], ``gate_up`` [2 * ff, d], ``down`` [d, ff]; where the family has them
+    ``qkv_bias``, ``o_bias``, ``gate_up_bias``, ``down_bias`` and ``q_norm``, ``k_norm`` [hd].
+
+    ``progress`` is called with (tensors done, tensors in all). Nothing is read before every name
+    and shape is checked. Raises CheckpointError for missing, unexpected, misshapen or damaged
+    tensors, naming them.
+    """
+    plan = list(_plan(config))
+    weights: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = _open_files(folder, stack)
+        _check(plan, files, config)
+        for done, fused in enumerate(plan, start=1):
+            weights[fused.name] = _read(fused, files, dtype)
+            if progress is not None:
+                progress(done, len(plan))
+    return weights
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """Name of a model's weights: 32 hex digits of a sha256.
+
+    Covers the norms of all layers and 64 rows spread over the embedding, rounded to bf16, so that
+    fp32 and bf16 copies of one model agree.
+    """
+    digest = hashlib.sha256()
+    norms = sorted(name for name in weights if name.endswith("_norm"))
+    embed = weights["embed"]
+    rows = torch.linspace(0, embed.shape[0] - 1, min(FINGERPRINT_ROWS, embed.shape[0])).long()
+    for tensor in (*(weights[name] for name in norms), embed[rows.to(embed.device)]):
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _plan(config: ModelConfig) -> Iterator[Fused]:
+    prefix = FAMILIES[config.architecture].prefix
+    width, vocab = config.hidden_size, config.vocab_size
+    yield Fused("embed", ((f"{prefix}embed_tokens.weight", (vocab, width)),))
+    for layer in range(config.num_layers):
+        for fused in _layer_plan(config):
+            yield Fused(
+                f"layers.{layer}.{fused.name}",
+                tuple((f"{prefix}layers.{layer}.{name}", shape) for name, shape in fused.parts),
+            )
+    yield Fused("final_norm", ((f"{prefix}norm.weight", (width,)),))
+    if not config.tie_word_embeddings:
+        yield Fused("lm_head", (("lm_head.weight", (vocab, width)),))
+
+
+def _layer_plan(config: ModelConfig) -> Iterator[Fused]:
+    """Tensors of one layer, without the layer's prefix."""
+    width, inner = config.hidden_size, config.intermediate_size
+    query, kv = config.query_size, config.kv_size
+    yield Fused("attn_norm", (("input_layernorm.weight", (width,)),))
+    yield from _linear(
+        "qkv",
+        [("self_attn.q_proj", query), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+        width,
+        bias=config.attention_bias,
+    )
+    if config.qk_norm:
+        yield Fused("q_norm", (("self_attn.q_norm.weight", (config.head_dim,)),))
+        yield Fused("k_norm", (("self_attn.k_norm.weight", (config.head_dim,)),))
+    yield from _linear("o", [("self_attn.o_proj", width)], query, bias=config.output_bias)
+    yield Fused("mlp_norm", (("post_attention_layernorm.weight", (width,)),))
+    gate_up = [("mlp.gate_proj", inner), ("mlp.up_proj", inner)]
+    yield from _linear("gate_up", gate_up, width, bias=config.mlp_bias)
+    yield from _linear("down", [("mlp.down_proj", width)], inner, bias=config.mlp_bias)
+
+
+def _linear(name: str, parts: list[tuple[str, int]], width: int, *, bias: bool) -> Iterator[Fused]:
+    yield Fused(name, tuple((f"{part}.weight", (rows, width)) for part, rows in parts))
+    if bias:
+        yield Fused(f"{name}_bias", tuple((f"{part}.bias", (rows,)) for part, rows in parts))
+
+
+def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Open every weight file; returns the open file of each tensor name."""
+    files: dict[str, Any] = {}
+    for path in _weight_files(folder):
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+        except FileNotFoundError:
+            raise CheckpointError(f"weight file {path} does not exist") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"weight file {path} is damaged: {error}") from error
+        files.update(dict.fromkeys(file.keys(), file))
+    return files
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        return [folder / SINGLE]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is not a valid index of weight files: {error!r}") from error
+    return [folder / name for name in sorted(names)]
+
+
+def _check(plan: list[Fused], files: dict[str, Any], config: ModelConfig) -> None:
+    expected = {name: shape for fused in plan for name, shape in fused.parts}
+    missing = [name for name in expected if name not in files]
+    unexpected = [name for name in files if name not in expected and not _harmless(name, config)]
+    wrong: list[str] = []
+    for name, shape in expected.items():
+        if name in files:
+            wrong += _faults(name, shape, files[name].get_slice(name))
+    faults = [
+        f"{kind}: {_named(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"weights do not match config.json: {'; '.join(faults)}")
+
+
+def _faults(name: str, shape: tuple[int, ...], stored: Any) -> Iterator[str]:
+    found = tuple(stored.get_shape())
+    if found != shape:
+        yield f"{name} (expected {list(shape)}, found {list(found)})"
+    if stored.get_dtype() not in STORED_DTYPES:
+        yield f"{name} (type {stored.get_dtype()}, expected {', '.join(STORED_DTYPES)})"
+
+
+def _harmless(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor may be ignored: old buffers, and a copy of the tied embedding."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    return name == "lm_head.weight" and config.tie_word_embeddings
+
+
+def _named(names: list[str]) -> str:
+    rest = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _read(fused: Fused, files: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """Stack the parts straight into their place, so only one part is held twice."""
+    target = torch.empty(fused.shape, dtype=dtype)
+    start = 0
+    for name, shape in fused.parts:
+        target[start : start + shape[0]].copy_(files[name].get_tensor(name))
+        start += shape[0]
+    return target

@@ -1,0 +1,40 @@
+"""Sizes at which a function, class or file has become two things."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    path for folder in ("server", "models", "kernels") for path in (ROOT / folder).rglob("*.py")
+)
+FILE_LINES = 450
+CLASS_LINES = 300
+FUNCTION_LINES = 60
+
+
+def too_long(path: Path) -> Iterator[str]:
+    """Name and length of whatever is over its limit."""
+    text = path.read_text(encoding="utf-8")
+    lines = len(text.splitlines())
+    if lines > FILE_LINES:
+        yield f"{path.name}: {lines} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            limit = CLASS_LINES
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            limit = FUNCTION_LINES
+        else:
+            continue
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        if length > limit:
+            yield f"{path.name}:{node.lineno} {node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_too_long(path: Path) -> None:
+    assert list(too_long(path)) == []
