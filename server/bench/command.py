@@ -1,8 +1,8 @@
 """``offramp bench``: modes side by side in one run, with quality and executed layers beside speed.
 
 Rounds interleave the modes (off, adaptive, off, adaptive, ...), so a machine whose speed drifts
-drifts for both. Nothing is reported unless mode ``off`` gives transformers' own tokens. The last line
-of the output is one JSON document.
+drifts for both. Nothing is reported unless mode ``off`` gives transformers' own tokens. The last
+line of the output is one JSON document.
 """
 
 from __future__ import annotations

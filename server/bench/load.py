@@ -1,4 +1,4 @@
-"""Put a closed load on an engine in this process, or on a server over HTTP, and time every token."""
+"""A closed load on an engine in this process or on a server over HTTP, every token timed."""
 
 from __future__ import annotations
 

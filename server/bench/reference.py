@@ -1,4 +1,4 @@
-"""What the answers have to equal: transformers' own generate, and the full-depth model's choices."""
+"""What answers have to equal: transformers' own generate, and the full-depth model's choices."""
 
 from __future__ import annotations
 

@@ -43,8 +43,7 @@ def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
     """Median of every figure over the rounds, with the spread of the throughput."""
     columns = [asdict(item) for item in rounds]
     row: dict[str, Any] = {
-        name: round(statistics.median(column[name] for column in columns), 3)
-        for name in columns[0]
+        name: round(statistics.median(column[name] for column in columns), 3) for name in columns[0]
     }
     speeds = [item.tokens_per_s for item in rounds]
     row["tokens_per_s_min"], row["tokens_per_s_max"] = round(min(speeds), 3), round(max(speeds), 3)

@@ -41,8 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, required=True, help="exit file to write")
     train.add_argument("--exit-layers", type=_layers, required=True, help="for example 22,26")
     source = train.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", type=Path, nargs="+", help="prompt files; answers are generated")
-    source.add_argument("--answers", type=Path, nargs="+", help="answers of an earlier run (JSON lines)")
+    source.add_argument(
+        "--prompts", type=Path, nargs="+", help="prompt files; answers are generated"
+    )
+    source.add_argument(
+        "--answers", type=Path, nargs="+", help="answers of an earlier run (JSON lines)"
+    )
     train.add_argument("--save-answers", type=Path, help="keep the generated answers here")
     train.add_argument("--max-tokens", type=int, default=192, help="longest answer [192]")
     train.add_argument("--concurrency", type=int, default=32, help="answers in flight [32]")

@@ -14,7 +14,9 @@ class OutOfBlocks(Exception):
     """Not enough free blocks; nothing was taken."""
 
 
-def block_hashes(tokens: Sequence[int], block_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
+def block_hashes(
+    tokens: Sequence[int], block_size: int, known: Sequence[bytes] = ()
+) -> list[bytes]:
     """Chained hashes of the full blocks of ``tokens``; ``known`` are those of its first blocks.
 
     SHA-256, so that nobody can craft a prompt that collides with another client's.

@@ -43,9 +43,9 @@ def build_engine(
 ) -> Engine:
     """Load the model in ``folder`` and make it ready to serve.
 
-    ``progress`` is called with tensors loaded and total. ``num_blocks`` fixes the number of K,V blocks
-    whatever their memory, ``audit`` checks the invariants after every step (both for tests). Raises
-    EngineConfigError, or a ModelError of the loader or the exit file.
+    ``progress`` is called with tensors loaded and total. ``num_blocks`` fixes the number of K,V
+    blocks whatever their memory, ``audit`` checks the invariants after every step (both for tests).
+    Raises EngineConfigError, or a ModelError of the loader or the exit file.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -153,6 +153,7 @@ def _num_blocks(
     if blocks < needed:
         raise EngineConfigError(
             f"K,V for one request of {max_model_len} tokens need {needed * size / 2**30:.2f} GiB, "
-            f"--kv-cache-memory gives {config.kv_cache_memory:.2f}; raise it or lower --max-model-len"
+            f"--kv-cache-memory gives {config.kv_cache_memory:.2f}; "
+            "raise it or lower --max-model-len"
         )
     return blocks

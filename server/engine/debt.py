@@ -1,4 +1,4 @@
-"""The KV debt ledger: which positions lack K,V above their exit, and where their states are kept."""
+"""The KV debt ledger: positions that lack K,V above their exit, and where their states are."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class DebtLedger:
         return [debt for debt in self.owed(slot) if debt.segment <= segment]
 
     def advance(self, slot: int, segment: int) -> None:
-        """The slot's debts at ``segment`` ran through it (recompute); after the last they are paid."""
+        """Debts at ``segment`` ran through it (recompute); after the last segment they are paid."""
         kept: list[Owed] = []
         for debt in self._debts.pop(slot, []):
             moved = replace(debt, segment=segment + 1) if debt.segment == segment else debt

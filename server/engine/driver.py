@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, Self
 
 from offramp.server.engine.request import (
     EngineInfo,
@@ -66,7 +66,10 @@ Observer = Callable[[EngineOutput], None]
 
 
 class TokenStream:
-    """Events of one request. Iterate it; call `abort` (or leave the `async with`) to give it up."""
+    """Events of one request. Iterate it; call `abort` (or leave the `async with`) to give it up.
+
+    Whoever waits for an event when it is given up gets the terminal one of an abort.
+    """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
         self.request_id = request_id
@@ -83,8 +86,11 @@ class TokenStream:
         if not self._finished:
             self._finished = True
             self._abort(self.request_id)
+            # The engine's own event comes too late: this stream is forgotten by then.
+            stats = RequestStats(submitted_at=time.monotonic())
+            self.push(TokenEvent(self.request_id, (), (), stats, FinishReason.ABORT))
 
-    async def __aenter__(self) -> TokenStream:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -213,7 +219,11 @@ class EngineDriver:
     def _deliver(self, output: EngineOutput) -> None:
         self.last_step_at = time.monotonic()
         if self._observe is not None:
-            self._observe(output)
+            try:
+                self._observe(output)
+            except Exception:
+                # A fault in the accounting must not cost a client its tokens.
+                logger.exception("observer failed")
         for event in output.events:
             stream = self._streams.get(event.request_id)
             if stream is None:

@@ -1,4 +1,4 @@
-"""Everything a slot holds on the device: K,V blocks, hidden rows and debts, taken and given together."""
+"""All a slot holds on the device: K,V blocks, hidden rows and debts, taken and given together."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class SlotMemory:
         slot.ride_start = slot.computed[0]
         slot.ride_rows = self.rows.take(count)
 
-    def alight(self, slot: Slot, keep_last: bool) -> None:
+    def alight(self, slot: Slot, *, keep_last: bool) -> None:
         """Free the ride's rows, all or all but the last."""
         kept = slot.ride_rows[-1:] if keep_last else []
         self.rows.give(slot.ride_rows[: len(slot.ride_rows) - len(kept)])

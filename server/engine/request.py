@@ -24,7 +24,7 @@ class GenerationRequest:
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
-    exits: ExitSettings = ExitSettings()
+    exits: ExitSettings = field(default_factory=ExitSettings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -335,5 +335,3 @@ def _owed_rows(slot: Slot, debts: list[Owed]) -> Iterator[OwedRows]:
 def _as_rows(slot: Slot, run: list[Owed]) -> OwedRows:
     rows = tuple(debt.row for debt in run)
     return OwedRows(run[0].segment, run[0].position, rows, slot.table)
-
-

@@ -26,8 +26,8 @@ class Slot:
     ``computed[i]`` is the number of leading positions with K,V in all layers of segment i, so
     segment i may run positions ``computed[i] ..`` next. The *ride* is the positions now inside the
     stack, ``ride_start .. ride_start + len(ride_rows)``, with their hidden rows.
-    ``exact`` is the number of leading positions whose K,V are what full depth would give (None: all);
-    the first ``published`` blocks are findable by other requests.
+    ``exact`` is the number of leading positions whose K,V are what full depth would give (None:
+    all); the first ``published`` blocks are findable by other requests.
     """
 
     id: int

@@ -1,8 +1,8 @@
 """A runner without tensors that knows what every K,V and hidden state must be.
 
-A position's content is a hash chain over its tokens, read back from the ground segment's own pages, so a
-wrong block, a lost fill or a stale row changes every later token. It also checks the core invariant on
-each read: a segment finds K,V of every earlier position.
+A position's content is a hash chain over its tokens, read back from the ground segment's own pages,
+so a wrong block, a lost fill or a stale row changes every later token. It also checks the core
+invariant on each read: a segment finds K,V of every earlier position.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ class FakeRunner:
     def _run_slot(self, segment: int, item: SlotRows) -> bool:
         for index, row in enumerate(item.rows):
             position = item.start + index
-            earlier = [
-                self.pages[segment, self._place(item.table, p)] for p in range(position)
-            ]
+            earlier = [self.pages[segment, self._place(item.table, p)] for p in range(position)]
             if segment == 0:
                 previous = earlier[-1].content if earlier else b""
                 cell = Cell(link(previous, item.token_ids[index]), exact=True)

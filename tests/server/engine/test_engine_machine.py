@@ -52,7 +52,16 @@ def fake_engine(
     )
     scheduler = Scheduler(limits, memory, ExitPolicy(segments, max_hold))
     info = EngineInfo(
-        "fake", LAYERS, exit_layers, thresholds, 50, CONTEXT, BLOCK, num_blocks, max_num_seqs, "none"
+        "fake",
+        LAYERS,
+        exit_layers,
+        thresholds,
+        50,
+        CONTEXT,
+        BLOCK,
+        num_blocks,
+        max_num_seqs,
+        "none",
     )
     runner = FakeRunner(segments, BLOCK, leave_share, seed)
     return Engine(info, scheduler, runner, audit=True), runner

@@ -1,0 +1,89 @@
+"""What a request used and how deep its tokens went, for responses and the log."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from offramp.server.api.choice import Choice
+
+
+def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
+    """OpenAI's ``usage``; a prompt counts once however many of the ``n`` choices share it."""
+    firsts = choices[::n]
+    prompt = sum(len(choice.request.prompt) for choice in firsts)
+    completion = sum(choice.completion_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(choice.stats.cached_tokens for choice in firsts)
+        },
+    }
+
+
+def metrics(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
+    """Timings as vLLM names them, counted from arrival, and ``early_exit``."""
+    started = min(choice.started_at for choice in choices)
+    firsts = [choice.first_token_at for choice in choices if choice.first_token_at is not None]
+    first = min(firsts, default=None)
+    last = max(choice.last_token_at for choice in choices)
+    admitted = [c.stats.admitted_at for c in choices if c.stats.admitted_at is not None]
+    tokens = sum(choice.completion_tokens for choice in choices)
+    gaps = tokens - len(firsts)
+    decode = sum(c.last_token_at - c.first_token_at for c in choices if c.first_token_at)
+    return {
+        "time_to_first_token_ms": None if first is None else _ms(first - started),
+        "generation_time_ms": None if first is None else _ms(last - first),
+        "queue_time_ms": _ms(min(admitted) - started) if admitted else None,
+        "mean_itl_ms": _ms(decode / gaps) if gaps > 0 else None,
+        "tokens_per_second": round(tokens / (last - started), 3) if last > started else None,
+        "early_exit": early_exit(choices, num_layers),
+    }
+
+
+def early_exit(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
+    """Depth of all tokens of the choices; layers are counted as run by the engine."""
+    histogram = _histogram(choices)
+    tokens = histogram.total()
+    # The engine may be a token ahead of a stop string; its two counts belong together.
+    executed = sum(choice.stats.layers_executed for choice in choices)
+    possible = num_layers * sum(choice.stats.generated_tokens for choice in choices)
+    depth = sum(layer * count for layer, count in histogram.items())
+    return {
+        "mode": choices[0].request.exits.mode.value,
+        "layers_total": num_layers,
+        "mean_exit_layer": round(depth / tokens, 4) if tokens else None,
+        "layers_executed": executed,
+        "layers_skipped_fraction": round(1 - executed / possible, 4) if possible else 0.0,
+        "exit_histogram": {str(layer): histogram[layer] for layer in sorted(histogram)},
+        "stayed": sum(choice.stats.stayed for choice in choices),
+        "audited_tokens": 0,
+        "audit_disagreements": 0,
+    }
+
+
+def summary(request_id: str, choices: Sequence[Choice]) -> str:
+    """The log line of a request; no text of it."""
+    histogram = _histogram(choices)
+    tokens = histogram.total()
+    depth = sum(layer * count for layer, count in histogram.items())
+    reasons = Counter(choice.finish_reason or "abort" for choice in choices)
+    first = min((c.first_token_at for c in choices if c.first_token_at), default=None)
+    started = min(choice.started_at for choice in choices)
+    return (
+        f"{request_id} finished={','.join(sorted(reasons))} choices={len(choices)} "
+        f"prompt_tokens={len(choices[0].request.prompt)} completion_tokens={tokens} "
+        f"mean_exit_layer={depth / tokens if tokens else 0:.2f} "
+        f"ttft_ms={_ms(first - started) if first else '-'}"
+    )
+
+
+def _histogram(choices: Sequence[Choice]) -> Counter[int]:
+    return sum((choice.exit_counts for choice in choices), start=Counter())
+
+
+def _ms(seconds: float) -> float:
+    return round(max(0.0, seconds) * 1000, 3)

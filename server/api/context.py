@@ -1,0 +1,76 @@
+"""What the routes of one application share."""
+
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from offramp.server.config import ServerConfig
+from offramp.server.engine.driver import EngineDriver, TokenStream
+from offramp.server.engine.request import GenerationRequest
+from offramp.server.errors import EngineLoading, ModelNotFound
+from offramp.server.metrics import Metrics
+from offramp.server.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Context:
+    """State of one application.
+
+    ``tokenizer`` appears once the model folder was read; ``busy_since`` is when, on the monotonic
+    clock, the engine last got work after having had none.
+    """
+
+    driver: EngineDriver
+    config: ServerConfig
+    metrics: Metrics
+    tokenizer: Tokenizer | None = None
+    busy_since: float = field(default_factory=time.monotonic)
+    created: int = field(default_factory=lambda: int(time.time()))
+    seeds: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Seeds only have to differ; with --seed a restarted server repeats its answers.
+        self.seeds = random.Random(self.config.engine.seed)  # noqa: S311
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names clients may use, the reported one first."""
+        return self.config.model_names((self.config.engine.model,))
+
+    @property
+    def model_name(self) -> str:
+        """The name responses report."""
+        return self.model_names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ModelNotFound unless ``name`` is ours; None takes the only model."""
+        if name is not None and name not in self.model_names:
+            raise ModelNotFound(
+                f"This server does not serve that model; it serves {self.model_name!r}.",
+                param="model",
+            )
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        """Queue a request; raises what the driver raises."""
+        if not self.driver.num_requests:
+            self.busy_since = time.monotonic()
+        return self.driver.submit(request)
+
+    def loaded_tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises what keeps the server from taking requests."""
+        # The engine's own state comes first: it tells a failed load from a running one.
+        _ = self.driver.info
+        if self.tokenizer is None:
+            raise EngineLoading("The model is being loaded.", headers={"Retry-After": "2"})
+        return self.tokenizer
+
+
+async def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+Shared = Annotated[Context, Depends(_context)]

@@ -1,0 +1,173 @@
+"""Checks shared by the request bodies: text, stop strings, biases, and what is not supported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from offramp.server.errors import InvalidRequest
+
+INT64_MIN: Final = -(2**63)
+INT64_MAX: Final = 2**63 - 1
+MAX_STOP_STRINGS: Final = 4
+MAX_STOP_LENGTH: Final = 1024
+MAX_BIASES: Final = 1024
+MAX_BIAS: Final = 100.0
+# Longer keys are no token id of any vocabulary; int() on them would be slow.
+_MAX_KEY_DIGITS: Final = 12
+UNSUPPORTED: Final = "unsupported_parameter"
+
+# Known parameters this server does not implement, with the values that mean "not used". They are
+# refused rather than ignored, so that nobody takes plain text for what they asked for.
+_NOT_USED: Final[Mapping[str, tuple[object, ...]]] = {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "tools": (),
+    "tool_choice": ("none",),
+    "functions": (),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "prediction": (),
+    "prompt_embeds": (),
+    "suffix": ("",),
+    "echo": (False,),
+    "best_of": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "priority": (0,),
+}
+
+
+class RequestModel(BaseModel):
+    """Base of request bodies: JSON types as they are, null is the same as left out."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_omitted(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+
+def refuse_unsupported(data: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for the first known parameter that this server cannot honour."""
+    for name, harmless in _NOT_USED.items():
+        if name in data and not any(_same(data[name], value) for value in harmless):
+            raise InvalidRequest(
+                f"'{name}' is not supported by this server.", param=name, code=UNSUPPORTED
+            )
+
+
+def _same(value: object, other: object) -> bool:
+    # 0 == False in Python, but not on the wire.
+    return type(value) is type(other) and value == other
+
+
+def _clean(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("nul_character", "NUL characters are not allowed")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("surrogate", "lone surrogates are not allowed") from None
+    return text
+
+
+def _stop_list(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list) and len(stops) > MAX_STOP_STRINGS:
+        raise PydanticCustomError("too_many", "at most 4 stop strings are allowed")
+    return stops
+
+
+def _join_parts(content: Any) -> Any:
+    """Text of a message given as a list of parts."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise PydanticCustomError("invalid_part", "content parts must be objects with a type")
+        if part["type"] != "text":
+            raise PydanticCustomError(UNSUPPORTED, "only text content parts are supported")
+        if not isinstance(part.get("text"), str):
+            raise PydanticCustomError("string_type", "a text part must have a string 'text'")
+        texts.append(part["text"])
+    if not texts:
+        raise PydanticCustomError("too_short", "content must have at least one part")
+    return "\n".join(texts)
+
+
+def _biases(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "must be an object of token ids and numbers")
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_many", "at most 1024 entries are allowed")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= _MAX_KEY_DIGITS):
+            raise PydanticCustomError("token_id", "keys must be token ids")
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise PydanticCustomError("float_type", "values must be numbers")
+        # Written so that NaN fails too.
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise PydanticCustomError("out_of_range", "values must be between -100 and 100")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def _prompt_list(value: Any) -> Any:
+    """The four forms of OpenAI's prompt as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value and not isinstance(value[0], str | list):
+        return [value]
+    return value
+
+
+def _prompt_kind(value: Any) -> str:
+    is_ids = isinstance(value, list) and bool(value) and isinstance(value[0], list)
+    return "token_ids" if is_ids else "texts"
+
+
+Text = Annotated[str, AfterValidator(_clean)]
+Content = Annotated[Text, BeforeValidator(_join_parts)]
+StopStrings = Annotated[
+    list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+    BeforeValidator(_stop_list),
+]
+TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
+LogitBias = Annotated[dict[int, float], BeforeValidator(_biases)]
+Prompts = Annotated[
+    Annotated[list[Text], Tag("texts")]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Tag("token_ids")],
+    Discriminator(_prompt_kind),
+    BeforeValidator(_prompt_list),
+    Field(min_length=1),
+]
+Count = Annotated[int, Field(ge=1, le=INT64_MAX)]

@@ -1,0 +1,145 @@
+"""What happens to every request before a route sees it. Pure ASGI, so streams pass untouched."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from offramp.server.api.failures import REQUEST_ID_HEADER, error_response
+from offramp.server.errors import RequestTooLarge, Unauthorized
+
+# Probes and scrapers carry no key.
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/version", "/metrics"})
+_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+# So much of a body over the limit is still read, and dropped: a client cut off while it sends sees
+# a broken connection instead of the answer.
+_DRAIN_BYTES: Final = 64 * 1024**2
+_WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+# Of a Content-Length; int() of much longer ones is slow.
+_MAX_DIGITS: Final = 18
+
+
+class RequestId:
+    """Puts a request id, the client's own if it is sane, on every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Name the request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def named_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        await self._app(scope, receive, named_send)
+
+
+class HeadAsGet:
+    """Lets HEAD reach the GET routes; the HTTP server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Rename the method."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
+class ApiKey:
+    """Refuses requests without one of the keys, on every path that is not open."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the key."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        error = Unauthorized(
+            "Send a valid key as 'Authorization: Bearer KEY'.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await error_response(error)(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
+        # All keys are compared, each in constant time, so timing tells nothing.
+        matches = [hmac.compare_digest(sent.strip().encode("latin-1"), key) for key in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+class BodyLimit:
+    """Reads the body up to ``max_bytes`` and hands it on; more is refused with 413."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read, then pass on."""
+        if scope["type"] != "http" or scope["method"] in _WITHOUT_BODY:
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._read(scope, receive)
+        except RequestTooLarge as error:
+            await error_response(error)(scope, receive, send)
+            return
+        if body is not None:
+            await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if the client left before its end."""
+        most = self._max_bytes + _DRAIN_BYTES
+        chunks: list[bytes] = []
+        total = self._announced(scope)
+        more = total <= most
+        received = 0
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunk = message.get("body", b"")
+            received += len(chunk)
+            if received <= self._max_bytes:
+                chunks.append(chunk)
+            more = message.get("more_body", False) and received <= most
+        if max(total, received) > self._max_bytes:
+            raise RequestTooLarge(
+                f"The body is over the limit of {self._max_bytes} bytes.",
+                headers={"Connection": "close"},
+            )
+        return b"".join(chunks)
+
+    @staticmethod
+    def _announced(scope: Scope) -> int:
+        text = Headers(scope=scope).get("content-length", "")
+        return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else 0
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A channel that first gives the body that was read, then what really comes."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replayed

@@ -1,0 +1,55 @@
+"""Routes for operators: health, readiness, version, metrics."""
+
+import time
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client.exposition import choose_encoder
+
+from offramp import __version__
+from offramp.server.api.context import Shared
+from offramp.server.engine.driver import EngineState
+
+router = APIRouter(tags=["Operations"])
+
+# Far longer than any step: an engine silent this long with work to do will not come back.
+STALLED_AFTER_S: Final = 120.0
+
+
+@router.get("/health", response_model=None)
+async def health(context: Shared) -> Response:
+    """Liveness: 503 once the engine failed or hangs; loading and draining are healthy."""
+    driver = context.driver
+    if driver.state is EngineState.FAILED:
+        return _status(503, "failed")
+    # An idle engine makes no steps; its silence counts from the moment it got work.
+    silence = time.monotonic() - max(driver.last_step_at, context.busy_since)
+    if driver.num_requests and silence > STALLED_AFTER_S:
+        return _status(503, "stalled")
+    return _status(200, "ok")
+
+
+@router.get("/ready", response_model=None)
+async def ready(context: Shared) -> Response:
+    """Readiness: 200 only while requests are accepted."""
+    state = context.driver.state
+    is_ready = state is EngineState.READY and context.tokenizer is not None
+    return _status(200 if is_ready else 503, state.value)
+
+
+@router.get("/version")
+async def version() -> dict[str, Any]:
+    """Version of the server."""
+    return {"version": __version__}
+
+
+@router.get("/metrics", response_model=None)
+async def metrics(request: Request, context: Shared) -> Response:
+    """Prometheus text, or OpenMetrics for clients that ask for it."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(context.metrics.registry), headers={"Content-Type": content_type})
+
+
+def _status(code: int, status: str) -> JSONResponse:
+    return JSONResponse({"status": status}, status_code=code)

@@ -1,0 +1,155 @@
+"""Answers of the generation routes, whole or as a stream of events."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from offramp import __version__
+from offramp.server.api import accounting, sse
+from offramp.server.api.choice import Delta
+from offramp.server.api.context import Context
+from offramp.server.api.disconnect import unless_disconnected
+from offramp.server.api.failures import as_wire_error
+from offramp.server.api.generation import Generation
+from offramp.server.api.plan import Prompt, plan
+from offramp.server.api.schemas import GenerationBody
+from offramp.server.api.shapes import Shape
+
+
+async def respond(
+    request: Request,
+    context: Context,
+    body: GenerationBody,
+    prompts: Sequence[Prompt],
+    shape: Shape,
+) -> Response:
+    """Generate for ``prompts``; everything that can be refused is refused before the answer."""
+    reply_id = f"{shape.id_prefix}{uuid.uuid4().hex}"
+    requests = plan(context, body, prompts, reply_id)
+    label = f"{reply_id} request_id={request.state.request_id}"
+    reply = Reply(context, body, shape, reply_id)
+    generation = Generation(context, body, requests, label)
+    if body.stream:
+        return EventStream(generation, reply.frames(generation))
+    with closing(generation):
+        payload = await unless_disconnected(request, reply.collect(generation))
+    return JSONResponse(payload)
+
+
+class EventStream(StreamingResponse):
+    """A stream whose end, of whatever kind, takes its sequences out of the engine."""
+
+    def __init__(self, generation: Generation, frames: AsyncIterator[bytes]) -> None:
+        super().__init__(frames, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream; a client that leaves cancels this."""
+        # The generator of frames cannot do this: one that never started has no `finally` to run.
+        with closing(self._generation):
+            await super().__call__(scope, receive, send)
+
+
+class Reply:
+    """Builds the bodies of one answer."""
+
+    def __init__(self, context: Context, body: GenerationBody, shape: Shape, reply_id: str) -> None:
+        self._context = context
+        self._body = body
+        self._shape = shape
+        self._num_layers = context.driver.info.num_layers
+        self._head = {
+            "id": reply_id,
+            "created": int(time.time()),
+            "model": context.model_name,
+            "system_fingerprint": f"offramp-{__version__}",
+        }
+
+    async def collect(self, generation: Generation) -> dict[str, Any]:
+        """The whole answer."""
+        deltas: list[list[Delta]] = [[] for _ in generation.choices]
+        async for delta in generation.deltas():
+            if delta is not None:
+                deltas[delta.index].append(delta)
+        return {
+            **self._head,
+            "object": self._shape.whole,
+            "choices": [self._choice(parts) for parts in deltas],
+            "usage": accounting.usage(generation.choices, self._body.n),
+            "metrics": accounting.metrics(generation.choices, self._num_layers),
+        }
+
+    async def frames(self, generation: Generation) -> AsyncIterator[bytes]:
+        """The answer as server-sent events, from the first token to ``[DONE]``."""
+        try:
+            async for chunk in self._chunks(generation):
+                yield sse.KEEP_ALIVE if chunk is None else sse.data(chunk)
+        except Exception as error:  # noqa: BLE001 (the status is sent: the stream must tell)
+            yield sse.failure(as_wire_error(error))
+            return
+        yield sse.DONE
+
+    async def _chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any] | None]:
+        started: set[int] = set()
+        unfinished = len(generation.choices)
+        async for delta in generation.deltas(self._context.config.sse_keep_alive_interval):
+            if delta is None:
+                yield None
+                continue
+            choice = self._delta(delta, first=delta.index not in started)
+            started.add(delta.index)
+            unfinished -= delta.finish_reason is not None
+            is_last = not unfinished and not self._body.include_usage
+            yield {**self._chunk([choice]), **self._extras(generation, is_last=is_last)}
+        if self._body.include_usage:
+            usage = accounting.usage(generation.choices, self._body.n)
+            metrics = accounting.metrics(generation.choices, self._num_layers)
+            yield {**self._chunk([]), "usage": usage, "metrics": metrics}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self._shape.chunk, "choices": choices}
+
+    def _extras(self, generation: Generation, *, is_last: bool) -> dict[str, Any]:
+        """Usage and metrics of a chunk with a choice."""
+        extras: dict[str, Any] = {}
+        if self._body.continuous_usage:
+            extras["usage"] = accounting.usage(generation.choices, self._body.n)
+        elif self._body.include_usage:
+            extras["usage"] = None
+        if is_last:
+            extras["metrics"] = accounting.metrics(generation.choices, self._num_layers)
+        return extras
+
+    def _choice(self, parts: Sequence[Delta]) -> dict[str, Any]:
+        last = parts[-1]
+        return {
+            "index": last.index,
+            **self._shape.choice("".join(part.text for part in parts)),
+            "logprobs": None,
+            "finish_reason": last.finish_reason,
+            **self._tokens(parts),
+        }
+
+    def _delta(self, delta: Delta, *, first: bool) -> dict[str, Any]:
+        return {
+            "index": delta.index,
+            **self._shape.delta(delta, first=first),
+            "logprobs": None,
+            "finish_reason": delta.finish_reason,
+            **self._tokens([delta]),
+        }
+
+    def _tokens(self, parts: Sequence[Delta]) -> Mapping[str, list[int]]:
+        """The lists asked for, one entry per token."""
+        lists: dict[str, list[int]] = {}
+        if self._body.return_token_ids:
+            lists["token_ids"] = [token for part in parts for token in part.token_ids]
+        if self._body.return_exit_layers:
+            lists["exit_layers"] = [layer for part in parts for layer in part.exit_layers]
+        return lists

@@ -1,0 +1,111 @@
+"""Every option of the server, each declared once.
+
+Flags, environment names, help text and the README's table are derived from these fields
+(see options.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+GIB = 1024**3
+MIB = 1024**2
+
+
+def _option(section: str, default: object, description: str, **bounds: Any) -> Any:
+    """A field with the extra facts the command line needs."""
+    return Field(
+        default=default, description=description, json_schema_extra={"section": section}, **bounds
+    )
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class EngineConfig(_Options):
+    """What the engine is built from; sizes in tokens unless the description says otherwise."""
+
+    model: str = _option("Model", "smollm2-135m", "Embedded model name, local folder or hub id.")
+    revision: str | None = _option("Model", None, "Branch, tag or commit of a hub model.")
+    device: Literal["auto", "cpu", "cuda"] = _option("Model", "auto", "Where the model runs.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "Model", "auto", "Number format of weights and K,V."
+    )
+    max_model_len: int | None = _option(
+        "Model",
+        None,
+        "Longest prompt plus answer, in tokens; the model's own limit if unset.",
+        ge=2,
+    )
+    seed: int = _option("Model", 0, "Seed of random weights and of requests without one.", ge=0)
+    max_num_seqs: int = _option("Scheduling", 64, "Sequences in the engine at once.", ge=1)
+    max_num_batched_tokens: int = _option("Scheduling", 512, "Token rows in one step.", ge=1)
+    threads: int = _option("Scheduling", 0, "CPU threads of the engine; 0 takes all cores.", ge=0)
+    block_size: int = _option("Cache", 32, "Tokens in a KV block.", ge=1, le=1024)
+    kv_cache_memory: float = _option("Cache", 1.0, "Memory for K and V, in GiB.", gt=0)
+    enable_prefix_caching: bool = _option("Cache", True, "Reuse K,V of equal prompt beginnings.")
+    exits: str = _option(
+        "Early exit", "auto", 'Exit file, "auto" (the shipped one that fits) or "none".'
+    )
+    max_exit_debt: int = _option("Early exit", 16, "Tokens a request may owe K,V for.", ge=0)
+    exit_max_hold_ms: float = _option(
+        "Early exit", 50.0, "Longest wait of a sequence at an exit point, in ms.", ge=0
+    )
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes for K and V."""
+        return int(self.kv_cache_memory * GIB)
+
+
+class ServerConfig(_Options):
+    """What the HTTP side is built from."""
+
+    host: str = _option("HTTP", "127.0.0.1", "Address to listen on.")
+    port: int = _option("HTTP", 8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
+    api_key: tuple[str, ...] = _option("HTTP", (), "Keys clients must send; none means open.")
+    served_model_name: tuple[str, ...] = _option(
+        "HTTP", (), "Names clients may use; the first is reported. The model's own if unset."
+    )
+    max_num_queued_reqs: int = _option(
+        "HTTP", 256, "Requests waiting beyond the running ones before 429.", ge=0
+    )
+    max_body_size: float = _option("HTTP", 8.0, "Largest request body, in MiB.", gt=0)
+    shutdown_timeout: float = _option(
+        "HTTP", 30.0, "Seconds running requests may take to end after SIGTERM.", ge=0
+    )
+    sse_keep_alive_interval: float = _option(
+        "HTTP", 15.0, "Seconds of silence in a stream before a comment is sent.", gt=0
+    )
+    early_exit: Literal["off", "adaptive"] = _option(
+        "Early exit", "adaptive", "Mode of requests that name none."
+    )
+    exit_threshold: float | None = _option(
+        "Early exit", None, "Gate score to leave at; the exit file's own if unset.", ge=0, le=1
+    )
+    exit_min_layer: int = _option("Early exit", 0, "First layer tokens may leave after.", ge=0)
+    kv_fill: Literal["project", "copy", "recompute"] = _option(
+        "Early exit", "project", "How K,V of skipped layers are made."
+    )
+    log_stats_interval: float = _option(
+        "Logging", 10.0, "Seconds between throughput lines while busy.", gt=0
+    )
+    uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug"] = _option(
+        "Logging", "warning", "Level of the HTTP server's own log."
+    )
+    engine: EngineConfig = EngineConfig()
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest request body in bytes."""
+        return int(self.max_body_size * MIB)
+
+    def model_names(self, own: Iterable[str]) -> tuple[str, ...]:
+        """Names clients may use, the reported one first; ``own`` are the model's."""
+        return self.served_model_name or tuple(dict.fromkeys(own))

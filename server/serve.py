@@ -1,0 +1,237 @@
+"""The running service: port, model, signals.
+
+The port is bound first and answers /health while the model loads. The first SIGTERM or SIGINT
+refuses new requests and lets running ones end; a second ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NoReturn
+
+import uvicorn
+
+from offramp import __version__
+from offramp.server import logs
+from offramp.server.api.context import Context
+from offramp.server.app import create_app
+from offramp.server.config import ServerConfig
+from offramp.server.engine.driver import EngineDriver, EngineProtocol, EngineState
+from offramp.server.engine.request import EngineInfo, EngineOutput
+from offramp.server.errors import EngineFailed
+from offramp.server.metrics import Metrics
+from offramp.server.options import non_defaults
+from offramp.server.progress import bar
+from offramp.server.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("offramp.server")
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+# For writing the last frames once the engine is done.
+_FLUSH_S: Final = 5
+# Longer than clients and load balancers keep idle connections (5 and 60 s), so that they close
+# first and never send a request into a connection that is being closed.
+_KEEP_ALIVE_S: Final = 75
+
+
+def run(config: ServerConfig) -> int:
+    """Serve until a signal; returns the exit status."""
+    logs.setup(config.uvicorn_log_level)
+    _raise_file_limit()
+    try:
+        listener = bind(config.host, config.port)
+    except OSError as error:
+        sys.stderr.write(f"offramp serve: error: {_bind_message(config, error)}\n")
+        return 1
+    logger.info("offramp %s, options %s", __version__, non_defaults(config) or "all default")
+    service = Service(config, listener)
+    with asyncio.Runner(loop_factory=service.server.config.get_loop_factory()) as runner:
+        return runner.run(service.run())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket listening on ``host`` and ``port``; raises OSError."""
+    family, kind, proto, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, proto)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class Service:
+    """One server process from start to exit."""
+
+    def __init__(self, config: ServerConfig, listener: socket.socket) -> None:
+        self._config = config
+        self._listener = listener
+        self._stats = logs.StatsLog()
+        self._folder = Path()
+        self._metrics = Metrics(config.model_names((config.engine.model,))[0])
+        self._driver = EngineDriver(
+            self._build, self._observe, max_waiting=config.max_num_queued_reqs
+        )
+        self._context = Context(self._driver, config, self._metrics)
+        self._stop_task: asyncio.Task[None] | None = None
+        self._status = 0
+        self.server = _Server(
+            uvicorn.Config(
+                create_app(self._context),
+                lifespan="off",
+                log_config=None,
+                log_level=config.uvicorn_log_level,
+                access_log=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_FLUSH_S,
+            )
+        )
+
+    async def run(self) -> int:
+        """Load and serve; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        logger.info("listening on %s", self._address())
+        tasks = (
+            asyncio.create_task(self._load()),
+            asyncio.create_task(self._stats.run(self._config.log_stats_interval)),
+        )
+        await self.server.serve(sockets=[self._listener])
+        if self._driver.state is EngineState.LOADING:
+            # Neither a download nor a model that loads can be interrupted, only left behind.
+            _exit_now(self._status)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        logger.info("stopped")
+        return 1 if self._driver.state is EngineState.FAILED else self._status
+
+    async def _load(self) -> None:
+        try:
+            info = await self._loaded()
+        except asyncio.CancelledError:
+            raise
+        except EngineFailed:
+            self._give_up(self._driver.failure or "unknown")
+        except Exception as error:
+            logger.debug("loading failed", exc_info=error)
+            self._give_up(str(error) or type(error).__name__)
+        else:
+            self._announce(info)
+
+    async def _loaded(self) -> EngineInfo:
+        self._folder = await asyncio.to_thread(self._resolve)
+        self._context.tokenizer = await asyncio.to_thread(Tokenizer.load, self._folder)
+        self._driver.start()
+        info = await self._driver.ready()
+        self._metrics.configure(info)
+        self._stats.configure(info.num_layers)
+        # Nothing loaded so far is ever garbage; do not walk through it again and again.
+        gc.freeze()
+        return info
+
+    def _resolve(self) -> Path:
+        """Folder of the model, fetched if need be; runs on a worker thread."""
+        # Takes torch with it, which the port and its probes need not wait for.
+        from offramp.models.sources import resolve  # noqa: PLC0415
+
+        return resolve(self._config.engine.model, revision=self._config.engine.revision)
+
+    def _build(self) -> EngineProtocol:
+        """Make the engine; runs on the engine's thread."""
+        from offramp.server.engine.build import build_engine  # noqa: PLC0415
+
+        with bar("loading weights") as progress:
+            return build_engine(
+                self._config.engine,
+                self._folder,
+                model_name=self._config.engine.model,
+                progress=progress,
+            )
+
+    def _observe(self, output: EngineOutput) -> None:
+        self._metrics.observe(output)
+        self._stats.observe(output)
+
+    def _give_up(self, reason: str) -> None:
+        logger.error("cannot load %s: %s", self._config.engine.model, reason)
+        self._status = 1
+        self.server.should_exit = True
+
+    def _announce(self, info: EngineInfo) -> None:
+        tokens = info.num_blocks * info.block_size
+        exits = ", ".join(map(str, info.exit_layers)) or "none"
+        logger.info(
+            "%s: %s, %d layers, exits after %s; KV cache %d tokens, maximum concurrency for %d "
+            "tokens per request: %.2fx",
+            *(self._context.model_name, info.dtype, info.num_layers, exits),
+            *(tokens, info.max_model_len, tokens / info.max_model_len),
+        )
+        logger.info("ready on %s", self._address())
+
+    def _address(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop_task is not None:
+            logger.warning("second signal, stopping at once")
+            # What a shell reports for a program ended by this signal.
+            _exit_now(128 + number)
+        self._stop_task = asyncio.create_task(self._stop())
+
+    async def _stop(self) -> None:
+        if self._driver.state is not EngineState.LOADING:
+            count, grace = self._driver.num_requests, self._config.shutdown_timeout
+            logger.info("stopping: %d running requests have %.0f s to end", count, grace)
+            if not await self._driver.drain(grace):
+                logger.warning("%d requests did not end in time", self._driver.num_requests)
+            await self._driver.stop()
+        self.server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers, which would close streams that may still end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _exit_now(status: int) -> NoReturn:
+    """End the process without waiting for threads."""
+    logging.shutdown()
+    os._exit(status)
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open connections as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        # Some systems name a hard limit they do not grant; the soft one then stays.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _bind_message(config: ServerConfig, error: OSError) -> str:
+    where = f"port {config.port} on {config.host}"
+    if error.errno == errno.EADDRINUSE:
+        return f"{where} is in use by another program; choose another with --port"
+    return f"cannot listen on {where}: {error.strerror or error}"

@@ -1,0 +1,245 @@
+"""Exits from training to file and back, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from offramp.models.exit_head import ExitHead
+from offramp.models.exits.file import (
+    FORMAT,
+    ExitFile,
+    ExitFileError,
+    load_exits,
+    read_metadata,
+    shipped_exits,
+)
+from offramp.models.exits.pipeline import judge, split_answers, train_exits
+from offramp.models.exits.states import Answer, States, collect
+from offramp.models.exits.train import (
+    TrainOptions,
+    exit_scores,
+    exit_tokens,
+    new_head,
+    threshold_for,
+    train_adapter,
+)
+from offramp.models.families import config_from_hf
+from offramp.models.loader import fingerprint, load_weights
+from offramp.models.transformer import Transformer
+
+EXITS = (2, 3)
+OPTIONS = TrainOptions(width=48, router=16, epochs=8, gate_epochs=8, batch=64, vocab_sample=200)
+CPU = torch.device("cpu")
+
+
+def silent(name: str, done: int, total: int, loss: float) -> None:
+    assert done <= total
+    assert loss == loss, name  # noqa: PLR0124 (NaN is the one number that differs from itself)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir: Path) -> Transformer:
+    config = config_from_hf(tiny_dir)
+    weights = load_weights(tiny_dir, config, dtype=torch.float32)
+    return Transformer(config, weights, EXITS, 256)
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[Answer]:
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 320, (count,), generator=generator).tolist())
+
+    return [Answer(ids(3 + i % 9), ids(5 + i % 17)) for i in range(90)]
+
+
+@pytest.fixture(scope="module")
+def states(model: Transformer, answers: list[Answer]) -> States:
+    return collect(model, answers)
+
+
+@pytest.fixture(scope="module")
+def trained(model: Transformer, states: States) -> ExitFile:
+    return train_exits(
+        model,
+        states,
+        fingerprint="f" * 32,
+        data={"answers": 90},
+        options=OPTIONS,
+        precision=0.8,
+        report=silent,
+    )
+
+
+def load(path: Path, name: str = "f" * 32, width: int = 64) -> ExitFile:
+    return load_exits(path, fingerprint=name, hidden_size=width, dtype=torch.float32, device=CPU)
+
+
+@torch.inference_mode()
+def test_states_equal_transformers(tiny_dir: Path, answers: list[Answer], states: States) -> None:
+    """Every position that makes an answer token, in whatever batch it was computed."""
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+    for index in (0, 17, 89):
+        item = answers[index]
+        ids = torch.tensor([[*item.prompt, *item.answer[:-1]]])
+        out = theirs(input_ids=ids, output_hidden_states=True)
+        mine = states.where(states.answer_of == index)
+        first = len(item.prompt) - 1
+        assert mine.labels.tolist() == out.logits[0, first:].argmax(dim=-1).tolist()
+        for layer in EXITS:
+            expected = out.hidden_states[layer][0, first:]
+            torch.testing.assert_close(mine.at[layer].float(), expected, rtol=2e-3, atol=2e-3)
+        top = out.hidden_states[-1][0, first:]
+        torch.testing.assert_close(mine.top.float(), top, rtol=2e-3, atol=2e-3)
+
+
+def test_a_new_head_is_the_plain_final_norm(model: Transformer, states: States) -> None:
+    """Untrained, an exit says what the model's own head says of its state."""
+    head = new_head(2, model, OPTIONS)
+    hidden = states.at[2][:20].float()
+    plain = model.logits(model.normed(hidden)).argmax(dim=-1)
+    assert exit_tokens(head, model, states.at[2][:20]).equal(plain)
+    assert exit_scores(head, states.at[2][:5], 1e-5).tolist() == [0.5] * 5
+
+
+def test_training_brings_agreement(model: Transformer, states: States) -> None:
+    options = replace(OPTIONS, epochs=20, lr=1e-2)
+    head = new_head(3, model, options)
+    before = (exit_tokens(head, model, states.at[3]) == states.labels).double().mean()
+    losses: list[float] = []
+    train_adapter(
+        head, model, states, options, lambda _name, _done, _total, loss: losses.append(loss)
+    )
+    after = (exit_tokens(head, model, states.at[3]) == states.labels).double().mean()
+    assert losses[-1] < losses[0]
+    assert after > before + 0.1
+    assert not head.scale.requires_grad
+
+
+def test_the_pipeline_trains_every_exit_and_judges_it(trained: ExitFile) -> None:
+    assert [head.layer for head in trained.heads] == list(EXITS)
+    assert set(trained.metrics["exits"]) == {"2", "3"}
+    assert trained.metrics["judged_tokens"] > 0
+    assert 0.0 <= trained.metrics["layers_skipped"] < 1.0
+    assert trained.data["answers"] == 90
+    assert trained.data["train_tokens"] > trained.data["gate_tokens"] > 0
+    for head in trained.heads:
+        assert 0.0 <= head.threshold <= 1.01
+        assert head.router_down.abs().sum() > 0
+
+
+def test_a_file_brings_back_what_was_saved(trained: ExitFile, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "exits.safetensors"
+    trained.save(path)
+    loaded = load(path)
+    assert loaded.metrics == trained.metrics
+    assert loaded.data == trained.data
+    for mine, theirs in zip(trained.heads, loaded.heads, strict=True):
+        assert (mine.layer, mine.threshold) == (theirs.layer, theirs.threshold)
+        for name in ("scale", "gate_up", "down", "norm", "router_up", "router_down_bias"):
+            assert getattr(theirs, name).equal(getattr(mine, name).half().float())
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    metadata = read_metadata(path)
+    assert metadata["format"] == FORMAT
+    assert metadata["exit_layers"] == list(EXITS)
+
+
+def test_exits_of_another_model_are_refused(trained: ExitFile, tmp_path: Path) -> None:
+    path = tmp_path / "exits.safetensors"
+    trained.save(path)
+    with pytest.raises(ExitFileError, match=r"another model.*offramp exits train"):
+        load(path, "0" * 32)
+    with pytest.raises(ExitFileError, match="width"):
+        load(path, width=32)
+
+
+def test_files_that_are_no_exit_files_are_named(trained: ExitFile, tmp_path: Path) -> None:
+    path = tmp_path / "exits.safetensors"
+    with pytest.raises(ExitFileError, match=r"exits\.safetensors"):
+        load(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ExitFileError, match="cannot be read"):
+        load(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ExitFileError, match="not an exit file"):
+        load(path)
+    trained.save(path)
+    metadata = read_metadata(path)
+    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    save_file({"2.scale": torch.ones(64)}, path, text)
+    with pytest.raises(ExitFileError, match=r"lacks tensors: 2\.down, 2\.gate_up"):
+        load(path)
+
+
+def test_no_exits_are_shipped_for_strangers() -> None:
+    assert shipped_exits("0" * 32) is None
+
+
+@pytest.mark.weights
+def test_exits_are_shipped_for_the_embedded_model(smollm2_dir: Path) -> None:
+    config = config_from_hf(smollm2_dir)
+    own = fingerprint(load_weights(smollm2_dir, config, dtype=torch.bfloat16))
+    path = shipped_exits(own)
+    assert path is not None
+    heads = load(path, own, config.hidden_size).heads
+    assert all(0 < head.layer < config.num_layers for head in heads)
+    assert any(head.threshold <= 1.0 for head in heads)
+
+
+@pytest.mark.parametrize(
+    ("right", "precision", "expected"),
+    [
+        ([1, 1, 0, 1, 0], 1.0, (0.8, 0.4)),
+        ([1, 1, 0, 1, 0], 0.75, (0.6, 0.8)),
+        ([1, 1, 1, 1, 1], 0.98, (0.5, 1.0)),
+        ([0, 0, 0, 0, 0], 0.5, (1.01, 0.0)),
+        ([0, 1, 1, 1, 1], 0.8, (0.5, 1.0)),
+    ],
+)
+def test_the_lowest_threshold_that_keeps_the_precision(
+    right: list[int], precision: float, expected: tuple[float, float]
+) -> None:
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
+    shuffled = torch.tensor([2, 0, 4, 1, 3])
+    found = threshold_for(scores[shuffled], torch.tensor(right)[shuffled].bool(), precision)
+    assert found == pytest.approx(expected)
+
+
+def test_equal_scores_leave_together() -> None:
+    """A threshold cannot part tokens of one score, so all of them count."""
+    scores = torch.tensor([0.9, 0.7, 0.7, 0.7])
+    right = torch.tensor([True, True, False, False])
+    threshold, share = threshold_for(scores, right, 0.9)
+    leaves = scores >= threshold
+    assert float(right[leaves].double().mean()) >= 0.9
+    assert share == pytest.approx(float(leaves.double().mean()))
+
+
+def test_a_token_counts_at_the_first_exit_that_lets_it_go(model: Transformer) -> None:
+    heads: list[ExitHead] = [
+        replace(new_head(layer, model, OPTIONS), threshold=0.5) for layer in EXITS
+    ]
+    low = torch.tensor([0.9, 0.1, 0.1, 0.1]), torch.tensor([False, False, False, True])
+    high = torch.tensor([0.9, 0.9, 0.2, 0.9]), torch.tensor([True, True, False, False])
+    metrics = judge(heads, [low, high], 4)
+    assert metrics["agreement"] == 0.5
+    assert metrics["layers_skipped"] == (2 + 1 + 1) / 16
+    assert metrics["exits"]["2"]["leaves"] == 0.25
+    assert metrics["exits"]["3"]["leaves"] == 0.5
+
+
+def test_answers_are_split_into_three_parts() -> None:
+    parts = split_answers(2000, 0)
+    assert sum(part.int() for part in parts).eq(1).all()  # type: ignore[union-attr]
+    adapters, gates, judging = (int(part.sum()) for part in parts)
+    assert adapters > gates > judging > 0
+    assert all(a.equal(b) for a, b in zip(parts, split_answers(2000, 0), strict=True))

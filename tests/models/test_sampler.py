@@ -1,0 +1,192 @@
+"""The sampler against distributions worked out in plain Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from offramp.models import sampler
+from offramp.models.sampler import sample, uniform
+from offramp.models.sampling_params import SamplingParams
+from offramp.models.step import HeadRow
+
+LOGITS = [1.2, -0.3, 0.0, 2.1, 1.1, -2.0, 0.4, 1.9]
+PLAIN = SamplingParams(max_tokens=10)
+
+
+def row(
+    params: SamplingParams, index: int = 0, tokens: Sequence[int] = (0,), num_prompt: int = 1
+) -> HeadRow:
+    return HeadRow(0, None, params, index, tokens, num_prompt)
+
+
+def distribution(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:
+    """Probability of each token: temperature, then top_k, top_p and min_p, then scaled to 1."""
+    weights = {token: math.exp(value / params.temperature) for token, value in enumerate(logits)}
+    best = sorted(weights, key=lambda token: -weights[token])
+    best = best[: params.top_k or len(best)]
+    total = sum(weights[token] for token in best)
+    kept: dict[int, float] = {}
+    for token in best:
+        mass_before = sum(kept.values()) / total
+        likely = weights[token] >= params.min_p * weights[best[0]]
+        if not kept or (mass_before < params.top_p and likely):
+            kept[token] = weights[token]
+    return {token: weight / sum(kept.values()) for token, weight in kept.items()}
+
+
+def test_greedy_takes_the_best() -> None:
+    greedy = replace(PLAIN, temperature=0.0)
+    logits = torch.randn(5, 300)
+    assert sample(logits, [row(greedy)] * 5) == logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 5},
+        {"top_p": 0.8},
+        {"top_k": 6, "top_p": 0.7},
+        {"min_p": 0.25},
+        {"temperature": 1.7, "top_k": 7, "top_p": 0.95, "min_p": 0.1},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"top_k": 100},
+    ],
+    ids=str,
+)
+def test_tokens_come_as_often_as_they_should(changes: dict[str, float]) -> None:
+    """Chi-square over many draws; the bound is passed by chance once in about 10,000 runs."""
+    params = replace(PLAIN, seed=11, **changes)  # type: ignore[arg-type]
+    expected = distribution(LOGITS, params)
+    draws = 4000
+    logits = torch.tensor(LOGITS).repeat(draws, 1)
+    tokens = sample(logits, [row(params, index) for index in range(draws)])
+    assert set(tokens) <= expected.keys()
+    chi = sum(
+        (tokens.count(token) - draws * share) ** 2 / (draws * share)
+        for token, share in expected.items()
+    )
+    freedom = len(expected) - 1
+    assert chi <= freedom + 4 * math.sqrt(2 * freedom) + 8 * (freedom > 0) + 1e-6
+
+
+def test_the_draw_depends_on_seed_and_index_alone() -> None:
+    """A row in company gets the token it gets alone, wherever it stands."""
+    logits = torch.randn(6, 200)
+    rows = [row(replace(PLAIN, seed=seed, top_p=0.9), seed % 2 * 3) for seed in range(6)]
+    together = sample(logits.clone(), rows)
+    alone = [sample(logits[i : i + 1].clone(), [item])[0] for i, item in enumerate(rows)]
+    backwards = sample(logits.flip(0).clone(), rows[::-1])
+    assert together == alone == backwards[::-1]
+
+
+def test_streams_are_uniform_and_differ() -> None:
+    draws = [uniform(seed, index) for seed in (0, 1, 2**64 - 1, -5) for index in range(2500)]
+    assert len(set(draws)) == len(draws)
+    assert all(0.0 <= draw < 1.0 for draw in draws)
+    counts = [sum(int(draw * 10) == bin_ for draw in draws) for bin_ in range(10)]
+    assert sum((count - 1000) ** 2 / 1000 for count in counts) < 34
+
+
+def test_bias_is_added() -> None:
+    logits = torch.tensor([LOGITS])
+    token = sample(
+        logits, [row(replace(PLAIN, temperature=0.0, logit_bias=((5, 100.0), (0, 1.0))))]
+    )
+    assert token == [5]
+    assert logits[0, [0, 5]].tolist() == pytest.approx([LOGITS[0] + 1, LOGITS[5] + 100])
+
+
+def test_presence_and_frequency_count_the_answer_only() -> None:
+    """OpenAI: logit - count * frequency - (count > 0) * presence."""
+    params = replace(PLAIN, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.25)
+    logits = torch.tensor([LOGITS])
+    sample(logits, [row(params, 4, tokens=[3, 3, 1, 7, 7, 7], num_prompt=2)])
+    expected = list(LOGITS)
+    expected[1] -= 0.5 + 0.25
+    expected[7] -= 0.5 + 3 * 0.25
+    assert logits[0].tolist() == pytest.approx(expected)
+
+
+def test_repetition_penalty_counts_prompt_and_answer() -> None:
+    """CTRL: positive logits are divided, negative ones multiplied."""
+    logits = torch.tensor([LOGITS])
+    params = replace(PLAIN, temperature=0.0, repetition_penalty=2.0)
+    sample(logits, [row(params, 2, tokens=[3, 1, 5, 5], num_prompt=2)])
+    expected = list(LOGITS)
+    for token in (3, 1, 5):
+        expected[token] *= 0.5 if expected[token] > 0 else 2.0
+    assert logits[0].tolist() == pytest.approx(expected)
+
+
+def test_penalties_of_one_row_leave_the_others() -> None:
+    logits = torch.tensor([LOGITS, LOGITS])
+    penalised = replace(PLAIN, temperature=0.0, presence_penalty=2.0)
+    plain = replace(PLAIN, temperature=0.0)
+    answer = [0, 3]
+    assert sample(logits, [row(penalised, 1, answer), row(plain, 1, answer)]) == [7, 3]
+    assert logits[1].tolist() == pytest.approx(LOGITS)
+
+
+def test_min_tokens_hold_back_the_stop_ids() -> None:
+    params = replace(PLAIN, temperature=0.0, min_tokens=2, stop_token_ids=frozenset({3, 7}))
+    found = [sample(torch.tensor([LOGITS]), [row(params, index)])[0] for index in range(4)]
+    assert found == [0, 0, 3, 3]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-40, 1e-60])
+def test_tiny_temperatures_are_greedy(temperature: float) -> None:
+    """Dividing by them overflows unless it is done with care."""
+    logits = torch.tensor([LOGITS]) * 20
+    for params in (PLAIN, replace(PLAIN, top_p=0.9), replace(PLAIN, top_k=3)):
+        chosen = replace(params, temperature=temperature)
+        assert sample(logits.clone(), [row(chosen, index=5)]) == [3]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_p": 0.5},
+        {"top_p": 0.999},
+        {"min_p": 0.05},
+        {"min_p": 1e-9},
+        {"top_k": 700, "top_p": 0.99},
+        {"top_p": 0.9, "min_p": 0.01},
+        {"temperature": 5.0, "top_p": 0.95},
+    ],
+    ids=str,
+)
+def test_the_shortlist_gives_what_a_full_sort_gives(
+    changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peaked and flat vocabularies, those that fit the shortlist and those that do not."""
+    params = replace(PLAIN, **changes)  # type: ignore[arg-type]
+    # A normal distribution without equal values, whose order would be anybody's choice.
+    normal = torch.erfinv(torch.linspace(-0.9999, 0.9999, 5000))[torch.randperm(5000)]
+    for spread in (0.1, 1.0, 4.0):
+        logits = normal * spread / params.temperature
+        short = sampler._candidates(logits, params)
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, "_SHORTLIST", len(logits))
+            whole = sampler._candidates(logits, params)
+        assert short[1].tolist() == whole[1].tolist()
+        assert short[1].tolist() == _by_sorting(logits, params)
+
+
+def _by_sorting(logits: Tensor, params: SamplingParams) -> list[int]:
+    """Ids that survive the filters, in float64 over the sorted vocabulary."""
+    values, ids = logits.double().sort(descending=True)
+    count = params.top_k or len(values)
+    probs = values[:count].softmax(dim=0)
+    keep = probs >= params.min_p * probs[0]
+    if params.top_p < 1.0:
+        keep &= probs.cumsum(0) - probs < params.top_p
+    return ids[:count][keep].tolist()

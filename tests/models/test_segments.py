@@ -1,0 +1,121 @@
+"""Our forward pass equals transformers', however the work is cut up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from offramp.models.context import Span, make_context
+from offramp.models.transformer import Transformer
+
+from .small import (
+    EXITS,
+    FAMILIES,
+    LAYERS,
+    POSITIONS,
+    forward,
+    make,
+    new_cache,
+    random_ids,
+    their_logits,
+)
+
+TABLE = [7, 3, 4, 0, 12, 11, 20, 5, 6, 30]
+OTHER_TABLES = [[1, 2], [8, 9, 10, 13, 14, 15], [16]]
+LENGTH = 38
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module", params=FAMILIES.keys())
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Transformer]:
+    return make(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
+
+
+def test_logits_equal_transformers(pair: tuple[Any, Transformer]) -> None:
+    theirs, ours = pair
+    ids = random_ids(LENGTH)
+    close(forward(ours, new_cache(ours), [(0, ids, TABLE)]), their_logits(theirs, ids))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 17, LENGTH])
+def test_prefill_in_chunks_equals_one_go(pair: tuple[Any, Transformer], chunk: int) -> None:
+    """Chunk 1 is decoding, token by token."""
+    theirs, ours = pair
+    ids = random_ids(LENGTH)
+    cache = new_cache(ours)
+    parts = [
+        forward(ours, cache, [(start, ids[start : start + chunk], TABLE)])
+        for start in range(0, LENGTH, chunk)
+    ]
+    close(torch.cat(parts), their_logits(theirs, ids))
+
+
+def test_a_mixed_batch_equals_each_alone(pair: tuple[Any, Transformer]) -> None:
+    """A late chunk, a decode row, a whole prompt and a single token share one pass."""
+    theirs, ours = pair
+    texts = [random_ids(n) for n in (LENGTH, 8, 21, 1)]
+    starts = [30, 7, 0, 0]
+    tables = [TABLE, *OTHER_TABLES]
+    cache = new_cache(ours)
+    for ids, start, table in zip(texts, starts, tables, strict=True):
+        if start:
+            forward(ours, cache, [(0, ids[:start], table)])
+    mixed = forward(
+        ours,
+        cache,
+        [
+            (start, ids[start:], table)
+            for ids, start, table in zip(texts, starts, tables, strict=True)
+        ],
+    )
+    alone = [their_logits(theirs, ids)[s:] for ids, s in zip(texts, starts, strict=True)]
+    close(mixed, torch.cat(alone))
+
+
+def test_segments_end_at_the_exit_layers(pair: tuple[Any, Transformer]) -> None:
+    """Chained they are all layers, and each ends with the state transformers has there."""
+    theirs, ours = pair
+    ids = random_ids(LENGTH)
+    ctx = make_context([Span(0, LENGTH, TABLE)], ours.config, new_cache(ours), ours.rotary)
+    with torch.inference_mode():
+        states = theirs.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        hidden = ours.embed[torch.tensor(ids)]
+        for segment, end in zip(ours.segments, (*EXITS, LAYERS), strict=True):
+            hidden = segment(hidden, ctx)
+            assert segment.first + len(segment) == end
+            # The last of their states is already normalised.
+            found = ours.normed(hidden) if end == LAYERS else hidden
+            close(found, states.hidden_states[end][0])
+    assert [layer.index for layer in ours.layers] == list(range(LAYERS))
+
+
+def test_where_the_stack_is_cut_does_not_matter(
+    pair: tuple[Any, Transformer], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The same weights without exit points give the same logits, bit for bit."""
+    _, ours = pair
+    whole = Transformer(ours.config, _weights(ours), (), POSITIONS)
+    ids = random_ids(LENGTH)
+    chained = forward(ours, new_cache(ours), [(0, ids, TABLE)])
+    assert len(whole.segments) == 1
+    assert forward(whole, new_cache(whole), [(0, ids, TABLE)]).equal(chained)
+
+
+def _weights(model: Transformer) -> dict[str, Tensor]:
+    """The loader's tensors again, out of a model made of them."""
+    weights = {"embed": model.embed, "final_norm": model.final_norm, "lm_head": model.lm_head}
+    names = ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down", "q_norm", "k_norm")
+    for layer in model.layers:
+        for name in (*names, "qkv_bias", "o_bias", "gate_up_bias", "down_bias"):
+            tensor = getattr(layer, name)
+            if tensor is not None:
+                weights[f"layers.{layer.index}.{name}"] = tensor
+    return weights

@@ -1,0 +1,126 @@
+"""The block pool: nothing is lost, nothing is given twice, and shared content is the right one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from offramp.server.engine.blocks import BlockPool, OutOfBlocks, block_hashes
+from offramp.server.errors import BugError
+
+SIZE = 4
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Tables taken, shared, written, registered and given back in any order."""
+
+    @initialize(num_blocks=st.integers(1, 9))
+    def build(self, num_blocks: int) -> None:
+        """An empty pool and the content of each page, as a runner would hold it."""
+        self.pool = BlockPool(num_blocks, SIZE)
+        self.tables: list[list[int]] = []
+        self.content: dict[int, bytes] = {}
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), after=st.integers(-1, 9))
+    def admit(self, tokens: list[int], after: int) -> None:
+        """Share what is cached, take the rest, write and register it."""
+        hashes = block_hashes(tokens, SIZE)
+        shared = self.pool.share(hashes)
+        for block, digest in zip(shared, hashes, strict=False):
+            assert self.content[block] == digest
+        missing = -(-len(tokens) // SIZE) - len(shared)
+        free = self.pool.num_free
+        try:
+            fresh = self.pool.allocate(missing, after)
+        except OutOfBlocks:
+            assert missing > free
+            assert self.pool.num_free == free
+            self.pool.release(shared)
+            return
+        assert len(set(fresh)) == missing
+        table = shared + fresh
+        for block in fresh:
+            self.content[block] = b""
+        for block, digest in list(zip(table, hashes, strict=False))[len(shared) :]:
+            self.content[block] = digest
+            self.pool.register(block, digest)
+        self.tables.append(table)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        """Give one table back."""
+        index = data.draw(st.integers(0, len(self.tables) - 1))
+        self.pool.release(self.tables.pop(index))
+
+    def teardown(self) -> None:
+        """After the last release everything is free."""
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check(self.tables)
+        for table in self.tables:
+            self.pool.release(table)
+        self.pool.check([])
+        assert self.pool.num_free == self.pool.num_blocks
+        assert self.pool.num_used == 0
+
+
+PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+TestPoolMachine = PoolMachine.TestCase
+
+
+@given(
+    tokens=st.lists(st.integers(0, 2**40), max_size=40),
+    known=st.integers(0, 10),
+    changed=st.integers(0, 39),
+)
+def test_a_hash_names_all_tokens_up_to_its_block(
+    tokens: list[int], known: int, changed: int
+) -> None:
+    hashes = block_hashes(tokens, SIZE)
+    assert len(hashes) == len(tokens) // SIZE
+    assert block_hashes(tokens, SIZE, hashes[:known]) == hashes
+    if changed < len(tokens):
+        other = [*tokens[:changed], tokens[changed] + 1, *tokens[changed + 1 :]]
+        same = [a == b for a, b in zip(hashes, block_hashes(other, SIZE), strict=True)]
+        assert same == [index < changed // SIZE for index in range(len(hashes))]
+
+
+def test_a_table_grows_into_its_neighbour() -> None:
+    pool = BlockPool(8, SIZE)
+    first = pool.allocate(2, 2)
+    assert first == [3, 4]
+    assert pool.allocate(2, first[-1]) == [5, 6]
+    assert pool.allocate(1, 2) == [0]
+
+
+def test_the_block_unused_for_longest_is_given_out_first() -> None:
+    """So what was asked for lately stays findable."""
+    pool = BlockPool(3, SIZE)
+    table = pool.allocate(3, -1)
+    hashes = block_hashes(list(range(3 * SIZE)), SIZE)
+    for block, digest in zip(table, hashes, strict=True):
+        pool.register(block, digest)
+    pool.release(table)
+    pool.allocate(1, 7)
+    assert pool.share(hashes) == table[:2]
+
+
+def test_a_block_released_twice_is_a_bug() -> None:
+    pool = BlockPool(2, SIZE)
+    table = pool.allocate(1, -1)
+    pool.release(table)
+    with pytest.raises(BugError, match="twice"):
+        pool.release(table)
+
+
+def test_the_audit_sees_lost_and_stolen_blocks() -> None:
+    pool = BlockPool(3, SIZE)
+    table = pool.allocate(2, -1)
+    pool.check([table])
+    with pytest.raises(BugError, match="disagree"):
+        pool.check([table[:1]])
+    with pytest.raises(BugError, match="disagree"):
+        pool.check([table, table])

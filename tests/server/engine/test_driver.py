@@ -1,0 +1,320 @@
+"""The driver: one terminal event for each request, whatever races with it.
+
+The engine under it is a puppet: it does nothing until the test gives it a permit, so every order of
+events is made on purpose and nothing is left to a clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from offramp.models.sampling_params import SamplingParams
+from offramp.server.engine.driver import EngineDriver, EngineProtocol, EngineState, TokenStream
+from offramp.server.engine.request import (
+    EngineInfo,
+    EngineOutput,
+    FinishReason,
+    GenerationRequest,
+    RequestStats,
+    TokenEvent,
+)
+from offramp.server.errors import EngineFailed, EngineLoading, QueueFull, ShuttingDown
+
+STATS = RequestStats(0.0)
+PATIENCE_S = 10.0
+
+
+class Puppet:
+    """Emits one token per live request and permit; the last of ``max_tokens`` is terminal."""
+
+    def __init__(self) -> None:
+        self.info = EngineInfo("puppet", 4, (2,), (0.5,), 50, 64, 8, 8, 2, "none")
+        self.seen: deque[str] = deque()
+        self._left: dict[str, int] = {}
+        self._events: list[TokenEvent] = []
+        self._permits = threading.Semaphore(0)
+        self._broken = False
+
+    def allow(self, steps: int = 1) -> None:
+        """Let the engine take steps."""
+        self._permits.release(steps)
+
+    def fail(self) -> None:
+        """Make the next step raise."""
+        self._broken = True
+        self.allow()
+
+    def add(self, item: GenerationRequest, submitted_at: float) -> None:
+        self.seen.append(f"add {item.request_id}")
+        self._left[item.request_id] = item.sampling.max_tokens
+
+    def abort(self, request_id: str) -> None:
+        self.seen.append(f"abort {request_id}")
+        if self._left.pop(request_id, None) is not None:
+            self._events.append(TokenEvent(request_id, (), (), STATS, FinishReason.ABORT))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._left or self._events)
+
+    def step(self) -> EngineOutput:
+        assert self._permits.acquire(timeout=PATIENCE_S)
+        if self._broken:
+            raise RuntimeError("a wire came off")
+        events, self._events = self._events, []
+        for request_id in list(self._left):
+            self._left[request_id] -= 1
+            reason = None if self._left[request_id] else FinishReason.LENGTH
+            if reason is not None:
+                del self._left[request_id]
+            events.append(TokenEvent(request_id, (7,), (4,), STATS, reason))
+        return EngineOutput(tuple(events))
+
+
+@asynccontextmanager
+async def driving(puppet: Puppet, max_waiting: int = 2) -> AsyncIterator[EngineDriver]:
+    """A started driver; the puppet is let loose at the end so that the thread can go."""
+    driver = EngineDriver(lambda: puppet, max_waiting=max_waiting)
+    driver.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await driver.ready()
+        try:
+            yield driver
+        finally:
+            puppet.allow(10_000)
+            await driver.stop()
+
+
+def ask(name: str, max_tokens: int = 3) -> GenerationRequest:
+    return GenerationRequest(name, (1, 2), SamplingParams(max_tokens=max_tokens))
+
+
+async def events_of(stream: TokenStream) -> list[TokenEvent]:
+    return [event async for event in stream]
+
+
+def reasons(events: list[TokenEvent]) -> list[FinishReason]:
+    """Terminal events among these; there must be one, at the end."""
+    found = [event.finish_reason for event in events if event.finish_reason is not None]
+    assert events
+    assert events[-1].finish_reason is not None
+    return found
+
+
+async def test_a_request_runs_to_its_end() -> None:
+    puppet = Puppet()
+    async with driving(puppet) as driver:
+        stream = driver.submit(ask("a"))
+        assert driver.num_requests == 1
+        puppet.allow(3)
+        events = await events_of(stream)
+        assert [event.token_ids for event in events] == [(7,)] * 3
+        assert reasons(events) == [FinishReason.LENGTH]
+        assert driver.num_requests == 0
+
+
+async def test_an_abort_ends_the_stream_and_reaches_the_engine() -> None:
+    puppet = Puppet()
+    async with driving(puppet) as driver:
+        stream = driver.submit(ask("a", 50))
+        puppet.allow()
+        seen = []
+        async for event in stream:
+            seen.append(event)
+            stream.abort()
+        assert len(seen) == 1
+        assert driver.num_requests == 0
+        puppet.allow(2)
+        other = driver.submit(ask("b", 1))
+        assert reasons(await events_of(other)) == [FinishReason.LENGTH]
+        assert list(puppet.seen).count("abort a") == 1
+
+
+async def test_an_abort_wakes_who_waits_for_events() -> None:
+    """Another task gave the request up while this one waited: it must not wait for ever."""
+    puppet = Puppet()
+    async with driving(puppet) as driver:
+        stream = driver.submit(ask("a", 50))
+        waiter = asyncio.create_task(events_of(stream))
+        puppet.allow()
+        await asyncio.sleep(0)
+        stream.abort()
+        assert reasons(await waiter) == [FinishReason.ABORT]
+
+
+async def test_an_abort_after_the_end_is_nothing() -> None:
+    """The terminal event is on its way when the client gives up: nothing comes twice."""
+    puppet = Puppet()
+    async with driving(puppet) as driver:
+        stream = driver.submit(ask("a", 1))
+        puppet.allow()
+        other = driver.submit(ask("b", 1))
+        puppet.allow()
+        await events_of(other)
+        stream.abort()
+        stream.abort()
+        assert await events_of(stream) == []
+        assert driver.num_requests == 0
+
+
+async def test_leaving_the_block_gives_the_request_up() -> None:
+    puppet = Puppet()
+    async with driving(puppet) as driver:
+        with pytest.raises(ZeroDivisionError):
+            async with driver.submit(ask("a", 50)):
+                raise ZeroDivisionError
+        assert driver.num_requests == 0
+        puppet.allow(2)
+        await events_of(driver.submit(ask("b", 1)))
+        assert "abort a" in puppet.seen
+
+
+async def test_a_full_queue_refuses_before_any_work() -> None:
+    puppet = Puppet()
+    async with driving(puppet, max_waiting=1) as driver:
+        streams = [driver.submit(ask(str(index))) for index in range(3)]
+        with pytest.raises(QueueFull) as refused:
+            driver.submit(ask("one too many"))
+        assert refused.value.headers == {"Retry-After": "1"}
+        assert driver.num_requests == 3
+        puppet.allow(3)
+        for stream in streams:
+            assert reasons(await events_of(stream)) == [FinishReason.LENGTH]
+        puppet.allow(3)
+        assert reasons(await events_of(driver.submit(ask("later")))) == [FinishReason.LENGTH]
+        assert "add one too many" not in puppet.seen
+
+
+async def test_a_failing_engine_tells_every_stream(caplog: pytest.LogCaptureFixture) -> None:
+    puppet = Puppet()
+    async with driving(puppet) as driver:
+        streams = [driver.submit(ask(str(index), 9)) for index in range(3)]
+        puppet.fail()
+        for stream in streams:
+            events = await events_of(stream)
+            assert reasons(events) == [FinishReason.ERROR]
+            assert events[-1].error == "The engine failed."
+        assert driver.state is EngineState.FAILED
+        assert driver.failure == "RuntimeError: a wire came off"
+        with pytest.raises(EngineFailed):
+            driver.submit(ask("late"))
+    assert driver.state is EngineState.FAILED
+    assert "engine thread died" in caplog.text
+
+
+async def test_a_model_that_does_not_load_is_a_failure() -> None:
+    def build() -> EngineProtocol:
+        raise FileNotFoundError("no such model")
+
+    driver = EngineDriver(build)
+    driver.start()
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(EngineFailed):
+            await driver.ready()
+        assert driver.failure == "FileNotFoundError: no such model"
+        await driver.stop()
+
+
+async def test_nothing_is_taken_before_the_model_is_there() -> None:
+    gate = threading.Event()
+    puppet = Puppet()
+
+    def build() -> EngineProtocol:
+        gate.wait(PATIENCE_S)
+        return puppet
+
+    driver = EngineDriver(build)
+    driver.start()
+    with pytest.raises(EngineLoading):
+        driver.submit(ask("early"))
+    with pytest.raises(EngineLoading):
+        assert driver.info
+    gate.set()
+    async with asyncio.timeout(PATIENCE_S):
+        assert await driver.ready() is puppet.info
+        await driver.stop()
+    assert driver.state is EngineState.STOPPED
+
+
+async def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
+    puppet = Puppet()
+    async with driving(puppet) as driver:
+        stream = driver.submit(ask("a"))
+        drained = asyncio.create_task(driver.drain(PATIENCE_S))
+        await asyncio.sleep(0)
+        assert driver.state is EngineState.DRAINING
+        with pytest.raises(ShuttingDown):
+            driver.submit(ask("late"))
+        puppet.allow(3)
+        assert reasons(await events_of(stream)) == [FinishReason.LENGTH]
+        assert await drained
+
+
+async def test_draining_gives_up_after_its_grace() -> None:
+    puppet = Puppet()
+    async with driving(puppet) as driver:
+        stream = driver.submit(ask("a"))
+        assert not await driver.drain(0.0)
+        puppet.allow(3)
+        assert reasons(await events_of(stream)) == [FinishReason.LENGTH]
+
+
+async def test_draining_an_idle_engine_ends_at_once() -> None:
+    async with driving(Puppet()) as driver:
+        assert await driver.drain(0.0)
+
+
+async def test_stopping_ends_open_streams() -> None:
+    puppet = Puppet()
+    async with driving(puppet) as driver:
+        streams = [driver.submit(ask(str(index), 10**6)) for index in range(3)]
+        puppet.allow(10_000)
+        await driver.stop()
+        for stream in streams:
+            assert reasons(await events_of(stream)) == [FinishReason.ABORT]
+        with pytest.raises(ShuttingDown):
+            driver.submit(ask("late"))
+
+
+@pytest.mark.parametrize("ending", ["stop", "fail"])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4])
+async def test_one_terminal_event_in_every_race(ending: str, steps: int) -> None:
+    """Requests of several lengths, one given up, and the engine ends under all of them."""
+    puppet = Puppet()
+    async with driving(puppet, max_waiting=10) as driver:
+        streams = [driver.submit(ask(str(length), length)) for length in (1, 2, 3, 40)]
+        given_up = driver.submit(ask("given up", 2))
+        tasks = [asyncio.create_task(events_of(stream)) for stream in (*streams, given_up)]
+        puppet.allow(steps)
+        await asyncio.sleep(0)
+        given_up.abort()
+        if ending == "fail":
+            puppet.fail()
+        else:
+            puppet.allow(10_000)
+            await driver.stop()
+        for task in tasks:
+            assert len(reasons(await task)) == 1
+        assert driver.num_requests == 0
+
+
+async def test_the_observer_sees_outputs_before_the_streams_do() -> None:
+    puppet = Puppet()
+    seen: list[str] = []
+    driver = EngineDriver(lambda: puppet, lambda output: seen.append(output.events[0].request_id))
+    driver.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await driver.ready()
+        stream = driver.submit(ask("a", 2))
+        puppet.allow(2)
+        counts = [len(seen) async for _ in stream]
+        assert counts[0] >= 1
+        assert seen == ["a", "a"]
+        puppet.allow(10)
+        await driver.stop()

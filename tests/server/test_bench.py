@@ -1,0 +1,80 @@
+"""The bench command on the tiny model: what it prints, and when it refuses to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from offramp.server.bench import reference
+from offramp.server.bench.command import main
+from offramp.server.bench.load import Trace
+from offramp.server.bench.prompts import PromptFileError, read_prompts
+from offramp.server.bench.report import exit_efficiency, measure
+
+ARGS = ["--concurrency", "1,3", "--max-tokens", "8", "--rounds", "1", "--threads", "1"]
+
+
+def test_last_line_is_json_with_speed_depth_and_agreement(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each mode and concurrency is a row; quality and layers stand beside speed."""
+    assert main(["--model", str(tiny_dir), *ARGS]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    rows = {(row["mode"], row["concurrency"]): row for row in document["rows"]}
+    assert set(rows) == {(mode, n) for mode in ("off", "adaptive") for n in (1, 3)}
+    for row in rows.values():
+        assert row["tokens_per_s"] > 0
+        assert row["mean_depth"] == 4
+        assert row["agreement"] == 1.0
+    assert rows["adaptive", 3]["same_answers_as_off"] == 1.0
+    assert document["ratios"].keys() == {"off_1_to_transformers", "off_3_to_off_1"}
+    assert "| adaptive |" in out
+
+
+def test_refuses_to_report_when_off_differs_from_the_reference(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fast wrong answer has no speed."""
+
+    def wrong(*_: object) -> reference.Reference:
+        return reference.Reference([[0] * 8] * 4, 1.0)
+
+    monkeypatch.setattr(reference, "transformers_answers", wrong)
+    assert main(["--model", str(tiny_dir), *ARGS]) == 1
+    captured = capsys.readouterr()
+    assert "refused" in captured.err
+    assert captured.out == ""
+
+
+def test_unknown_prompt_rows_are_named(tmp_path: Path) -> None:
+    """A file the command cannot read is an error that says why."""
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"question": "b"}\n{"turns": ["c", "d"]}\n')
+    assert read_prompts(path) == ["a", "b", "c"]
+    path.write_text('{"nothing": 1}\n')
+    with pytest.raises(PromptFileError, match="turns, prompt"):
+        read_prompts(path)
+    with pytest.raises(PromptFileError):
+        read_prompts(tmp_path / "missing.txt")
+
+
+def test_figures_of_a_known_trace() -> None:
+    """Throughput over the wall time, gaps between tokens, depth over all tokens."""
+    traces = [
+        Trace((1,), 10.0, [1, 2, 3], [10.5, 10.6, 10.8], 60),
+        Trace((1,), 10.0, [1, 2, 3], [10.7, 10.9, 11.0], 90),
+    ]
+    figures = measure(traces)
+    assert figures.tokens_per_s == pytest.approx(6.0)
+    assert figures.ttft_ms == pytest.approx(600)
+    assert figures.itl_p50_ms == pytest.approx(150)
+    assert figures.mean_depth == 25
+
+
+def test_exit_efficiency_compares_time_with_skipped_layers() -> None:
+    """Half the layers for twice the speed is 1; nothing skipped has none."""
+    assert exit_efficiency(2.0, 30, 15.0) == pytest.approx(1.0)
+    assert exit_efficiency(1.1, 30, 30.0) is None

@@ -1,0 +1,122 @@
+"""The process: port, loading, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from offramp.server import serve
+from offramp.server.config import EngineConfig, ServerConfig
+from offramp.server.serve import Service, bind
+from offramp.server.text.tokenizer import Tokenizer
+from tests.server.fakes import PATIENCE_S, FakeEngine, byte_backend, render
+from tests.server.process import running
+
+BODY = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "ignore_eos": True}
+
+
+def test_a_taken_port_is_named_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert serve.run(ServerConfig(port=port)) == 1
+    assert f"port {port} on 127.0.0.1 is in use" in capsys.readouterr().err
+
+
+def test_an_unknown_host_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.run(ServerConfig(host="256.256.256.256")) == 1
+    assert "256.256.256.256" in capsys.readouterr().err
+
+
+def test_sigterm_lets_streams_end_and_exits_with_0() -> None:
+    with running() as process:
+        path = f"{process.address()}/v1/chat/completions"
+        body = {**BODY, "max_tokens": 100}
+        with httpx2.stream("POST", path, json=body, timeout=PATIENCE_S) as response:
+            lines = (line for line in response.iter_lines() if line)
+            first = next(lines)
+            process.signal(signal.SIGTERM)
+            rest = list(lines)
+        assert process.status() == 0
+    assert rest[-1] == "data: [DONE]"
+    tokens = [json.loads(line.removeprefix("data: ")) for line in (first, *rest[:-1])]
+    assert tokens[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_signal_while_the_model_loads_ends_the_process() -> None:
+    with running() as process:
+        url = process.expect(r"listening on (\S+)")[1]
+        assert httpx2.get(f"{url}/health", timeout=PATIENCE_S).status_code == 200
+        process.signal(signal.SIGTERM)
+        assert process.status() == 0
+    assert "ready on" not in process.log
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with running() as process:
+        path = f"{process.address()}/v1/chat/completions"
+        body = {**BODY, "max_tokens": 1900}
+        with httpx2.stream("POST", path, json=body, timeout=PATIENCE_S) as response:
+            next(response.iter_lines())
+            process.signal(signal.SIGTERM)
+            process.expect("stopping")
+            process.signal(signal.SIGTERM)
+            assert process.status() == 128 + signal.SIGTERM
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_status_1() -> None:
+    with running("tiny", "--max-model-len", "1000000") as process:
+        assert process.status() == 1
+    (line,) = [line for line in process.log.splitlines() if "cannot load tiny" in line]
+    assert "1000000" in line
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, str, threading.Event]]:
+    """A service whose model loads when the event is set."""
+    may_load = threading.Event()
+
+    def build(_: Service) -> FakeEngine:
+        assert may_load.wait(PATIENCE_S)
+        return FakeEngine()
+
+    monkeypatch.setattr(Service, "_build", build)
+    monkeypatch.setattr(Service, "_resolve", lambda _: Path())
+    monkeypatch.setattr(Tokenizer, "load", lambda _: Tokenizer(byte_backend(), render))
+    listener = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    config = ServerConfig(port=0, engine=EngineConfig(model="fake"))
+    yield Service(config, listener), url, may_load
+    may_load.set()
+    listener.close()
+
+
+async def test_the_port_answers_while_the_model_loads(
+    service: tuple[Service, str, threading.Event],
+) -> None:
+    starting, url, may_load = service
+    task = asyncio.create_task(starting.run())
+    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/metrics")).status_code == 200
+        response = await client.post("/v1/completions", json={"prompt": "a"})
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "loading"
+        assert "retry-after" in response.headers
+        assert (await client.get("/v1/models")).status_code == 503
+        may_load.set()
+        await starting._driver.ready()
+        assert (await client.get("/ready")).status_code == 200
+        response = await client.post("/v1/completions", json={"prompt": "a"})
+        assert response.status_code == 200
+    starting._on_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(task, PATIENCE_S) == 0
