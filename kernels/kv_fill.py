@@ -30,8 +30,8 @@ def project_kv(
 
     ``weight`` [layers * 2 * kv_heads * head_dim, d]: per layer the K rows then the V rows, each
     column already scaled by that layer's norm weight. ``k_norm`` [layers, head_dim] is the models'
-    per-head key norm, if any. ``places`` [n] as in `store_kv`; ``cos`` and ``sin`` at each row's own
-    position.
+    per-head key norm, if any. ``places`` [n] as in `store_kv`; ``cos`` and ``sin`` at each row's
+    own position.
     """
     kv_heads, dim = caches[0][0].shape[2:]
     kv = torch.nn.functional.linear(rms_norm(hidden, None, eps), weight, bias)

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class QueryRun:
-    """Queries of one slot: rows ``first .. first + count`` of the batch, at positions
-    ``context - count .. context``.
+    """Queries of one slot.
 
-    ``spans`` are the half-open ranges of flat cache places (block * block_size + offset) that hold
-    positions ``0 .. context``, adjacent blocks merged. ``mask`` [count * group, context] is True
-    where a query may look, None for a single query.
+    They are rows ``first .. first + count`` of the batch, at positions ``context - count ..
+    context``. ``spans`` are the half-open ranges of flat cache places (block * block_size +
+    offset) that hold positions ``0 .. context``, adjacent blocks merged. ``mask`` [count * group,
+    context] is True where a query may look, None for a single query.
     """
 
     first: int
@@ -67,7 +67,7 @@ def query_run(
 
 
 def _context(cache: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    """K or V of one slot, [1, kv_heads, context, head_dim]; a view where its blocks are adjacent."""
+    """K or V of one slot, [1, kv_heads, context, head_dim]; a view if its blocks are adjacent."""
     pieces = [cache[begin:end] for begin, end in spans]
     rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return rows.transpose(0, 1).unsqueeze(0)

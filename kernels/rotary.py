@@ -26,5 +26,5 @@ class RotaryTable:
         self._sin = (angles.sin() * scale).to(device, dtype).unsqueeze(1)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for ``positions`` [T], each [T, 1, head_dim // 2]."""
+        """Angles of ``positions`` [T] as cos and sin, each [T, 1, head_dim // 2]."""
         return self._cos[positions], self._sin[positions]

@@ -16,10 +16,10 @@ from offramp.kernels.rms_norm import rms_norm
 class ExitHead:
     """Exit point after layer ``layer``.
 
-    The adapter maps the exit state [d] to what the final norm would have given: scaled state plus a
-    SwiGLU branch, then a norm of its own; the model's LM head follows. The gate is a one-hidden-layer
-    network on the same state; its score estimates P(exit's token == full depth's token), and a token
-    leaves at ``threshold`` or above.
+    The adapter maps the exit state [d] to what the final norm would have given: scaled state plus
+    a SwiGLU branch, then a norm of its own; the model's LM head follows. The gate is a network of
+    one hidden layer on the same state; its score estimates P(exit's token == full depth's token),
+    and a token leaves at ``threshold`` or above.
 
     Shapes: ``scale`` and ``norm`` [d], ``gate_up`` [2 * width, d], ``down`` [d, width],
     ``router_up`` [g, d], ``router_up_bias`` [g], ``router_down`` [1, g], ``router_down_bias`` [1].

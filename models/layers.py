@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.kv_store import store_kv
-from offramp.kernels.linear import linear
+from offramp.kernels.linear import Linear
 from offramp.kernels.paged_attention import paged_attention
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
@@ -24,10 +24,10 @@ class DecoderLayer:
         prefix = f"layers.{index}."
         own = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
         self.attn_norm, self.mlp_norm = own["attn_norm"], own["mlp_norm"]
-        self.qkv, self.qkv_bias = own["qkv"], own.get("qkv_bias")
-        self.o, self.o_bias = own["o"], own.get("o_bias")
-        self.gate_up, self.gate_up_bias = own["gate_up"], own.get("gate_up_bias")
-        self.down, self.down_bias = own["down"], own.get("down_bias")
+        self.qkv = Linear(own["qkv"], own.get("qkv_bias"))
+        self.o = Linear(own["o"], own.get("o_bias"))
+        self.gate_up = Linear(own["gate_up"], own.get("gate_up_bias"))
+        self.down = Linear(own["down"], own.get("down_bias"))
         self.q_norm, self.k_norm = own.get("q_norm"), own.get("k_norm")
 
     def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
@@ -39,7 +39,7 @@ class DecoderLayer:
     def _attend(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         config = self.config
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = linear(x, self.qkv, self.qkv_bias).view(x.shape[0], heads + 2 * kv_heads, dim)
+        qkv = self.qkv(x).view(x.shape[0], heads + 2 * kv_heads, dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(qk[:, :heads], self.q_norm, config.rms_norm_eps)
@@ -48,10 +48,8 @@ class DecoderLayer:
         qk = rotate(qk, ctx.cos, ctx.sin)
         k_cache, v_cache = ctx.cache.layers[self.index]
         store_kv(qk[:, heads:], v, k_cache, v_cache, ctx.places)
-        return linear(
-            paged_attention(qk[:, :heads], k_cache, v_cache, ctx.runs), self.o, self.o_bias
-        )
+        return self.o(paged_attention(qk[:, :heads], k_cache, v_cache, ctx.runs))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.down, self.down_bias)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

@@ -83,9 +83,7 @@ class Runner:
         self.hidden[rows] = hidden
         return self._leave(step.segment, hidden, work)
 
-    def _leave(
-        self, segment: int, hidden: Tensor, work: Sequence[SlotRows]
-    ) -> tuple[bool, ...]:
+    def _leave(self, segment: int, hidden: Tensor, work: Sequence[SlotRows]) -> tuple[bool, ...]:
         """For each slot, whether its last row's gate score reaches its threshold."""
         last, asked, end = [], [], 0
         for index, item in enumerate(work):
@@ -156,8 +154,8 @@ class Runner:
     def _projection(self, first: int) -> _Projection:
         layers = self.model.layers[first:]
         start = self.model.config.query_size
-        weight = torch.cat([layer.qkv[start:] * layer.attn_norm for layer in layers])
-        biases = [layer.qkv_bias[start:] for layer in layers if layer.qkv_bias is not None]
+        weight = torch.cat([layer.qkv.weight[start:] * layer.attn_norm for layer in layers])
+        biases = [layer.qkv.bias[start:] for layer in layers if layer.qkv.bias is not None]
         norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
         return _Projection(
             weight,

@@ -13,6 +13,8 @@ from offramp.models.step import HeadRow
 # Nucleus and top-k choices almost always lie among the best few hundred tokens; sorting only those
 # is 20 times cheaper than sorting a whole vocabulary, and the rare row that needs more gets it.
 _SHORTLIST = 512
+# Far below it fp32 has no number for a temperature, and all below it are greedy anyway.
+_COLDEST = 1e-30
 _MASK64 = (1 << 64) - 1
 
 
@@ -60,7 +62,8 @@ def _adjust(logits: Tensor, row: HeadRow) -> None:
 
 def _draw(logits: Tensor, params: SamplingParams, draw: float) -> int:
     """Inverse-CDF draw from the filtered distribution of one row."""
-    logits = logits / params.temperature
+    # The best logit becomes 0 first, so that a tiny temperature overflows to -inf, never to NaN.
+    logits = (logits - logits.max()) / max(params.temperature, _COLDEST)
     if not params.top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
         mass = logits.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
         return _pick(mass, draw)
@@ -90,7 +93,11 @@ def _candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]
     if not enough:
         values, ids = logits.sort(descending=True)
         probs = (values - total).exp()
-    # A token stays while the mass before it is below top_p; the best one always stays.
-    keep = (probs.cumsum(dim=-1) - probs < params.top_p) & (probs >= params.min_p * probs[0])
+    keep = probs >= params.min_p * probs[0]
+    if params.top_p < 1.0:
+        # A token stays while the mass before it is below top_p; in fp32 a long sum goes astray.
+        mass = probs.cumsum(dim=-1, dtype=torch.float64)
+        keep &= mass - probs < params.top_p
+    # The best one always stays.
     keep[0] = True
     return values[keep], ids[keep]

@@ -41,8 +41,9 @@ class RunSegment:
 
 @dataclass(frozen=True, slots=True)
 class OwedRows:
-    """Positions ``start .. start + len(rows)`` of a slot that left after segment ``segment - 1``:
-    they lack K,V from segment ``segment`` up.
+    """Debts of a slot at positions ``start .. start + len(rows)``.
+
+    They left after segment ``segment - 1``, so they lack K,V from segment ``segment`` up.
     """
 
     segment: int

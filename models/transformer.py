@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from offramp.kernels.linear import linear
+from offramp.kernels.linear import Linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable
 from offramp.models.config import ModelConfig
@@ -32,7 +32,7 @@ class Transformer:
         self.exit_layers = exit_layers
         self.embed = weights["embed"]
         self.final_norm = weights["final_norm"]
-        self.lm_head = weights.get("lm_head", self.embed)
+        self.lm_head = Linear(weights.get("lm_head", self.embed))
         layers = [DecoderLayer(config, index, weights) for index in range(config.num_layers)]
         bounds = [0, *exit_layers, config.num_layers]
         self.segments = [Segment(layers[begin:end]) for begin, end in pairwise(bounds)]
@@ -55,4 +55,4 @@ class Transformer:
 
     def logits(self, normed: Tensor) -> Tensor:
         """LM head: normalised states [n, d] to logits [n, vocab] in fp32."""
-        return linear(normed, self.lm_head).float()
+        return self.lm_head(normed).float()

@@ -1,8 +1,8 @@
 """The exit file: all exit heads of one model in one safetensors file.
 
 Metadata (strings): ``format`` = offramp-exits-1, ``fingerprint`` of the model, ``exit_layers`` and
-``thresholds`` (JSON lists), ``metrics`` and ``data`` (JSON objects: how good they are, what they were
-trained on). Tensors are named ``{layer}.{field}`` after the fields of ExitHead.
+``thresholds`` (JSON lists), ``metrics`` and ``data`` (JSON objects: how good they are, what they
+were trained on). Tensors are named ``{layer}.{field}`` after the fields of ExitHead.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ def load_exits(
     heads = []
     with safe_open(path, "pt") as file:
         for layer, threshold in zip(metadata["exit_layers"], metadata["thresholds"], strict=True):
+            missing = {f"{layer}.{name}" for name in _TENSORS} - set(file.keys())
+            if missing:
+                raise ExitFileError(f"{path} lacks tensors: {', '.join(sorted(missing))}")
             tensors: dict[str, Tensor] = {
                 name: file.get_tensor(f"{layer}.{name}").to(device, dtype) for name in _TENSORS
             }

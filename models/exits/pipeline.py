@@ -49,7 +49,7 @@ def train_exits(
     """Train a head for each of the model's exit layers and choose its threshold.
 
     ``precision`` is the share of leaving tokens that must equal the full-depth token on the judging
-    answers (teacher-forced, exact K,V). Layers whose gate never reaches it keep a threshold above 1.
+    answers (teacher-forced, exact K,V). Layers whose gate never reaches it keep a threshold over 1.
     """
     answers = int(states.answer_of.max()) + 1
     parts = [states.where(mask[states.answer_of]) for mask in split_answers(answers, options.seed)]

@@ -90,7 +90,10 @@ def _forward(
     model: Transformer, batch: list[tuple[int, Answer]]
 ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
     """Exit states, normalised top states and owners of one batch's answer positions."""
-    spans, ids, keep, owner = [], [], [], []
+    spans: list[Span] = []
+    ids: list[int] = []
+    keep: list[int] = []
+    owner: list[int] = []
     blocks = 0
     for index, item in batch:
         tokens = (*item.prompt, *item.answer[:-1])

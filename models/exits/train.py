@@ -1,8 +1,8 @@
 """Train exit heads on a frozen backbone, distilled from its own full-depth output.
 
 An exit's adapter learns to give the LM head what the full stack would have given it (KL to the
-full-depth distribution plus cross-entropy on its choice). Its gate then learns, on answers the adapter
-has not seen, whether the exit's token is the full-depth token.
+full-depth distribution plus cross-entropy on its choice). Its gate then learns, on answers the
+adapter has not seen, whether the exit's token is the full-depth token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class TrainOptions:
     """Sizes and schedule.
 
     ``width`` is the adapter's inner width, ``router`` the gate's. ``vocab_sample`` tokens stand for
-    the vocabulary in each step's softmax: the answers' most frequent ones and the step's own labels.
+    the vocabulary in each step's softmax: the most frequent ones of the answers and the step's own
+    labels.
     """
 
     width: int = 1024
@@ -69,7 +70,7 @@ def train_adapter(
     """Fit the adapter in place."""
     params = [head.scale, head.gate_up, head.down, head.norm]
     hidden, eps = states.at[head.layer], model.config.rms_norm_eps
-    lm_head = model.lm_head.detach().bfloat16()
+    lm_head = model.lm_head.weight.detach().bfloat16()
     frequent = _frequent(states.labels, model.config.vocab_size, options.vocab_sample)
 
     def loss(index: Tensor) -> Tensor:
@@ -88,7 +89,12 @@ def train_adapter(
 
 
 def train_gate(
-    head: ExitHead, agrees: Tensor, states: States, options: TrainOptions, report: Report, eps: float
+    head: ExitHead,
+    agrees: Tensor,
+    states: States,
+    options: TrainOptions,
+    report: Report,
+    eps: float,
 ) -> None:
     """Fit the gate in place to ``agrees`` [n]: 1 where the exit's token is the full-depth token."""
     params = [head.router_up, head.router_up_bias, head.router_down, head.router_down_bias]
@@ -121,13 +127,16 @@ def threshold_for(scores: Tensor, agrees: Tensor, precision: float) -> tuple[flo
 
     Returns it with the share of tokens that leave; (1.01, 0.0) if no threshold does.
     """
-    order = scores.argsort(descending=True)
+    ranked, order = scores.sort(descending=True)
     right = agrees[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
-    good = (right >= precision).nonzero()
+    # A threshold cannot part tokens of one score: only the last of equals may be a bound.
+    bound = torch.ones(len(order), dtype=torch.bool)
+    bound[:-1] = ranked[:-1] != ranked[1:]
+    good = ((right >= precision) & bound).nonzero()
     if not len(good):
         return 1.01, 0.0
     last = int(good[-1])
-    return float(scores[order[last]]), (last + 1) / len(order)
+    return float(ranked[last]), (last + 1) / len(order)
 
 
 def _frequent(labels: Tensor, vocab_size: int, count: int) -> Tensor:
@@ -146,7 +155,7 @@ def _fit(
 ) -> None:
     """AdamW with a short warm-up and cosine decay over shuffled batches."""
     for param in params:
-        param.requires_grad_(requires_grad=True)
+        param.requires_grad_(True)
     optimizer = torch.optim.AdamW(params, lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(options.seed)
     batches = -(-size // options.batch)
@@ -167,4 +176,4 @@ def _fit(
             if done % 20 == 0 or done == total:
                 report(name, done, total, float(value.detach()))
     for param in params:
-        param.requires_grad_(requires_grad=False)
+        param.requires_grad_(False)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from offramp.models.exits.states import Answer
-    from offramp.models.exits.train import Report
+    from offramp.models.exits.train import Report, TrainOptions
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,7 +83,6 @@ def _train(args: argparse.Namespace) -> int:
     from offramp.models.errors import UnsupportedModel  # noqa: PLC0415
     from offramp.models.exits.pipeline import train_exits  # noqa: PLC0415
     from offramp.models.exits.states import collect  # noqa: PLC0415
-    from offramp.models.exits.train import TrainOptions  # noqa: PLC0415
     from offramp.models.families import config_from_hf  # noqa: PLC0415
     from offramp.models.loader import fingerprint, load_weights  # noqa: PLC0415
     from offramp.models.sources import resolve  # noqa: PLC0415
@@ -100,22 +99,25 @@ def _train(args: argparse.Namespace) -> int:
         model = Transformer(shape, weights, args.exit_layers, longest)
         bar = bars.add_task("hidden states", total=len(answers))
         states = collect(model, answers, lambda done: bars.update(bar, completed=done))
-        options = TrainOptions(
-            width=args.width, router=args.router, epochs=args.epochs, seed=args.seed
-        )
         sources = [path.name for path in args.prompts or args.answers]
         file = train_exits(
             model,
             states,
             fingerprint=fingerprint(weights),
             data={"answers": len(answers), "sources": sources},
-            options=options,
+            options=_options(args),
             precision=args.precision,
             report=_reporter(bars),
         )
     file.save(args.out)
     sys.stdout.write(json.dumps(file.metrics) + "\n")
     return 0
+
+
+def _options(args: argparse.Namespace) -> TrainOptions:
+    from offramp.models.exits.train import TrainOptions  # noqa: PLC0415
+
+    return TrainOptions(width=args.width, router=args.router, epochs=args.epochs, seed=args.seed)
 
 
 def _answers(args: argparse.Namespace, folder: Path, bars: Progress) -> list[Answer]:

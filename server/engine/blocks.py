@@ -33,7 +33,8 @@ class BlockPool:
     """Reference-counted blocks ``0 .. num_blocks``.
 
     A block with no holder is free; if its content was registered under a hash it stays findable
-    until the block is given out again, least recently used first.
+    until the block is given out again: those without findable content go first, then the least
+    recently used.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -55,14 +56,15 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def allocate(self, count: int, after: int) -> list[int]:
-        """Take ``count`` free blocks, the one next to block ``after`` first if it is free.
+        """Take ``count`` free blocks, first those next to block ``after``.
 
-        Neighbours let attention read a slot's context without gathering it. Raises OutOfBlocks.
+        Neighbours let attention read a slot's context without gathering it; they are not worth
+        findable content. Raises OutOfBlocks.
         """
         if count > len(self._free):
             raise OutOfBlocks
         taken: list[int] = []
-        while len(taken) < count and after + 1 in self._free:
+        while len(taken) < count and after + 1 in self._free and after + 1 not in self._hash_of:
             after += 1
             taken.append(self._take(after))
         rest = [self._take(next(iter(self._free))) for _ in range(count - len(taken))]
@@ -94,6 +96,8 @@ class BlockPool:
                 raise BugError(f"Block {block} was released twice.")
             if self._holders[block] == 0:
                 self._free[block] = None
+                if block not in self._hash_of:
+                    self._free.move_to_end(block, last=False)
 
     def check(self, tables: Sequence[Sequence[int]]) -> None:
         """Audit: the holders are exactly ``tables``, and free + used == total."""

@@ -60,21 +60,32 @@ def build_engine(
     exit_layers = tuple(head.layer for head in heads)
     model = Transformer(shape, weights, exit_layers, max_model_len)
     num_rows = config.max_num_seqs * (1 + config.max_exit_debt) + config.max_num_batched_tokens
-    info = EngineInfo(
-        model_name=model_name,
-        num_layers=shape.num_layers,
-        exit_layers=exit_layers,
-        exit_thresholds=tuple(head.threshold for head in heads),
-        vocab_size=shape.vocab_size,
-        max_model_len=max_model_len,
-        block_size=config.block_size,
-        num_blocks=blocks,
-        max_num_seqs=config.max_num_seqs,
-        dtype=str(dtype).removeprefix("torch."),
-        eos_token_ids=shape.eos_token_ids,
-    )
+    info = _info(model_name, config, model, heads, cache, max_model_len)
     runner = Runner(model, heads, cache, num_rows)
     return Engine(info, _scheduler(info, config, num_rows), runner, audit=audit)
+
+
+def _info(
+    model_name: str,
+    config: EngineConfig,
+    model: Transformer,
+    heads: tuple[ExitHead, ...],
+    cache: KVCache,
+    max_model_len: int,
+) -> EngineInfo:
+    return EngineInfo(
+        model_name=model_name,
+        num_layers=model.config.num_layers,
+        exit_layers=model.exit_layers,
+        exit_thresholds=tuple(head.threshold for head in heads),
+        vocab_size=model.config.vocab_size,
+        max_model_len=max_model_len,
+        block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        dtype=str(model.embed.dtype).removeprefix("torch."),
+        eos_token_ids=model.config.eos_token_ids,
+    )
 
 
 def _scheduler(info: EngineInfo, config: EngineConfig, num_rows: int) -> Scheduler:

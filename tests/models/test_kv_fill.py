@@ -89,9 +89,10 @@ def debts_of(ride: Ride) -> tuple[OwedRows, ...]:
 def by_hand(model: Transformer, layer: int, state: Tensor, position: int) -> KV:
     """K and V of a layer whose input is ``state`` [d], with rotary angles written out."""
     config, weights = model.config, model.layers[layer]
-    kv = weights.qkv[config.query_size :] @ rms_norm(state, weights.attn_norm, config.rms_norm_eps)
-    if weights.qkv_bias is not None:
-        kv = kv + weights.qkv_bias[config.query_size :]
+    normed = rms_norm(state, weights.attn_norm, config.rms_norm_eps)
+    kv = weights.qkv.weight[config.query_size :] @ normed
+    if weights.qkv.bias is not None:
+        kv = kv + weights.qkv.bias[config.query_size :]
     k, v = kv.view(2, config.num_kv_heads, config.head_dim)
     if weights.k_norm is not None:
         k = rms_norm(k, weights.k_norm, config.rms_norm_eps)

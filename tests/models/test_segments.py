@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.models.context import Span, make_context
+from offramp.models.loader import load_weights
 from offramp.models.transformer import Transformer
 
 from .small import (
@@ -98,24 +100,14 @@ def test_segments_end_at_the_exit_layers(pair: tuple[Any, Transformer]) -> None:
 
 
 def test_where_the_stack_is_cut_does_not_matter(
-    pair: tuple[Any, Transformer], tmp_path_factory: pytest.TempPathFactory
+    pair: tuple[Any, Transformer], tmp_path: Path
 ) -> None:
     """The same weights without exit points give the same logits, bit for bit."""
-    _, ours = pair
-    whole = Transformer(ours.config, _weights(ours), (), POSITIONS)
+    theirs, ours = pair
+    theirs.save_pretrained(tmp_path)
+    weights = load_weights(tmp_path, ours.config, dtype=torch.float32)
+    whole = Transformer(ours.config, weights, (), POSITIONS)
     ids = random_ids(LENGTH)
     chained = forward(ours, new_cache(ours), [(0, ids, TABLE)])
     assert len(whole.segments) == 1
     assert forward(whole, new_cache(whole), [(0, ids, TABLE)]).equal(chained)
-
-
-def _weights(model: Transformer) -> dict[str, Tensor]:
-    """The loader's tensors again, out of a model made of them."""
-    weights = {"embed": model.embed, "final_norm": model.final_norm, "lm_head": model.lm_head}
-    names = ("attn_norm", "qkv", "o", "mlp_norm", "gate_up", "down", "q_norm", "k_norm")
-    for layer in model.layers:
-        for name in (*names, "qkv_bias", "o_bias", "gate_up_bias", "down_bias"):
-            tensor = getattr(layer, name)
-            if tensor is not None:
-                weights[f"layers.{layer.index}.{name}"] = tensor
-    return weights

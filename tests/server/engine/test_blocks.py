@@ -108,6 +108,20 @@ def test_the_block_unused_for_longest_is_given_out_first() -> None:
     assert pool.share(hashes) == table[:2]
 
 
+def test_findable_content_outlives_blocks_without_any() -> None:
+    """No cached block is given out while others are free, not even to a neighbour."""
+    pool = BlockPool(6, SIZE)
+    table = pool.allocate(2, -1)
+    hashes = block_hashes(list(range(2 * SIZE)), SIZE)
+    for block, digest in zip(table, hashes, strict=True):
+        pool.register(block, digest)
+    pool.release(table)
+    for _ in range(5):
+        scratch = pool.allocate(2, table[0] - 1) + pool.allocate(2, 3)
+        pool.release(scratch)
+    assert pool.share(hashes) == table
+
+
 def test_a_block_released_twice_is_a_bug() -> None:
     pool = BlockPool(2, SIZE)
     table = pool.allocate(1, -1)

@@ -1,0 +1,64 @@
+"""An engine put together from a folder: what it tells the front, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offramp.models.exits.file import ExitFileError
+from offramp.models.sampling_params import SamplingParams
+from offramp.server.config import EngineConfig
+from offramp.server.engine.build import EngineConfigError, build_engine
+from offramp.server.engine.bulk import run_all
+from offramp.server.engine.engine import Engine
+from offramp.server.engine.request import GenerationRequest
+
+
+def build(folder: Path, **options: Any) -> Engine:
+    config = EngineConfig(device="cpu", max_num_seqs=4, **options)
+    return build_engine(config, folder, model_name="tiny")
+
+
+def test_the_front_learns_what_was_built(tiny_dir: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    config = EngineConfig(device="cpu", max_num_seqs=4, max_model_len=100)
+    engine = build_engine(
+        config, tiny_dir, model_name="tiny", progress=lambda done, total: seen.append((done, total))
+    )
+    info = engine.info
+    assert (info.model_name, info.num_layers, info.max_model_len) == ("tiny", 4, 100)
+    assert info.dtype == "float32"
+    assert info.exit_layers == info.exit_thresholds == ()
+    assert info.num_blocks * info.block_size >= 100
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+def test_a_built_engine_answers(tiny_dir: Path) -> None:
+    engine = build(tiny_dir, max_model_len=64)
+    sampling = SamplingParams(max_tokens=5, temperature=0.0)
+    request = GenerationRequest("a", (5, 6, 7), sampling)
+    done = run_all(engine, [request], concurrency=1)
+    assert len(done[0].token_ids) == 5
+    assert done[0].exit_layers == [4] * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 4096}, "--max-model-len 4096 is over the model's 2048"),
+        ({"kv_cache_memory": 0.0001}, r"--kv-cache-memory gives 0\.00; raise it"),
+    ],
+    ids=["context", "memory"],
+)
+def test_what_does_not_fit_is_refused(
+    tiny_dir: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EngineConfigError, match=message):
+        build(tiny_dir, **options)
+
+
+def test_exits_that_are_not_there_are_refused(tiny_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExitFileError, match="no such file"):
+        build(tiny_dir, exits=str(tmp_path / "none.safetensors"))

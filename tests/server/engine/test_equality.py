@@ -1,0 +1,111 @@
+"""With exits off the engine says exactly what transformers says, on real weights and prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offramp.models.exits.file import ExitFile
+from offramp.models.exits.train import TrainOptions, new_head
+from offramp.models.families import config_from_hf
+from offramp.models.loader import fingerprint, load_weights
+from offramp.models.sampling_params import SamplingParams
+from offramp.models.transformer import Transformer
+from offramp.server.bench.reference import transformers_answers
+from offramp.server.config import EngineConfig
+from offramp.server.engine.build import build_engine
+from offramp.server.engine.bulk import Finished, run_all
+from offramp.server.engine.engine import Engine
+from offramp.server.engine.request import GenerationRequest
+from offramp.server.text.tokenizer import Tokenizer
+
+# The reference alone takes a minute and more: it makes a thousand tokens one by one.
+pytestmark = [pytest.mark.weights, pytest.mark.timeout(900)]
+
+PROMPTS = Path(__file__).parents[2] / "data" / "prompts.txt"
+CONTEXT = 1024
+TOKENS = 20
+GREEDY = SamplingParams(max_tokens=TOKENS, temperature=0.0)
+
+
+@pytest.fixture(scope="session")
+def prompts(smollm2_dir: Path) -> list[tuple[int, ...]]:
+    tokenizer = Tokenizer.load(smollm2_dir)
+    texts = PROMPTS.read_text(encoding="utf-8").splitlines()
+    return [tokenizer.encode_chat([{"role": "user", "content": text}], 10**6) for text in texts]
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2_dir: Path, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    """Greedy answers of transformers' generate in fp32, one prompt at a time."""
+    return transformers_answers(smollm2_dir, prompts, TOKENS).answers
+
+
+@pytest.fixture(scope="session")
+def exits(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Untrained exits: they cut the stack into segments, and nobody leaves."""
+    config = config_from_hf(smollm2_dir)
+    weights = load_weights(smollm2_dir, config, dtype=torch.float32)
+    model = Transformer(config, weights, (12, 22, 26), 8)
+    options = TrainOptions(width=4, router=4)
+    heads = tuple(new_head(layer, model, options) for layer in model.exit_layers)
+    path = tmp_path_factory.mktemp("exits") / "exits.safetensors"
+    ExitFile(fingerprint(weights), heads, {}, {}).save(path)
+    return str(path)
+
+
+def build(folder: Path, exits: str, num_blocks: int) -> Engine:
+    """An engine that checks its invariants after every step."""
+    config = EngineConfig(
+        exits=exits, dtype="float32", device="cpu", max_model_len=CONTEXT, max_num_seqs=16
+    )
+    return build_engine(config, folder, model_name="test", num_blocks=num_blocks, audit=True)
+
+
+def answers(
+    engine: Engine, prompts: list[tuple[int, ...]], concurrency: int
+) -> tuple[list[list[int]], list[Finished]]:
+    requests = [GenerationRequest(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)]
+    done = run_all(engine, requests, concurrency=concurrency)
+    return [item.token_ids for item in done], done
+
+
+def test_prompts_are_of_mixed_length(prompts: list[tuple[int, ...]]) -> None:
+    lengths = sorted(map(len, prompts))
+    assert len(prompts) >= 50
+    assert lengths[0] < 50
+    assert lengths[-3] > 300
+    assert lengths[-1] + TOKENS <= CONTEXT
+
+
+def test_alone(
+    smollm2_dir: Path, exits: str, prompts: list[tuple[int, ...]], reference: list[list[int]]
+) -> None:
+    """One request at a time, short ones and long ones."""
+    engine = build(smollm2_dir, exits, 64)
+    found, _ = answers(engine, prompts[::7], 1)
+    assert found == reference[::7]
+
+
+def test_in_a_mixed_batch_and_again_from_the_cache(
+    smollm2_dir: Path, exits: str, prompts: list[tuple[int, ...]], reference: list[list[int]]
+) -> None:
+    """Prefill and decode of all lengths share steps; the second time K,V come from the cache."""
+    engine = build(smollm2_dir, exits, 320)
+    assert answers(engine, prompts, 16)[0] == reference
+    found, done = answers(engine, prompts, 16)
+    assert found == reference
+    cached = [item.stats.cached_tokens for item in done if item.stats is not None]
+    assert cached == [(len(prompt) - 1) // 32 * 32 for prompt in prompts]
+
+
+def test_under_preemption(
+    smollm2_dir: Path, exits: str, prompts: list[tuple[int, ...]], reference: list[list[int]]
+) -> None:
+    """Too few blocks for all: the newest are sent back and prefilled again."""
+    engine = build(smollm2_dir, exits, CONTEXT // 32)
+    found, done = answers(engine, prompts[2::3], 16)
+    assert found == reference[2::3]
+    assert sum(item.stats.preemptions for item in done if item.stats is not None) > 0
