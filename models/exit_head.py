@@ -23,6 +23,10 @@ class ExitHead:
 
     Shapes: ``scale`` and ``norm`` [d], ``gate_up`` [2 * width, d], ``down`` [d, width],
     ``router_up`` [g, d], ``router_up_bias`` [g], ``router_down`` [1, g], ``router_down_bias`` [1].
+
+    ``kv_map`` [skipped layers * 2 * kv_size, d] and ``kv_bias`` make K and V of the layers above
+    straight from the normalised exit state (see exits.kv_map); without them `project` takes the exit
+    state for the input of every skipped layer.
     """
 
     layer: int
@@ -35,6 +39,8 @@ class ExitHead:
     router_up_bias: Tensor
     router_down: Tensor
     router_down_bias: Tensor
+    kv_map: Tensor | None = None
+    kv_bias: Tensor | None = None
 
     def score(self, hidden: Tensor, eps: float) -> Tensor:
         """Gate scores [n] of exit states [n, d]."""

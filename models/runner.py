@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.kv_fill import copy_kv, project_kv
-from offramp.models.context import Span, make_context
+from offramp.models.context import ForwardContext, Span, make_context
 from offramp.models.exit_head import ExitHead
 from offramp.models.kv_cache import KVCache
 from offramp.models.sampler import sample
@@ -25,7 +25,7 @@ from offramp.models.step import (
     Step,
     StepResult,
 )
-from offramp.models.transformer import Transformer
+from offramp.models.transformer import Transformer, identity_projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,9 @@ class Runner:
         self.exits = tuple(exits)
         self.cache = cache
         self.hidden = model.embed.new_zeros(num_rows, model.config.hidden_size)
-        self._projections = [self._projection(head.layer) for head in exits]
+        self._riding: list[tuple[int, tuple[int, ...]]] = []
+        self._context: ForwardContext | None = None
+        self._projections = [self._projection(head) for head in exits]
 
     def run(self, step: Step) -> StepResult:
         """Run ``step`` and time it."""
@@ -77,11 +79,21 @@ class Runner:
             hidden = model.embed[torch.tensor(ids)]
         else:
             hidden = self.hidden[rows]
-        spans = [Span(item.start, len(item.rows), item.table) for item in work]
-        ctx = make_context(spans, model.config, self.cache, model.rotary)
-        hidden = model.segments[step.segment](hidden, ctx)
+        hidden = model.segments[step.segment](hidden, self._context_of(step.segment, work))
         self.hidden[rows] = hidden
         return self._leave(step.segment, hidden, work)
+
+    def _context_of(self, segment: int, work: Sequence[SlotRows]) -> ForwardContext:
+        """Positions and pages of the rows; kept while the same rows ride on to the next segment.
+
+        Rows change hands only at the ground segment, so above it equal rows are the same slots'.
+        """
+        riding = [(item.start, item.rows) for item in work]
+        if self._context is None or segment == 0 or riding != self._riding:
+            spans = [Span(item.start, len(item.rows), item.table) for item in work]
+            self._context = make_context(spans, self.model.config, self.cache, self.model.rotary)
+            self._riding = riding
+        return self._context
 
     def _leave(self, segment: int, hidden: Tensor, work: Sequence[SlotRows]) -> tuple[bool, ...]:
         """For each slot, whether its last row's gate score reaches its threshold."""
@@ -151,14 +163,10 @@ class Runner:
         ]
         return torch.tensor(places)
 
-    def _projection(self, first: int) -> _Projection:
-        layers = self.model.layers[first:]
-        start = self.model.config.query_size
-        weight = torch.cat([layer.qkv.weight[start:] * layer.attn_norm for layer in layers])
-        biases = [layer.qkv.bias[start:] for layer in layers if layer.qkv.bias is not None]
+    def _projection(self, head: ExitHead) -> _Projection:
+        layers = self.model.layers[head.layer :]
         norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
-        return _Projection(
-            weight,
-            torch.cat(biases) if biases else None,
-            torch.stack(norms) if norms else None,
-        )
+        weight, bias = head.kv_map, head.kv_bias
+        if weight is None:
+            weight, bias = identity_projection(self.model, head.layer)
+        return _Projection(weight, bias, torch.stack(norms) if norms else None)

@@ -56,3 +56,16 @@ class Transformer:
     def logits(self, normed: Tensor) -> Tensor:
         """LM head: normalised states [n, d] to logits [n, vocab] in fp32."""
         return self.lm_head(normed).float()
+
+
+def identity_projection(model: Transformer, first: int) -> tuple[Tensor, Tensor | None]:
+    """K,V projections of layers ``first`` and up for one shared normalised input.
+
+    Weight [layers * 2 * kv_size, d] with each layer's norm folded in, per layer K rows then V rows, and
+    bias or None: right if the state at ``first`` were the input of every layer above.
+    """
+    start = model.config.query_size
+    layers = model.layers[first:]
+    weight = torch.cat([layer.qkv.weight[start:] * layer.attn_norm for layer in layers])
+    biases = [layer.qkv.bias[start:] for layer in layers if layer.qkv.bias is not None]
+    return weight, torch.cat(biases) if biases else None

@@ -22,7 +22,10 @@ from offramp.models.errors import ModelError
 from offramp.models.exit_head import ExitHead
 
 FORMAT = "offramp-exits-1"
-_TENSORS = tuple(f.name for f in fields(ExitHead) if f.name not in ("layer", "threshold"))
+_OPTIONAL = ("kv_map", "kv_bias")
+_TENSORS = tuple(
+    f.name for f in fields(ExitHead) if f.name not in ("layer", "threshold", *_OPTIONAL)
+)
 
 
 class ExitFileError(ModelError):
@@ -43,7 +46,8 @@ class ExitFile:
         tensors = {
             f"{head.layer}.{name}": getattr(head, name).detach().half().contiguous().cpu()
             for head in self.heads
-            for name in _TENSORS
+            for name in (*_TENSORS, *_OPTIONAL)
+            if getattr(head, name) is not None
         }
         metadata = {
             "format": FORMAT,
@@ -89,7 +93,9 @@ def load_exits(
             if missing:
                 raise ExitFileError(f"{path} lacks tensors: {', '.join(sorted(missing))}")
             tensors: dict[str, Tensor] = {
-                name: file.get_tensor(f"{layer}.{name}").to(device, dtype) for name in _TENSORS
+                name: file.get_tensor(f"{layer}.{name}").to(device, dtype)
+                for name in (*_TENSORS, *_OPTIONAL)
+                if f"{layer}.{name}" in file.keys()  # noqa: SIM118 (not a mapping)
             }
             if tensors["scale"].shape != (hidden_size,):
                 raise ExitFileError(f"{path}: exit {layer} has the wrong width")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,17 +43,17 @@ def train_exits(
     fingerprint: str,
     data: dict[str, Any],
     options: TrainOptions,
-    precision: float,
     report: Report,
+    maps: Mapping[int, tuple[Tensor, Tensor]] | None = None,
 ) -> ExitFile:
-    """Train a head for each of the model's exit layers and choose its threshold.
+    """Train a head for each of the model's exit layers and set its threshold.
 
-    ``precision`` is the share of leaving tokens that must equal the full-depth token on the judging
-    answers (teacher-forced, exact K,V). Layers whose gate never reaches it keep a threshold over 1.
+    ``maps`` are the K,V maps by exit layer (see kv_map).
     """
     answers = int(states.answer_of.max()) + 1
     parts = [states.where(mask[states.answer_of]) for mask in split_answers(answers, options.seed)]
     for_adapter, for_gate, for_judge = parts
+    maps = maps or {}
     heads: list[ExitHead] = []
     judged: list[tuple[Tensor, Tensor]] = []
     eps = model.config.rms_norm_eps
@@ -64,8 +64,11 @@ def train_exits(
         train_gate(head, agrees, for_gate, options, report, eps)
         scores = exit_scores(head, for_judge.at[layer], eps)
         right = exit_tokens(head, model, for_judge.at[layer]) == for_judge.labels
-        threshold, _ = threshold_for(scores, right, precision)
-        heads.append(replace(head, threshold=threshold))
+        threshold = options.threshold
+        if threshold is None:
+            threshold, _ = threshold_for(scores, right, options.precision)
+        kv_map, kv_bias = maps.get(layer, (None, None))
+        heads.append(replace(head, threshold=threshold, kv_map=kv_map, kv_bias=kv_bias))
         judged.append((scores, right))
     metrics = judge(heads, judged, model.config.num_layers)
     metrics["judged_tokens"] = len(for_judge.labels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.models.context import Span, make_context
+from offramp.models.context import ForwardContext, Span, make_context
 from offramp.models.kv_cache import KVCache
 from offramp.models.transformer import Transformer
 
@@ -58,7 +58,7 @@ def collect(
     owners: list[Tensor] = []
     order = sorted(range(len(answers)), key=lambda i: len(answers[i].prompt))
     done = 0
-    for batch in _batches(answers, order):
+    for batch in batches(answers, order):
         exits, normed, owner = _forward(model, [(i, answers[i]) for i in batch])
         for layer, states in exits.items():
             at[layer].append(states.half())
@@ -72,24 +72,36 @@ def collect(
     return States(joined, torch.cat(top), torch.cat(labels), torch.cat(owners))
 
 
-def _batches(answers: Sequence[Answer], order: Sequence[int]) -> list[list[int]]:
-    batches: list[list[int]] = [[]]
+def batches(answers: Sequence[Answer], order: Sequence[int]) -> list[list[int]]:
+    """Indices in ``order``, cut into batches of about a thousand tokens."""
+    cut: list[list[int]] = [[]]
     tokens = 0
     for index in order:
         size = len(answers[index].prompt) + len(answers[index].answer)
-        if batches[-1] and tokens + size > _BATCH_TOKENS:
-            batches.append([])
+        if cut[-1] and tokens + size > _BATCH_TOKENS:
+            cut.append([])
             tokens = 0
-        batches[-1].append(index)
+        cut[-1].append(index)
         tokens += size
-    return batches
+    return cut
 
 
-@torch.inference_mode()
-def _forward(
-    model: Transformer, batch: list[tuple[int, Answer]]
-) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-    """Exit states, normalised top states and owners of one batch's answer positions."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A batch laid out for a forward pass.
+
+    ``hidden`` [T, d] embeddings of all tokens; ``rows`` [n] those that make answer tokens, ``owner``
+    [n] the answers they belong to.
+    """
+
+    hidden: Tensor
+    ctx: ForwardContext
+    rows: Tensor
+    owner: Tensor
+
+
+def lay_out(model: Transformer, batch: Sequence[tuple[int, Answer]]) -> Layout:
+    """Prompts and answers of a batch one after another, with pages of their own."""
     spans: list[Span] = []
     ids: list[int] = []
     keep: list[int] = []
@@ -106,12 +118,20 @@ def _forward(
     embed = model.embed
     cache = KVCache(model.config, blocks, _BLOCK, embed.dtype, embed.device)
     ctx = make_context(spans, model.config, cache, model.rotary)
-    rows = torch.tensor(keep)
-    hidden = embed[torch.tensor(ids)]
+    return Layout(embed[torch.tensor(ids)], ctx, torch.tensor(keep), torch.tensor(owner))
+
+
+@torch.inference_mode()
+def _forward(
+    model: Transformer, batch: list[tuple[int, Answer]]
+) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+    """Exit states, normalised top states and owners of one batch's answer positions."""
+    layout = lay_out(model, batch)
+    hidden = layout.hidden
     exits: dict[int, Tensor] = {}
     for segment in model.segments:
-        hidden = segment(hidden, ctx)
+        hidden = segment(hidden, layout.ctx)
         end = segment.first + len(segment)
         if end in model.exit_layers:
-            exits[end] = hidden[rows]
-    return exits, model.normed(hidden[rows]), torch.tensor(owner)
+            exits[end] = hidden[layout.rows]
+    return exits, model.normed(hidden[layout.rows]), layout.owner

@@ -39,6 +39,8 @@ class TrainOptions:
     batch: int = 512
     lr: float = 1.5e-3
     vocab_sample: int = 6000
+    precision: float = 0.98
+    threshold: float | None = None
     seed: int = 0
 
 

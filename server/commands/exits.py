@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from offramp.models.exits.states import Answer
     from offramp.models.exits.train import Report, TrainOptions
 
+# Fewer leave nothing to judge on once the rest is split between adapters and gates.
+_FEWEST_ANSWERS = 50
+
 
 def main(argv: Sequence[str]) -> int:
     """Run ``offramp exits train|info``; returns the exit status."""
@@ -51,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--max-tokens", type=int, default=192, help="longest answer [192]")
     train.add_argument("--concurrency", type=int, default=32, help="answers in flight [32]")
     train.add_argument("--precision", type=float, default=0.98, help="of leaving tokens [0.98]")
+    train.add_argument("--threshold", type=float, help="gate score to leave at, whatever precision")
     train.add_argument("--width", type=int, default=1024, help="adapter width [1024]")
     train.add_argument("--router", type=int, default=256, help="gate width [256]")
     train.add_argument("--epochs", type=int, default=4)
@@ -81,12 +85,14 @@ def _train(args: argparse.Namespace) -> int:
     from rich.progress import Progress  # noqa: PLC0415
 
     from offramp.models.errors import UnsupportedModel  # noqa: PLC0415
+    from offramp.models.exits.kv_map import fit_kv_maps  # noqa: PLC0415
     from offramp.models.exits.pipeline import train_exits  # noqa: PLC0415
     from offramp.models.exits.states import collect  # noqa: PLC0415
     from offramp.models.families import config_from_hf  # noqa: PLC0415
     from offramp.models.loader import fingerprint, load_weights  # noqa: PLC0415
     from offramp.models.sources import resolve  # noqa: PLC0415
     from offramp.models.transformer import Transformer  # noqa: PLC0415
+    from offramp.server.bench.prompts import PromptFileError  # noqa: PLC0415
 
     folder = resolve(args.model)
     shape = config_from_hf(folder)
@@ -94,11 +100,15 @@ def _train(args: argparse.Namespace) -> int:
         raise UnsupportedModel("exit layer", args.exit_layers[-1], f"1 to {shape.num_layers - 1}")
     with Progress(console=Console(stderr=True)) as bars:
         answers = _answers(args, folder, bars)
+        if len(answers) < _FEWEST_ANSWERS:
+            raise PromptFileError(f"{len(answers)} answers; at least {_FEWEST_ANSWERS} are needed")
         weights = load_weights(folder, shape, dtype=torch.float32)
         longest = max(len(item.prompt) + len(item.answer) for item in answers)
         model = Transformer(shape, weights, args.exit_layers, longest)
         bar = bars.add_task("hidden states", total=len(answers))
         states = collect(model, answers, lambda done: bars.update(bar, completed=done))
+        bar = bars.add_task("K,V maps", total=len(answers))
+        maps = fit_kv_maps(model, answers, lambda done: bars.update(bar, completed=done))
         sources = [path.name for path in args.prompts or args.answers]
         file = train_exits(
             model,
@@ -106,8 +116,8 @@ def _train(args: argparse.Namespace) -> int:
             fingerprint=fingerprint(weights),
             data={"answers": len(answers), "sources": sources},
             options=_options(args),
-            precision=args.precision,
             report=_reporter(bars),
+            maps=maps,
         )
     file.save(args.out)
     sys.stdout.write(json.dumps(file.metrics) + "\n")
@@ -117,7 +127,8 @@ def _train(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> TrainOptions:
     from offramp.models.exits.train import TrainOptions  # noqa: PLC0415
 
-    return TrainOptions(width=args.width, router=args.router, epochs=args.epochs, seed=args.seed)
+    names = ("width", "router", "epochs", "precision", "threshold", "seed")
+    return TrainOptions(**{name: getattr(args, name) for name in names})
 
 
 def _answers(args: argparse.Namespace, folder: Path, bars: Progress) -> list[Answer]:

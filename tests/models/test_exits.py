@@ -36,7 +36,9 @@ from offramp.models.loader import fingerprint, load_weights
 from offramp.models.transformer import Transformer
 
 EXITS = (2, 3)
-OPTIONS = TrainOptions(width=48, router=16, epochs=8, gate_epochs=8, batch=64, vocab_sample=200)
+OPTIONS = TrainOptions(
+    precision=0.8, width=48, router=16, epochs=8, gate_epochs=8, batch=64, vocab_sample=200
+)
 CPU = torch.device("cpu")
 
 
@@ -75,7 +77,6 @@ def trained(model: Transformer, states: States) -> ExitFile:
         fingerprint="f" * 32,
         data={"answers": 90},
         options=OPTIONS,
-        precision=0.8,
         report=silent,
     )
 
