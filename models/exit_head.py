@@ -25,8 +25,8 @@ class ExitHead:
     ``router_up`` [g, d], ``router_up_bias`` [g], ``router_down`` [1, g], ``router_down_bias`` [1].
 
     ``kv_map`` [skipped layers * 2 * kv_size, d] and ``kv_bias`` make K and V of the layers above
-    straight from the normalised exit state (see exits.kv_map); without them `project` takes the exit
-    state for the input of every skipped layer.
+    straight from the normalised exit state (see exits.kv_map); without them `project` takes the
+    exit state for the input of every skipped layer.
     """
 
     layer: int

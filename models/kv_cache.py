@@ -28,8 +28,8 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        pages = torch.zeros(shape, dtype=dtype, device=device)
-        self.layers: list[tuple[Tensor, Tensor]] = [(kv[0], kv[1]) for kv in pages]
+        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers: list[tuple[Tensor, Tensor]] = [(kv[0], kv[1]) for kv in self.pages]
 
     def places(self, table: Sequence[int], start: int, count: int) -> list[int]:
         """Flat places of positions ``start .. start + count`` under a block table."""

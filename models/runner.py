@@ -134,7 +134,7 @@ class Runner:
 
     def _copy(self, segment: int, owed: Sequence[OwedRows]) -> None:
         first = self.model.segments[segment].first
-        copy_kv(self.cache.layers[first - 1], self.cache.layers[first:], self._places(owed))
+        copy_kv(self.cache.pages[first - 1], self.cache.pages[first:], self._places(owed))
 
     def _project(self, segment: int, owed: Sequence[OwedRows]) -> None:
         model = self.model
@@ -148,7 +148,7 @@ class Runner:
             own.weight,
             own.bias,
             own.k_norm,
-            self.cache.layers[first:],
+            self.cache.pages[first:],
             self._places(owed),
             cos,
             sin,

@@ -61,8 +61,8 @@ class Transformer:
 def identity_projection(model: Transformer, first: int) -> tuple[Tensor, Tensor | None]:
     """K,V projections of layers ``first`` and up for one shared normalised input.
 
-    Weight [layers * 2 * kv_size, d] with each layer's norm folded in, per layer K rows then V rows, and
-    bias or None: right if the state at ``first`` were the input of every layer above.
+    Weight [layers * 2 * kv_size, d] with each layer's norm folded in, per layer K rows then V rows,
+    and bias or None: right if the state at ``first`` were the input of every layer above.
     """
     start = model.config.query_size
     layers = model.layers[first:]

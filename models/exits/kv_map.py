@@ -1,9 +1,9 @@
 """Fit the maps that make K and V of skipped layers from the exit state.
 
-ADEPT (arXiv 2601.03700) decouples the skipped layers' K,V from their chain with a learned hidden-state
-map. K and V are linear in a layer's normalised input, so mapping the exit state straight to K and V is
-the best linear map there is, and at run time it costs no more than the identity map: one GEMM. It is
-fitted in closed form, as a ridge correction of the identity map.
+ADEPT (arXiv 2601.03700) decouples the skipped layers' K,V from their chain with a learned
+hidden-state map. K and V are linear in a layer's normalised input, so mapping the exit state
+straight to K and V is the best linear map there is, and at run time it costs no more than the
+identity map: one GEMM. It is fitted in closed form, as a ridge correction of the identity map.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RIDGE = 1e-3
 
 
 class _Normal:
-    """Normal equations of one exit's map: inputs [n, d + 1] against residuals of the identity map."""
+    """Normal equations of one exit's map: inputs against residuals of the identity map."""
 
     def __init__(self, model: Transformer, first: int) -> None:
         self.weight, self.bias = identity_projection(model, first)

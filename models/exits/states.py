@@ -90,8 +90,8 @@ def batches(answers: Sequence[Answer], order: Sequence[int]) -> list[list[int]]:
 class Layout:
     """A batch laid out for a forward pass.
 
-    ``hidden`` [T, d] embeddings of all tokens; ``rows`` [n] those that make answer tokens, ``owner``
-    [n] the answers they belong to.
+    ``hidden`` [T, d] embeddings of all tokens; ``rows`` [n] those that make answer tokens,
+    ``owner`` [n] the answers they belong to.
     """
 
     hidden: Tensor

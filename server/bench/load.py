@@ -38,7 +38,7 @@ class Target(Protocol):
     def run(
         self, prompts: Sequence[tuple[int, ...]], *, mode: str, concurrency: int, max_tokens: int
     ) -> list[Trace]:
-        """Greedy answers of exactly ``max_tokens`` tokens, ``concurrency`` at a time."""
+        """Greedy answers of at most ``max_tokens`` tokens, ``concurrency`` at a time."""
         ...
 
 
@@ -57,7 +57,11 @@ class InProcess:
         self, prompts: Sequence[tuple[int, ...]], *, mode: str, concurrency: int, max_tokens: int
     ) -> list[Trace]:
         """See Target."""
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0,
+            stop_token_ids=frozenset(self.engine.info.eos_token_ids),
+        )
         exits = ExitSettings(mode=ExitMode(mode), threshold=self._threshold)
         requests = []
         for prompt in prompts:
@@ -65,7 +69,7 @@ class InProcess:
             requests.append(GenerationRequest(str(self._count), prompt, sampling, exits))
         traces = []
         for item in run_all(self.engine, requests, concurrency=concurrency):
-            if item.stats is None or len(item.token_ids) != max_tokens:
+            if item.stats is None or not item.token_ids:
                 raise LoadError(f"an answer ended early: {item.reason}")
             traces.append(
                 Trace(
@@ -118,7 +122,6 @@ class OverHTTP:
             "prompt": list(prompt),
             "max_tokens": max_tokens,
             "temperature": 0,
-            "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
@@ -130,8 +133,8 @@ class OverHTTP:
                 raise LoadError(f"{response.status_code}: {(await response.aread()).decode()}")
             async for chunk in _events(response):
                 _absorb(trace, chunk)
-        if len(trace.token_ids) != max_tokens:
-            raise LoadError(f"a stream ended after {len(trace.token_ids)} of {max_tokens} tokens")
+        if not trace.token_ids:
+            raise LoadError("a stream ended without a token")
         return trace
 
 

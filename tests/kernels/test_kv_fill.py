@@ -13,9 +13,8 @@ from offramp.kernels.rotary import RotaryTable, rotate
 BLOCKS, SIZE, EPS = 6, 4, 1e-5
 
 
-def empty_caches(layers: int, kv_heads: int, dim: int) -> list[tuple[Tensor, Tensor]]:
-    shape = (BLOCKS, SIZE, kv_heads, dim)
-    return [(torch.full(shape, 7.0), torch.full(shape, 7.0)) for _ in range(layers)]
+def empty_pages(layers: int, kv_heads: int, dim: int) -> Tensor:
+    return torch.full((layers, 2, BLOCKS, SIZE, kv_heads, dim), 7.0)
 
 
 @pytest.mark.parametrize(("layers", "rows", "kv_heads", "dim"), [(1, 1, 1, 4), (5, 3, 3, 20)])
@@ -35,11 +34,11 @@ def test_projection_equals_each_layer_by_itself(
     places = torch.tensor([20, 2, 9])[:rows]
     table = RotaryTable(1.0 / 50 ** (torch.arange(dim // 2) / dim), 30, 1.0, hidden.dtype, _cpu())
     cos, sin = table.at(torch.tensor([11, 0, 29])[:rows])
-    caches = empty_caches(layers, kv_heads, dim)
+    pages = empty_pages(layers, kv_heads, dim)
     folded = (weights * norms.unsqueeze(1)).view(-1, wide)
     flat = None if biases is None else biases.view(-1)
-    project_kv(hidden, folded, flat, key_norms, caches, places, cos, sin, EPS)
-    for layer, (k_cache, v_cache) in enumerate(caches):
+    project_kv(hidden, folded, flat, key_norms, pages, places, cos, sin, EPS)
+    for layer, (k_cache, v_cache) in enumerate(pages):
         kv = rms_norm(hidden, norms[layer], EPS) @ weights[layer].t()
         kv = kv if biases is None else kv + biases[layer]
         k, v = kv.view(rows, 2, kv_heads, dim).unbind(1)
@@ -49,11 +48,11 @@ def test_projection_equals_each_layer_by_itself(
 
 
 def test_copy_repeats_the_source_in_every_layer() -> None:
-    source = torch.randn(BLOCKS, SIZE, 2, 8), torch.randn(BLOCKS, SIZE, 2, 8)
-    caches = empty_caches(3, 2, 8)
+    source = torch.randn(2, BLOCKS, SIZE, 2, 8)
+    pages = empty_pages(3, 2, 8)
     places = torch.tensor([23, 0, 13])
-    copy_kv(source, caches, places)
-    for k_cache, v_cache in caches:
+    copy_kv(source, pages, places)
+    for k_cache, v_cache in pages:
         _only(k_cache, places, source[0].view(-1, 2, 8)[places])
         _only(v_cache, places, source[1].view(-1, 2, 8)[places])
 
