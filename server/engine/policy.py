@@ -44,11 +44,6 @@ class LinearCost:
         return max(0.0, (self.weight * self.xy - self.x * self.y) / spread)
 
     @property
-    def mean_per_row(self) -> float:
-        """Seconds of all steps over rows of all steps: what a row costs in the company it gets."""
-        return self.y / self.x if self.x else 0.0
-
-    @property
     def fixed(self) -> float:
         """Seconds of the step before its first row."""
         return max(0.0, (self.y - self.per_row * self.x) / self.weight) if self.known else 0.0
@@ -90,7 +85,7 @@ class ExitPolicy:
         """
         saved = self.costs.above(segment + 1, leaving + staying)
         saved -= self.costs.above(segment + 1, staying)
-        if saved >= self.costs.fill.mean_per_row * leaving:
+        if saved >= self.costs.fill.per_row * leaving:
             return True
         self._refusals += 1
         return self._refusals % _PROBE_EVERY == 0
