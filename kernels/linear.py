@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Up to two rows the transposed product runs at the speed of the memory; one row alone takes a
-# matrix-vector path that does not, so it is computed twice.
-_THIN = 2
+# The transposed product of two rows runs at the speed of the memory. One row alone takes a
+# matrix-vector path that does not, so without packed weights it is computed twice.
+_PAIR = 2
 # Where weights cannot be packed, the transposed product still wins up to here.
 _FEW = 8
 
@@ -46,7 +46,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n, in], contiguous, to [n, out]."""
-        if self._packed is None or x.shape[0] <= _THIN:
+        if self._packed is None or x.shape[0] == _PAIR:
             return linear(x, self.weight, self.bias)
         return _packed_product(x, self._packed, self.bias)
 

@@ -80,12 +80,12 @@ class ExitPolicy:
     def lets_go(self, segment: int, leaving: int, staying: int) -> bool:
         """Whether ``leaving`` slots gain time by leaving after ``segment``.
 
-        They save the layers above at the price of K,V to fill later. Where that does not pay, all
-        stay; nobody is ever made to leave.
+        They save the layers above at the price of a fill of their K,V later. Where that does not
+        pay, all stay; nobody is ever made to leave.
         """
         saved = self.costs.above(segment + 1, leaving + staying)
         saved -= self.costs.above(segment + 1, staying)
-        if saved >= self.costs.fill.per_row * leaving:
+        if saved >= self.costs.fill.at(leaving):
             return True
         self._refusals += 1
         return self._refusals % _PROBE_EVERY == 0
