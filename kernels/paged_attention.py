@@ -49,16 +49,18 @@ def query_run(
     block_size: int,
     group: int,
     window: int | None,
+    device: torch.device | None = None,
 ) -> QueryRun:
     """Describe ``count`` queries at positions ``start ..`` whose context lies in ``table``.
 
-    ``group`` is query heads per K,V head; ``window`` the attention span in tokens (None: all).
+    ``group`` is query heads per K,V head; ``window`` the attention span in tokens (None: all);
+    ``device`` is where the mask lies.
     """
     context = start + count
     mask = None
     if count > 1 or (window is not None and context > window):
-        keys = torch.arange(context)
-        queries = torch.arange(start, context).unsqueeze(1)
+        keys = torch.arange(context, device=device)
+        queries = torch.arange(start, context, device=device).unsqueeze(1)
         mask = keys <= queries
         if window is not None:
             mask &= keys > queries - window

@@ -42,6 +42,7 @@ def make_context(
     spans: Sequence[Span], config: ModelConfig, cache: KVCache, rotary: RotaryTable
 ) -> ForwardContext:
     """Lay the spans' rows out one after another."""
+    device = cache.pages.device
     places: list[int] = []
     positions: list[int] = []
     runs: list[QueryRun] = []
@@ -55,9 +56,10 @@ def make_context(
                 block_size=cache.block_size,
                 group=config.num_heads // config.num_kv_heads,
                 window=config.sliding_window,
+                device=device,
             )
         )
         places += cache.places(span.table, span.start, span.count)
         positions += range(span.start, span.start + span.count)
-    cos, sin = rotary.at(torch.tensor(positions))
-    return ForwardContext(cos, sin, torch.tensor(places), tuple(runs), cache)
+    cos, sin = rotary.at(torch.tensor(positions, device=device))
+    return ForwardContext(cos, sin, torch.tensor(places, device=device), tuple(runs), cache)

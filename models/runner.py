@@ -73,10 +73,10 @@ class Runner:
 
     def _run_segment(self, step: RunSegment) -> tuple[bool, ...]:
         model, work = self.model, step.work
-        rows = torch.tensor([row for item in work for row in item.rows])
+        rows = self._index([row for item in work for row in item.rows])
         if step.segment == 0:
             ids = [token for item in work for token in item.token_ids]
-            hidden = model.embed[torch.tensor(ids)]
+            hidden = model.embed[self._index(ids)]
         else:
             hidden = self.hidden[rows]
         hidden = model.segments[step.segment](hidden, self._context_of(step.segment, work))
@@ -113,10 +113,10 @@ class Runner:
 
     def _run_head(self, work: Sequence[HeadRow]) -> list[int]:
         """Exit adapters where rows left early, then one LM head for all rows."""
-        hidden = self.hidden[torch.tensor([item.row for item in work])]
+        hidden = self.hidden[self._index([item.row for item in work])]
         normed = torch.empty_like(hidden)
         for point in {item.exit for item in work}:
-            index = torch.tensor([i for i, item in enumerate(work) if item.exit == point])
+            index = self._index([i for i, item in enumerate(work) if item.exit == point])
             if point is None:
                 normed[index] = self.model.normed(hidden[index])
             else:
@@ -139,9 +139,9 @@ class Runner:
     def _project(self, segment: int, owed: Sequence[OwedRows]) -> None:
         model = self.model
         first = model.segments[segment].first
-        rows = torch.tensor([row for item in owed for row in item.rows])
+        rows = self._index([row for item in owed for row in item.rows])
         positions = [item.start + i for item in owed for i in range(len(item.rows))]
-        cos, sin = model.rotary.at(torch.tensor(positions))
+        cos, sin = model.rotary.at(self._index(positions))
         own = self._projections[segment - 1]
         project_kv(
             self.hidden[rows],
@@ -155,13 +155,16 @@ class Runner:
             model.config.rms_norm_eps,
         )
 
+    def _index(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self.hidden.device)
+
     def _places(self, owed: Sequence[OwedRows]) -> Tensor:
         places = [
             place
             for item in owed
             for place in self.cache.places(item.table, item.start, len(item.rows))
         ]
-        return torch.tensor(places)
+        return self._index(places)
 
     def _projection(self, head: ExitHead) -> _Projection:
         layers = self.model.layers[head.layer :]
