@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ def build(folder: Path, exits: str, num_blocks: int) -> Engine:
 def answers(
     engine: Engine, prompts: list[tuple[int, ...]], concurrency: int
 ) -> tuple[list[list[int]], list[Finished]]:
-    requests = [GenerationRequest(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)]
+    greedy = replace(GREEDY, stop_token_ids=frozenset(engine.info.eos_token_ids))
+    requests = [GenerationRequest(str(i), prompt, greedy) for i, prompt in enumerate(prompts)]
     done = run_all(engine, requests, concurrency=concurrency)
     return [item.token_ids for item in done], done
 
