@@ -138,8 +138,9 @@ class Service:
 
     async def _loaded(self) -> EngineInfo:
         self._folder = await asyncio.to_thread(self._resolve)
-        self._context.tokenizer = await asyncio.to_thread(Tokenizer.load, self._folder)
+        # The engine thread loads the weights meanwhile.
         self._driver.start()
+        self._context.tokenizer = await asyncio.to_thread(Tokenizer.load, self._folder)
         info = await self._driver.ready()
         self._metrics.configure(info)
         self._stats.configure(info.num_layers)
