@@ -74,14 +74,16 @@ def load_weights(
 def fingerprint(weights: dict[str, Tensor]) -> str:
     """Name of a model's weights: 32 hex digits of a sha256.
 
-    Covers the norms of all layers and 64 rows spread over the embedding, rounded to bf16, so that
-    fp32 and bf16 copies of one model agree.
+    Covers all vectors and up to 64 rows spread over every matrix, rounded to bf16, so that fp32 and
+    bf16 copies of one model agree.
     """
     digest = hashlib.sha256()
-    norms = sorted(name for name in weights if name.endswith("_norm"))
-    embed = weights["embed"]
-    rows = torch.linspace(0, embed.shape[0] - 1, min(FINGERPRINT_ROWS, embed.shape[0])).long()
-    for tensor in (*(weights[name] for name in norms), embed[rows.to(embed.device)]):
+    for name in sorted(weights):
+        tensor = weights[name]
+        if tensor.dim() > 1:
+            count = min(FINGERPRINT_ROWS, tensor.shape[0])
+            rows = torch.linspace(0, tensor.shape[0] - 1, count).long()
+            tensor = tensor[rows.to(tensor.device)]
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -1,15 +1,19 @@
 """The exit file: all exit heads of one model in one safetensors file.
 
-Metadata (strings): ``format`` = offramp-exits-1, ``fingerprint`` of the model, ``exit_layers`` and
-``thresholds`` (JSON lists), ``metrics`` and ``data`` (JSON objects: how good they are, what they
-were trained on). Tensors are named ``{layer}.{field}`` after the fields of ExitHead.
+Metadata (strings): ``format`` = offramp-exits-2, ``fingerprint`` of the model, ``exit_layers``,
+``thresholds`` and ``floors`` (JSON lists), ``operating_points`` (JSON list, see points.py),
+``metrics`` and ``data`` (JSON objects: how good they are, what they were trained on). Tensors are
+named ``{layer}.{field}`` after the fields of ExitHead, and ``vocab`` lists the token ids that the
+exits tell apart (all of them if it is missing).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +24,17 @@ from torch import Tensor
 
 from offramp.models.errors import ModelError
 from offramp.models.exit_head import ExitHead
+from offramp.models.exits.points import OperatingPoint
 
-FORMAT = "offramp-exits-1"
-_OPTIONAL = ("kv_map", "kv_bias")
-_TENSORS = tuple(
-    f.name for f in fields(ExitHead) if f.name not in ("layer", "threshold", *_OPTIONAL)
+FORMAT = "offramp-exits-2"
+_NUMBERS = ("layer", "threshold", "floor")
+_OPTIONAL = (
+    "fuse",
+    *("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias"),
+    *("kv_map", "kv_bias"),
 )
+_TENSORS = tuple(f.name for f in fields(ExitHead) if f.name not in (*_NUMBERS, *_OPTIONAL))
+_JSON = ("exit_layers", "thresholds", "floors", "operating_points", "metrics", "data")
 
 
 class ExitFileError(ModelError):
@@ -34,12 +43,14 @@ class ExitFileError(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class ExitFile:
-    """Exit heads with where they came from."""
+    """Exit heads with where they came from, bottom up; ``points`` by rising quality."""
 
     fingerprint: str
     heads: tuple[ExitHead, ...]
     metrics: dict[str, Any]
     data: dict[str, Any]
+    vocab: Tensor | None = None
+    points: tuple[OperatingPoint, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write atomically, tensors in fp16."""
@@ -49,11 +60,15 @@ class ExitFile:
             for name in (*_TENSORS, *_OPTIONAL)
             if getattr(head, name) is not None
         }
+        if self.vocab is not None:
+            tensors["vocab"] = self.vocab.to(torch.int32).contiguous().cpu()
         metadata = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "exit_layers": json.dumps([head.layer for head in self.heads]),
             "thresholds": json.dumps([head.threshold for head in self.heads]),
+            "floors": json.dumps([head.floor for head in self.heads]),
+            "operating_points": json.dumps([point.to_json() for point in self.points]),
             "metrics": json.dumps(self.metrics),
             "data": json.dumps(self.data),
         }
@@ -72,8 +87,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise ExitFileError(f"{path} cannot be read as an exit file: {error}") from error
     if raw.get("format") != FORMAT:
         raise ExitFileError(f"{path} is not an exit file of format {FORMAT}")
-    decoded = ("exit_layers", "thresholds", "metrics", "data")
-    return {key: json.loads(value) if key in decoded else value for key, value in raw.items()}
+    missing = {*_JSON, "fingerprint"} - set(raw)
+    if missing:
+        raise ExitFileError(f"{path} lacks metadata: {', '.join(sorted(missing))}")
+    try:
+        return {key: json.loads(value) if key in _JSON else value for key, value in raw.items()}
+    except ValueError as error:
+        raise ExitFileError(f"{path} has broken metadata: {error}") from error
 
 
 def load_exits(
@@ -86,21 +106,51 @@ def load_exits(
             f"{path} holds exits of another model (fingerprint {metadata['fingerprint']}, "
             f"this model has {fingerprint}); train exits for it with `offramp exits train`"
         )
-    heads = []
+    layers = _exit_layers(path, metadata)
     with safe_open(path, "pt") as file:
-        for layer, threshold in zip(metadata["exit_layers"], metadata["thresholds"], strict=True):
-            missing = {f"{layer}.{name}" for name in _TENSORS} - set(file.keys())
-            if missing:
-                raise ExitFileError(f"{path} lacks tensors: {', '.join(sorted(missing))}")
-            tensors: dict[str, Tensor] = {
-                name: file.get_tensor(f"{layer}.{name}").to(device, dtype)
-                for name in (*_TENSORS, *_OPTIONAL)
-                if f"{layer}.{name}" in file.keys()  # noqa: SIM118 (not a mapping)
-            }
-            if tensors["scale"].shape != (hidden_size,):
-                raise ExitFileError(f"{path}: exit {layer} has the wrong width")
-            heads.append(ExitHead(layer=layer, threshold=threshold, **tensors))
-    return ExitFile(fingerprint, tuple(heads), metadata["metrics"], metadata["data"])
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for name, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise ExitFileError(f"{path}: tensor {name} has values that are not numbers")
+    vocab = stored.pop("vocab", None)
+    heads = []
+    for index, layer in enumerate(layers):
+        tensors = {
+            name: stored[f"{layer}.{name}"].to(device, dtype)
+            for name in (*_TENSORS, *_OPTIONAL)
+            if f"{layer}.{name}" in stored
+        }
+        _check_head(path, layer, tensors, hidden_size)
+        numbers = {"floor": metadata["floors"][index], "threshold": metadata["thresholds"][index]}
+        heads.append(ExitHead(layer=layer, **numbers, **tensors))
+    return ExitFile(
+        fingerprint,
+        tuple(heads),
+        metadata["metrics"],
+        metadata["data"],
+        None if vocab is None else vocab.to(device, torch.long),
+        points_of(path, metadata["operating_points"], len(heads)),
+    )
+
+
+def points_of(path: Path, rows: Sequence[dict[str, Any]], exits: int) -> tuple[OperatingPoint, ...]:
+    """Operating points by rising quality; raises ExitFileError where they contradict themselves."""
+    try:
+        points = sorted(map(OperatingPoint.from_json, rows), key=lambda point: point.quality)
+    except (TypeError, ValueError) as error:
+        raise ExitFileError(f"{path} has a broken operating point: {error}") from error
+    for point in points:
+        if len(point.thresholds) != exits:
+            raise ExitFileError(f"{path}: an operating point needs {exits} thresholds")
+    for loose, strict in pairwise(points):
+        if loose.criterion is strict.criterion and any(
+            a > b for a, b in zip(loose.thresholds, strict.thresholds, strict=True)
+        ):
+            raise ExitFileError(
+                f"{path}: thresholds are not monotone: quality {strict.quality} has lower ones "
+                f"than quality {loose.quality}"
+            )
+    return tuple(points)
 
 
 def shipped_exits(fingerprint: str) -> Path | None:
@@ -112,3 +162,19 @@ def shipped_exits(fingerprint: str) -> Path | None:
             if read_metadata(path)["fingerprint"] == fingerprint:
                 return path
     return None
+
+
+def _exit_layers(path: Path, metadata: dict[str, Any]) -> list[int]:
+    layers = metadata["exit_layers"]
+    counts = {len(layers), len(metadata["thresholds"]), len(metadata["floors"])}
+    if layers != sorted(set(layers)) or len(counts) != 1:
+        raise ExitFileError(f"{path}: exit layers, thresholds and floors do not fit together")
+    return [int(layer) for layer in layers]
+
+
+def _check_head(path: Path, layer: int, tensors: dict[str, Tensor], hidden_size: int) -> None:
+    missing = set(_TENSORS) - set(tensors)
+    if missing:
+        raise ExitFileError(f"{path} lacks tensors of exit {layer}: {', '.join(sorted(missing))}")
+    if tensors["scale"].shape != (hidden_size,):
+        raise ExitFileError(f"{path}: exit {layer} has the wrong width")

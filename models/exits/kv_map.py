@@ -35,14 +35,14 @@ class _Normal:
         """Learn from ``x`` [n, d] and the true K,V ``kv`` [n, layers * 2 * kv_size]."""
         residual = kv - torch.nn.functional.linear(x, self.weight, self.bias)
         inputs = torch.cat((x, x.new_ones(len(x), 1)), dim=1)
-        self.xx += (inputs.t() @ inputs).double()
-        self.xy += (inputs.t() @ residual).double()
+        self.xx += (inputs.t() @ inputs).double().cpu()
+        self.xy += (inputs.t() @ residual).double().cpu()
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the map."""
         ridge = _RIDGE * self.xx.diagonal().mean()
         eye = torch.eye(len(self.xx), dtype=torch.float64)
-        correction = torch.linalg.solve(self.xx + ridge * eye, self.xy).float()
+        correction = torch.linalg.solve(self.xx + ridge * eye, self.xy).to(self.weight)
         bias = correction[-1] if self.bias is None else self.bias + correction[-1]
         return self.weight + correction[:-1].t(), bias
 

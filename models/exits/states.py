@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from offramp.models.context import ForwardContext, Span, make_context
+from offramp.models.exits.work import Part, Work
 from offramp.models.kv_cache import KVCache
 from offramp.models.transformer import Transformer
 
 _BATCH_TOKENS = 1024
 _BLOCK = 32
+_SHARD = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,24 @@ class States:
         picked = {layer: states[keep] for layer, states in self.at.items()}
         return States(picked, self.top[keep], self.labels[keep], self.answer_of[keep])
 
+    def sample(self, count: int) -> States:
+        """At most ``count`` positions, evenly spread."""
+        size = len(self.labels)
+        keep = torch.zeros(size, dtype=torch.bool)
+        keep[torch.linspace(0, size - 1, min(count, size)).round().long()] = True
+        return self.where(keep)
+
+    @staticmethod
+    def joined(parts: Sequence[States]) -> States:
+        """The positions of all ``parts``, which have the same exit layers."""
+        at = {layer: torch.cat([part.at[layer] for part in parts]) for layer in parts[0].at}
+        return States(
+            at,
+            torch.cat([part.top for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.answer_of for part in parts]),
+        )
+
 
 def collect(
     model: Transformer, answers: Sequence[Answer], progress: Callable[[int], None] | None = None
@@ -50,7 +70,7 @@ def collect(
     """States at the model's exit layers for every position that makes an answer token.
 
     ``progress`` is called with the number of answers done. Teacher-forced at full depth, so K,V are
-    exact. Memory: 2 bytes * d * (exit layers + 1) a position.
+    exact. Kept on the CPU: 2 bytes * d * (exit layers + 1) a position.
     """
     at: dict[int, list[Tensor]] = {layer: [] for layer in model.exit_layers}
     top: list[Tensor] = []
@@ -61,15 +81,46 @@ def collect(
     for batch in batches(answers, order):
         exits, normed, owner = _forward(model, [(i, answers[i]) for i in batch])
         for layer, states in exits.items():
-            at[layer].append(states.half())
-        top.append(normed.half())
-        labels.append(torch.cat([part.argmax(-1) for part in map(model.logits, normed.split(256))]))
+            at[layer].append(states.half().cpu())
+        top.append(normed.half().cpu())
+        choices = [part.argmax(-1).cpu() for part in map(model.logits, normed.split(256))]
+        labels.append(torch.cat(choices))
         owners.append(owner)
         done += len(batch)
         if progress is not None:
             progress(done)
     joined = {layer: torch.cat(states) for layer, states in at.items()}
     return States(joined, torch.cat(top), torch.cat(labels), torch.cat(owners))
+
+
+def collect_shards(
+    model: Transformer,
+    answers: Sequence[Answer],
+    work: Work,
+    progress: Callable[[int], None] | None = None,
+) -> States:
+    """As `collect`, in shards of 256 answers that ``work`` keeps as they finish."""
+    shards: list[States] = []
+    for first in range(0, len(answers), _SHARD):
+        own = answers[first : first + _SHARD]
+
+        def make(first: int = first, own: Sequence[Answer] = own) -> Part:
+            def note(done: int) -> None:
+                if progress is not None:
+                    progress(first + done)
+
+            states = collect(model, own, note)
+            tensors = {f"at.{layer}": tensor for layer, tensor in states.at.items()}
+            rest = {"top": states.top, "labels": states.labels, "answer_of": states.answer_of}
+            return tensors | rest, {}
+
+        tensors, _ = work.part(f"states-{first // _SHARD:05d}", make)
+        at = {layer: tensors[f"at.{layer}"] for layer in model.exit_layers}
+        owners = tensors["answer_of"] + first
+        shards.append(States(at, tensors["top"], tensors["labels"], owners))
+        if progress is not None:
+            progress(first + len(own))
+    return States.joined(shards)
 
 
 def batches(answers: Sequence[Answer], order: Sequence[int]) -> list[list[int]]:
@@ -110,7 +161,7 @@ def lay_out(model: Transformer, batch: Sequence[tuple[int, Answer]]) -> Layout:
     for index, item in batch:
         tokens = (*item.prompt, *item.answer[:-1])
         size = -(-len(tokens) // _BLOCK)
-        spans.append(Span(0, len(tokens), range(blocks, blocks + size)))
+        spans.append(Span(range(len(tokens)), range(blocks, blocks + size)))
         blocks += size
         keep += range(len(ids) + len(item.prompt) - 1, len(ids) + len(tokens))
         owner += [index] * len(item.answer)

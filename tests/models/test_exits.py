@@ -21,7 +21,8 @@ from offramp.models.exits.file import (
     read_metadata,
     shipped_exits,
 )
-from offramp.models.exits.pipeline import judge, split_answers, train_exits
+from offramp.models.exits.pipeline import Judged, judge, split_answers, train_exits
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.exits.states import Answer, States, collect
 from offramp.models.exits.train import (
     TrainOptions,
@@ -33,11 +34,19 @@ from offramp.models.exits.train import (
 )
 from offramp.models.families import config_from_hf
 from offramp.models.loader import fingerprint, load_weights
+from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.models.transformer import Transformer
 
 EXITS = (2, 3)
 OPTIONS = TrainOptions(
-    precision=0.8, width=48, router=16, epochs=8, gate_epochs=8, batch=64, vocab_sample=200
+    precision=0.8,
+    width=48,
+    router=16,
+    epochs=8,
+    gate_epochs=8,
+    batch=64,
+    vocab_sample=200,
+    vocab=120,
 )
 CPU = torch.device("cpu")
 
@@ -136,6 +145,12 @@ def test_the_pipeline_trains_every_exit_and_judges_it(trained: ExitFile) -> None
     for head in trained.heads:
         assert 0.0 <= head.threshold <= 1.01
         assert head.router_down.abs().sum() > 0
+        assert head.fuse is not None
+        assert head.predictor_up is not None
+        assert head.predictor_up.shape == (32, 12)
+        curve = trained.metrics["curves"][str(head.layer)]
+        assert [row["epoch"] for row in curve] == list(range(OPTIONS.epochs + 1))
+        assert curve[-1]["loss"] < curve[0]["loss"]
 
 
 def test_a_file_brings_back_what_was_saved(trained: ExitFile, tmp_path: Path) -> None:
@@ -144,9 +159,13 @@ def test_a_file_brings_back_what_was_saved(trained: ExitFile, tmp_path: Path) ->
     loaded = load(path)
     assert loaded.metrics == trained.metrics
     assert loaded.data == trained.data
+    assert loaded.vocab is not None
+    assert trained.vocab is not None
+    assert loaded.vocab.equal(trained.vocab)
     for mine, theirs in zip(trained.heads, loaded.heads, strict=True):
         assert (mine.layer, mine.threshold) == (theirs.layer, theirs.threshold)
-        for name in ("scale", "gate_up", "down", "norm", "router_up", "router_down_bias"):
+        assert mine.floor == theirs.floor
+        for name in ("scale", "gate_up", "down", "norm", "router_up", "fuse", "predictor_down"):
             assert getattr(theirs, name).equal(getattr(mine, name).half().float())
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     metadata = read_metadata(path)
@@ -177,7 +196,68 @@ def test_files_that_are_no_exit_files_are_named(trained: ExitFile, tmp_path: Pat
     metadata = read_metadata(path)
     text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
     save_file({"2.scale": torch.ones(64)}, path, text)
-    with pytest.raises(ExitFileError, match=r"lacks tensors: 2\.down, 2\.gate_up"):
+    with pytest.raises(ExitFileError, match="lacks tensors of exit 2: down, gate_up"):
+        load(path)
+
+
+def point(quality: float, *thresholds: float) -> OperatingPoint:
+    return OperatingPoint(
+        quality=quality,
+        confidence=0.95,
+        criterion=ExitCriterion.TWO_KEY,
+        kv_fill=KVFill.PROJECT,
+        thresholds=thresholds,
+        agreement=quality,
+        layers_skipped=0.1,
+        mean_depth=3.0,
+        prompts=10,
+        tokens=100,
+    )
+
+
+def test_operating_points_survive_by_rising_quality(trained: ExitFile, tmp_path: Path) -> None:
+    path = tmp_path / "exits.safetensors"
+    points = (point(0.98, 0.9, 0.8), point(0.95, 0.7, 0.8))
+    replace(trained, points=points).save(path)
+    assert load(path).points == (points[1], points[0])
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        ((point(0.9, 0.9, 0.8), point(0.95, 0.9, 0.7)), "not monotone: quality 0.95"),
+        ((point(0.9, 0.9),), "needs 2 thresholds"),
+        ((point(1.5, 0.9, 0.8),), "lie between 0 and 1"),
+    ],
+)
+def test_operating_points_that_contradict_themselves_are_refused(
+    trained: ExitFile, tmp_path: Path, points: tuple[OperatingPoint, ...], said: str
+) -> None:
+    path = tmp_path / "exits.safetensors"
+    replace(trained, points=points).save(path)
+    with pytest.raises(ExitFileError, match=said):
+        load(path)
+
+
+def test_an_unknown_criterion_in_a_file_is_refused(trained: ExitFile, tmp_path: Path) -> None:
+    path = tmp_path / "exits.safetensors"
+    replace(trained, points=(point(0.9, 0.9, 0.8),)).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"two_key", b"two_kez"))
+    with pytest.raises(ExitFileError, match=r"broken operating point.*two_kez"):
+        load(path)
+
+
+def test_damaged_tensors_are_refused(trained: ExitFile, tmp_path: Path) -> None:
+    path = tmp_path / "exits.safetensors"
+    first = trained.heads[0]
+    poisoned = replace(first, scale=first.scale * torch.nan)
+    replace(trained, heads=(poisoned, *trained.heads[1:])).save(path)
+    with pytest.raises(ExitFileError, match=r"2\.scale has values that are not numbers"):
+        load(path)
+    trained.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ExitFileError, match="cannot be read"):
         load(path)
 
 
@@ -229,18 +309,29 @@ def test_a_token_counts_at_the_first_exit_that_lets_it_go(model: Transformer) ->
     heads: list[ExitHead] = [
         replace(new_head(layer, model, OPTIONS), threshold=0.5) for layer in EXITS
     ]
-    low = torch.tensor([0.9, 0.1, 0.1, 0.1]), torch.tensor([False, False, False, True])
-    high = torch.tensor([0.9, 0.9, 0.2, 0.9]), torch.tensor([True, True, False, False])
+    gate = torch.tensor([0.1, 0.2, 0.3, 0.9])
+    low = Judged(
+        torch.tensor([0.9, 0.1, 0.1, 0.1]), gate, torch.tensor([False, False, False, True])
+    )
+    high = Judged(
+        torch.tensor([0.9, 0.9, 0.2, 0.9]), gate, torch.tensor([True, True, False, False])
+    )
     metrics = judge(heads, [low, high], 4)
     assert metrics["agreement"] == 0.5
     assert metrics["layers_skipped"] == (2 + 1 + 1) / 16
     assert metrics["exits"]["2"]["leaves"] == 0.25
     assert metrics["exits"]["3"]["leaves"] == 0.5
+    assert metrics["exits"]["2"]["by_gate"]["share_right_at_0.98"] == 0.25
+    assert metrics["exits"]["2"]["by_second_key"]["share_right_at_0.98"] == 0.0
 
 
-def test_answers_are_split_into_three_parts() -> None:
-    parts = split_answers(2000, 0)
-    assert sum(part.int() for part in parts).eq(1).all()  # type: ignore[union-attr]
-    adapters, gates, judging = (int(part.sum()) for part in parts)
-    assert adapters > gates > judging > 0
-    assert all(a.equal(b) for a, b in zip(parts, split_answers(2000, 0), strict=True))
+@pytest.mark.parametrize("count", [4, 50, 2000])
+def test_answers_are_split_into_four_parts(count: int) -> None:
+    split = split_answers(count, 0)
+    parts = torch.stack([split.adapter, split.gate, split.key, split.judge])
+    assert parts.int().sum(dim=0).eq(1).all()
+    assert parts.any(dim=1).all()
+    assert split.adapter.sum() * 2 >= count or count == 4
+    again = split_answers(count, 0)
+    assert again.judge.equal(split.judge)
+    assert again.gate.equal(split.gate)

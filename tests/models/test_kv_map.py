@@ -82,7 +82,7 @@ def test_the_runner_fills_with_the_map_of_the_file(model: Transformer, tmp_path:
     cache = KVCache(config, 4, 8, torch.float32, torch.device("cpu"))
     runner = Runner(model, loaded.heads, cache, 4)
     runner.hidden.normal_(generator=torch.Generator().manual_seed(3))
-    runner.run(FillKV(KVFill.PROJECT, (OwedRows(1, 9, (2,), [3, 1]),)))
+    runner.run(FillKV(KVFill.PROJECT, (OwedRows(1, (9,), (2,), [3, 1]),)))
     expected = rms_norm(runner.hidden[2], None, config.rms_norm_eps) @ weight.half().float().t()
     expected = (expected + bias.half().float()).view(-1, 2, config.num_kv_heads, config.head_dim)
     for index, layer in enumerate(range(EXIT, config.num_layers)):

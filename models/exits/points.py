@@ -1,0 +1,62 @@
+"""Operating points: thresholds with the quality that calibration has shown for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from offramp.models.sampling_params import ExitCriterion, KVFill
+
+
+@dataclass(frozen=True, slots=True)
+class OperatingPoint:
+    """One calibrated setting of the exits.
+
+    With ``confidence``, at least ``quality`` of all emitted tokens are the full-depth model's
+    choice in their context (agreement), on prompts like those of the calibration. ``thresholds``
+    are scores of ``criterion`` at each exit point. ``agreement``, ``layers_skipped`` (share) and
+    ``mean_depth`` (layers) were measured on ``tokens`` tokens of ``prompts`` free-running answers.
+    ``prefill_threshold`` is the gate score at which prompt tokens may leave as well, None where
+    that was not calibrated.
+    """
+
+    quality: float
+    confidence: float
+    criterion: ExitCriterion
+    kv_fill: KVFill
+    thresholds: tuple[float, ...]
+    agreement: float
+    layers_skipped: float
+    mean_depth: float
+    prompts: int
+    tokens: int
+    prefill_threshold: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the exit file's metadata."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> OperatingPoint:
+        """Back from `to_json`; raises ValueError for missing, unknown or impossible values."""
+        known = {field.name for field in fields(cls)}
+        if set(row) != known:
+            raise ValueError(f"an operating point has {sorted(set(row) ^ known)} wrong")
+        point = cls(
+            **{
+                **row,
+                "criterion": ExitCriterion(row["criterion"]),
+                "kv_fill": KVFill(row["kv_fill"]),
+                "thresholds": tuple(float(value) for value in row["thresholds"]),
+            }
+        )
+        if not 0 < point.quality <= 1 or not 0 < point.confidence < 1:
+            raise ValueError("quality and confidence of an operating point lie between 0 and 1")
+        return point
+
+
+def point_for(points: Sequence[OperatingPoint], quality: float) -> OperatingPoint | None:
+    """The loosest point that promises at least ``quality``; None if there is none."""
+    enough = [point for point in points if point.quality >= quality]
+    return min(enough, key=lambda point: point.quality, default=None)

@@ -1,0 +1,142 @@
+"""The backbone that ``offramp exits train`` trains exits on: as it is, or tuned for them first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.models.config import ModelConfig
+from offramp.models.errors import ModelError
+from offramp.models.exit_head import ExitHead
+from offramp.models.exits.deltas import (
+    Deltas,
+    apply_deltas,
+    delta_paths,
+    new_deltas,
+    save_deltas,
+    tuned_fingerprint,
+)
+from offramp.models.exits.dense import DenseModel
+from offramp.models.exits.pipeline import ADAPTER, split_answers
+from offramp.models.exits.states import Answer
+from offramp.models.exits.train import Report, TrainOptions, plain_head
+from offramp.models.exits.tune import TuneOptions, Tuner
+from offramp.models.exits.tune_report import compare
+from offramp.models.exits.work import Part, Work
+from offramp.models.loader import fingerprint
+
+
+class PlacementError(ModelError):
+    """The device asked for is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """Weights to train exits on, where training runs; ``fingerprint`` goes into the exit file.
+
+    A tuned one has its ``deltas``, the exits' ``heads`` as tuning left them, and its ``report``.
+    """
+
+    weights: dict[str, Tensor]
+    fingerprint: str
+    deltas: Deltas | None = None
+    heads: tuple[ExitHead, ...] = ()
+    report: dict[str, Any] | None = None
+
+    def save_deltas(self, exit_file: Path) -> list[Path]:
+        """Write the deltas beside ``exit_file``; those of an earlier training there go."""
+        if self.deltas is not None:
+            return save_deltas(self.deltas, exit_file)
+        for stale in delta_paths(exit_file):
+            stale.unlink()
+        return []
+
+
+def frozen_backbone(weights: Mapping[str, Tensor], device: torch.device) -> Backbone:
+    """The model as it is."""
+    return Backbone(on_device(weights, device), fingerprint(dict(weights)))
+
+
+def tuned_backbone(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    answers: Sequence[Answer],
+    exit_layers: Sequence[int],
+    *,
+    device: torch.device,
+    tuning: TuneOptions,
+    training: TrainOptions,
+    report: Report,
+    work: Work,
+) -> Backbone:
+    """The model tuned for its exits, on the answers that train adapters; judged on unseen ones."""
+    placed = on_device(weights, device)
+    longest = max(len(item.prompt) + len(item.answer) for item in answers)
+    base = DenseModel(config, placed, longest)
+    fresh = new_deltas(
+        placed, config, fingerprint=fingerprint(placed), rank=tuning.rank, seed=tuning.seed
+    )
+    heads = [plain_head(layer, placed["final_norm"], training) for layer in exit_layers]
+    split = split_answers(len(answers), training.seed)
+
+    checkpoint = work.path("tuning.pt")
+
+    def make() -> Part:
+        tuner = Tuner(base, fresh, heads, tuning)
+        seen = [answers[i] for i in split.adapter.nonzero().flatten().tolist()]
+        tuner.train(seen, report, checkpoint)
+        unseen = [answers[i] for i in split.judge.nonzero().flatten().tolist()]
+        stored = _on(fresh.stored(), device)
+        values = compare(base, base.with_deltas(stored.low), heads, unseen)
+        return _tensors(stored, heads), {"steps": tuner.step, **values}
+
+    tensors, values = work.part("backbone", make)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    deltas = _on(_deltas(fresh, tensors), device)
+    tuned = tuple(replace(head, **_adapter(tensors, head.layer, device)) for head in heads)
+    merged = apply_deltas(placed, deltas)
+    return Backbone(merged, tuned_fingerprint(deltas), deltas, tuned, values)
+
+
+def device_of(name: str) -> torch.device:
+    """The device for ``auto``, ``cpu`` or ``cuda``; raises PlacementError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PlacementError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def on_device(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """All tensors on ``device``."""
+    return {name: tensor.to(device) for name, tensor in weights.items()}
+
+
+def _tensors(deltas: Deltas, heads: Sequence[ExitHead]) -> dict[str, Tensor]:
+    low = {
+        f"{name}.{kind}": tensor
+        for name, pair in deltas.low.items()
+        for kind, tensor in zip(("down", "up"), pair, strict=True)
+    }
+    own = {f"exit.{head.layer}.{name}": getattr(head, name) for head in heads for name in ADAPTER}
+    return low | own
+
+
+def _deltas(like: Deltas, tensors: Mapping[str, Tensor]) -> Deltas:
+    low = {name: (tensors[f"{name}.down"], tensors[f"{name}.up"]) for name in like.low}
+    return replace(like, low=low)
+
+
+def _adapter(tensors: Mapping[str, Tensor], layer: int, device: torch.device) -> dict[str, Any]:
+    return {name: tensors[f"exit.{layer}.{name}"].detach().clone().to(device) for name in ADAPTER}
+
+
+def _on(deltas: Deltas, device: torch.device) -> Deltas:
+    low = {name: (down.to(device), up.to(device)) for name, (down, up) in deltas.low.items()}
+    return replace(deltas, low=low)
