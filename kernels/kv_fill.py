@@ -54,6 +54,15 @@ def copy_kv(source: Tensor, pages: Tensor, places: Tensor) -> None:
     _scatter(kv.unsqueeze(1).expand(-1, len(pages), -1, -1, -1), pages, places)
 
 
+def clear_kv(pages: Tensor, places: Tensor) -> None:
+    """Zeros for K and V at ``places`` of every layer of ``pages``: what fills are measured against.
+
+    SpecEE's released code (arXiv 2504.08850) leaves the skipped layers' K,V absent.
+    """
+    layers, _, blocks, size, kv_heads, dim = pages.shape
+    pages.view(layers, 2, blocks * size, kv_heads, dim).index_fill_(2, places, 0)
+
+
 def _scatter(kv: Tensor, pages: Tensor, places: Tensor) -> None:
     """Write ``kv`` [n, layers, 2, kv_heads, head_dim] at ``places`` of every layer."""
     layers, _, blocks, size, kv_heads, dim = pages.shape

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 class QueryRun:
     """Queries of one slot.
 
-    They are rows ``first .. first + count`` of the batch, at positions ``context - count ..
-    context``. ``spans`` are the half-open ranges of flat cache places (block * block_size +
+    They are rows ``first .. first + count`` of the batch, the last one at position ``context - 1``.
+    ``spans`` are the half-open ranges of flat cache places (block * block_size +
     offset) that hold positions ``0 .. context``, adjacent blocks merged. ``mask`` [count * group,
     context] is True where a query may look, None for a single query.
     """
@@ -42,8 +42,7 @@ def spans_of(table: Sequence[int], block_size: int, context: int) -> tuple[tuple
 
 def query_run(
     first: int,
-    count: int,
-    start: int,
+    positions: Sequence[int],
     table: Sequence[int],
     *,
     block_size: int,
@@ -51,16 +50,16 @@ def query_run(
     window: int | None,
     device: torch.device | None = None,
 ) -> QueryRun:
-    """Describe ``count`` queries at positions ``start ..`` whose context lies in ``table``.
+    """Describe queries at ascending ``positions`` whose context lies in ``table``.
 
     ``group`` is query heads per K,V head; ``window`` the attention span in tokens (None: all);
     ``device`` is where the mask lies.
     """
-    context = start + count
+    count, context = len(positions), positions[-1] + 1
     mask = None
     if count > 1 or (window is not None and context > window):
         keys = torch.arange(context, device=device)
-        queries = torch.arange(start, context, device=device).unsqueeze(1)
+        queries = torch.tensor(positions, device=device).unsqueeze(1)
         mask = keys <= queries
         if window is not None:
             mask &= keys > queries - window

@@ -31,10 +31,9 @@ class ForwardContext:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive positions ``start .. start + count`` of one slot under its block table."""
+    """Ascending positions of one slot under its block table."""
 
-    start: int
-    count: int
+    positions: Sequence[int]
     table: Sequence[int]
 
 
@@ -50,8 +49,7 @@ def make_context(
         runs.append(
             query_run(
                 len(places),
-                span.count,
-                span.start,
+                span.positions,
                 span.table,
                 block_size=cache.block_size,
                 group=config.num_heads // config.num_kv_heads,
@@ -59,7 +57,7 @@ def make_context(
                 device=device,
             )
         )
-        places += cache.places(span.table, span.start, span.count)
-        positions += range(span.start, span.start + span.count)
+        places += cache.places(span.table, span.positions)
+        positions += span.positions
     cos, sin = rotary.at(torch.tensor(positions, device=device))
     return ForwardContext(cos, sin, torch.tensor(places, device=device), tuple(runs), cache)

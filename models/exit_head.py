@@ -18,11 +18,16 @@ class ExitHead:
 
     The adapter maps the exit state [d] to what the final norm would have given: scaled state plus
     a SwiGLU branch, then a norm of its own; the model's LM head follows. The gate is a network of
-    one hidden layer on the same state; its score estimates P(exit's token == full depth's token),
-    and a token leaves at ``threshold`` or above.
+    one hidden layer on the same state; its score estimates P(exit's token == full depth's token).
+    Only where it reaches ``floor`` are adapter and LM head run at all; a token leaves where the
+    score of its criterion reaches ``threshold``.
 
     Shapes: ``scale`` and ``norm`` [d], ``gate_up`` [2 * width, d], ``down`` [d, width],
     ``router_up`` [g, d], ``router_up_bias`` [g], ``router_down`` [1, g], ``router_down_bias`` [1].
+
+    ``fuse`` [4] weighs the logits of gate, top probability and top-2 gap, and a constant, into the
+    second key's estimate of the same probability; without it that key is the gap. ``predictor_*``
+    is SpecEE's predictor, [p, 12], [p], [1, p], [1] (see criteria.Predictor).
 
     ``kv_map`` [skipped layers * 2 * kv_size, d] and ``kv_bias`` make K and V of the layers above
     straight from the normalised exit state (see exits.kv_map); without them `project` takes the
@@ -39,6 +44,12 @@ class ExitHead:
     router_up_bias: Tensor
     router_down: Tensor
     router_down_bias: Tensor
+    floor: float = 0.0
+    fuse: Tensor | None = None
+    predictor_up: Tensor | None = None
+    predictor_up_bias: Tensor | None = None
+    predictor_down: Tensor | None = None
+    predictor_down_bias: Tensor | None = None
     kv_map: Tensor | None = None
     kv_bias: Tensor | None = None
 

@@ -31,10 +31,10 @@ class KVCache:
         self.pages = torch.zeros(shape, dtype=dtype, device=device)
         self.layers: list[tuple[Tensor, Tensor]] = [(kv[0], kv[1]) for kv in self.pages]
 
-    def places(self, table: Sequence[int], start: int, count: int) -> list[int]:
-        """Flat places of positions ``start .. start + count`` under a block table."""
+    def places(self, table: Sequence[int], positions: Sequence[int]) -> list[int]:
+        """Flat places of ``positions`` under a block table."""
         size = self.block_size
-        return [table[p // size] * size + p % size for p in range(start, start + count)]
+        return [table[p // size] * size + p % size for p in positions]
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

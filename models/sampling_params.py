@@ -11,14 +11,39 @@ class ExitMode(StrEnum):
 
     OFF = "off"
     ADAPTIVE = "adaptive"
+    LOSSLESS = "lossless"
+
+
+class ExitCriterion(StrEnum):
+    """Rule by which a token may leave at an exit point; see criteria.py for each one's source."""
+
+    TWO_KEY = "two_key"
+    GATE = "gate"
+    MAX_PROB = "max_prob"
+    TOP2_GAP = "top2_gap"
+    ENTROPY = "entropy"
+    ENTROPY_DROP = "entropy_drop"
+    SATURATION = "saturation"
+    PATIENCE = "patience"
+    Q_EXIT = "q_exit"
+    PREDICTOR = "predictor"
+    FIXED = "fixed"
+    PROMPT_DEPTH = "prompt_depth"
 
 
 class KVFill(StrEnum):
-    """How the K,V of layers a token skipped are made (design: KV fill)."""
+    """How the K,V of layers a token skipped are made (design: KV fill).
 
+    ``auto`` is ``recompute`` where measured cost says that the owed rows ride along for less than
+    a projection would take, else ``project``. ``absent`` leaves zeros in their place; it exists to
+    be measured against.
+    """
+
+    AUTO = "auto"
     PROJECT = "project"
     COPY = "copy"
     RECOMPUTE = "recompute"
+    ABSENT = "absent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +84,20 @@ class SamplingParams:
 class ExitSettings:
     """Early-exit wishes of one request.
 
-    ``threshold`` is the gate score, 0 to 1, at which a token leaves; None takes the thresholds
-    stored with the exits. ``min_layer`` is the first layer after which tokens may leave.
+    ``thresholds`` are the scores, 0 to 1, at which a token leaves at each exit point; None takes
+    those in force for the whole server. ``quality`` is the agreement asked for, ``min_layer`` the
+    first layer after which tokens may leave. ``prefill_threshold`` is the gate score at which
+    prompt tokens leave too, None keeps them all.
+    ``deadline_s`` is the wish for the whole answer, in seconds from its arrival: an answer that
+    would be late takes ``late_thresholds``, the loosest its quality allows.
     """
 
     mode: ExitMode = ExitMode.OFF
-    threshold: float | None = None
+    criterion: ExitCriterion = ExitCriterion.TWO_KEY
+    thresholds: tuple[float, ...] | None = None
+    quality: float | None = None
     min_layer: int = 0
-    kv_fill: KVFill = KVFill.PROJECT
+    kv_fill: KVFill = KVFill.AUTO
+    prefill_threshold: float | None = None
+    deadline_s: float | None = None
+    late_thresholds: tuple[float, ...] | None = None

@@ -12,23 +12,52 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offramp.models.sampling_params import KVFill, SamplingParams
+from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRow:
+    """A row that needs a token.
+
+    ``tokens`` are prompt and answer so far, the first ``num_prompt`` of them prompt; penalties
+    read them. ``index`` counts the answer's tokens and picks the random draw.
+    """
+
+    row: int
+    sampling: SamplingParams
+    index: int
+    tokens: Sequence[int]
+    num_prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitCheck:
+    """Whether a slot's last row may leave after a segment: where its score reaches ``threshold``.
+
+    ``head`` says how the exit's token is chosen then.
+    """
+
+    criterion: ExitCriterion
+    threshold: float
+    head: HeadRow
 
 
 @dataclass(frozen=True, slots=True)
 class SlotRows:
-    """Consecutive positions ``start .. start + len(rows)`` of one slot.
+    """Positions of one slot, ascending, and the rows that hold them.
 
     ``table`` lists the slot's KV blocks in order of position. ``token_ids`` (ground segment only)
-    are the tokens to embed. ``threshold`` is the gate score at which the last row leaves after
-    this segment, None where it may not.
+    are the tokens to embed. ``check`` asks about the last row. ``prompt_threshold`` is the gate
+    score at which any of the first ``prompt_rows`` rows, all prompt, leave.
     """
 
-    start: int
+    positions: Sequence[int]
     rows: tuple[int, ...]
     table: Sequence[int]
     token_ids: tuple[int, ...] = ()
-    threshold: float | None = None
+    check: ExitCheck | None = None
+    prompt_threshold: float | None = None
+    prompt_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +70,13 @@ class RunSegment:
 
 @dataclass(frozen=True, slots=True)
 class OwedRows:
-    """Debts of a slot at positions ``start .. start + len(rows)``.
+    """Debts of a slot at ``positions``.
 
     They left after segment ``segment - 1``, so they lack K,V from segment ``segment`` up.
     """
 
     segment: int
-    start: int
+    positions: Sequence[int]
     rows: tuple[int, ...]
     table: Sequence[int]
 
@@ -61,24 +90,8 @@ class FillKV:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadRow:
-    """A row that needs a token: ``exit`` is the exit point it left at, None for full depth.
-
-    ``tokens`` are prompt and answer so far, the first ``num_prompt`` of them prompt; penalties
-    read them. ``index`` counts the answer's tokens and picks the random draw.
-    """
-
-    row: int
-    exit: int | None
-    sampling: SamplingParams
-    index: int
-    tokens: Sequence[int]
-    num_prompt: int
-
-
-@dataclass(frozen=True, slots=True)
 class RunHead:
-    """Turn rows into tokens: exit heads where rows left early, LM head, sampler."""
+    """Turn full-depth rows into tokens: LM head and sampler."""
 
     work: tuple[HeadRow, ...]
 
@@ -90,10 +103,17 @@ Step = RunSegment | FillKV | RunHead
 class StepResult:
     """Outcome of a step.
 
-    ``leave`` (segments): for each slot whether the gate of its last row fired.
-    ``token_ids`` (head): one token a row. ``seconds``: time on the device.
+    ``seconds`` is time on the device, ``check_seconds`` the part of it spent on exit checks.
+    ``leave`` (segments): for each slot whether its last row's score reached the threshold, and
+    ``scores`` that score (None where nobody asked). ``prompt_left`` (segments): for each slot the
+    indices of its prompt rows that left. ``token_ids``: one token a row of a head; for a segment
+    one a slot, -1 where it does not leave. ``head_rows`` are rows an exit's LM head was run for.
     """
 
     seconds: float
     leave: tuple[bool, ...] = ()
     token_ids: tuple[int, ...] = ()
+    scores: tuple[float | None, ...] = ()
+    prompt_left: tuple[tuple[int, ...], ...] = ()
+    check_seconds: float = 0.0
+    head_rows: int = 0

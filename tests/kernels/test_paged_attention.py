@@ -27,8 +27,7 @@ def attend(
         runs.append(
             query_run(
                 first,
-                count,
-                start,
+                range(start, start + count),
                 table,
                 block_size=k_cache.shape[1],
                 group=q.shape[1] // k_cache.shape[2],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from offramp.models.exits.train import TrainOptions, new_head
 from offramp.models.runner import Runner
@@ -17,7 +18,7 @@ FULL = 2
 """The last segment: a token that leaves there has run every layer."""
 
 
-def new_runner(model: Transformer, rows: int = 64) -> Runner:
+def new_runner(model: Transformer, rows: int = 64, vocab: Tensor | None = None) -> Runner:
     """A runner with random exit heads."""
     options = TrainOptions(width=16, router=8)
     heads = [new_head(layer, model, options) for layer in model.exit_layers]
@@ -25,7 +26,7 @@ def new_runner(model: Transformer, rows: int = 64) -> Runner:
     for head in heads:
         for tensor in (head.down, head.router_down, head.router_down_bias):
             tensor.normal_(generator=generator)
-    return Runner(model, heads, new_cache(model), rows)
+    return Runner(model, heads, new_cache(model), rows, vocab)
 
 
 class Ride:
@@ -42,7 +43,7 @@ class Ride:
         start = self.computed[segment]
         rows = tuple(range(start, end))
         tokens = tuple(self.ids[start:end]) if segment == 0 else ()
-        work = SlotRows(start, rows, self.table, tokens)
+        work = SlotRows(rows, rows, self.table, tokens)
         self.runner.run(RunSegment(segment, (work,)))
         self.computed[segment] = end
 

@@ -96,7 +96,7 @@ def forward(
     model: Transformer, cache: KVCache, work: Sequence[tuple[int, Sequence[int], Sequence[int]]]
 ) -> Tensor:
     """Logits [T, vocab] of runs of tokens: each a first position, token ids and block table."""
-    spans = [Span(start, len(ids), table) for start, ids, table in work]
+    spans = [Span(range(start, start + len(ids)), table) for start, ids, table in work]
     ctx = make_context(spans, model.config, cache, model.rotary)
     hidden = model.embed[torch.tensor([token for _, ids, _ in work for token in ids])]
     for segment in model.segments:

@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def kv_at(cache: KVCache, layer: int, positions: range) -> KV:
     """K and V of some positions in one layer."""
-    places = torch.tensor(cache.places(TABLE, positions.start, len(positions)))
+    places = torch.tensor(cache.places(TABLE, positions))
     k, v = (pages.view(-1, *pages.shape[2:])[places] for pages in cache.layers[layer])
     return k, v
 
@@ -83,7 +83,7 @@ def owing(model: Transformer) -> Ride:
 
 
 def debts_of(ride: Ride) -> tuple[OwedRows, ...]:
-    return (OwedRows(2, 6, (6,), ride.table), OwedRows(1, 7, (7, 8), ride.table))
+    return (OwedRows(2, (6,), (6,), ride.table), OwedRows(1, (7, 8), (7, 8), ride.table))
 
 
 def by_hand(model: Transformer, layer: int, state: Tensor, position: int) -> KV:
@@ -122,7 +122,7 @@ def filled(ride: Ride, method: KVFill, expected: Callable[[int, int, int], KV]) 
                 for got, want in zip(found, expected(layer, position, first), strict=True):
                     torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-5)
         others = torch.ones(cache.num_blocks * cache.block_size, dtype=torch.bool)
-        others[[cache.places(TABLE, position, 1)[0] for position in changed]] = False
+        others[cache.places(TABLE, changed)] = False
         for pages, old in zip(cache.layers[layer], before[layer], strict=True):
             flat, was = pages.flatten(0, 1)[others], old.flatten(0, 1)[others]
             assert flat.nan_to_num(0.5).equal(was.nan_to_num(0.5))
@@ -197,7 +197,7 @@ def _errors(
     """Relative errors of K and V in every layer from ``segment`` up."""
     ride = Ride(new_runner(model), ids, TABLE)
     ride.leave_after(segment - 1, len(ids))
-    debt = OwedRows(segment, owed.start, tuple(owed), TABLE)
+    debt = OwedRows(segment, owed, tuple(owed), TABLE)
     ride.runner.run(FillKV(method, (debt,)))
     errors = []
     for layer in range(model.segments[segment].first, model.config.num_layers):

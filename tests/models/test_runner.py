@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from offramp.models.runner import Runner
-from offramp.models.sampling_params import SamplingParams
-from offramp.models.step import HeadRow, RunHead, RunSegment, SlotRows
+from offramp.models.sampling_params import ExitCriterion, SamplingParams
+from offramp.models.step import ExitCheck, HeadRow, RunHead, RunSegment, SlotRows, StepResult
 from offramp.models.transformer import Transformer
 
 from .rides import new_runner
@@ -21,29 +21,37 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     return make(FAMILIES["llama"], tmp_path_factory.mktemp("runner"))[1]
 
 
-def ground(runner: Runner, thresholds: list[float | None]) -> tuple[bool, ...]:
+def ground(
+    runner: Runner, thresholds: list[float | None], criterion: ExitCriterion = ExitCriterion.GATE
+) -> StepResult:
     """Slots of one to three rows through the ground segment; slot i holds rows 3i .. ."""
     torch.manual_seed(3)
     work = []
     for index, threshold in enumerate(thresholds):
         count = index % 3 + 1
         rows = tuple(range(3 * index, 3 * index + count))
-        work.append(SlotRows(0, rows, [index], tuple(random_ids(count)), threshold))
-    return runner.run(RunSegment(0, tuple(work))).leave
+        check = None
+        if threshold is not None:
+            check = ExitCheck(criterion, threshold, HeadRow(rows[-1], GREEDY, 0, (1,), 1))
+        ids = tuple(random_ids(count))
+        work.append(SlotRows(range(count), rows, [index], ids, check))
+    return runner.run(RunSegment(0, tuple(work)))
 
 
 def test_a_slot_leaves_by_the_score_of_its_last_row(model: Transformer) -> None:
     runner = new_runner(model)
     ground(runner, [None] * 4)
     last = [0, 4, 8, 9]
-    scores = runner.exits[0].score(runner.hidden[last], model.config.rms_norm_eps).tolist()
+    head = runner.exits.heads[0]
+    scores = head.score(runner.hidden[last], model.config.rms_norm_eps).tolist()
     middle = sorted(scores)[2]
-    leave = ground(new_runner(model), [middle] * 4)
+    result = ground(new_runner(model), [middle] * 4)
+    assert result.scores == pytest.approx(scores, abs=1e-5)
     # Scores of one batch and of four rows agree up to rounding; the middle one itself may fall
     # on either side.
     decided = [
         (gate, score > middle)
-        for gate, score in zip(leave, scores, strict=True)
+        for gate, score in zip(result.leave, scores, strict=True)
         if abs(score - middle) > 1e-5
     ]
     assert len(decided) == 3
@@ -52,33 +60,66 @@ def test_a_slot_leaves_by_the_score_of_its_last_row(model: Transformer) -> None:
 
 def test_bounds_of_the_threshold(model: Transformer) -> None:
     """0 lets everyone go, above 1 nobody, and None is never asked."""
+    result = ground(new_runner(model), [0.0, 1.01, None, 0.0])
+    assert result.leave == (True, False, False, True)
+    assert [score is None for score in result.scores] == [False, False, True, False]
+    assert [token >= 0 for token in result.token_ids] == [True, False, False, True]
+
+
+def test_no_checks_cost_no_gate(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = new_runner(model)
-    assert ground(runner, [0.0, 1.01, None, 0.0]) == (True, False, False, True)
+    monkeypatch.setattr(type(runner.exits.heads[0]), "score", None)
+    assert ground(runner, [None, None]).leave == (False, False)
 
 
-def test_no_thresholds_cost_no_gate(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_leaves_speaks_through_the_exits_head(model: Transformer) -> None:
     runner = new_runner(model)
-    monkeypatch.setattr(type(runner.exits[0]), "score", None)
-    assert ground(runner, [None, None]) == (False, False)
+    result = ground(runner, [0.0] * 5)
+    states = runner.hidden[[0, 4, 8, 9, 13]]
+    normed = runner.exits.heads[0].normed(states, model.config.rms_norm_eps)
+    assert list(result.token_ids) == model.logits(normed).argmax(dim=-1).tolist()
+    assert result.head_rows == 5
 
 
-def test_each_row_speaks_through_the_head_of_its_exit(model: Transformer) -> None:
-    """Rows of full depth and of both exits in one step, in mixed order."""
+def test_a_small_vocabulary_names_whole_tokens(model: Transformer) -> None:
+    """The exits tell only some tokens apart, and answer with ids of the whole vocabulary."""
+    vocab = torch.arange(5, VOCAB, 3)
+    runner = new_runner(model, vocab=vocab)
+    result = ground(runner, [0.0] * 5)
+    states = runner.hidden[[0, 4, 8, 9, 13]]
+    normed = runner.exits.heads[0].normed(states, model.config.rms_norm_eps)
+    best = model.logits(normed)[:, vocab].argmax(dim=-1)
+    assert list(result.token_ids) == vocab[best].tolist()
+
+
+def test_a_biased_token_is_chosen_from_the_whole_vocabulary(model: Transformer) -> None:
+    runner = new_runner(model, vocab=torch.arange(0, VOCAB, 2))
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, logit_bias=((7, 1000.0),))
+    check = ExitCheck(ExitCriterion.FIXED, 1.0, HeadRow(0, sampling, 0, (1,), 1))
+    work = SlotRows((0,), (0,), [0], (3,), check)
+    assert runner.run(RunSegment(0, (work,))).token_ids == (7,)
+
+
+def test_prompt_rows_leave_by_their_own_gates(model: Transformer) -> None:
+    runner = new_runner(model)
+    ids = tuple(random_ids(6))
+    eps = model.config.rms_norm_eps
+    runner.run(RunSegment(0, (SlotRows(range(6), tuple(range(6)), [0, 1], ids),)))
+    scores = runner.exits.heads[0].score(runner.hidden[:6], eps)
+    bound = float(scores[:4].sort().values[1:3].mean())
+    work = SlotRows(range(6), tuple(range(6)), [0, 1], ids, None, bound, 4)
+    result = runner.run(RunSegment(0, (work,)))
+    expected = tuple((scores[:4] >= bound).nonzero().squeeze(-1).tolist())
+    assert result.prompt_left == (expected,)
+    assert 0 < len(expected) < 4
+
+
+def test_the_head_reads_full_depth_rows(model: Transformer) -> None:
     runner = new_runner(model)
     runner.hidden.copy_(torch.randn(runner.hidden.shape) * 3)
-    points = [1, None, 0, 0, None, 1, 0]
     rows = [11, 5, 0, 63, 7, 2, 30]
-    step = RunHead(
-        tuple(
-            HeadRow(row, point, GREEDY, 0, (1,), 1) for row, point in zip(rows, points, strict=True)
-        )
-    )
-    expected = []
-    for row, point in zip(rows, points, strict=True):
-        state = runner.hidden[row : row + 1]
-        eps = model.config.rms_norm_eps
-        normed = model.normed(state) if point is None else runner.exits[point].normed(state, eps)
-        expected.append(int(model.logits(normed).argmax()))
+    step = RunHead(tuple(HeadRow(row, GREEDY, 0, (1,), 1) for row in rows))
+    expected = model.logits(model.normed(runner.hidden[rows])).argmax(dim=-1).tolist()
     assert list(runner.run(step).token_ids) == expected
     assert len({token for token in expected if token < VOCAB}) > 2
 
@@ -90,7 +131,7 @@ def test_a_segment_above_the_ground_reads_its_rows(model: Transformer) -> None:
     results = []
     for rows in ((1, 2, 3), (40, 9, 22)):
         runner.hidden[list(rows)] = states
-        runner.run(RunSegment(1, (SlotRows(0, rows, [4]),)))
+        runner.run(RunSegment(1, (SlotRows(range(3), rows, [4]),)))
         results.append(runner.hidden[list(rows)].clone())
     assert results[0].equal(results[1])
     assert not results[0].equal(states)
@@ -98,6 +139,6 @@ def test_a_segment_above_the_ground_reads_its_rows(model: Transformer) -> None:
 
 def test_exits_must_match_the_model(model: Transformer) -> None:
     runner = new_runner(model)
-    assert tuple(head.layer for head in runner.exits) == EXITS
+    assert tuple(head.layer for head in runner.exits.heads) == EXITS
     with pytest.raises(ValueError, match="exit head"):
-        Runner(model, runner.exits[:1], new_cache(model), 8)
+        Runner(model, runner.exits.heads[:1], new_cache(model), 8)

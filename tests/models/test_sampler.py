@@ -22,7 +22,7 @@ PLAIN = SamplingParams(max_tokens=10)
 def row(
     params: SamplingParams, index: int = 0, tokens: Sequence[int] = (0,), num_prompt: int = 1
 ) -> HeadRow:
-    return HeadRow(0, None, params, index, tokens, num_prompt)
+    return HeadRow(0, params, index, tokens, num_prompt)
 
 
 def distribution(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:

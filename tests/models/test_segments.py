@@ -86,7 +86,7 @@ def test_segments_end_at_the_exit_layers(pair: tuple[Any, Transformer]) -> None:
     """Chained they are all layers, and each ends with the state transformers has there."""
     theirs, ours = pair
     ids = random_ids(LENGTH)
-    ctx = make_context([Span(0, LENGTH, TABLE)], ours.config, new_cache(ours), ours.rotary)
+    ctx = make_context([Span(range(LENGTH), TABLE)], ours.config, new_cache(ours), ours.rotary)
     with torch.inference_mode():
         states = theirs.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
         hidden = ours.embed[torch.tensor(ids)]

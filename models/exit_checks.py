@@ -1,0 +1,134 @@
+"""Put the question at an exit point: which rows may leave, and with which token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.kernels.linear import Linear
+from offramp.models.criteria import CRITERIA, ExitView, Trail
+from offramp.models.exit_head import ExitHead
+from offramp.models.sampler import sample
+from offramp.models.sampling_params import ExitCriterion
+from offramp.models.step import HeadRow, SlotRows
+from offramp.models.transformer import Transformer
+
+
+class Exits:
+    """All exit heads of a model with the LM head they share.
+
+    With ``vocab`` (ascending token ids) exits tell only those tokens apart: on a small model the
+    whole LM head costs as much as several layers, and nearly all tokens that leave are frequent.
+    """
+
+    def __init__(
+        self, model: Transformer, heads: Sequence[ExitHead], num_rows: int, vocab: Tensor | None
+    ) -> None:
+        self.model = model
+        self.heads = tuple(heads)
+        self.eps = model.config.rms_norm_eps
+        self.vocab = vocab
+        self.trail = Trail(num_rows, model.config.hidden_size, model.embed.device)
+        self._lm_head = None if vocab is None else Linear(model.lm_head.weight[vocab])
+
+    def logits(self, point: int, hidden: Tensor) -> Tensor:
+        """Logits [n, vocab] (fp32) of exit states [n, d] over the exits' own vocabulary."""
+        normed = self.heads[point].normed(hidden, self.eps)
+        return self.model.logits(normed) if self._lm_head is None else self._lm_head(normed).float()
+
+    def all_logits(self, point: int, hidden: Tensor) -> Tensor:
+        """Logits [n, model's vocab] (fp32) of exit states [n, d]."""
+        return self.model.logits(self.heads[point].normed(hidden, self.eps))
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """For each slot the exit's token if it may leave, and the score if anybody asked."""
+
+    tokens: tuple[int | None, ...]
+    scores: tuple[float | None, ...]
+    head_rows: int
+
+
+def check_slots(
+    exits: Exits, point: int, hidden: Tensor, rows: Tensor, work: Sequence[SlotRows]
+) -> Checked:
+    """Score the last row of each slot that asks; ``hidden`` [T, d] and ``rows`` [T] of all work."""
+    last: dict[ExitCriterion, list[tuple[int, int]]] = {}
+    end = 0
+    for index, item in enumerate(work):
+        end += len(item.rows)
+        if item.check is not None:
+            last.setdefault(item.check.criterion, []).append((index, end - 1))
+    tokens: list[int | None] = [None] * len(work)
+    scores: list[float | None] = [None] * len(work)
+    head_rows = 0
+    for criterion, asked in last.items():
+        at = torch.tensor([row for _, row in asked], device=hidden.device)
+        view = ExitView(
+            exits.heads[point],
+            hidden[at],
+            lambda states: exits.logits(point, states),
+            eps=exits.eps,
+            index=point,
+            num_exits=len(exits.heads),
+            rows=rows[at],
+            trail=exits.trail,
+        )
+        found = CRITERIA[criterion].score(view).tolist()
+        leaving: list[tuple[int, HeadRow]] = []
+        for position, (index, _) in enumerate(asked):
+            check = work[index].check
+            assert check is not None
+            scores[index] = found[position]
+            if found[position] >= check.threshold:
+                leaving.append((position, check.head))
+        chosen = _choose(exits, point, view, leaving)
+        for (position, _), token in zip(leaving, chosen, strict=True):
+            tokens[asked[position][0]] = token
+        head_rows += view.num_logits
+    return Checked(tuple(tokens), tuple(scores), head_rows)
+
+
+def prompt_leavers(
+    exits: Exits, point: int, hidden: Tensor, work: Sequence[SlotRows]
+) -> tuple[tuple[int, ...], ...]:
+    """For each slot the indices of prompt rows whose gate score reaches its prompt threshold.
+
+    Prompt tokens need no token of their own, so the gate alone decides (ADEPT, arXiv 2601.03700).
+    Empty when no slot asks.
+    """
+    if all(item.prompt_threshold is None for item in work):
+        return ()
+    left: list[tuple[int, ...]] = []
+    first = 0
+    for item in work:
+        gone: tuple[int, ...] = ()
+        if item.prompt_threshold is not None and item.prompt_rows:
+            states = hidden[first : first + item.prompt_rows]
+            fired = exits.heads[point].score(states, exits.eps) >= item.prompt_threshold
+            gone = tuple(fired.nonzero().squeeze(-1).tolist())
+        left.append(gone)
+        first += len(item.rows)
+    return tuple(left)
+
+
+def _choose(
+    exits: Exits, point: int, view: ExitView, leaving: Sequence[tuple[int, HeadRow]]
+) -> list[int]:
+    """The exit's token for each leaving row."""
+    if not leaving:
+        return []
+    at = torch.tensor([position for position, _ in leaving], device=view.hidden.device)
+    heads = [head for _, head in leaving]
+    if exits.vocab is None:
+        return sample(view.logits(at).clone(), heads)
+    # Biases and penalties name tokens by their ids in the whole vocabulary.
+    if any(head.sampling.adjusts_logits for head in heads):
+        return sample(exits.all_logits(point, view.hidden[at]), heads)
+    places = sample(view.logits(at).clone(), heads)
+    chosen: list[int] = exits.vocab[torch.tensor(places, device=at.device)].tolist()
+    return chosen
