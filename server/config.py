@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from offramp.models.sampling_params import ExitCriterion
+
 GIB = 1024**3
 MIB = 1024**2
 
@@ -51,7 +53,44 @@ class EngineConfig(_Options):
     kv_cache_memory: float = _option("Cache", 1.0, "Memory for K and V, in GiB.", gt=0)
     enable_prefix_caching: bool = _option("Cache", True, "Reuse K,V of equal prompt beginnings.")
     exits: str = _option(
-        "Early exit", "auto", 'Exit file, "auto" (the shipped one that fits) or "none".'
+        "Early exit",
+        "auto",
+        'Exit file (a tuned backbone\'s deltas lie beside it), "auto" (the shipped one that fits), '
+        '"none", or "shared:8,12" for a model whose own head reads those layers (LayerSkip).',
+    )
+    exit_quality: float | None = _option(
+        "Early exit",
+        None,
+        "Agreement with full depth promised to requests that name none; 0.98, or the best the exit "
+        "file reaches, if unset.",
+        ge=0.5,
+        le=1,
+    )
+    quality_floor: float | None = _option(
+        "Early exit",
+        None,
+        "Agreement that overload or a deadline may trade down to; unset: nothing is traded.",
+        ge=0.5,
+        le=1,
+    )
+    exit_online_quality: float | None = _option(
+        "Early exit",
+        None,
+        "Learn thresholds while serving so that leaving tokens agree with full depth this often; "
+        "for exits that were not calibrated.",
+        ge=0.5,
+        lt=1,
+    )
+    exit_audit_rate: float = _option(
+        "Early exit", 0.02, "Share of early-exited answers read again at full depth.", ge=0, le=1
+    )
+    exit_prefill_threshold: float | None = _option(
+        "Early exit",
+        None,
+        "Gate score at which prompt tokens may leave where a request allows it; the exit file's "
+        "own if unset.",
+        ge=0,
+        le=1,
     )
     max_exit_debt: int = _option("Early exit", 16, "Tokens a request may owe K,V for.", ge=0)
     exit_max_hold_ms: float = _option(
@@ -83,14 +122,17 @@ class ServerConfig(_Options):
     sse_keep_alive_interval: float = _option(
         "HTTP", 15.0, "Seconds of silence in a stream before a comment is sent.", gt=0
     )
-    early_exit: Literal["off", "adaptive"] = _option(
+    early_exit: Literal["off", "adaptive", "lossless"] = _option(
         "Early exit", "adaptive", "Mode of requests that name none."
     )
+    exit_criterion: ExitCriterion = _option(
+        "Early exit", ExitCriterion.TWO_KEY, "Rule by which tokens may leave."
+    )
     exit_threshold: float | None = _option(
-        "Early exit", None, "Gate score to leave at; the exit file's own if unset.", ge=0, le=1
+        "Early exit", None, "Score to leave at; that of --exit-quality if unset.", ge=0, le=1
     )
     exit_min_layer: int = _option("Early exit", 0, "First layer tokens may leave after.", ge=0)
-    kv_fill: Literal["project", "copy", "recompute"] = _option(
+    kv_fill: Literal["auto", "project", "copy", "recompute"] = _option(
         "Early exit", "project", "How K,V of skipped layers are made."
     )
     log_stats_interval: float = _option(

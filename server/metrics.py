@@ -68,6 +68,9 @@ _COUNTERS: Final = (
     ("offramp:stayed_tokens", "Tokens whose gate fired but that were kept in the stack."),
     ("offramp:exit_audits", "Exited tokens checked at full depth."),
     ("offramp:exit_disagreements", "Checked tokens that full depth would have chosen differently."),
+    ("offramp:draft_tokens", "Tokens guessed in lossless mode."),
+    ("offramp:accepted_tokens", "Guessed tokens that full depth confirmed."),
+    ("offramp:exit_head_rows", "Rows an exit's adapter and LM head ran for."),
     ("offramp:engine_steps", "Engine steps."),
     ("offramp:engine_seconds", "Time in engine steps."),
     ("offramp:engine_host_seconds", "Time in engine steps not spent computing layers."),
@@ -77,6 +80,8 @@ _GAUGES: Final = (
     ("vllm:num_requests_waiting", "Sequences waiting for admission."),
     ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
     ("offramp:kv_debt_tokens", "Tokens whose skipped layers still lack K and V."),
+    ("offramp:exit_guard_level", "0: as calibrated; 1, 2: thresholds tightened; 3: exits off."),
+    ("offramp:exit_quality_target", "Agreement promised to requests that name none; 0: none."),
 )
 
 
@@ -116,7 +121,13 @@ class Metrics:
             buckets=_ROWS,
             registry=self.registry,
         )
+        self._threshold = self._gauge(
+            "offramp:exit_threshold",
+            "Score to leave at, for requests that name none.",
+            "exit_layer",
+        )
         self._exit_layer: Histogram | None = None
+        self._exit_layers: tuple[int, ...] = ()
         self._num_layers = 0
 
     def configure(self, info: EngineInfo) -> None:
@@ -137,9 +148,8 @@ class Metrics:
             self._queue_depth.labels(*self._who, str(segment))
         for layer in layers:
             self._exit_tokens.labels(*self._who, str(layer))
-        threshold = self._gauge("offramp:exit_threshold", "Gate score to leave at.", "exit_layer")
-        for layer, value in zip(info.exit_layers, info.exit_thresholds, strict=False):
-            threshold.labels(*self._who, str(layer)).set(value)
+        self._exit_layers = info.exit_layers
+        self._set_thresholds(info.exit_thresholds)
         facts = {
             "block_size": str(info.block_size),
             "num_gpu_blocks": str(info.num_blocks),
@@ -191,6 +201,12 @@ class Metrics:
         self.count("vllm:prefix_cache_queries", stats.prefix_queries)
         self.count("vllm:prefix_cache_hits", stats.prefix_hits)
         self.count("offramp:stayed_tokens", stats.stayed)
+        self.count("offramp:draft_tokens", stats.drafted)
+        self.count("offramp:accepted_tokens", stats.accepted)
+        self.count("offramp:exit_audits", stats.audited)
+        self.count("offramp:exit_disagreements", stats.disagreements)
+        self.count("offramp:exit_head_rows", stats.exit_head_rows)
+        self._observe_prompt(stats)
         if stats.kind == "segment":
             self._batch_size.labels(*self._who, segment).observe(rows)
             if stats.segment == 0:
@@ -204,6 +220,26 @@ class Metrics:
         usage = stats.kv_used_blocks / stats.kv_total_blocks if stats.kv_total_blocks else 0.0
         self._gauges["vllm:kv_cache_usage_perc"].set(usage)
         self._gauges["offramp:kv_debt_tokens"].set(stats.debt_tokens)
+        self._gauges["offramp:exit_guard_level"].set(stats.guard_level)
+        self._gauges["offramp:exit_quality_target"].set(stats.quality_target)
+        self._set_thresholds(stats.thresholds)
+
+    def _observe_prompt(self, stats: StepStats) -> None:
+        """Depth of prompt tokens: those that left here, and those that reached the top."""
+        if self._exit_layer is None:
+            return
+        if stats.prompt_left:
+            depth = self._exit_layer.labels(*self._who, "prompt")
+            for _ in range(stats.prompt_left):
+                depth.observe(self._exit_layers[stats.segment])
+        if stats.prompt_risen:
+            depth = self._exit_layer.labels(*self._who, "prompt")
+            for _ in range(stats.prompt_risen):
+                depth.observe(self._num_layers)
+
+    def _set_thresholds(self, thresholds: Sequence[float]) -> None:
+        for layer, value in zip(self._exit_layers, thresholds, strict=False):
+            self._threshold.labels(*self._who, str(layer)).set(value)
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(name, text, (*_LABELS, label), registry=self.registry)

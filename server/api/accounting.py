@@ -60,8 +60,12 @@ def early_exit(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
         "layers_skipped_fraction": round(1 - executed / possible, 4) if possible else 0.0,
         "exit_histogram": {str(layer): histogram[layer] for layer in sorted(histogram)},
         "stayed": sum(choice.stats.stayed for choice in choices),
-        "audited_tokens": 0,
-        "audit_disagreements": 0,
+        # In lossless mode full depth checks every guess before it is sent.
+        "audited_tokens": sum(c.stats.accepted + c.stats.rejected for c in choices),
+        "audit_disagreements": sum(choice.stats.rejected for choice in choices),
+        "drafted_tokens": sum(choice.stats.drafted for choice in choices),
+        "accepted_tokens": sum(choice.stats.accepted for choice in choices),
+        "prompt_layers_skipped": sum(choice.stats.prompt_layers_skipped for choice in choices),
     }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
+from offramp.models.sampling_params import SamplingParams
+from offramp.server.api.exits import exit_settings
 from offramp.server.engine.request import GenerationRequest
 from offramp.server.errors import ContextLengthExceeded, InvalidRequest
 
 if TYPE_CHECKING:
     from offramp.server.api.context import Context
-    from offramp.server.api.schemas import EarlyExit, GenerationBody
+    from offramp.server.api.schemas import GenerationBody
     from offramp.server.engine.request import EngineInfo
 
 SEED_BITS: Final = 63
@@ -30,7 +31,7 @@ def plan(
     info = context.driver.info
     param = "messages" if hasattr(body, "messages") else "prompt"
     _check_token_ids(body, prompts, info)
-    exits = exit_settings(context, body.early_exit, info)
+    exits = exit_settings(context.config, body.early_exit, info)
     seed = context.seeds.getrandbits(SEED_BITS) if body.seed is None else body.seed
     requests: list[GenerationRequest] = []
     for prompt in prompts:
@@ -63,27 +64,6 @@ def answer_room(body: GenerationBody, prompt_tokens: int, max_model_len: int, pa
             param=param,
         )
     return min(asked or body.default_tokens or room, room)
-
-
-def exit_settings(context: Context, wish: EarlyExit, info: EngineInfo) -> ExitSettings:
-    """The request's early-exit wishes over the server's defaults."""
-    config = context.config
-    if wish.mode == "adaptive" and not info.exit_layers:
-        raise InvalidRequest("No exits are loaded for this model.", param="early_exit.mode")
-    if wish.min_layer is not None and wish.min_layer > info.num_layers:
-        raise InvalidRequest(
-            f"This model has {info.num_layers} layers.", param="early_exit.min_layer"
-        )
-    # Wishes about how to leave early are a wish to leave early.
-    details = (wish.threshold, wish.min_layer, wish.kv_fill)
-    default = config.early_exit if all(detail is None for detail in details) else ExitMode.ADAPTIVE
-    mode = ExitMode(wish.mode or default) if info.exit_layers else ExitMode.OFF
-    return ExitSettings(
-        mode=mode,
-        threshold=config.exit_threshold if wish.threshold is None else wish.threshold,
-        min_layer=config.exit_min_layer if wish.min_layer is None else wish.min_layer,
-        kv_fill=KVFill(wish.kv_fill or config.kv_fill),
-    )
 
 
 def _check_token_ids(body: GenerationBody, prompts: Sequence[Prompt], info: EngineInfo) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from offramp.models.sampling_params import ExitCriterion, ExitMode
 from offramp.server.api.fields import (
     INT64_MAX,
     INT64_MIN,
@@ -28,6 +29,8 @@ logger = logging.getLogger("offramp.api")
 
 MAX_CHOICES: Final = 128
 MAX_STOP_TOKENS: Final = 128
+# A day; longer wishes are mistakes of unit.
+MAX_DEADLINE_MS: Final = 86_400_000
 DEFAULT_COMPLETION_TOKENS: Final = 16
 # Part of OpenAI's API, without effect here and harmless to leave out.
 _NO_EFFECT: Final = frozenset(
@@ -67,29 +70,23 @@ class EarlyExit(RequestModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    mode: Literal["off", "adaptive", "lossless"] | None = None
+    mode: Annotated[ExitMode, Field(strict=False)] | None = None
+    criterion: Annotated[ExitCriterion, Field(strict=False)] | None = None
     quality: float | None = Field(default=None, ge=0.5, le=1)
     threshold: float | None = Field(default=None, ge=0, le=1)
     min_layer: int | None = Field(default=None, ge=0, le=INT64_MAX)
-    kv_fill: Literal["project", "copy", "recompute"] | None = None
-    prefill: bool = False
+    kv_fill: Literal["auto", "project", "copy", "recompute"] | None = None
+    prefill: bool | None = None
+    deadline_ms: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_MS)
 
-    @model_validator(mode="after")
-    def _refuse_what_is_missing(self) -> EarlyExit:
-        if self.mode == "lossless":
-            _not_available("mode", "mode 'lossless' is not available in this version")
-        if self.quality is not None:
-            message = "the loaded exits have no calibrated operating points; use 'threshold'"
-            _not_available("quality", message)
-        if self.prefill:
-            _not_available("prefill", "exits in prefill are not available in this version")
-        return self
-
-
-def _not_available(field: str, message: str) -> None:
-    raise InvalidRequest(
-        f"early_exit.{field}: {message}.", param=f"early_exit.{field}", code=UNSUPPORTED
-    )
+    @property
+    def wishes_exits(self) -> bool:
+        """Whether anything is said about how tokens should leave early."""
+        return any(
+            getattr(self, name) is not None
+            for name in type(self).model_fields
+            if name not in ("mode", "prefill")
+        ) or bool(self.prefill)
 
 
 def _mode_alone(value: Any) -> Any:

@@ -9,23 +9,38 @@ from pathlib import Path
 import torch
 
 from offramp.models.config import ModelConfig
-from offramp.models.exit_head import ExitHead
-from offramp.models.exits.file import ExitFileError, load_exits, shipped_exits
+from offramp.models.exits.deltas import (
+    apply_deltas,
+    delta_paths,
+    load_deltas,
+    tuned_fingerprint,
+)
+from offramp.models.exits.file import ExitFile, ExitFileError, load_exits, shipped_exits
+from offramp.models.exits.shared import shared_heads
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache, bytes_per_block
 from offramp.models.loader import fingerprint, load_weights
 from offramp.models.runner import Runner
+from offramp.models.sampling_params import ExitCriterion
 from offramp.models.transformer import Transformer
 from offramp.server.config import EngineConfig
 from offramp.server.engine.blocks import BlockPool
 from offramp.server.engine.debt import DebtLedger, RowPool
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.memory import SlotMemory
+from offramp.server.engine.online import OnlineThresholds
 from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.request import EngineInfo
 from offramp.server.engine.scheduler import Limits, Scheduler
+from offramp.server.engine.targets import ExitTargets
+from offramp.server.engine.warm_up import measure_costs
 
 logger = logging.getLogger("offramp.engine")
+
+# Promise to requests that name no quality, if the exits reach it.
+_DEFAULT_QUALITY = 0.98
+_SHARED = "shared:"
 
 
 class EngineConfigError(Exception):
@@ -52,24 +67,29 @@ def build_engine(
     device, dtype = _placement(config)
     shape = config_from_hf(folder)
     weights = load_weights(folder, shape, dtype=dtype, progress=progress)
+    weights, own = _tuned(config.exits, weights)
     weights = {name: tensor.to(device) for name, tensor in weights.items()}
-    heads = _exit_heads(config.exits, weights, shape, dtype, device)
+    exits = _exits(config.exits, own, weights, shape, dtype, device)
     max_model_len = _context(shape, config)
     blocks = num_blocks or _num_blocks(shape, config, max_model_len, dtype)
     cache = KVCache(shape, blocks, config.block_size, dtype, device)
+    heads = exits.heads
     exit_layers = tuple(head.layer for head in heads)
     model = Transformer(shape, weights, exit_layers, max_model_len)
     num_rows = config.max_num_seqs * (1 + config.max_exit_debt) + config.max_num_batched_tokens
-    info = _info(model_name, config, model, heads, cache, max_model_len)
-    runner = Runner(model, heads, cache, num_rows)
-    return Engine(info, _scheduler(info, config, num_rows), runner, audit=audit)
+    info = _info(model_name, config, model, exits, cache, max_model_len)
+    runner = Runner(model, heads, cache, num_rows, exits.vocab)
+    scheduler = _scheduler(info, config, num_rows)
+    measure_costs(runner, info, scheduler.policy.costs)
+    guard = LiveGuard(scheduler.targets, config.exit_audit_rate)
+    return Engine(info, scheduler, runner, guard, audit=audit)
 
 
 def _info(
     model_name: str,
     config: EngineConfig,
     model: Transformer,
-    heads: tuple[ExitHead, ...],
+    exits: ExitFile,
     cache: KVCache,
     max_model_len: int,
 ) -> EngineInfo:
@@ -77,7 +97,7 @@ def _info(
         model_name=model_name,
         num_layers=model.config.num_layers,
         exit_layers=model.exit_layers,
-        exit_thresholds=tuple(head.threshold for head in heads),
+        exit_thresholds=tuple(head.threshold for head in exits.heads),
         vocab_size=model.config.vocab_size,
         max_model_len=max_model_len,
         block_size=cache.block_size,
@@ -85,17 +105,28 @@ def _info(
         max_num_seqs=config.max_num_seqs,
         dtype=str(model.embed.dtype).removeprefix("torch."),
         eos_token_ids=model.config.eos_token_ids,
+        points=exits.points,
+        prompt_threshold=_prompt_threshold(config, exits),
+        quality_floor=config.quality_floor,
     )
+
+
+def _prompt_threshold(config: EngineConfig, exits: ExitFile) -> float | None:
+    """Gate score at which prompt tokens may leave, None if nobody said."""
+    if config.exit_prefill_threshold is not None:
+        return config.exit_prefill_threshold
+    found = [p.prefill_threshold for p in exits.points if p.prefill_threshold is not None]
+    return max(found, default=None)
 
 
 def _scheduler(info: EngineInfo, config: EngineConfig, num_rows: int) -> Scheduler:
     limits = Limits(
         info.num_layers,
         info.exit_layers,
-        info.exit_thresholds,
         config.max_num_seqs,
         config.max_num_batched_tokens,
         config.max_exit_debt,
+        info.max_model_len,
     )
     rows = RowPool(num_rows)
     memory = SlotMemory(
@@ -104,9 +135,36 @@ def _scheduler(info: EngineInfo, config: EngineConfig, num_rows: int) -> Schedul
         DebtLedger(rows, limits.num_segments),
         prefix_caching=config.enable_prefix_caching,
     )
-    return Scheduler(
-        limits, memory, ExitPolicy(limits.num_segments, config.exit_max_hold_ms / 1000)
-    )
+    policy = ExitPolicy(limits.num_segments, config.exit_max_hold_ms / 1000)
+    return Scheduler(limits, memory, policy, _targets(info, config))
+
+
+def _targets(info: EngineInfo, config: EngineConfig) -> ExitTargets:
+    """Thresholds for requests that name none; raises EngineConfigError for an empty promise."""
+    points = [p for p in info.points if p.criterion is ExitCriterion.TWO_KEY]
+    best = max((point.quality for point in points), default=None)
+    quality = config.exit_quality
+    for flag, wish in (("--exit-quality", quality), ("--quality-floor", config.quality_floor)):
+        if wish is None:
+            continue
+        if best is None:
+            raise EngineConfigError(
+                f"{flag} {wish:g}: the exits have no calibrated operating points; make some with "
+                "`offramp exits calibrate`"
+            )
+        if wish > best:
+            raise EngineConfigError(
+                f"{flag} {wish:g} is out of reach of these exits; the best calibrated is {best:g}"
+            )
+    if quality is None and best is not None:
+        quality = min(_DEFAULT_QUALITY, best)
+    online = None
+    if config.exit_online_quality is not None:
+        if config.exit_quality is not None:
+            raise EngineConfigError("--exit-quality and --exit-online-quality exclude each other")
+        online = OnlineThresholds(len(info.exit_layers), config.exit_online_quality)
+        quality = None
+    return ExitTargets(info.exit_thresholds, points, quality, config.quality_floor, online)
 
 
 def _placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
@@ -121,25 +179,46 @@ def _placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     return torch.device(name), dtypes.get(config.dtype, auto)
 
 
-def _exit_heads(
+def _tuned(choice: str, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights with the deltas beside the exit file, if there are any, and their fingerprint."""
+    own = fingerprint(weights)
+    paths = [] if choice in {"auto", "none"} else delta_paths(Path(choice))
+    if not paths:
+        return weights, own
+    deltas = load_deltas(paths, fingerprint=own)
+    return apply_deltas(weights, deltas), tuned_fingerprint(deltas)
+
+
+def _exits(
     choice: str,
+    own: str,
     weights: dict[str, torch.Tensor],
     shape: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[ExitHead, ...]:
-    if choice == "none":
-        return ()
-    own = fingerprint(weights)
-    path = shipped_exits(own) if choice == "auto" else Path(choice)
+) -> ExitFile:
+    if choice.startswith(_SHARED):
+        heads = shared_heads(weights, shape, _layers(choice))
+        return ExitFile(own, heads, {}, {})
+    path = None
+    if choice == "auto":
+        path = shipped_exits(own)
+    elif choice != "none":
+        path = Path(choice)
+        if not path.exists():
+            raise ExitFileError(f"--exits {choice}: no such file")
     if path is None:
-        return ()
-    if choice != "auto" and not path.exists():
-        raise ExitFileError(f"--exits {choice}: no such file")
-    file = load_exits(
+        return ExitFile(own, (), {}, {})
+    return load_exits(
         path, fingerprint=own, hidden_size=shape.hidden_size, dtype=dtype, device=device
     )
-    return file.heads
+
+
+def _layers(choice: str) -> list[int]:
+    try:
+        return [int(layer) for layer in choice.removeprefix(_SHARED).split(",")]
+    except ValueError:
+        raise EngineConfigError(f"--exits {choice}: write layers as in shared:8,12") from None
 
 
 def _context(shape: ModelConfig, config: EngineConfig) -> int:

@@ -81,6 +81,10 @@ class DebtLedger:
         if kept:
             self._debts[slot] = kept
 
+    def withdraw(self, slot: int) -> list[Owed]:
+        """Strike the slot's debts off the ledger; their rows are the caller's again."""
+        return self._debts.pop(slot, [])
+
     def settle(self, slot: int) -> None:
         """All debts of the slot are paid or void; their rows are free."""
         self._rows.give([debt.row for debt in self._debts.pop(slot, [])])

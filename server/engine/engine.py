@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import count
 from typing import Protocol
 
 from offramp.models.step import FillKV, RunHead, RunSegment, Step, StepResult
+from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.request import (
     EngineInfo,
     EngineOutput,
@@ -32,25 +35,33 @@ class Engine:
 
     Only this object and the scheduler it drives change host state, and only while planning and
     committing; ``run`` sees plain data. ``audit`` checks the invariants after every step (tests);
-    otherwise they are checked whenever the engine goes idle.
+    otherwise they are checked whenever the engine goes idle. ``guard`` watches over the quality of
+    finished answers.
     """
 
     def __init__(
-        self, info: EngineInfo, scheduler: Scheduler, runner: StepRunner, *, audit: bool = False
+        self,
+        info: EngineInfo,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        guard: LiveGuard | None = None,
+        *,
+        audit: bool = False,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
         self.runner = runner
+        self.guard = guard or LiveGuard(scheduler.targets, 0.0)
         self._audit = audit
         self._ids = count()
         self._slots: dict[str, Slot] = {}
         self._events: list[TokenEvent] = []
-        self._seen = (0, 0, 0)
+        self._seen = (0, 0, 0, 0, 0)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._slots or self._events)
+        return bool(self._slots or self._events or self.scheduler.has_work)
 
     def add(self, request: GenerationRequest, submitted_at: float) -> None:
         """Accept a request; what cannot be served at all ends in an error event."""
@@ -58,7 +69,7 @@ class Engine:
         room = self.info.max_model_len - len(request.prompt)
         if not request.prompt or room < 1 or request.sampling.max_tokens < 1:
             error = "The prompt is empty, leaves no room for an answer, or none was asked for."
-            self._emit(slot, (), (), FinishReason.ERROR, error)
+            self._emit(slot, (), FinishReason.ERROR, error=error)
             return
         self._slots[request.request_id] = slot
         self.scheduler.add(slot)
@@ -68,24 +79,26 @@ class Engine:
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self.scheduler.release(slot)
-            self._emit(slot, (), (), FinishReason.ABORT)
+            self._emit(slot, (), FinishReason.ABORT)
 
     def step(self) -> EngineOutput:
         """Plan, run, commit; returns the events since the last step."""
         begun = time.perf_counter()
-        plan = self.scheduler.plan(time.monotonic())
+        scheduler = self.scheduler
+        scheduler.targets.observe_load(len(scheduler.waiting))
+        plan = scheduler.plan(time.monotonic())
         stats = None
         if plan is not None:
             planned = time.perf_counter()
             result = self.runner.run(plan.step)
             ran = time.perf_counter()
-            stayed, layers = self._totals(plan)
+            before = self._totals(plan)
             self._commit(plan, result)
             host = planned - begun + time.perf_counter() - ran
-            after = self._totals(plan)
-            stats = self._stats(plan, result.seconds, host, after[0] - stayed, after[1] - layers)
-        if self._audit or not self.scheduler.has_work:
-            self.scheduler.check()
+            grown = [new - old for new, old in zip(self._totals(plan), before, strict=True)]
+            stats = self._stats(plan, result, host, grown)
+        if self._audit or not scheduler.has_work:
+            scheduler.check()
         events, self._events = tuple(self._events), []
         return EngineOutput(events, stats)
 
@@ -95,36 +108,89 @@ class Engine:
         match plan.step:
             case RunSegment(segment, work):
                 rows = sum(len(item.rows) for item in work)
-                costs.segments[segment].add(rows, result.seconds)
-                self.scheduler.commit_segment(plan, result.leave, now)
+                costs.segments[segment].add(rows, result.seconds - result.check_seconds)
+                asked = sum(item.check is not None for item in work)
+                costs.checks[segment].add(asked, result.check_seconds)
+                for slot, token in self.scheduler.commit_segment(plan, result, now):
+                    self._commit_left(slot, token, segment, now)
             case FillKV(_, owed):
                 costs.fill.add(sum(len(item.rows) for item in owed), result.seconds)
                 self.scheduler.commit_fill(plan)
             case RunHead(heads):
                 costs.head.add(len(heads), result.seconds)
-                for slot, token in zip(plan.slots, result.token_ids, strict=True):
-                    self._commit_token(slot, token, now)
+                chosen = iter(result.token_ids)
+                for slot in plan.slots:
+                    self._commit_head(slot, [next(chosen) for _ in slot.ride], now)
 
-    def _commit_token(self, slot: Slot, token: int, now: float) -> None:
-        limits = self.scheduler.limits
-        layer = limits.num_layers if slot.leaving is None else limits.exit_layers[slot.leaving]
+    def _commit_left(self, slot: Slot, token: int, segment: int, now: float) -> None:
+        """A token left after ``segment``: the answer's next one, or a guess of it (lossless)."""
+        if slot.lossless:
+            slot.guess([token])
+            slot.looked_up = False
+            self.scheduler.resume(slot, now)
+            return
         slot.tokens.append(token)
+        self._commit_tokens(slot, [token], self.info.exit_layers[segment], now)
+
+    def _commit_head(self, slot: Slot, chosen: list[int], now: float) -> None:
+        if slot.audit:
+            self._commit_audit(slot, chosen, now)
+            return
+        certain = self.scheduler.commit_head(slot, chosen)
+        self._commit_tokens(slot, certain, self.info.num_layers, now)
+
+    def _commit_tokens(self, slot: Slot, tokens: list[int], layer: int, now: float) -> None:
+        """``tokens`` are new at the end of the slot's verified ones."""
         if slot.first_token_at is None:
             slot.first_token_at = now
-        reason = self._finish_reason(slot, token)
+        first = slot.verified - len(tokens)
+        reason = None
+        for index, token in enumerate(tokens):
+            reason = self._finish_reason(slot, token, first + index + 1)
+            if reason is not None:
+                tokens = tokens[: index + 1]
+                slot.drop_drafts(first + len(tokens))
+                break
         if reason is None:
-            self.scheduler.commit_token(slot, now)
+            self.scheduler.resume(slot, now)
         else:
-            self.scheduler.release(slot)
-            del self._slots[slot.request.request_id]
-        self._emit(slot, (token,), (layer,), reason)
+            self._finish(slot)
+        self._emit(slot, tuple(tokens), reason, layer)
 
-    def _finish_reason(self, slot: Slot, token: int) -> FinishReason | None:
+    def _finish(self, slot: Slot) -> None:
+        self.scheduler.release(slot)
+        del self._slots[slot.request.request_id]
+        audits = self.scheduler.audits
+        if self.guard.wants(slot, len(audits)):
+            limits = self.scheduler.limits
+            copy = Slot(next(self._ids), slot.request, slot.submitted_at, limits.num_segments)
+            copy.read_again(slot.tokens)
+            copy.scores = slot.scores
+            audits.append(copy)
+
+    def _commit_audit(self, slot: Slot, chosen: list[int], now: float) -> None:
+        """Full depth's choices for part of a finished answer."""
+        places = [p + 1 for p in slot.ride if p + 1 < len(slot.tokens)]
+        # The row behind the answer's last token makes one more, which nobody asked for.
+        for place, token in zip(places, chosen, strict=False):
+            agreed = slot.tokens[place] == token
+            slot.rejected += not agreed
+            self.scheduler.learn(slot, place, agreed=agreed)
+        ended = slot.riding_to_end
+        self.scheduler.memory.alight(slot)
+        if ended:
+            self.scheduler.release(slot)
+            self.guard.record(slot, slot.rejected)
+        else:
+            self.scheduler.resume(slot, now)
+
+    def _finish_reason(self, slot: Slot, token: int, length: int) -> FinishReason | None:
+        """Why the answer ends with ``token``, the ``length``-th of prompt and answer."""
         sampling = slot.request.sampling
         if token in sampling.stop_token_ids:
             return FinishReason.STOP
-        full = len(slot.tokens) >= self.info.max_model_len
-        if slot.num_generated >= sampling.max_tokens or full:
+        full = length >= self.info.max_model_len
+        if length - slot.num_prompt >= sampling.max_tokens or full:
             return FinishReason.LENGTH
         return None
 
@@ -132,33 +198,47 @@ class Engine:
         self,
         slot: Slot,
         tokens: tuple[int, ...],
-        layers: tuple[int, ...],
         reason: FinishReason | None,
+        layer: int = 0,
         error: str | None = None,
     ) -> None:
         stats = slot.stats(time.monotonic() if reason else None)
+        layers = (layer,) * len(tokens)
         event = TokenEvent(slot.request.request_id, tokens, layers, stats, reason, error)
         self._events.append(event)
 
     @staticmethod
-    def _totals(plan: Plan) -> tuple[int, int]:
+    def _totals(plan: Plan) -> tuple[int, ...]:
+        """Sums over the plan's slots of what requests count for themselves."""
+        slots = plan.slots
         return (
-            sum(slot.stayed for slot in plan.slots),
-            sum(slot.layers_executed for slot in plan.slots),
+            sum(slot.stayed for slot in slots),
+            sum(slot.layers_executed for slot in slots),
+            sum(slot.drafted for slot in slots),
+            sum(slot.accepted for slot in slots),
         )
 
     def _stats(
-        self, plan: Plan, seconds: float, host: float, stayed: int, layers: int
+        self, plan: Plan, result: StepResult, host: float, grown: Sequence[int]
     ) -> StepStats:
-        scheduler, memory = self.scheduler, self.scheduler.memory
+        scheduler, memory, guard = self.scheduler, self.scheduler.memory, self.guard
         kind, segment, prefill, decode, method = _describe(plan)
-        now = (scheduler.preemptions, memory.prefix_queries, memory.prefix_hits)
-        grown = tuple(new - old for new, old in zip(now, self._seen, strict=True))
+        now = (
+            scheduler.preemptions,
+            memory.prefix_queries,
+            memory.prefix_hits,
+            guard.audited,
+            guard.disagreements,
+        )
+        fresh = [new - old for new, old in zip(now, self._seen, strict=True)]
         self._seen = now
+        stayed, layers, drafted, accepted = grown
+        left = sum(map(len, result.prompt_left))
+        top = kind == "segment" and segment + 1 == scheduler.limits.num_segments
         return StepStats(
             kind=kind,
             segment=segment,
-            seconds=seconds,
+            seconds=result.seconds,
             host_seconds=host,
             prefill_rows=prefill,
             decode_rows=decode,
@@ -171,10 +251,20 @@ class Engine:
             segment_queue=tuple(len(queue) for queue in scheduler.queues),
             fill_tokens=decode if kind == "fill" else 0,
             fill_method=method,
-            preemptions=grown[0],
-            prefix_queries=grown[1],
-            prefix_hits=grown[2],
+            preemptions=fresh[0],
+            prefix_queries=fresh[1],
+            prefix_hits=fresh[2],
             stayed=stayed,
+            drafted=drafted,
+            accepted=accepted,
+            audited=fresh[3],
+            disagreements=fresh[4],
+            exit_head_rows=result.head_rows,
+            prompt_left=left,
+            prompt_risen=_asking_prompt_rows(plan) if top else 0,
+            thresholds=scheduler.targets.thresholds,
+            guard_level=scheduler.targets.guard_level,
+            quality_target=scheduler.targets.quality or 0.0,
         )
 
 
@@ -188,7 +278,18 @@ def _describe(plan: Plan) -> tuple[str, int, int, int, str]:
         case RunSegment(segment, work):
             total = sum(len(item.rows) for item in work)
             decode = sum(
-                max(0, item.start + len(item.rows) - max(item.start, slot.num_prompt))
+                len(item.positions) - bisect_left(item.positions, slot.num_prompt)
                 for item, slot in zip(work, plan.slots, strict=True)
+                if not slot.audit
             )
             return "segment", segment, total - decode, decode, ""
+
+
+def _asking_prompt_rows(plan: Plan) -> int:
+    """Prompt rows of a segment's run that belong to requests whose prompt tokens may leave."""
+    assert isinstance(plan.step, RunSegment)
+    return sum(
+        bisect_left(item.positions, slot.num_prompt)
+        for item, slot in zip(plan.step.work, plan.slots, strict=True)
+        if slot.request.exits.prefill_threshold is not None and not slot.audit
+    )

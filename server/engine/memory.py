@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from offramp.server.engine.blocks import BlockPool, OutOfBlocks, block_hashes
@@ -28,13 +29,15 @@ class SlotMemory:
     def admit(self, slot: Slot) -> bool:
         """Take the blocks of all the slot's tokens, cached ones first; False if they do not fit.
 
-        At least the last token is left to compute, since its logits are wanted.
+        At least the last token is left to compute, since its logits are wanted; of an audit, every
+        position that makes a token of the answer.
         """
         size = self.blocks.block_size
         shared: list[int] = []
         if self._prefix_caching:
             slot.hashes = block_hashes(slot.tokens, size, slot.hashes)
-            shared = self.blocks.share(slot.hashes[: (len(slot.tokens) - 1) // size])
+            wanted = slot.num_prompt if slot.audit else len(slot.tokens)
+            shared = self.blocks.share(slot.hashes[: (wanted - 1) // size])
         missing = -(-len(slot.tokens) // size) - len(shared)
         home = slot.id * 7919 % self.blocks.num_blocks
         try:
@@ -59,22 +62,33 @@ class SlotMemory:
 
     def board(self, slot: Slot, count: int) -> None:
         """Give the next ``count`` positions their hidden rows."""
-        slot.ride_start = slot.computed[0]
+        start = slot.computed[0]
+        slot.ride = list(range(start, start + count))
         slot.ride_rows = self.rows.take(count)
+        slot.filled.clear()
 
-    def alight(self, slot: Slot, *, keep_last: bool) -> None:
-        """Free the ride's rows, all or all but the last."""
-        kept = slot.ride_rows[-1:] if keep_last else []
-        self.rows.give(slot.ride_rows[: len(slot.ride_rows) - len(kept)])
-        slot.ride_start += len(slot.ride_rows) - len(kept)
-        slot.ride_rows = kept
+    def alight(self, slot: Slot, keep_from: int | None = None) -> None:
+        """Free the ride's rows, but not those of positions ``keep_from`` and up."""
+        first = len(slot.ride)
+        if keep_from is not None:
+            first = bisect_left(slot.ride, keep_from)
+        self.rows.give(slot.ride_rows[:first])
+        slot.ride, slot.ride_rows = slot.ride[first:], slot.ride_rows[first:]
+
+    def rejoin(self, slot: Slot) -> None:
+        """Positions that left early are on the ride again: their debts ran every segment."""
+        debts = self.ledger.withdraw(slot.id)
+        slot.ride = [debt.position for debt in debts] + slot.ride
+        slot.ride_rows = [debt.row for debt in debts] + slot.ride_rows
 
     def publish(self, slot: Slot) -> None:
         """Make blocks whose K,V are complete and exact findable by other requests."""
         if not self._prefix_caching:
             return
         size = self.blocks.block_size
-        whole = slot.computed[-1] if slot.exact is None else min(slot.computed[-1], slot.exact)
+        whole = min(slot.computed[-1], slot.verified)
+        if slot.exact is not None:
+            whole = min(whole, slot.exact)
         if whole // size > len(slot.hashes):
             slot.hashes = block_hashes(slot.tokens[: whole // size * size], size, slot.hashes)
         for index in range(slot.published, whole // size):
@@ -83,7 +97,7 @@ class SlotMemory:
 
     def release(self, slot: Slot) -> None:
         """Give back everything the slot holds."""
-        self.alight(slot, keep_last=False)
+        self.alight(slot)
         self.ledger.settle(slot.id)
         self.blocks.release(slot.table)
         slot.table = []
@@ -101,9 +115,10 @@ class SlotMemory:
             self._check_debts(slot)
 
     def _check_debts(self, slot: Slot) -> None:
-        """What segment i lacks below the newest computed position is exactly what is owed there."""
-        top = slot.ride_start if slot.ride_rows else slot.computed[0]
+        """What segment i lacks below the ground segment's front rides or is owed there."""
+        riding = slot.filled.union(slot.ride)
         for segment, computed in enumerate(slot.computed):
             owed = [debt.position for debt in self.ledger.lacking(slot.id, segment)]
-            if owed != list(range(min(computed, top), top)):
+            lacking = [p for p in range(computed, slot.computed[0]) if p not in riding]
+            if owed != lacking:
                 raise BugError(f"Slot {slot.id} lacks K,V in segment {segment} that nobody owes.")

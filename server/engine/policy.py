@@ -1,94 +1,204 @@
-"""When to let leavers go, and when a thin group waits for company: decided by measured cost."""
+"""When leaving, guessing, waiting and paying are worth their time: decided by measured cost."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
-# Old measurements fade with this factor a sample: about the last 200 count, enough to follow a
-# machine whose speed drifts and few enough to forget a burst of noise.
-_DECAY = 0.995
+# A new sample moves its bucket's mean by at least this share: means follow a machine whose speed
+# drifts and forget a burst of noise.
+_RENEWAL = 0.05
+# The share of tokens that leave is a coin's: renewed faster, chance alone would close exits.
+_SHARE_RENEWAL = 0.01
+# Checks delay every token that asks, so what they are likely to save has to exceed their price by
+# more than the estimates are off: at 1.5 times the price, exits still lost 7 % at one stream.
+_MARGIN = 2.0
 # A decision against exits is tried out anyway once in so many times: costs are only learnt from
 # steps that run, and a rule fed by stale costs could otherwise never exit again (DREX's trap).
 _PROBE_EVERY = 32
+# Score no token reaches.
+NEVER = 1.01
+MAX_LOOKUP = 8
 
 
 @dataclass(slots=True)
-class LinearCost:
-    """Seconds of a step as ``fixed + per_row * rows``, by fading least squares."""
+class _Bucket:
+    rows: int
+    seconds: float
+    samples: int
+    renewed: int
 
-    weight: float = 0.0
-    x: float = 0.0
-    y: float = 0.0
-    xx: float = 0.0
-    xy: float = 0.0
+
+class StepCost:
+    """Seconds of one kind of step by its number of rows.
+
+    Samples are averaged per row count (above 8 rows per power of two) and read off between the
+    averages. More rows never cost less: where noise says so, neighbours are pooled.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._buckets: dict[int, _Bucket] = {}
+        self._rows: list[float] = []
+        self._seconds: list[float] = []
 
     def add(self, rows: int, seconds: float) -> None:
         """Learn from one step."""
-        sums = (1.0, rows, seconds, rows * rows, rows * seconds)
-        old = (self.weight, self.x, self.y, self.xx, self.xy)
-        self.weight, self.x, self.y, self.xx, self.xy = (
-            total * _DECAY + value for total, value in zip(old, sums, strict=True)
-        )
+        if rows <= 0:
+            return
+        key = rows if rows <= 8 else 1 << (rows - 1).bit_length()
+        self._count += 1
+        bucket = self._buckets.setdefault(key, _Bucket(rows, seconds, 0, self._count))
+        bucket.samples += 1
+        bucket.seconds += max(_RENEWAL, 1 / bucket.samples) * (seconds - bucket.seconds)
+        bucket.rows, bucket.renewed = rows, self._count
+        self._pool()
 
     @property
     def known(self) -> bool:
         """Whether anything was measured."""
-        return self.weight > 0.0
+        return bool(self._rows)
 
-    @property
-    def per_row(self) -> float:
-        """Seconds another row adds; 0 until different row counts were seen."""
-        spread = self.weight * self.xx - self.x * self.x
-        if spread <= 1e-9 * self.weight * self.xx:
-            return 0.0
-        return max(0.0, (self.weight * self.xy - self.x * self.y) / spread)
-
-    @property
-    def fixed(self) -> float:
-        """Seconds of the step before its first row."""
-        return max(0.0, (self.y - self.per_row * self.x) / self.weight) if self.known else 0.0
-
-    def at(self, rows: int) -> float:
+    def at(self, rows: float) -> float:
         """Predicted seconds for ``rows`` rows; no rows, no step."""
-        return self.fixed + self.per_row * rows if rows else 0.0
+        if rows <= 0 or not self._rows:
+            return 0.0
+        xs, ys = self._rows, self._seconds
+        if len(xs) == 1 or rows <= xs[0]:
+            return ys[0]
+        high = min(max(1, bisect_left(xs, rows)), len(xs) - 1)
+        low = high - 1
+        slope = (ys[high] - ys[low]) / (xs[high] - xs[low])
+        return ys[low] + slope * (rows - xs[low])
+
+    def more(self, rows: float, extra: float = 1) -> float:
+        """Seconds that ``extra`` rows add to a step of ``rows``."""
+        return self.at(rows + extra) - self.at(rows)
+
+    def _pool(self) -> None:
+        """Pool adjacent violators, so that cost rises with the rows."""
+        pools: list[list[float]] = []
+        for bucket in sorted(self._buckets.values(), key=lambda item: item.rows):
+            # The longer a mean was not renewed, the less it has to say against its neighbours.
+            weight = min(bucket.samples, 1 / _RENEWAL) * 0.99 ** (self._count - bucket.renewed)
+            weight = max(weight, 1e-6)
+            pools.append([weight, bucket.seconds, bucket.rows, bucket.rows])
+            while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
+                weight, seconds, _, last = pools.pop()
+                total = pools[-1][0] + weight
+                pools[-1][1] = (pools[-1][1] * pools[-1][0] + seconds * weight) / total
+                pools[-1][0], pools[-1][3] = total, last
+        self._rows, self._seconds = [], []
+        for _, seconds, first, last in pools:
+            for rows in dict.fromkeys((first, last)):
+                self._rows.append(rows)
+                self._seconds.append(seconds)
 
 
 @dataclass(slots=True)
 class CostModel:
     """What each kind of step costs on this machine."""
 
-    segments: list[LinearCost]
-    head: LinearCost = field(default_factory=LinearCost)
-    fill: LinearCost = field(default_factory=LinearCost)
+    segments: list[StepCost]
+    checks: list[StepCost]
+    head: StepCost = field(default_factory=StepCost)
+    fill: StepCost = field(default_factory=StepCost)
 
-    def above(self, segment: int, rows: int) -> float:
-        """Seconds for ``rows`` rows to ride from ``segment`` to the top."""
+    @classmethod
+    def of(cls, num_segments: int) -> CostModel:
+        """Nothing known yet."""
+        return cls(
+            [StepCost() for _ in range(num_segments)], [StepCost() for _ in range(num_segments)]
+        )
+
+    def above(self, segment: int, rows: float) -> float:
+        """Seconds for ``rows`` rows to ride from ``segment`` to the top, without the head."""
         return sum(cost.at(rows) for cost in self.segments[segment:])
+
+    def below(self, segment: int, rows: float) -> float:
+        """Seconds for ``rows`` rows to ride from the ground to the end of ``segment``."""
+        return sum(cost.at(rows) for cost in self.segments[: segment + 1])
+
+    def step(self, rows: float) -> float:
+        """Seconds of a whole pass with its head."""
+        return self.above(0, rows) + self.head.at(rows)
 
 
 class ExitPolicy:
-    """The two choices that trade time between slots.
+    """The choices that trade time between slots.
 
     ``max_hold`` (seconds) bounds how long a slot may wait at a segment for company.
     """
 
     def __init__(self, num_segments: int, max_hold: float) -> None:
-        self.costs = CostModel([LinearCost() for _ in range(num_segments)])
+        self.costs = CostModel.of(num_segments)
         self._max_hold = max_hold
         self._refusals = 0
+        # Share of checked tokens that may leave, by segment; learnt from every check.
+        self._fires = [0.3] * num_segments
+
+    def observe(self, segment: int, asked: int, fired: int) -> None:
+        """``fired`` of ``asked`` tokens reached their threshold after ``segment``."""
+        if asked:
+            share = self._fires[segment]
+            renewal = 1 - (1 - _SHARE_RENEWAL) ** asked
+            self._fires[segment] = share + renewal * (fired / asked - share)
+
+    def asks(self, segment: int, rows: int) -> bool:
+        """Whether checking ``rows`` tokens after ``segment`` is likely to save time at all."""
+        costs, share = self.costs, self._fires[segment]
+        everyone = share**rows
+        leavers = share * rows
+        saved = everyone * self._saved(segment, rows, 0)
+        saved += (1 - everyone) * self._saved(segment, leavers, rows - leavers)
+        paid = (1 - (1 - share) ** rows) * self._payment(segment, max(1.0, leavers))
+        return saved >= _MARGIN * (paid + costs.checks[segment].at(rows)) or self._probe()
 
     def lets_go(self, segment: int, leaving: int, staying: int) -> bool:
         """Whether ``leaving`` slots gain time by leaving after ``segment``.
 
-        They save the layers above at the price of a fill of their K,V later. Where that does not
-        pay, all stay; nobody is ever made to leave.
+        They save the layers and the head above at the price of their K,V, made later. Where that
+        does not pay, all stay; nobody is ever made to leave.
         """
-        saved = self.costs.above(segment + 1, leaving + staying)
-        saved -= self.costs.above(segment + 1, staying)
-        if saved >= self.costs.fill.at(leaving):
-            return True
-        self._refusals += 1
-        return self._refusals % _PROBE_EVERY == 0
+        saved = self._saved(segment, leaving, staying)
+        return saved >= self._payment(segment, leaving) or self._probe()
+
+    def recompute_pays(self, segment: int, riding: int, owed: int) -> bool:
+        """Whether ``owed`` rows ride along from ``segment`` for less than their projection."""
+        extra = self.costs.above(segment, riding + owed) - self.costs.above(segment, riding)
+        return extra <= self.costs.fill.at(owed)
+
+    def draft_bound(self, segment: int, rows: int) -> float:
+        """P(right) from which a guess after ``segment`` pays (lossless), with ``rows`` riding.
+
+        A right guess spares a pass above of its own: its row joins the next one's. A wrong one
+        wastes the next token's pass below. What a pass costs whatever its rows is only spared if
+        the whole batch leaves.
+        """
+        costs = self.costs
+        alone = self._fires[segment] ** (rows - 1)
+        top = costs.above(segment + 1, 1) + costs.head.at(1)
+        joining = costs.above(segment + 1, 2) - costs.above(segment + 1, 1) + costs.head.more(1)
+        gain = alone * top - joining - costs.checks[segment].at(1)
+        below = costs.below(segment, rows) - costs.below(segment, rows - 1)
+        loss = alone * costs.below(segment, 1) + (1 - alone) * below
+        return loss / (gain + loss) if gain > 0 else NEVER
+
+    def lookup_length(self, acceptance: float, rows: int) -> int:
+        """How many looked-up tokens to verify along with a slot's next one.
+
+        One more row pays while the chance that all guesses up to it are right, times the time of a
+        token, exceeds what the row adds to a pass of ``rows``.
+        """
+        token = self.costs.step(rows) / rows
+        chance, length = acceptance, 0
+        while length < MAX_LOOKUP:
+            extra = self.costs.step(rows + length + 1) - self.costs.step(rows + length)
+            if chance * token <= extra:
+                break
+            chance *= acceptance
+            length += 1
+        return length
 
     def holds(self, segment: int, staying: int, ready: int, age: float) -> bool:
         """Whether ``staying`` slots wait at ``segment`` while ``ready`` others go first.
@@ -100,6 +210,21 @@ class ExitPolicy:
         if not ready or age >= self._max_hold:
             return False
         head, ground = self.costs.head, self.costs.segments[0]
-        split = (staying + ready) * (head.fixed + ground.fixed)
+        fixed = sum(max(0.0, cost.at(1) - cost.more(1)) for cost in (head, ground))
         delay = staying * (head.at(ready) + ground.at(ready))
-        return ready * self.costs.above(segment, staying) > delay + split
+        return ready * self.costs.above(segment, staying) > delay + (staying + ready) * fixed
+
+    def _saved(self, segment: int, leaving: float, staying: float) -> float:
+        costs = self.costs
+        saved = costs.above(segment + 1, leaving + staying) - costs.above(segment + 1, staying)
+        return saved + costs.head.at(leaving + staying) - costs.head.at(staying)
+
+    def _payment(self, segment: int, leaving: float) -> float:
+        """K,V of ``leaving`` rows: a projection, or the rows' share of a later pass if cheaper."""
+        costs = self.costs
+        along = costs.above(segment + 1, 1 + leaving) - costs.above(segment + 1, 1)
+        return min(costs.fill.at(leaving), along) if costs.fill.known else along
+
+    def _probe(self) -> bool:
+        self._refusals += 1
+        return self._refusals % _PROBE_EVERY == 0

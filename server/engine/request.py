@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitSettings, SamplingParams
 
 
@@ -33,7 +34,10 @@ class RequestStats:
 
     ``layers_executed`` counts layers really run for the generated tokens, recomputed debts
     included; ``cached_tokens`` is the part of the prompt found in the prefix cache; ``stayed``
-    counts tokens whose gate fired but that were kept in the stack.
+    counts tokens whose score would have let them leave but that were kept in the stack.
+    ``prompt_layers_skipped`` are layers prompt tokens did not run. ``drafted`` guesses were made
+    in lossless mode, of which full depth ``accepted`` some and ``rejected`` others; those behind a
+    rejected one are neither.
     """
 
     submitted_at: float
@@ -44,7 +48,11 @@ class RequestStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     layers_executed: int = 0
+    prompt_layers_skipped: int = 0
     stayed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rejected: int = 0
     preemptions: int = 0
 
 
@@ -69,7 +77,10 @@ class StepStats:
     """What one engine step did and the state it left behind, for metrics and logs.
 
     ``kind`` is ``segment``, ``head`` or ``fill``; ``rows`` are token rows of that step.
-    Gauges (running to debt_tokens) are values after the step, the rest are increments.
+    Gauges (running to debt_tokens, thresholds, guard_level, quality_target) are values after the
+    step, the rest are increments. ``exit_head_rows`` are rows an exit's LM head ran for,
+    ``prompt_left`` prompt tokens that left after this segment, ``prompt_risen`` those that might
+    have and ran the whole stack.
     """
 
     kind: str
@@ -91,6 +102,16 @@ class StepStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     stayed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    audited: int = 0
+    disagreements: int = 0
+    exit_head_rows: int = 0
+    prompt_left: int = 0
+    prompt_risen: int = 0
+    thresholds: tuple[float, ...] = ()
+    guard_level: int = 0
+    quality_target: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +137,6 @@ class EngineInfo:
     max_num_seqs: int
     dtype: str
     eos_token_ids: tuple[int, ...] = field(default=())
+    points: tuple[OperatingPoint, ...] = ()
+    prompt_threshold: float | None = None
+    quality_floor: float | None = None

@@ -2,54 +2,50 @@
 
 Pure Python: no torch, and no clock of its own. The core invariant: segment i runs for a slot at
 position p only when every earlier position has K,V in all layers of segment i. A ride is one token
-(decode) or a chunk of prompt; it starts at the ground segment and after each segment its newest
-token leaves through the exit head or waits in the next segment's queue.
+(decode), a token with guesses behind it (lossless) or a chunk of prompt; it starts at the ground
+segment and after each segment its newest token leaves or waits in the next segment's queue.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from offramp.models.step import FillKV, HeadRow, OwedRows, RunHead, RunSegment, SlotRows, Step
+from offramp.models.sampling_params import KVFill
+from offramp.models.step import (
+    FillKV,
+    HeadRow,
+    OwedRows,
+    RunHead,
+    RunSegment,
+    SlotRows,
+    Step,
+    StepResult,
+)
+from offramp.server.engine.asking import Asking, Limits
+from offramp.server.engine.boarding import Boarding
 from offramp.server.engine.debt import Owed
-from offramp.server.engine.memory import OutOfBlocks, SlotMemory
+from offramp.server.engine.memory import SlotMemory
 from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.queue import SlotQueue
 from offramp.server.engine.slot import Place, Slot
+from offramp.server.engine.targets import ExitTargets
 from offramp.server.errors import BugError
 
+__all__ = ["Limits", "Plan", "Scheduler"]
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Sizes that stay fixed while the engine lives.
-
-    ``exit_layers`` and ``thresholds`` describe the exit points, ``num_layers`` the stack;
-    ``max_debt`` is how many positions one slot may owe before it has to stay.
-    """
-
-    num_layers: int
-    exit_layers: tuple[int, ...]
-    thresholds: tuple[float, ...]
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_debt: int
-
-    @property
-    def num_segments(self) -> int:
-        """Segments of the stack."""
-        return len(self.exit_layers) + 1
-
-    def layers_of(self, segment: int) -> int:
-        """Layers of one segment."""
-        bounds = (0, *self.exit_layers, self.num_layers)
-        return bounds[segment + 1] - bounds[segment]
+# Fills that may run owed rows together with a later ride.
+_RIDES_ALONG = frozenset({KVFill.AUTO, KVFill.RECOMPUTE})
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step and the slots it is for, in the same order as its work."""
+    """A step and the slots it is for, in the same order as its work.
+
+    A head has work for each row of a slot's ride, so it may have several rows for one slot.
+    """
 
     step: Step
     slots: tuple[Slot, ...]
@@ -58,20 +54,39 @@ class Plan:
 class Scheduler:
     """Owns every slot and queue."""
 
-    def __init__(self, limits: Limits, memory: SlotMemory, policy: ExitPolicy) -> None:
+    def __init__(
+        self, limits: Limits, memory: SlotMemory, policy: ExitPolicy, targets: ExitTargets
+    ) -> None:
         self.limits = limits
         self.memory = memory
         self.policy = policy
-        self.waiting: deque[Slot] = deque()
+        self.targets = targets
+        self.asking = Asking(limits, policy, targets, memory.ledger)
         self.queues = [SlotQueue(Place.SEGMENT, i) for i in range(limits.num_segments)]
         self.head = SlotQueue(Place.HEAD)
         self.live: dict[int, Slot] = {}
-        self.preemptions = 0
+        self.boarding = Boarding(limits, memory, self.queues, self.head, self.live)
+        self._prompt_debtors: dict[int, Slot] = {}
+
+    @property
+    def waiting(self) -> deque[Slot]:
+        """Slots not admitted yet."""
+        return self.boarding.waiting
+
+    @property
+    def audits(self) -> deque[Slot]:
+        """Finished answers to be read again when there is room."""
+        return self.boarding.audits
+
+    @property
+    def preemptions(self) -> int:
+        """Slots sent back to waiting so far."""
+        return self.boarding.preemptions
 
     @property
     def has_work(self) -> bool:
         """Whether any slot is waiting or live."""
-        return bool(self.waiting or self.live)
+        return bool(self.waiting or self.live or self.audits)
 
     def add(self, slot: Slot) -> None:
         """Queue a request's slot for admission."""
@@ -82,44 +97,58 @@ class Scheduler:
         if slot.place is Place.WAITING:
             self.waiting.remove(slot)
         else:
-            self._leave_queue(slot)
-            self.memory.release(slot)
-            del self.live[slot.id]
+            self.boarding.take_out(slot)
+            self._prompt_debtors.pop(slot.id, None)
         slot.place = Place.RELEASED
 
     def plan(self, now: float) -> Plan | None:
         """Choose the next step and reserve what it needs; None if there is nothing to do.
 
-        Riders first, lowest segment first so that they gather on the way up; then the head for all
-        that arrived; then the ground segment with everyone. A thin group may be held back while
-        others go ahead (see ExitPolicy.holds).
+        K,V that cannot wait are filled first. Then riders, lowest segment first so that they
+        gather on the way up; then the head for all that arrived; then the ground segment with
+        everyone. A thin group may be held back while others go ahead (see ExitPolicy.holds).
         """
+        due = self._due()
+        if due:
+            return self._plan_fill(due)
         upper = [i for i in range(1, len(self.queues)) if self.queues[i]]
         for segment in upper:
             if not self._holds(segment, now):
-                return self._plan_upper(segment)
+                return self._plan_upper(segment, now)
         if self.head:
             return self._plan_head()
         ground = self._plan_ground(now)
         if ground is None and upper:
-            return self._plan_upper(upper[0])
+            return self._plan_upper(upper[0], now)
         return ground
 
-    def commit_segment(self, plan: Plan, leave: tuple[bool, ...], now: float) -> None:
-        """Rows of ``plan`` went through their segment; ``leave`` tells whose gate fired."""
+    def commit_segment(self, plan: Plan, result: StepResult, now: float) -> list[tuple[Slot, int]]:
+        """Rows of ``plan`` went through their segment; returns slots that left, with their token.
+
+        The caller must pass each of those to `resume` or `release`.
+        """
         assert isinstance(plan.step, RunSegment)
-        segment = plan.step.segment
-        fired = sum(leave)
-        let_go = bool(fired) and self.policy.lets_go(segment, fired, len(leave) - fired)
-        for slot, work, gate in zip(plan.slots, plan.step.work, leave, strict=True):
-            self._ran(slot, segment, work)
-            in_debt = len(self.memory.ledger.owed(slot.id)) >= self.limits.max_debt
-            if gate and let_go and not in_debt:
-                slot.leaving = segment
-                self.head.put(slot, now)
+        segment, work = plan.step.segment, plan.step.work
+        leave = result.leave or (False,) * len(work)
+        going = self.asking.verdict(segment, plan.slots, work, result)
+        left: list[tuple[Slot, int]] = []
+        for index, slot in enumerate(plan.slots):
+            self._ran(slot, segment, work[index])
+            if result.prompt_left and result.prompt_left[index]:
+                self._prompt_left(slot, segment, result.prompt_left[index])
+            if going[index]:
+                debt = Owed(slot.ride[-1], segment + 1, slot.ride_rows[-1])
+                slot.ride, slot.ride_rows = [], []
+                slot.left_early += 1
+                score = result.scores[index] if result.scores else None
+                if score is not None:
+                    slot.scores[len(slot.tokens)] = (segment, score)
+                self.memory.ledger.owe(slot.id, debt)
+                left.append((slot, result.token_ids[index]))
                 continue
-            slot.stayed += gate
+            slot.stayed += leave[index] and slot.num_generated > 0
             self._rise(slot, segment, now)
+        return left
 
     def commit_fill(self, plan: Plan) -> None:
         """The debts of the plan's slots were paid by projection or copy."""
@@ -127,18 +156,53 @@ class Scheduler:
             debts = self.memory.ledger.owed(slot.id)
             first = debts[0].position
             slot.exact = first if slot.exact is None else min(slot.exact, first)
-            slot.computed = [max(n, debts[-1].position + 1) for n in slot.computed]
+            if self._prompt_debtors.pop(slot.id, None) is None:
+                slot.computed = [max(n, debts[-1].position + 1) for n in slot.computed]
+            elif slot.ride:
+                slot.filled.update(debt.position for debt in debts)
+            else:
+                slot.computed = [slot.computed[0]] * len(slot.computed)
             self.memory.ledger.settle(slot.id)
 
-    def commit_token(self, slot: Slot, now: float) -> None:
-        """The slot got a token and goes on; if it left early it now owes the layers above."""
-        if slot.leaving is None:
-            self.memory.alight(slot, keep_last=False)
-        else:
-            debt = Owed(slot.ride_start, slot.leaving + 1, slot.ride_rows[-1])
-            slot.ride_rows = []
-            self.memory.ledger.owe(slot.id, debt)
-            slot.leaving = None
+    def commit_head(self, slot: Slot, chosen: list[int]) -> list[int]:
+        """Full depth chose ``chosen`` for the rows of the slot's ride; returns what is now certain.
+
+        Guesses are compared one after another; the first wrong one is replaced and all behind it
+        are forgotten, with their K,V. The caller must pass the slot to `resume` or `release`.
+        """
+        certain: list[int] = []
+        for position, token in zip(slot.ride, chosen, strict=True):
+            if position + 1 < len(slot.tokens):
+                right = slot.tokens[position + 1] == token
+                slot.accepted += right
+                slot.rejected += not right
+                self.learn(slot, position + 1, agreed=right)
+                if slot.looked_up:
+                    slot.acceptance += 0.1 * (right - slot.acceptance)
+                certain.append(token)
+                if right:
+                    slot.drafts -= 1
+                    continue
+                slot.drop_drafts(position + 1)
+            else:
+                certain.append(token)
+            slot.tokens.append(token)
+            break
+        self.memory.alight(slot)
+        return certain
+
+    def learn(self, slot: Slot, index: int, *, agreed: bool) -> None:
+        """Full depth checked a token that may have left early: its ``index`` in the slot's text."""
+        left = slot.scores.pop(index, None)
+        if left is not None and self.targets.online is not None:
+            self.targets.online.add(*left, agreed=agreed)
+
+    def resume(self, slot: Slot, now: float) -> None:
+        """The slot got a token, certain or guessed, and goes on with it from the ground."""
+        if slot.lossless and not slot.drafts:
+            guesses = self.asking.guesses(slot, len(self.live))
+            slot.looked_up = bool(guesses)
+            slot.guess(guesses)
         self.queues[0].put(slot, now)
 
     def check(self) -> None:
@@ -151,187 +215,154 @@ class Scheduler:
             raise BugError("A queue holds a slot that is not live.")
         self.memory.check(self.live.values())
 
+    def _due(self) -> list[Slot]:
+        """Slots whose debts are paid before anything else.
+
+        Prompt rows that left hold many hidden rows; and who may owe no more would have to stay.
+        """
+        # One that was sent back to waiting has nothing to pay any more.
+        self._prompt_debtors = {
+            slot.id: slot for slot in self._prompt_debtors.values() if slot.id in self.live
+        }
+        if self._prompt_debtors:
+            return list(self._prompt_debtors.values())
+        ledger, most = self.memory.ledger, self.limits.max_debt
+        return [
+            slot
+            for slot in map(self.live.__getitem__, sorted(ledger.slots))
+            if len(ledger.owed(slot.id)) >= most and slot.fill not in _RIDES_ALONG
+        ]
+
     def _holds(self, segment: int, now: float) -> bool:
         queue = self.queues[segment]
         ready = len(self.head) + len(self.queues[0])
         return self.policy.holds(segment, len(queue), ready, queue.oldest_age(now))
 
-    def _plan_upper(self, segment: int) -> Plan:
-        """Run an upper segment; debts that projection pays are filled first, in one launch."""
+    def _plan_upper(self, segment: int, now: float) -> Plan:
+        """Run an upper segment; debts that a projection pays are filled first, in one launch."""
         queue = self.queues[segment]
-        indebted = [
+        indebted = [slot for slot in queue if self.memory.ledger.lacking(slot.id, segment)]
+        owed = sum(len(self.memory.ledger.lacking(slot.id, segment)) for slot in indebted)
+        along = bool(indebted) and self.policy.recompute_pays(segment, len(queue), owed)
+        paying = [
             slot
-            for slot in queue
-            if not slot.recomputes and self.memory.ledger.lacking(slot.id, segment)
+            for slot in indebted
+            if slot.fill is not KVFill.RECOMPUTE and not (along and slot.fill is KVFill.AUTO)
         ]
-        if indebted:
-            return self._plan_fill(indebted)
+        if paying:
+            return self._plan_fill(paying)
         slots = queue.take_all()
-        work = tuple(self._work(slot, segment) for slot in slots)
+        self.asking.open(segment, len(slots))
+        work = tuple(self._work(slot, segment, now) for slot in slots)
         return Plan(RunSegment(segment, work), tuple(slots))
 
     def _plan_fill(self, indebted: list[Slot]) -> Plan:
-        method = indebted[0].request.exits.kv_fill
-        slots = [slot for slot in indebted if slot.request.exits.kv_fill is method]
-        work = tuple(owed for slot in slots for owed in _owed_rows(slot, self._debts(slot)))
+        method = _method(indebted[0])
+        slots = [slot for slot in indebted if _method(slot) is method]
+        work = tuple(
+            owed for slot in slots for owed in _owed_rows(slot, self.memory.ledger.owed(slot.id))
+        )
         return Plan(FillKV(method, work), tuple(slots))
 
-    def _debts(self, slot: Slot) -> list[Owed]:
-        return self.memory.ledger.owed(slot.id)
-
-    def _work(self, slot: Slot, segment: int) -> SlotRows:
+    def _work(self, slot: Slot, segment: int, now: float) -> SlotRows:
         """The slot's rows for a segment: positions it owes there (recompute), then its ride."""
-        start = slot.computed[segment]
-        owed = [debt.row for debt in self.memory.ledger.lacking(slot.id, segment)]
-        if start + len(owed) != slot.ride_start:
+        owed = self.memory.ledger.lacking(slot.id, segment)
+        positions = [*(debt.position for debt in owed), *slot.ride]
+        if positions[0] != slot.computed[segment] and slot.exact is None:
             raise BugError(f"Slot {slot.id} would skip positions in segment {segment}.")
         return SlotRows(
-            start,
-            (*owed, *slot.ride_rows),
+            positions,
+            (*(debt.row for debt in owed), *slot.ride_rows),
             slot.table,
-            threshold=self._threshold(slot, segment),
+            check=self.asking.check(slot, segment, now),
+            prompt_threshold=self.asking.prompt_threshold(slot, segment),
+            prompt_rows=self.asking.prompt_rows(slot),
         )
-
-    def _threshold(self, slot: Slot, segment: int) -> float | None:
-        """Gate bound for the ride's token after ``segment``; None where it has to go on.
-
-        Only decode tokens leave. A prompt's last token is never among them: it rides as a chunk.
-        """
-        exits = slot.request.exits
-        if not slot.exits_on or segment >= len(self.limits.exit_layers):
-            return None
-        if slot.num_generated == 0 or len(slot.ride_rows) > 1 or not slot.riding_to_end:
-            return None
-        if self.limits.exit_layers[segment] < exits.min_layer:
-            return None
-        return self.limits.thresholds[segment] if exits.threshold is None else exits.threshold
 
     def _plan_head(self) -> Plan:
         slots = self.head.take_all()
         work = tuple(
-            HeadRow(
-                slot.ride_rows[-1],
-                slot.leaving,
-                slot.request.sampling,
-                slot.num_generated,
-                slot.tokens,
-                slot.num_prompt,
-            )
+            _head_row(slot, position, row)
             for slot in slots
+            for position, row in zip(slot.ride, slot.ride_rows, strict=True)
         )
         return Plan(RunHead(work), tuple(slots))
 
     def _plan_ground(self, now: float) -> Plan | None:
-        """Decode tokens first, then chunks of admitted prompts, then new admissions."""
-        chosen: list[Slot] = []
-        budget = self.limits.max_num_batched_tokens
-        decoding = [slot for slot in self.queues[0] if slot.decoding]
-        prefilling = [slot for slot in self.queues[0] if not slot.decoding]
-        for slot in [*decoding, *prefilling]:
-            if slot.place is Place.SEGMENT and self._board(slot, budget, chosen):
-                budget -= len(slot.ride_rows)
-        for slot in self._admissions(now):
-            if not self._board(slot, budget, chosen):
-                break
-            budget -= len(slot.ride_rows)
+        chosen = self.boarding.choose(now)
         if not chosen:
             return None
-        work = tuple(self._ground_work(slot) for slot in chosen)
+        self.asking.open(0, len(chosen))
+        work = tuple(self._ground_work(slot, now) for slot in chosen)
         return Plan(RunSegment(0, work), tuple(chosen))
 
-    def _ground_work(self, slot: Slot) -> SlotRows:
-        end = slot.ride_start + len(slot.ride_rows)
+    def _ground_work(self, slot: Slot, now: float) -> SlotRows:
         return SlotRows(
-            slot.ride_start,
+            slot.ride,
             tuple(slot.ride_rows),
             slot.table,
-            tuple(slot.tokens[slot.ride_start : end]),
-            self._threshold(slot, 0),
+            tuple(slot.tokens[slot.ride[0] : slot.ride[-1] + 1]),
+            self.asking.check(slot, 0, now),
+            self.asking.prompt_threshold(slot, 0),
+            self.asking.prompt_rows(slot),
         )
-
-    def _admissions(self, now: float) -> Iterator[Slot]:
-        """Admit waiting slots one by one, as long as there is room for them."""
-        while self.waiting and len(self.live) < self.limits.max_num_seqs:
-            slot = self.waiting[0]
-            if not self.memory.admit(slot):
-                return
-            self.waiting.popleft()
-            if slot.admitted_at is None:
-                slot.admitted_at = now
-            self.live[slot.id] = slot
-            self.queues[0].put(slot, now)
-            yield slot
-
-    def _board(self, slot: Slot, budget: int, chosen: list[Slot]) -> bool:
-        """Put the slot's next positions on a ride, preempting others for blocks if it must."""
-        count = min(slot.remaining, budget, self.memory.rows.num_free)
-        if count <= 0:
-            return False
-        while True:
-            try:
-                self.memory.grow(slot, slot.computed[0] + count)
-                break
-            except OutOfBlocks:
-                if not self._preempt_one(slot, chosen):
-                    return False
-        self.memory.board(slot, count)
-        self.queues[0].remove(slot)
-        slot.place = Place.RUNNING
-        chosen.append(slot)
-        return True
-
-    def _preempt_one(self, needy: Slot, chosen: list[Slot]) -> bool:
-        """Send the slot admitted last back to waiting; False if that is the needy one itself."""
-        victim = max(
-            (slot for slot in self.live.values() if slot not in chosen),
-            key=lambda slot: (slot.admitted_at or 0.0, slot.id),
-        )
-        self._leave_queue(victim)
-        self.memory.release(victim)
-        del self.live[victim.id]
-        victim.restart()
-        victim.place = Place.WAITING
-        self.waiting.appendleft(victim)
-        self.preemptions += 1
-        return victim is not needy
-
-    def _leave_queue(self, slot: Slot) -> None:
-        if slot.place is Place.SEGMENT:
-            self.queues[slot.segment].remove(slot)
-        elif slot.place is Place.HEAD:
-            self.head.remove(slot)
 
     def _ran(self, slot: Slot, segment: int, work: SlotRows) -> None:
-        end = work.start + len(work.rows)
-        slot.computed[segment] = end
-        self.memory.ledger.advance(slot.id, segment)
-        # Position p makes token p + 1, so those from num_prompt - 1 on make the answer.
-        answering = end - max(work.start, slot.num_prompt - 1)
-        slot.layers_executed += max(0, answering) * self.limits.layers_of(segment)
+        # Above the ground, what left the ride on the way has its K,V by now.
+        slot.computed[segment] = slot.computed[0] if segment else work.positions[-1] + 1
+        if slot.lossless and segment + 1 == self.limits.num_segments:
+            # What left early has now run every layer, and its tokens are due for verification.
+            self.memory.rejoin(slot)
+        else:
+            self.memory.ledger.advance(slot.id, segment)
+        if not slot.audit:
+            # Position p makes token p + 1, so those from num_prompt - 1 on make the answer.
+            prompt = bisect_left(work.positions, slot.num_prompt - 1)
+            answering = len(work.positions) - prompt
+            slot.layers_executed += answering * self.limits.layers_of(segment)
+
+    def _prompt_left(self, slot: Slot, segment: int, indices: tuple[int, ...]) -> None:
+        """Prompt rows left: their K,V above are owed, the others ride on without them."""
+        gone = set(indices)
+        for index in indices:
+            debt = Owed(slot.ride[index], segment + 1, slot.ride_rows[index])
+            self.memory.ledger.owe(slot.id, debt)
+        kept = [index for index in range(len(slot.ride)) if index not in gone]
+        slot.ride = [slot.ride[index] for index in kept]
+        slot.ride_rows = [slot.ride_rows[index] for index in kept]
+        above = self.limits.num_layers - self.limits.exit_layers[segment]
+        slot.prompt_layers_skipped += len(gone) * above
+        self._prompt_debtors[slot.id] = slot
 
     def _rise(self, slot: Slot, segment: int, now: float) -> None:
         """Up to the next segment; from the top to the head, or back down for the next chunk."""
+        if not slot.ride:
+            self.queues[0].put(slot, now)
+            return
         if segment + 1 < self.limits.num_segments:
             self.queues[segment + 1].put(slot, now)
             return
         self.memory.publish(slot)
-        ends = slot.riding_to_end
-        self.memory.alight(slot, keep_last=ends)
-        (self.head if ends else self.queues[0]).put(slot, now)
+        # The row of position p verifies or makes token p + 1.
+        self.memory.alight(slot, keep_from=slot.verified - 1)
+        (self.head if slot.ride else self.queues[0]).put(slot, now)
+
+
+def _method(slot: Slot) -> KVFill:
+    return KVFill.PROJECT if slot.fill in _RIDES_ALONG else slot.fill
+
+
+def _head_row(slot: Slot, position: int, row: int) -> HeadRow:
+    sampling, count = slot.request.sampling, position + 1
+    # Penalties must not see the guesses behind the row.
+    cut = sampling.adjusts_logits and count < len(slot.tokens)
+    tokens = slot.tokens[:count] if cut else slot.tokens
+    return HeadRow(row, sampling, count - slot.num_prompt, tokens, slot.num_prompt)
 
 
 def _owed_rows(slot: Slot, debts: list[Owed]) -> Iterator[OwedRows]:
-    """Debts grouped into runs of consecutive positions that left at the same exit."""
-    run: list[Owed] = []
-    for debt in debts:
-        if run and (run[-1].position + 1, run[-1].segment) != (debt.position, debt.segment):
-            yield _as_rows(slot, run)
-            run = []
-        run.append(debt)
-    if run:
-        yield _as_rows(slot, run)
-
-
-def _as_rows(slot: Slot, run: list[Owed]) -> OwedRows:
-    rows = tuple(debt.row for debt in run)
-    return OwedRows(run[0].segment, run[0].position, rows, slot.table)
+    """Debts grouped by the exit they left at."""
+    for segment in sorted({debt.segment for debt in debts}):
+        of = [debt for debt in debts if debt.segment == segment]
+        rows = tuple(debt.row for debt in of)
+        yield OwedRows(segment, [debt.position for debt in of], rows, slot.table)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from offramp.models.sampling_params import ExitMode, KVFill
+from offramp.server.engine.lookup import PromptLookup
 from offramp.server.engine.request import GenerationRequest, RequestStats
 
 
@@ -23,11 +24,16 @@ class Place(StrEnum):
 class Slot:
     """State of one request, owned by the scheduler.
 
-    ``computed[i]`` is the number of leading positions with K,V in all layers of segment i, so
-    segment i may run positions ``computed[i] ..`` next. The *ride* is the positions now inside the
-    stack, ``ride_start .. ride_start + len(ride_rows)``, with their hidden rows.
-    ``exact`` is the number of leading positions whose K,V are what full depth would give (None:
-    all); the first ``published`` blocks are findable by other requests.
+    ``tokens`` are prompt and answer; the last ``drafts`` of them are guesses that full depth has
+    yet to verify (lossless). ``computed[i]`` is the number of leading positions segment i is done
+    with, so it may run positions ``computed[i] ..`` next. The *ride* is the positions now inside
+    the stack, ascending, with their hidden rows; ``filled`` are prompt positions that left it and
+    already have their K,V. ``exact`` is the number of leading positions
+    whose K,V are what full depth would give (None: all); the first ``published`` blocks are
+    findable by other requests. ``depth`` is the exit chosen for the whole answer (prompt_depth).
+    ``scores`` tells of tokens that left early, by their index, the exit point and the score.
+    ``acceptance`` is the fading share of ``looked_up`` guesses that were right. An ``audit`` slot
+    re-reads a finished answer at full depth; all its answer counts as drafts.
     """
 
     id: int
@@ -36,21 +42,33 @@ class Slot:
     num_segments: int
     tokens: list[int] = field(init=False)
     computed: list[int] = field(init=False)
+    drafts: int = 0
     table: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     place: Place = Place.WAITING
     segment: int = 0
     since: float = 0.0
-    ride_start: int = 0
+    ride: list[int] = field(default_factory=list)
     ride_rows: list[int] = field(default_factory=list)
-    leaving: int | None = None
+    filled: set[int] = field(default_factory=set)
+    depth: int | None = None
     exact: int | None = None
     published: int = 0
     admitted_at: float | None = None
     first_token_at: float | None = None
     cached_tokens: int = 0
     layers_executed: int = 0
+    prompt_layers_skipped: int = 0
+    left_early: int = 0
+    scores: dict[int, tuple[int, float]] = field(default_factory=dict)
     stayed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    audit: bool = False
+    lookup: PromptLookup = field(default_factory=PromptLookup)
+    looked_up: bool = False
+    acceptance: float = 0.5
     preemptions: int = 0
 
     def __post_init__(self) -> None:
@@ -63,9 +81,14 @@ class Slot:
         return len(self.request.prompt)
 
     @property
+    def verified(self) -> int:
+        """Tokens that are no guesses."""
+        return len(self.tokens) - self.drafts
+
+    @property
     def num_generated(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self.tokens) - self.num_prompt
+        """Tokens of the answer so far, guesses left out."""
+        return self.verified - self.num_prompt
 
     @property
     def remaining(self) -> int:
@@ -74,29 +97,55 @@ class Slot:
 
     @property
     def decoding(self) -> bool:
-        """Whether all that is left to compute is the newest token of the answer."""
-        return self.num_generated > 0 and self.remaining <= 1
+        """Whether all that is left to compute is the newest token of the answer and guesses."""
+        return self.num_generated > 0 and self.computed[0] >= self.verified - 1
 
     @property
     def riding_to_end(self) -> bool:
         """Whether the ride's last row is the newest token, so that a token comes of it."""
-        return self.ride_start + len(self.ride_rows) == len(self.tokens)
+        return bool(self.ride) and self.ride[-1] + 1 == len(self.tokens)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether tokens that leave early are guesses to be verified."""
+        return self.request.exits.mode is ExitMode.LOSSLESS
 
     @property
     def exits_on(self) -> bool:
         """Whether this request's tokens may leave early at all."""
-        return self.request.exits.mode is ExitMode.ADAPTIVE
+        return self.request.exits.mode is not ExitMode.OFF and not self.audit
 
     @property
-    def recomputes(self) -> bool:
-        """Whether debts are paid by running the skipped layers."""
-        return self.request.exits.kv_fill is KVFill.RECOMPUTE
+    def fill(self) -> KVFill:
+        """How its debts are paid."""
+        return KVFill.RECOMPUTE if self.lossless else self.request.exits.kv_fill
+
+    def guess(self, tokens: list[int]) -> None:
+        """Add tokens that full depth has yet to verify."""
+        self.tokens += tokens
+        self.drafts += len(tokens)
+        self.drafted += len(tokens)
+
+    def read_again(self, tokens: list[int]) -> None:
+        """Make this an audit of ``tokens``: the same prompt with its finished answer."""
+        self.audit = True
+        self.tokens = list(tokens)
+        self.drafts = len(tokens) - self.num_prompt
+
+    def drop_drafts(self, verified: int) -> None:
+        """Forget guesses from the ``verified``-th token on, and what was computed of them."""
+        del self.tokens[verified:]
+        self.drafts = 0
+        self.scores = {index: left for index, left in self.scores.items() if index < verified}
+        self.computed = [min(done, verified) for done in self.computed]
 
     def restart(self) -> None:
         """Forget all K,V: everything, the answer so far included, will be prefilled again."""
+        if not self.audit:
+            self.drop_drafts(self.verified)
         self.computed = [0] * self.num_segments
-        self.table, self.ride_rows = [], []
-        self.leaving = self.exact = None
+        self.table, self.ride, self.ride_rows = [], [], []
+        self.exact = None
         self.published = 0
         self.preemptions += 1
 
@@ -111,6 +160,10 @@ class Slot:
             cached_tokens=self.cached_tokens,
             generated_tokens=self.num_generated,
             layers_executed=self.layers_executed,
+            prompt_layers_skipped=self.prompt_layers_skipped,
             stayed=self.stayed,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            rejected=self.rejected,
             preemptions=self.preemptions,
         )

@@ -214,7 +214,7 @@ class TestAnswers:
         assert first.sampling.temperature == 0
         assert first.sampling.top_k == 5
         assert first.sampling.stop_token_ids == {END}
-        assert (first.exits.mode, first.exits.threshold) == ("adaptive", 0.5)
+        assert (first.exits.mode, first.exits.thresholds) == ("adaptive", (0.5,))
         assert (first.exits.min_layer, first.exits.kv_fill) == (1, "recompute")
         assert off.exits.mode == "off"
 

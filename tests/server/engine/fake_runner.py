@@ -26,8 +26,9 @@ from offramp.models.step import (
 
 VOCAB = 50
 # Seed of requests whose tokens must come of K,V that full depth would give: mode off, or debts
-# paid by recompute.
+# paid by recompute. With the second seed exits guess, and are often wrong (lossless).
 MUST_BE_EXACT = 7
+MAY_GUESS = 8
 
 
 def link(previous: bytes, token: int) -> bytes:
@@ -75,11 +76,18 @@ class FakeRunner:
         """Run one step; every step takes a microsecond a row."""
         match step:
             case RunSegment(segment, work):
-                leave = tuple(self._run_slot(segment, item) for item in work)
-                return StepResult(1e-6 * sum(len(item.rows) for item in work), leave)
+                for item in work:
+                    self._run_slot(segment, item)
+                tokens = [self._check(item) for item in work]
+                return StepResult(
+                    1e-6 * sum(len(item.rows) for item in work),
+                    tuple(token is not None for token in tokens),
+                    tuple(-1 if token is None else token for token in tokens),
+                    prompt_left=tuple(map(self._prompt_left, work)),
+                )
             case FillKV(method, owed):
-                for item in owed:
-                    self._fill(method, item)
+                for debts in owed:
+                    self._fill(method, debts)
                 return StepResult(1e-6)
             case RunHead(heads):
                 return StepResult(1e-6, token_ids=tuple(map(self._head, heads)))
@@ -87,9 +95,8 @@ class FakeRunner:
     def _place(self, table: Sequence[int], position: int) -> int:
         return table[position // self._block_size] * self._block_size + position % self._block_size
 
-    def _run_slot(self, segment: int, item: SlotRows) -> bool:
-        for index, row in enumerate(item.rows):
-            position = item.start + index
+    def _run_slot(self, segment: int, item: SlotRows) -> None:
+        for index, (position, row) in enumerate(zip(item.positions, item.rows, strict=True)):
             earlier = [self.pages[segment, self._place(item.table, p)] for p in range(position)]
             if segment == 0:
                 previous = earlier[-1].content if earlier else b""
@@ -99,17 +106,32 @@ class FakeRunner:
             exact = cell.exact and all(other.exact for other in earlier)
             self.rows[row] = Cell(cell.content, exact)
             self.pages[segment, self._place(item.table, position)] = self.rows[row]
-        return item.threshold is not None and self._random.random() < self._leave_share
+
+    def _check(self, item: SlotRows) -> int | None:
+        """The token the slot's last row leaves with, None if it stays."""
+        if item.check is None or item.check.threshold > 1:
+            return None
+        if self._random.random() >= self._leave_share:
+            return None
+        token = token_after(self.rows[item.check.head.row].content)
+        wrong = item.check.head.sampling.seed == MAY_GUESS and self._random.random() < 0.4
+        return (token + 1) % VOCAB if wrong else token
+
+    def _prompt_left(self, item: SlotRows) -> tuple[int, ...]:
+        if item.prompt_threshold is None:
+            return ()
+        share = self._leave_share
+        return tuple(i for i in range(item.prompt_rows) if self._random.random() < share)
 
     def _fill(self, method: KVFill, item: OwedRows) -> None:
         assert method is not KVFill.RECOMPUTE
-        for index, row in enumerate(item.rows):
-            place = self._place(item.table, item.start + index)
+        for position, row in zip(item.positions, item.rows, strict=True):
+            place = self._place(item.table, position)
             for segment in range(item.segment, self._num_segments):
                 assert self.rows[row].content == self.pages[0, place].content
                 self.pages[segment, place] = Cell(self.rows[row].content, exact=False)
 
     def _head(self, item: HeadRow) -> int:
         cell = self.rows[item.row]
-        assert cell.exact or item.sampling.seed != MUST_BE_EXACT
+        assert cell.exact or item.sampling.seed not in {MUST_BE_EXACT, MAY_GUESS}
         return token_after(cell.content)

@@ -9,10 +9,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
+from offramp.models.sampling_params import (
+    ExitCriterion,
+    ExitMode,
+    ExitSettings,
+    KVFill,
+    SamplingParams,
+)
 from offramp.server.engine.blocks import BlockPool
 from offramp.server.engine.debt import DebtLedger, RowPool
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.memory import SlotMemory
 from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.request import (
@@ -22,10 +29,13 @@ from offramp.server.engine.request import (
     TokenEvent,
 )
 from offramp.server.engine.scheduler import Limits, Scheduler
+from offramp.server.engine.targets import ExitTargets
 
-from .fake_runner import MUST_BE_EXACT, FakeRunner, expected_answer
+from .fake_runner import MAY_GUESS, MUST_BE_EXACT, FakeRunner, expected_answer
 
 LAYERS = 12
+# One of each kind: without memory, with memory of the exits below, one depth for the answer.
+CRITERIA = (ExitCriterion.TWO_KEY, ExitCriterion.PATIENCE, ExitCriterion.PROMPT_DEPTH)
 CONTEXT = 40
 BLOCK = 4
 
@@ -40,17 +50,19 @@ def fake_engine(
     max_hold: float = 0.0,
     leave_share: float = 0.5,
     caching: bool = True,
+    audit_rate: float = 0.0,
     seed: int = 0,
 ) -> tuple[Engine, FakeRunner]:
     """A real engine over a fake runner, audited after every step."""
     segments = len(exit_layers) + 1
     thresholds = (0.5,) * len(exit_layers)
-    limits = Limits(LAYERS, exit_layers, thresholds, max_num_seqs, max_batched, max_debt)
+    limits = Limits(LAYERS, exit_layers, max_num_seqs, max_batched, max_debt, CONTEXT)
     rows = RowPool(max_num_seqs * (1 + max_debt) + max_batched)
     memory = SlotMemory(
         BlockPool(num_blocks, BLOCK), rows, DebtLedger(rows, segments), prefix_caching=caching
     )
-    scheduler = Scheduler(limits, memory, ExitPolicy(segments, max_hold))
+    targets = ExitTargets(thresholds)
+    scheduler = Scheduler(limits, memory, ExitPolicy(segments, max_hold), targets)
     info = EngineInfo(
         "fake",
         LAYERS,
@@ -64,7 +76,8 @@ def fake_engine(
         "none",
     )
     runner = FakeRunner(segments, BLOCK, leave_share, seed)
-    return Engine(info, scheduler, runner, audit=True), runner
+    guard = LiveGuard(targets, audit_rate)
+    return Engine(info, scheduler, runner, guard, audit=True), runner
 
 
 def request(
@@ -74,16 +87,22 @@ def request(
     mode: ExitMode = ExitMode.OFF,
     fill: KVFill = KVFill.PROJECT,
     stop: frozenset[int] = frozenset(),
+    criterion: ExitCriterion = ExitCriterion.TWO_KEY,
+    *,
+    prefill: bool = False,
 ) -> GenerationRequest:
-    """A greedy request, marked where its K,V have to be exact."""
-    exact = mode is ExitMode.OFF or fill is KVFill.RECOMPUTE
+    """A greedy request, marked where its K,V have to be exact and where exits may guess wrong."""
+    seed = 0
+    if mode is ExitMode.LOSSLESS:
+        prefill, seed = False, MAY_GUESS
+    elif mode is ExitMode.OFF or (fill is KVFill.RECOMPUTE and not prefill):
+        seed = MUST_BE_EXACT
     sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=0.0,
-        stop_token_ids=stop,
-        seed=MUST_BE_EXACT if exact else 0,
+        max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop, seed=seed
     )
-    return GenerationRequest(name, tuple(prompt), sampling, ExitSettings(mode, kv_fill=fill))
+    bound = 0.5 if prefill else None
+    exits = ExitSettings(mode, criterion, kv_fill=fill, prefill_threshold=bound)
+    return GenerationRequest(name, tuple(prompt), sampling, exits)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -97,6 +116,7 @@ class EngineMachine(RuleBasedStateMachine):
         leave_share=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
         caching=st.booleans(),
         max_hold=st.sampled_from([0.0, 10.0]),
+        audit_rate=st.sampled_from([0.0, 0.5, 1.0]),
         seed=st.integers(0, 5),
     )
     def build(
@@ -108,6 +128,7 @@ class EngineMachine(RuleBasedStateMachine):
         leave_share: float,
         caching: bool,  # noqa: FBT001 (drawn by hypothesis)
         max_hold: float,
+        audit_rate: float,
         seed: int,
     ) -> None:
         """An engine of arbitrary sizes."""
@@ -119,6 +140,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_hold=max_hold,
             leave_share=leave_share,
             caching=caching,
+            audit_rate=audit_rate,
             seed=seed,
         )
         self.requests: dict[str, GenerationRequest] = {}
@@ -131,6 +153,8 @@ class EngineMachine(RuleBasedStateMachine):
         mode=st.sampled_from(ExitMode),
         fill=st.sampled_from(KVFill),
         stop=st.frozensets(st.integers(0, 49), max_size=3),
+        criterion=st.sampled_from(CRITERIA),
+        prefill=st.booleans(),
     )
     def add(
         self,
@@ -139,9 +163,12 @@ class EngineMachine(RuleBasedStateMachine):
         mode: ExitMode,
         fill: KVFill,
         stop: frozenset[int],
+        criterion: ExitCriterion = ExitCriterion.TWO_KEY,
+        prefill: bool = False,  # noqa: FBT001, FBT002 (drawn by hypothesis)
     ) -> None:
         """A new request; two-letter prompts make prefix hits common."""
-        item = request(str(len(self.requests)), prompt, max_tokens, mode, fill, stop)
+        name = str(len(self.requests))
+        item = request(name, prompt, max_tokens, mode, fill, stop, criterion, prefill=prefill)
         self.requests[item.request_id] = item
         self.events[item.request_id] = []
         self.engine.add(item, time.monotonic())
@@ -183,6 +210,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert memory.blocks.num_used == 0
         assert memory.rows.num_free == memory.rows.num_rows
         assert memory.ledger.total == 0
+        # Every exit of the fake model is right in adaptive mode.
+        assert self.engine.guard.disagreements == 0
 
     def _step(self) -> None:
         for event in self.engine.step().events:
@@ -198,7 +227,7 @@ class EngineMachine(RuleBasedStateMachine):
         layers = [layer for event in events for layer in event.exit_layers]
         assert len(layers) == len(tokens)
         assert tokens == expected_answer(item.prompt, len(tokens))
-        if item.exits.mode is ExitMode.OFF:
+        if item.exits.mode is not ExitMode.ADAPTIVE:
             assert set(layers) <= {LAYERS}
         if events[-1].finish_reason is FinishReason.ABORT:
             assert name in self.aborted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from offramp.models.exits.file import ExitFile
 from offramp.models.exits.train import TrainOptions, new_head
 from offramp.models.families import config_from_hf
 from offramp.models.loader import fingerprint, load_weights
-from offramp.models.sampling_params import SamplingParams
+from offramp.models.sampling_params import ExitMode, ExitSettings, SamplingParams
 from offramp.models.transformer import Transformer
 from offramp.server.bench.reference import transformers_answers
 from offramp.server.config import EngineConfig
@@ -66,10 +67,17 @@ def build(folder: Path, exits: str, num_blocks: int) -> Engine:
 
 
 def answers(
-    engine: Engine, prompts: list[tuple[int, ...]], concurrency: int
+    engine: Engine,
+    prompts: list[tuple[int, ...]],
+    concurrency: int,
+    modes: Sequence[ExitMode] = (ExitMode.OFF,),
 ) -> tuple[list[list[int]], list[Finished]]:
+    """Greedy answers; the prompts take the ``modes`` in turn."""
     greedy = replace(GREEDY, stop_token_ids=frozenset(engine.info.eos_token_ids))
-    requests = [GenerationRequest(str(i), prompt, greedy) for i, prompt in enumerate(prompts)]
+    requests = [
+        GenerationRequest(str(i), prompt, greedy, ExitSettings(modes[i % len(modes)]))
+        for i, prompt in enumerate(prompts)
+    ]
     done = run_all(engine, requests, concurrency=concurrency)
     return [item.token_ids for item in done], done
 
@@ -111,3 +119,16 @@ def test_under_preemption(
     found, done = answers(engine, prompts[2::3], 16)
     assert found == reference[2::3]
     assert sum(item.stats.preemptions for item in done if item.stats is not None) > 0
+
+
+def test_lossless_alone_and_in_mixed_company(
+    smollm2_dir: Path, prompts: list[tuple[int, ...]], reference: list[list[int]]
+) -> None:
+    """Guesses of the shipped exits and of the text itself, verified, beside requests without."""
+    engine = build(smollm2_dir, "auto", 320)
+    found, done = answers(engine, prompts[::5], 1, [ExitMode.LOSSLESS])
+    assert found == reference[::5]
+    accepted = sum(item.stats.accepted for item in done if item.stats is not None)
+    assert accepted > len(done)
+    found, _ = answers(engine, prompts, 16, [ExitMode.LOSSLESS, ExitMode.OFF])
+    assert found == reference

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.server.engine.policy import ExitPolicy, LinearCost
+from offramp.server.engine.policy import MAX_LOOKUP, NEVER, ExitPolicy, StepCost
 
 MS = 1e-3
 
 
-def measured(fixed: float, per_row: float) -> LinearCost:
+def measured(fixed: float, per_row: float) -> StepCost:
     """A cost learnt from exact measurements."""
-    cost = LinearCost()
+    cost = StepCost()
     for rows in (1, 2, 4, 8, 16) * 4:
         cost.add(rows, fixed + per_row * rows)
     return cost
@@ -32,41 +34,41 @@ def policy(
     return made
 
 
-@given(fixed=st.floats(1e-5, 1e-1), per_row=st.floats(0, 1e-2))
-def test_the_fit_finds_both_parts(fixed: float, per_row: float) -> None:
+@given(fixed=st.floats(1e-5, 1e-1), per_row=st.floats(0, 1e-2), rows=st.integers(1, 16))
+def test_costs_are_read_off_between_measurements(fixed: float, per_row: float, rows: int) -> None:
     cost = measured(fixed, per_row)
-    assert cost.fixed == pytest.approx(fixed, rel=1e-4, abs=1e-7)
-    assert cost.per_row == pytest.approx(per_row, rel=1e-4, abs=1e-7)
-    assert cost.at(11) == pytest.approx(fixed + 11 * per_row, rel=1e-4, abs=1e-7)
+    assert cost.at(rows) == pytest.approx(fixed + rows * per_row, rel=1e-6)
+    assert cost.more(rows - 0.5, 0.5) == pytest.approx(0.5 * per_row if rows > 1 else 0, abs=1e-9)
 
 
 def test_no_rows_cost_nothing_and_nothing_measured_costs_nothing() -> None:
     assert measured(1.0, 1.0).at(0) == 0.0
-    assert LinearCost().at(5) == 0.0
-    assert not LinearCost().known
+    assert StepCost().at(5) == 0.0
+    assert not StepCost().known
 
 
 def test_one_row_count_gives_its_mean() -> None:
-    """Without a spread all of the cost counts as fixed."""
-    cost = LinearCost()
+    cost = StepCost()
     for seconds in (2.0, 4.0):
         cost.add(3, seconds)
-    assert cost.per_row == 0.0
-    assert cost.at(3) == pytest.approx(3.0, rel=0.01)
+    assert cost.at(3) == pytest.approx(3.0)
+    assert cost.more(3) == 0.0
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(0, 10)), min_size=1, max_size=50))
-def test_no_measurement_gives_a_negative_cost(samples: list[tuple[int, float]]) -> None:
-    cost = LinearCost()
+def test_more_rows_never_cost_less(samples: list[tuple[int, float]]) -> None:
+    cost = StepCost()
     for rows, seconds in samples:
         cost.add(rows, seconds)
-    assert cost.fixed >= 0.0
-    assert cost.per_row >= 0.0
+    read = [cost.at(rows) for rows in range(70)]
+    assert all(a <= b + 1e-12 for a, b in pairwise(read))
+    low, high = min(s for _, s in samples), max(s for _, s in samples)
+    assert low - 1e-9 <= cost.at(1) <= high + 1e-9
 
 
 def test_old_measurements_fade() -> None:
     cost = measured(1.0, 0.0)
-    for _ in range(2000):
+    for _ in range(400):
         cost.add(1, 3.0)
         cost.add(2, 3.0)
     assert cost.at(1) == pytest.approx(3.0, rel=0.01)
@@ -74,19 +76,21 @@ def test_old_measurements_fade() -> None:
 
 def test_leaving_pays_when_the_last_stayer_is_gone() -> None:
     """All leave: the steps above are saved whole."""
-    made = policy(fill=(0.0, 1 * MS))
+    made = policy(fill=(0.0, 1 * MS), segments=((4 * MS, 0.0), (4 * MS, 0.2 * MS)))
     assert made.lets_go(0, leaving=2, staying=0)
-    assert not made.lets_go(0, leaving=2, staying=1)
 
 
 def test_leaving_pays_when_a_fill_is_cheaper_than_a_row() -> None:
     assert policy(fill=(0.0, 0.05 * MS)).lets_go(0, leaving=1, staying=7)
-    assert not policy(fill=(0.0, 0.2 * MS)).lets_go(0, leaving=1, staying=7)
 
 
 def test_a_refused_exit_is_tried_once_in_a_while() -> None:
     """Costs are learnt from steps that run, so a wrong belief must not last for ever."""
-    made = policy(fill=(0.0, 5 * MS))
+    # A row rides along for nothing at 4 to 8 rows, but not behind one.
+    made = policy(fill=(0.0, 5 * MS), head=(1 * MS, 0.0))
+    for rows in (1, 2, 3, 4):
+        for _ in range(200):
+            made.costs.segments[1].add(rows, 4 * MS + (0.5 * MS if rows > 1 else 0))
     answers = [made.lets_go(0, leaving=1, staying=3) for _ in range(320)]
     assert sum(answers) == 10
     assert not any(answers[:10])
@@ -116,3 +120,36 @@ def test_no_wait_outlives_the_bound(
     ground, ground_row, deep, deep_row = costs
     made = policy(segments=((ground, ground_row), (deep, deep_row)), max_hold=0.05)
     assert not made.holds(1, staying, ready, age=0.05 + over)
+
+
+def test_checks_are_not_worth_it_where_rows_are_free() -> None:
+    """With company that stays, a leaver saves nothing, so nobody is asked but for a probe."""
+    made = policy(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
+    made.costs.checks[0] = measured(0.2 * MS, 0.0)
+    for _ in range(300):
+        made.observe(0, asked=8, fired=1)
+    assert sum(made.asks(0, 8) for _ in range(320)) == 10
+    assert all(made.asks(0, 1) for _ in range(320))
+
+
+def test_a_guess_needs_to_be_right_more_often_where_less_is_saved() -> None:
+    cheap_top = policy(segments=((4 * MS, 0.0), (1 * MS, 0.0)))
+    dear_top = policy(segments=((1 * MS, 0.0), (4 * MS, 0.0)))
+    assert 0 < dear_top.draft_bound(0, 1) < cheap_top.draft_bound(0, 1) < 1
+
+
+def test_nobody_guesses_where_every_row_costs_the_same() -> None:
+    made = policy(segments=((0.0, 1 * MS), (0.0, 1 * MS)), head=(0.0, 1 * MS))
+    assert made.draft_bound(0, 1) == NEVER
+    assert made.lookup_length(0.9, 1) == 0
+
+
+def test_free_rows_are_filled_with_lookups() -> None:
+    made = policy(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
+    assert made.lookup_length(0.5, 1) == MAX_LOOKUP
+    assert made.lookup_length(0.0, 1) == 0
+
+
+def test_owed_rows_ride_along_where_that_is_cheaper_than_a_projection() -> None:
+    assert policy(fill=(1 * MS, 0.0)).recompute_pays(1, riding=1, owed=1)
+    assert not policy(fill=(0.01 * MS, 0.0)).recompute_pays(1, riding=1, owed=1)

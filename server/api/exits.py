@@ -1,0 +1,109 @@
+"""A request's early-exit wishes to settings the engine can keep, or a clear refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from offramp.models.exits.points import OperatingPoint, point_for
+from offramp.models.sampling_params import ExitCriterion, ExitMode, ExitSettings, KVFill
+from offramp.server.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from offramp.server.api.schemas import EarlyExit
+    from offramp.server.config import ServerConfig
+    from offramp.server.engine.request import EngineInfo
+
+# Everyone leaves at the first exit allowed, so there is no score to compare.
+_WITHOUT_SCORE = ExitCriterion.FIXED
+
+
+def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> ExitSettings:
+    """The request's wishes over the server's defaults; raises InvalidRequest."""
+    _check(wish, info)
+    # Wishes about how to leave early are a wish to leave early.
+    default = ExitMode.ADAPTIVE if wish.wishes_exits else ExitMode(config.early_exit)
+    mode = ExitMode(wish.mode or default)
+    # Without exits full depth is all there is; lossless still guesses by looking up the text.
+    if not info.exit_layers and mode is ExitMode.ADAPTIVE:
+        mode = ExitMode.OFF
+    criterion = wish.criterion or config.exit_criterion
+    points = [point for point in info.points if point.criterion is criterion]
+    strict, late = _thresholds(config, wish, info, points, criterion, mode)
+    return ExitSettings(
+        mode=mode,
+        criterion=criterion,
+        thresholds=strict,
+        quality=wish.quality,
+        min_layer=config.exit_min_layer if wish.min_layer is None else wish.min_layer,
+        kv_fill=KVFill(wish.kv_fill or config.kv_fill),
+        prefill_threshold=info.prompt_threshold if wish.prefill else None,
+        deadline_s=None if wish.deadline_ms is None else wish.deadline_ms / 1000,
+        late_thresholds=late,
+    )
+
+
+def _check(wish: EarlyExit, info: EngineInfo) -> None:
+    if wish.mode is ExitMode.ADAPTIVE and not info.exit_layers:
+        raise _refused("mode", "no exits are loaded for this model")
+    if wish.min_layer is not None and wish.min_layer > info.num_layers:
+        raise _refused("min_layer", f"this model has {info.num_layers} layers")
+    if wish.quality is not None and wish.threshold is not None:
+        raise _refused("threshold", "'quality' and 'threshold' exclude each other")
+    if wish.prefill and info.prompt_threshold is None:
+        message = "exits in prefill were not calibrated; start with --exit-prefill-threshold"
+        raise _refused("prefill", message)
+    if wish.prefill and wish.kv_fill == "recompute":
+        raise _refused("kv_fill", "'recompute' would run every layer 'prefill' lets tokens skip")
+
+
+def _thresholds(
+    config: ServerConfig,
+    wish: EarlyExit,
+    info: EngineInfo,
+    points: Sequence[OperatingPoint],
+    criterion: ExitCriterion,
+    mode: ExitMode,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Thresholds of the request, None for those in force, and those of a late answer."""
+    count = len(info.exit_layers)
+    if wish.deadline_ms is not None:
+        return _deadline(config, wish, points)
+    if wish.quality is not None:
+        return _point(points, wish.quality).thresholds, None
+    threshold = config.exit_threshold if wish.threshold is None else wish.threshold
+    if threshold is not None:
+        return (threshold,) * count, None
+    if criterion is _WITHOUT_SCORE:
+        return (1.0,) * count, None
+    if criterion is not ExitCriterion.TWO_KEY and not points and mode is ExitMode.ADAPTIVE:
+        message = f"criterion '{criterion}' has no calibrated thresholds; give one"
+        raise _refused("threshold", message)
+    strictest = max(points, key=lambda point: point.quality, default=None)
+    own = criterion is not ExitCriterion.TWO_KEY and strictest is not None
+    return (strictest.thresholds if own and strictest else None), None
+
+
+def _deadline(
+    config: ServerConfig, wish: EarlyExit, points: Sequence[OperatingPoint]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Start at the best quality; when late, fall to the least that is allowed."""
+    least = wish.quality if wish.quality is not None else config.engine.quality_floor
+    if least is None or not points:
+        message = "a deadline needs 'quality', or a server with --quality-floor, to trade with"
+        raise _refused("deadline_ms", message)
+    strictest = max(points, key=lambda point: point.quality)
+    return strictest.thresholds, _point(points, least).thresholds
+
+
+def _point(points: Sequence[OperatingPoint], quality: float) -> OperatingPoint:
+    point = point_for(points, quality)
+    if point is None:
+        best = max((point.quality for point in points), default=None)
+        reach = "have no calibrated operating points" if best is None else f"reach {best:g} at best"
+        raise _refused("quality", f"{quality:g} is out of reach; the loaded exits {reach}")
+    return point
+
+
+def _refused(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"early_exit.{field}: {message}.", param=f"early_exit.{field}")

@@ -1,0 +1,81 @@
+"""The live guard: audits of finished answers, and what follows when the promise is broken.
+
+A sampled share of the answers whose tokens left early is read again at full depth when the engine
+has room, which costs a prefill and gives the full-depth model's choice at every token with exact
+K,V. Its agreement is the promised quantity itself, K,V error included (Apparate's continual
+feedback, arXiv 2312.05385, without running every input to its end).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+from offramp.models.exits.risk import betting_p_value
+from offramp.models.sampling_params import ExitMode
+from offramp.server.engine.slot import Slot
+from offramp.server.engine.targets import GUARD_OFF, ExitTargets
+
+logger = logging.getLogger("offramp.guard")
+
+# Answers the verdict looks back on, and the error rate of a wrong alarm for one such window.
+_WINDOW = 128
+_ALPHA = 0.01
+_FEWEST = 8
+_MAX_PENDING = 32
+
+
+class LiveGuard:
+    """Chooses answers to audit and watches their agreement against the promise.
+
+    ``rate`` is the share of eligible answers audited (0: none).
+    """
+
+    def __init__(self, targets: ExitTargets, rate: float) -> None:
+        self._targets = targets
+        self._rate = rate
+        self._due = 0.0
+        self._excess: deque[float] = deque(maxlen=_WINDOW)
+        self.audited = 0
+        self.disagreements = 0
+
+    def wants(self, slot: Slot, pending: int) -> bool:
+        """Whether this finished slot's answer is to be audited; ``pending`` audits wait already."""
+        if slot.request.exits.mode is not ExitMode.ADAPTIVE or not slot.left_early:
+            return False
+        if pending >= _MAX_PENDING:
+            return False
+        # Every 1/rate-th answer: an even sample without a random state.
+        self._due += self._rate
+        if self._due < 1:
+            return False
+        self._due -= 1
+        return True
+
+    def record(self, slot: Slot, disagreements: int) -> None:
+        """An audit ended: ``disagreements`` of the answer's tokens are not full depth's."""
+        total = len(slot.tokens) - slot.num_prompt
+        self.audited += total
+        self.disagreements += disagreements
+        promise = slot.request.exits.quality or self._targets.quality
+        if promise is None or self._targets.guard_level >= GUARD_OFF:
+            return
+        self._excess.append(disagreements / total - (1 - promise))
+        if len(self._excess) >= _FEWEST and self._broken():
+            self._excess.clear()
+            self._targets.tighten()
+            self._say()
+
+    def _broken(self) -> bool:
+        """Whether answers disagree with full depth more than promised, beyond chance.
+
+        Excesses over each answer's own promise lie in -1 .. 1; mapped to 0 .. 1 and mirrored, the
+        betting test rejects "the mean excess is at most 0".
+        """
+        mirrored = [(1 - value) / 2 for value in self._excess]
+        return betting_p_value(mirrored, 0.5) < _ALPHA
+
+    def _say(self) -> None:
+        level = self._targets.guard_level
+        action = "early exits are off" if level >= GUARD_OFF else "thresholds were tightened"
+        logger.warning("answers agree with full depth less than promised; %s (%d)", action, level)

@@ -1,0 +1,114 @@
+"""Early-exit wishes: what the engine is told, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from offramp.models.exits.points import OperatingPoint
+from offramp.models.sampling_params import ExitCriterion, ExitMode, KVFill
+from offramp.server.api.exits import exit_settings
+from offramp.server.api.schemas import EarlyExit
+from offramp.server.config import EngineConfig, ServerConfig
+from offramp.server.engine.request import EngineInfo
+from offramp.server.errors import InvalidRequest
+
+
+def point(quality: float, criterion: ExitCriterion = ExitCriterion.TWO_KEY) -> OperatingPoint:
+    return OperatingPoint(
+        quality=quality,
+        confidence=0.95,
+        criterion=criterion,
+        kv_fill=KVFill.PROJECT,
+        thresholds=(quality, quality),
+        agreement=quality,
+        layers_skipped=0.1,
+        mean_depth=27.0,
+        prompts=100,
+        tokens=6400,
+    )
+
+
+INFO = EngineInfo(
+    model_name="m",
+    num_layers=30,
+    exit_layers=(20, 24),
+    exit_thresholds=(0.9, 0.9),
+    vocab_size=100,
+    max_model_len=64,
+    block_size=16,
+    num_blocks=4,
+    max_num_seqs=4,
+    dtype="float32",
+    points=(point(0.95), point(0.98), point(0.9, ExitCriterion.MAX_PROB)),
+    prompt_threshold=0.7,
+)
+BARE = replace(INFO, exit_layers=(), exit_thresholds=(), points=(), prompt_threshold=None)
+UNCALIBRATED = replace(INFO, points=(), prompt_threshold=None)
+
+
+def settings(wish: dict[str, Any], info: EngineInfo = INFO, **config: Any) -> Any:
+    return exit_settings(ServerConfig(**config), EarlyExit.model_validate(wish), info)
+
+
+def test_the_servers_defaults() -> None:
+    plain = settings({})
+    assert plain.mode is ExitMode.ADAPTIVE
+    assert plain.thresholds is None
+    assert plain.criterion is ExitCriterion.TWO_KEY
+    other = settings({}, early_exit="off", exit_threshold=0.7, exit_min_layer=22)
+    assert (other.mode, other.thresholds, other.min_layer) == (ExitMode.OFF, (0.7, 0.7), 22)
+
+
+def test_a_wish_about_exits_is_a_wish_to_exit() -> None:
+    assert settings({"quality": 0.95}, early_exit="off").mode is ExitMode.ADAPTIVE
+    assert settings({"prefill": False}, early_exit="off").mode is ExitMode.OFF
+    assert settings({"mode": "lossless"}).mode is ExitMode.LOSSLESS
+
+
+def test_quality_takes_the_loosest_point_that_promises_it() -> None:
+    assert settings({"quality": 0.9}).thresholds == (0.95, 0.95)
+    assert settings({"quality": 0.96}).thresholds == (0.98, 0.98)
+
+
+def test_a_deadline_starts_strict_and_may_fall_to_the_quality() -> None:
+    made = settings({"quality": 0.95, "deadline_ms": 250})
+    assert (made.thresholds, made.late_thresholds) == ((0.98, 0.98), (0.95, 0.95))
+    assert made.deadline_s == 0.25
+    floor = settings({"deadline_ms": 250}, engine=EngineConfig(quality_floor=0.95))
+    assert floor.late_thresholds == (0.95, 0.95)
+
+
+def test_other_criteria() -> None:
+    assert settings({"criterion": "max_prob"}).thresholds == (0.9, 0.9)
+    assert settings({"criterion": "top2_gap", "threshold": 0.8}).thresholds == (0.8, 0.8)
+    assert settings({"criterion": "fixed", "min_layer": 24}).thresholds == (1.0, 1.0)
+
+
+def test_without_exits_full_depth_is_all_there_is() -> None:
+    assert settings({}, BARE).mode is ExitMode.OFF
+    # Guesses can still be looked up in the text.
+    assert settings({"mode": "lossless"}, BARE).mode is ExitMode.LOSSLESS
+
+
+@pytest.mark.parametrize(
+    ("wish", "info", "field", "said"),
+    [
+        ({"quality": 0.99}, INFO, "quality", "0.98 at best"),
+        ({"quality": 0.9}, UNCALIBRATED, "quality", "no calibrated"),
+        ({"quality": 0.95, "threshold": 0.5}, INFO, "threshold", "exclude"),
+        ({"mode": "adaptive"}, BARE, "mode", "no exits"),
+        ({"min_layer": 31}, INFO, "min_layer", "30 layers"),
+        ({"prefill": True}, UNCALIBRATED, "prefill", "--exit-prefill-threshold"),
+        ({"prefill": True, "kv_fill": "recompute"}, INFO, "kv_fill", "skip"),
+        ({"criterion": "entropy"}, INFO, "threshold", "no calibrated"),
+        ({"deadline_ms": 5}, INFO, "deadline_ms", "--quality-floor"),
+        ({"deadline_ms": 5, "quality": 0.99}, INFO, "quality", "out of reach"),
+    ],
+)
+def test_refusals(wish: dict[str, Any], info: EngineInfo, field: str, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said) as caught:
+        settings(wish, info)
+    assert caught.value.param == f"early_exit.{field}"
