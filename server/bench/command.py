@@ -53,7 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds [3]")
     parser.add_argument("--requests", type=int, help="answers a round [2 a stream, at least 4]")
     parser.add_argument("--exits", default="auto", help='exit file, "auto" or "none"')
-    parser.add_argument("--exit-threshold", type=float, help="gate score instead of the file's own")
+    parser.add_argument("--exit-threshold", type=float, help="score instead of the calibrated one")
+    parser.add_argument("--exit-quality", type=float, help="agreement promised [0.98 if reached]")
+    parser.add_argument(
+        "--kv-fill",
+        choices=("auto", "project", "copy", "recompute"),
+        default="project",
+        help="how K,V of skipped layers are made [project]",
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 is torch's choice")
     parser.add_argument("--reference-prompts", type=int, default=4, help="checked answers [4]")
     return parser
@@ -68,8 +75,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _words(text: str) -> tuple[str, ...]:
     words = tuple(text.split(","))
-    if not set(words) <= {"off", "adaptive"}:
-        raise argparse.ArgumentTypeError("modes are: off, adaptive")
+    if not set(words) <= {"off", "adaptive", "lossless"}:
+        raise argparse.ArgumentTypeError("modes are: off, adaptive, lossless")
     return words
 
 
@@ -102,6 +109,8 @@ def _engine(args: argparse.Namespace, folder: Path) -> Engine:
         max_num_seqs=max(args.concurrency),
         max_model_len=2048,
         exits="none" if args.url else args.exits,
+        exit_quality=None if args.url else args.exit_quality,
+        exit_audit_rate=0.0,
         threads=args.threads,
         dtype="float32",
         enable_prefix_caching=False,
@@ -113,8 +122,10 @@ def _target(args: argparse.Namespace, engine: Engine) -> Target:
     from offramp.server.bench.load import InProcess, OverHTTP  # noqa: PLC0415
 
     if args.url:
-        return OverHTTP(args.url, args.model, args.api_key, args.exit_threshold)
-    return InProcess(engine, args.exit_threshold)
+        wishes = {"threshold": args.exit_threshold, "quality": args.exit_quality}
+        given = {name: value for name, value in wishes.items() if value is not None}
+        return OverHTTP(args.url, args.model, args.api_key, {**given, "kv_fill": args.kv_fill})
+    return InProcess(engine, args.exit_threshold, args.kv_fill)
 
 
 def _model(engine: Engine) -> Transformer:

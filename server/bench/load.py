@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import httpx2 as httpx
 
-from offramp.models.sampling_params import ExitMode, ExitSettings, SamplingParams
+from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
 from offramp.server.engine.bulk import run_all
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.request import GenerationRequest
@@ -45,11 +45,14 @@ class Target(Protocol):
 class InProcess:
     """An engine on this thread: what the machine can do, without HTTP.
 
-    ``threshold`` replaces the gate thresholds stored with the exits.
+    ``threshold`` replaces the scores the exits were calibrated to.
     """
 
-    def __init__(self, engine: Engine, threshold: float | None = None) -> None:
+    def __init__(
+        self, engine: Engine, threshold: float | None = None, kv_fill: str = "project"
+    ) -> None:
         self.engine = engine
+        self._fill = kv_fill
         self._threshold = threshold
         self._count = 0
 
@@ -62,7 +65,9 @@ class InProcess:
             temperature=0.0,
             stop_token_ids=frozenset(self.engine.info.eos_token_ids),
         )
-        exits = ExitSettings(mode=ExitMode(mode), threshold=self._threshold)
+        count = len(self.engine.info.exit_layers)
+        thresholds = None if self._threshold is None else (self._threshold,) * count
+        exits = ExitSettings(ExitMode(mode), thresholds=thresholds, kv_fill=KVFill(self._fill))
         requests = []
         for prompt in prompts:
             self._count += 1
@@ -84,13 +89,18 @@ class InProcess:
 
 
 class OverHTTP:
-    """A running server, reached like any client: streamed completions of token ids."""
+    """A running server, reached like any client: streamed completions of token ids.
 
-    def __init__(self, url: str, model: str, api_key: str | None, threshold: float | None) -> None:
+    ``wishes`` are fields of ``early_exit`` for mode adaptive.
+    """
+
+    def __init__(
+        self, url: str, model: str, api_key: str | None, wishes: Mapping[str, Any]
+    ) -> None:
         self._url = url.rstrip("/")
         self._model = model
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._threshold = threshold
+        self._wishes = wishes
 
     def run(
         self, prompts: Sequence[tuple[int, ...]], *, mode: str, concurrency: int, max_tokens: int
@@ -115,8 +125,8 @@ class OverHTTP:
         self, client: httpx.AsyncClient, prompt: tuple[int, ...], mode: str, max_tokens: int
     ) -> Trace:
         early_exit: dict[str, Any] = {"mode": mode}
-        if self._threshold is not None and mode != "off":
-            early_exit["threshold"] = self._threshold
+        if mode == "adaptive":
+            early_exit |= self._wishes
         body = {
             "model": self._model,
             "prompt": list(prompt),

@@ -50,19 +50,32 @@ def read_prompts(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise PromptFileError(f"{path}: {error.strerror}") from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise PromptFileError(f"{path}: not UTF-8 text") from error
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if path.suffix == ".json":
-        prompts = [_prompt_of(item, path) for item in json.loads(text)]
+        items = _decoded(text, str(path))
+        if not isinstance(items, list):
+            raise PromptFileError(f"{path} must hold a JSON list")
+        prompts = [_prompt_of(item, str(path)) for item in items]
     elif path.suffix == ".jsonl":
-        prompts = [_prompt_of(json.loads(line), path) for line in lines]
+        places = [(f"{path}, line {n}", line) for n, line in lines]
+        prompts = [_prompt_of(_decoded(line, where), where) for where, line in places]
     else:
-        prompts = lines
+        prompts = [line for _, line in lines]
     if not prompts:
         raise PromptFileError(f"{path} is empty")
     return prompts
 
 
-def _prompt_of(item: Any, path: Path) -> str:
+def _decoded(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise PromptFileError(f"{where}: not valid JSON ({error})") from error
+
+
+def _prompt_of(item: Any, where: str) -> str:
     if isinstance(item, str):
         return item
     if isinstance(item, dict):
@@ -72,4 +85,4 @@ def _prompt_of(item: Any, path: Path) -> str:
             if isinstance(item.get(name), str):
                 extra = item.get("input") or ""
                 return f"{item[name]}\n\n{extra}".strip()
-    raise PromptFileError(f"{path}: a row has none of: turns, {', '.join(_FIELDS)}")
+    raise PromptFileError(f"{where}: a row has none of: turns, {', '.join(_FIELDS)}")

@@ -1,0 +1,121 @@
+"""From trials of candidate thresholds to operating points with a promise.
+
+Candidates come in a fixed order from careful to aggressive, drawn up on other prompts than those
+of the trials; so for each quality the candidates are tested one after the other at the full level
+until the first that fails (Learn then Test, arXiv 2110.01052, with fixed-sequence testing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offramp.models.exits.path import Candidate
+from offramp.models.exits.points import OperatingPoint
+from offramp.models.exits.risk import betting_p_value, fixed_sequence, upper_bound
+from offramp.models.sampling_params import ExitCriterion, KVFill
+
+# What two different settings of one file differ in at least, so that their order is clear.
+_STEP = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A candidate tried on free-running answers.
+
+    ``losses`` are the answers' shares of tokens that differ from full depth; ``seconds`` the
+    measured cost of a token; ``mean_depth`` and ``layers_skipped`` count layers really run.
+    """
+
+    candidate: Candidate
+    losses: tuple[float, ...]
+    tokens: int
+    agreement: float
+    mean_depth: float
+    layers_skipped: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Trial number ``trial`` and the ``quality`` it is known to keep."""
+
+    trial: int
+    quality: float
+
+
+def p_values(trials: Sequence[Trial], quality: float, confidence: float) -> list[float]:
+    """Of H0: the answers' mean share of agreeing tokens is below ``quality``, for each trial."""
+    alpha = 1 - confidence
+    return [betting_p_value(trial.losses, 1 - quality, alpha) for trial in trials]
+
+
+def fastest(trials: Sequence[Trial], quality: float, confidence: float) -> Choice | None:
+    """The cheapest trial shown to keep ``quality`` with ``confidence``; None if there is none."""
+    shown = fixed_sequence(p_values(trials, quality, confidence), _level(confidence))
+    if not shown:
+        return None
+    return Choice(min(range(shown), key=lambda index: trials[index].seconds), quality)
+
+
+def within_depth(
+    trials: Sequence[Trial], depth: float, confidence: float, tried: int
+) -> Choice | None:
+    """The most careful trial that runs at most ``depth`` layers a token; None if none does.
+
+    Which one that is depends on its own measured depth, so its quality is a lower bound that holds
+    for all ``tried`` candidates at once (Bonferroni).
+    """
+    for index, trial in enumerate(trials):
+        if trial.mean_depth <= depth:
+            shared = 1 - _level(confidence) / tried
+            return Choice(index, 1 - upper_bound(trial.losses, shared))
+    return None
+
+
+def best_quality(trials: Sequence[Trial], confidence: float) -> float:
+    """The highest quality any trial shows by itself, in ``confidence``."""
+    return max(1 - upper_bound(trial.losses, confidence) for trial in trials)
+
+
+def monotone(choices: Sequence[Choice]) -> list[Choice]:
+    """The same choices by rising quality and carefulness.
+
+    Where a more aggressive trial claims more than a more careful one, its claim is lowered; a lower
+    quality is always true too.
+    """
+    kept: list[Choice] = []
+    for choice in sorted(choices, key=lambda each: (each.trial, -each.quality)):
+        quality = choice.quality
+        if kept and choice.trial != kept[-1].trial:
+            quality = min(quality, kept[-1].quality - _STEP)
+        kept.append(Choice(choice.trial, quality))
+    return kept[::-1]
+
+
+def operating_point(
+    choice: Choice,
+    trial: Trial,
+    *,
+    confidence: float,
+    criterion: ExitCriterion,
+    kv_fill: KVFill,
+) -> OperatingPoint:
+    """What the exit file keeps of a choice and its trial."""
+    return OperatingPoint(
+        quality=round(choice.quality, 6),
+        confidence=confidence,
+        criterion=criterion,
+        kv_fill=kv_fill,
+        thresholds=trial.candidate.thresholds,
+        agreement=trial.agreement,
+        layers_skipped=trial.layers_skipped,
+        mean_depth=trial.mean_depth,
+        prompts=len(trial.losses),
+        tokens=trial.tokens,
+    )
+
+
+def _level(confidence: float) -> float:
+    # So that 1 - 0.95 is 0.05 and a p-value just there is not lost to rounding.
+    return round(1 - confidence, 12)

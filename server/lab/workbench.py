@@ -1,0 +1,149 @@
+"""What calibration and evaluation work with: an engine, the model that judges, the exit file."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from offramp.models.exits.file import ExitFile, load_exits, read_metadata
+from offramp.models.families import config_from_hf
+from offramp.models.runner import Runner
+from offramp.models.sampling_params import ExitSettings
+from offramp.models.sources import resolve
+from offramp.models.transformer import Transformer
+from offramp.server.bench.prompts import read_prompts
+from offramp.server.config import EngineConfig
+from offramp.server.engine.build import build_engine
+from offramp.server.engine.bulk import Finished
+from offramp.server.engine.engine import Engine
+from offramp.server.engine.policy import ExitPolicy
+from offramp.server.engine.scheduler import Scheduler
+from offramp.server.lab.errors import LabError
+from offramp.server.lab.prices import StepLog
+from offramp.server.lab.runs import Load, Run, answer, run
+from offramp.server.text.tokenizer import Tokenizer
+
+_CONTEXT = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """A loaded model with its exits; ``file`` holds the exit heads in the model's dtype."""
+
+    engine: Engine
+    model: Transformer
+    file: ExitFile
+    tokenizer: Tokenizer
+    load: Load
+
+    def run(self, prompts: Sequence[tuple[int, ...]], exits: ExitSettings) -> Run:
+        """Greedy answers under ``exits``, judged at full depth."""
+        return run(self.engine, self.model, prompts, exits, self.load)
+
+    def answer(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        exits: ExitSettings,
+        steps: StepLog | None = None,
+    ) -> list[Finished]:
+        """Greedy answers under ``exits``, not judged; ``steps`` notes what the engine did."""
+        return answer(self.engine, prompts, exits, self.load, StepLog() if steps is None else steps)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """What an answer says, special tokens left out."""
+        detokenizer = self.tokenizer.detokenizer()
+        return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+
+    def encode(self, texts: Sequence[str]) -> list[tuple[int, ...] | None]:
+        """Token ids of each text as a user's message; None where an answer would not fit behind."""
+        room = self.engine.info.max_model_len - self.load.max_tokens
+        ids = [
+            self.tokenizer.encode_chat([{"role": "user", "content": text}], 64 * _CONTEXT)
+            for text in texts
+        ]
+        return [each if len(each) <= room else None for each in ids]
+
+    def prompts(self, paths: Sequence[Path], limit: int | None, seed: int) -> list[tuple[int, ...]]:
+        """Different prompts of all files in an order drawn by ``seed``, at most ``limit``.
+
+        Raises PromptFileError, or LabError when nothing is left.
+        """
+        texts = list(dict.fromkeys(text for path in paths for text in read_prompts(path)))
+        random.Random(seed).shuffle(texts)  # noqa: S311 (an order, not a secret)
+        # Encoding is what takes time, so what is surely too much is not encoded.
+        fitting: list[tuple[int, ...]] = []
+        for text in texts:
+            if limit is not None and len(fitting) >= limit:
+                break
+            fitting += [ids for ids in self.encode([text]) if ids is not None]
+        if not fitting:
+            raise LabError("no prompt is short enough to leave room for an answer")
+        return fitting
+
+
+class EveryExit(ExitPolicy):
+    """Asks at every exit and lets everyone go whose score allows it, whether it pays or not.
+
+    What calibration promises must not lean on exits that this machine happened to refuse.
+    """
+
+    def asks(self, segment: int, rows: int) -> bool:  # noqa: ARG002 (as ExitPolicy has it)
+        """Always."""
+        return True
+
+    def lets_go(self, segment: int, leaving: int, staying: int) -> bool:  # noqa: ARG002 (as above)
+        """Always."""
+        return True
+
+
+def open_workbench(args: argparse.Namespace, *, every_exit: bool) -> Workbench:
+    """Load what ``args`` name (see options.add_options).
+
+    With ``every_exit`` tokens leave wherever their score allows it, else only where it also pays.
+
+    Raises ModelError (also for exits of another model) and EngineConfigError.
+    """
+    metadata = read_metadata(args.exits)
+    folder = resolve(args.model)
+    shape = config_from_hf(folder)
+    config = EngineConfig(
+        exits=str(args.exits),
+        max_num_seqs=args.concurrency,
+        max_model_len=min(_CONTEXT, shape.max_position_embeddings),
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads,
+        # Every run would find more prompts in the cache than the one before.
+        enable_prefix_caching=False,
+        # Answers are judged here already.
+        exit_audit_rate=0.0,
+    )
+    engine = build_engine(config, folder, model_name=args.model)
+    if every_exit:
+        engine = _taking_every_exit(engine, config)
+    runner = engine.runner
+    assert isinstance(runner, Runner)
+    embed = runner.model.embed
+    file = load_exits(
+        args.exits,
+        fingerprint=metadata["fingerprint"],
+        hidden_size=shape.hidden_size,
+        dtype=embed.dtype,
+        device=embed.device,
+    )
+    load = Load(args.max_tokens, args.concurrency)
+    return Workbench(engine, runner.model, file, Tokenizer.load(folder), load)
+
+
+def _taking_every_exit(engine: Engine, config: EngineConfig) -> Engine:
+    """The same engine under another policy; it must be idle."""
+    old = engine.scheduler
+    policy = EveryExit(old.limits.num_segments, config.exit_max_hold_ms / 1000)
+    # What was measured at start-up still decides when a thin group waits for company.
+    policy.costs = old.policy.costs
+    return Engine(
+        engine.info, Scheduler(old.limits, old.memory, policy, old.targets), engine.runner
+    )
