@@ -20,7 +20,10 @@ OTHER_FLAGS = {
     "--prompts": "server/commands/exits.py",
     "--save-answers": "server/commands/exits.py",
     "--out": "server/commands/exits.py",
-    "--precision": "server/commands/exits.py",
+    "--work": "server/commands/exits.py",
+    "--plot": "server/commands/exits.py",
+    "--backbone": "server/commands/exits.py",
+    "--quality": "server/lab/calibrate.py",
     "--concurrency": "server/bench/command.py",
     "--modes": "server/bench/command.py",
 }
