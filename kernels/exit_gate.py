@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.kernels.linear import linear
+from offramp.kernels.linear import Matrix, linear
 from offramp.kernels.rms_norm import rms_norm
 
 
 def exit_gate(
-    hidden: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, eps: float
+    hidden: Tensor, up: Matrix, up_bias: Tensor, down: Tensor, down_bias: Tensor, eps: float
 ) -> Tensor:
     """Gate scores [n] in 0..1 of ``hidden`` [n, d]: norm, one hidden layer, sigmoid.
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offramp.kernels.linear import linear
+from offramp.kernels.linear import Matrix, linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
 
 
 def project_kv(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None,
     k_norm: Tensor | None,
     pages: Tensor,

@@ -67,41 +67,56 @@ def query_run(
     return QueryRun(first, count, context, spans_of(table, block_size, context), mask)
 
 
-def _context(cache: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    """K or V of one slot, [1, kv_heads, context, head_dim]; a view if its blocks are adjacent."""
-    pieces = [cache[begin:end] for begin, end in spans]
-    rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+Window = tuple[Tensor, Tensor]
+"""K and V of one slot in one layer, each [1, kv_heads, context, head_dim], without a copy."""
+
+
+def windows_of(pages: Tensor, run: QueryRun) -> tuple[Window, ...] | None:
+    """Every layer's window of a run in ``pages`` [layers, 2, places, kv_heads, head_dim].
+
+    Made for all layers at once: taking slices layer by layer costs more than attending at one row.
+    None if the run's blocks are not adjacent.
+    """
+    if len(run.spans) > 1:
+        return None
+    begin, end = run.spans[0]
+    parts = pages.flatten(0, 1)[:, begin:end].transpose(1, 2).unsqueeze(1).unbind()
+    return tuple(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _gathered(cache: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
+    """K or V of one slot, [1, kv_heads, context, head_dim]."""
+    rows = torch.cat([cache[begin:end] for begin, end in spans])
     return rows.transpose(0, 1).unsqueeze(0)
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, runs: Sequence[QueryRun]
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    runs: Sequence[QueryRun],
+    windows: Sequence[Window | None],
 ) -> Tensor:
     """Attend ``q`` [T, heads, head_dim] over one layer's cache; returns [T, heads * head_dim].
 
-    The caches are [blocks, block_size, kv_heads, head_dim] and already hold the queries' own K,V.
-    Query heads that share a K,V head become rows of one product, so K,V are never repeated.
+    The caches [places, kv_heads, head_dim] already hold the queries' own K,V; ``windows`` are those
+    of the runs in them. Query heads that share a K,V head become rows of one product, so K,V are
+    never repeated.
     """
     rows, heads, dim = q.shape
-    kv_heads = k_cache.shape[2]
-    flat_k, flat_v = k_cache.view(-1, kv_heads, dim), v_cache.view(-1, kv_heads, dim)
-    answers = [_attend_run(q, flat_k, flat_v, run) for run in runs]
-    return answers[0] if len(answers) == 1 else torch.cat(answers).view(rows, heads * dim)
-
-
-def _attend_run(q: Tensor, flat_k: Tensor, flat_v: Tensor, run: QueryRun) -> Tensor:
-    """Answers [count, heads * head_dim] of one run."""
-    _, heads, dim = q.shape
-    kv_heads = flat_k.shape[1]
+    kv_heads = k_cache.shape[1]
     group = heads // kv_heads
-    k, v = _context(flat_k, run.spans), _context(flat_v, run.spans)
-    if run.count == 1:
-        # A single query is laid out as its group already; regrouping would double the time.
-        grouped = q[run.first].view(1, kv_heads, group, dim)
+    # A single query is laid out as its group already; regrouping would double the time.
+    singles = q.view(rows, 1, kv_heads, group, dim).unbind()
+    answers = []
+    for run, window in zip(runs, windows, strict=True):
+        k, v = window or (_gathered(k_cache, run.spans), _gathered(v_cache, run.spans))
+        if run.count == 1:
+            queries = singles[run.first]
+            answers.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=run.mask))
+            continue
+        queries = q[run.first : run.first + run.count].unflatten(1, (kv_heads, group))
+        grouped = queries.permute(1, 2, 0, 3).reshape(1, kv_heads, group * run.count, dim)
         answer = F.scaled_dot_product_attention(grouped, k, v, attn_mask=run.mask)
-        return answer.reshape(1, heads * dim)
-    queries = q[run.first : run.first + run.count].unflatten(1, (kv_heads, group))
-    grouped = queries.permute(1, 2, 0, 3).reshape(1, kv_heads, group * run.count, dim)
-    answer = F.scaled_dot_product_attention(grouped, k, v, attn_mask=run.mask)
-    answer = answer.view(kv_heads, group, run.count, dim).permute(2, 0, 1, 3)
-    return answer.reshape(run.count, heads * dim)
+        answers.append(answer.view(kv_heads, group, run.count, dim).permute(2, 0, 1, 3))
+    return torch.cat(answers).view(rows, heads * dim)

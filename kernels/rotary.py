@@ -9,22 +9,27 @@ from torch import Tensor
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x`` [T, heads, head_dim] by the angles of its rows' positions.
 
-    ``cos`` and ``sin`` are [T, 1, head_dim // 2].
+    ``cos`` and ``sin`` are [T, 1, head_dim] as `RotaryTable.at` gives them: three operations
+    instead of the eight that halves of a vector take.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class RotaryTable:
-    """cos and sin of every position up to ``length``, each [length, 1, head_dim // 2]."""
+    """Angles of every position up to ``length``.
+
+    Each half of a head has the same angles; the sine is negative for the first half, which takes
+    its partner's value away.
+    """
 
     def __init__(
         self, inv_freq: Tensor, length: int, scale: float, dtype: torch.dtype, device: torch.device
     ) -> None:
         angles = torch.outer(torch.arange(length, dtype=torch.float32), inv_freq.float())
-        self._cos = (angles.cos() * scale).to(device, dtype).unsqueeze(1)
-        self._sin = (angles.sin() * scale).to(device, dtype).unsqueeze(1)
+        cos, sin = angles.cos() * scale, angles.sin() * scale
+        self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype).unsqueeze(1)
+        self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype).unsqueeze(1)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Angles of ``positions`` [T] as cos and sin, each [T, 1, head_dim // 2]."""
+        """Angles of ``positions`` [T] as cos and signed sin, each [T, 1, head_dim]."""
         return self._cos[positions], self._sin[positions]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.kernels.paged_attention import QueryRun, query_run
+from offramp.kernels.paged_attention import QueryRun, Window, query_run, windows_of
 from offramp.kernels.rotary import RotaryTable
 from offramp.models.config import ModelConfig
 from offramp.models.kv_cache import KVCache
@@ -18,14 +18,15 @@ from offramp.models.kv_cache import KVCache
 class ForwardContext:
     """Positions and pages of T rows.
 
-    ``cos`` and ``sin`` [T, 1, head_dim // 2]; ``places`` [T] flat cache places; ``runs`` the slots'
-    consecutive rows.
+    ``cos`` and ``sin`` [T, 1, head_dim]; ``places`` [T] flat cache places; ``runs`` the slots'
+    consecutive rows, ``windows[layer]`` what they see of a layer's K,V.
     """
 
     cos: Tensor
     sin: Tensor
     places: Tensor
     runs: tuple[QueryRun, ...]
+    windows: tuple[tuple[Window | None, ...], ...]
     cache: KVCache
 
 
@@ -60,4 +61,13 @@ def make_context(
         places += cache.places(span.table, span.positions)
         positions += span.positions
     cos, sin = rotary.at(torch.tensor(positions, device=device))
-    return ForwardContext(cos, sin, torch.tensor(places, device=device), tuple(runs), cache)
+    windows = _by_layer([windows_of(cache.flat, run) for run in runs], config.num_layers)
+    at = torch.tensor(places, device=device)
+    return ForwardContext(cos, sin, at, tuple(runs), windows, cache)
+
+
+def _by_layer(
+    runs: Sequence[tuple[Window, ...] | None], layers: int
+) -> tuple[tuple[Window | None, ...], ...]:
+    """Windows of each run, turned into windows of each layer."""
+    return tuple(zip(*(run or (None,) * layers for run in runs), strict=True))

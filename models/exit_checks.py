@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offramp.kernels.linear import Linear
 from offramp.models.criteria import CRITERIA, ExitView, Trail
-from offramp.models.exit_head import ExitHead
+from offramp.models.exit_head import ExitHead, PackedHead
 from offramp.models.sampler import sample
 from offramp.models.sampling_params import ExitCriterion
 from offramp.models.step import HeadRow, SlotRows
@@ -28,11 +28,13 @@ class Exits:
         self, model: Transformer, heads: Sequence[ExitHead], num_rows: int, vocab: Tensor | None
     ) -> None:
         self.model = model
-        self.heads = tuple(heads)
+        self.heads = tuple(PackedHead.of(head, model.exit_recipe) for head in heads)
         self.eps = model.config.rms_norm_eps
         self.vocab = vocab
         self.trail = Trail(num_rows, model.config.hidden_size, model.embed.device)
-        self._lm_head = None if vocab is None else Linear(model.lm_head.weight[vocab])
+        self._lm_head = None
+        if vocab is not None:
+            self._lm_head = Linear(model.head_rows(vocab), None, model.exit_recipe)
 
     def logits(self, point: int, hidden: Tensor) -> Tensor:
         """Logits [n, vocab] (fp32) of exit states [n, d] over the exits' own vocabulary."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.exit_gate import exit_gate
-from offramp.kernels.linear import linear
+from offramp.kernels.linear import Linear, Matrix, Recipe, linear
 from offramp.kernels.rms_norm import rms_norm
 
 
@@ -66,6 +67,40 @@ class ExitHead:
 
     def normed(self, hidden: Tensor, eps: float) -> Tensor:
         """LM-head input [n, d] for exit states [n, d]."""
-        gate, up = linear(rms_norm(hidden, None, eps), self.gate_up).chunk(2, dim=-1)
-        state = hidden * self.scale + linear(F.silu(gate) * up, self.down)
+        return self._adapted(hidden, self.gate_up, self.down, eps)
+
+    def _adapted(self, hidden: Tensor, gate_up: Matrix, down: Matrix, eps: float) -> Tensor:
+        gate, up = linear(rms_norm(hidden, None, eps), gate_up).chunk(2, dim=-1)
+        state = hidden * self.scale + linear(F.silu(gate) * up, down)
         return rms_norm(state, self.norm, eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedHead(ExitHead):
+    """An exit head for serving: its matrices are ``products``, by name, and only those."""
+
+    products: Mapping[str, Linear]
+
+    @classmethod
+    def of(cls, head: ExitHead, recipe: Recipe | None) -> PackedHead:
+        """``head`` with its matrices in the form that ``recipe`` says (None: exactly)."""
+        own = {field.name: getattr(head, field.name) for field in fields(head)}
+        names = ("gate_up", "down", "router_up")
+        products = {name: Linear(own[name], None, recipe) for name in names}
+        spare = dict.fromkeys(names, head.scale.new_empty(0))
+        return cls(**{**own, **spare, "kv_map": None}, products=products)
+
+    def score(self, hidden: Tensor, eps: float) -> Tensor:
+        """See ExitHead."""
+        return exit_gate(
+            hidden,
+            self.products["router_up"],
+            self.router_up_bias,
+            self.router_down,
+            self.router_down_bias,
+            eps,
+        )
+
+    def normed(self, hidden: Tensor, eps: float) -> Tensor:
+        """See ExitHead."""
+        return self._adapted(hidden, self.products["gate_up"], self.products["down"], eps)

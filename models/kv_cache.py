@@ -29,7 +29,10 @@ class KVCache:
         self.block_size = block_size
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.pages = torch.zeros(shape, dtype=dtype, device=device)
-        self.layers: list[tuple[Tensor, Tensor]] = [(kv[0], kv[1]) for kv in self.pages]
+        self.flat = self.pages.flatten(2, 3)
+        """The same memory as [layers, 2, places, kv_heads, head_dim]."""
+        parts = self.flat.flatten(0, 1).unbind()
+        self.layers: list[tuple[Tensor, Tensor]] = list(zip(parts[::2], parts[1::2], strict=True))
 
     def places(self, table: Sequence[int], positions: Sequence[int]) -> list[int]:
         """Flat places of ``positions`` under a block table."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.kv_store import store_kv
-from offramp.kernels.linear import Linear
+from offramp.kernels.linear import Linear, Recipe
 from offramp.kernels.paged_attention import paged_attention
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
@@ -16,25 +16,34 @@ from offramp.models.context import ForwardContext
 
 
 class DecoderLayer:
-    """Attention and gated MLP with pre-norms, weights under the loader's canonical names."""
+    """Attention and gated MLP with pre-norms, weights under the loader's canonical names.
 
-    def __init__(self, config: ModelConfig, index: int, weights: dict[str, Tensor]) -> None:
+    ``recipe`` says in which form the matrices are kept (None: exactly).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        weights: dict[str, Tensor],
+        recipe: Recipe | None = None,
+    ) -> None:
         self.config = config
         self.index = index
         prefix = f"layers.{index}."
         own = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
         self.attn_norm, self.mlp_norm = own["attn_norm"], own["mlp_norm"]
-        self.qkv = Linear(own["qkv"], own.get("qkv_bias"))
-        self.o = Linear(own["o"], own.get("o_bias"))
-        self.gate_up = Linear(own["gate_up"], own.get("gate_up_bias"))
-        self.down = Linear(own["down"], own.get("down_bias"))
+        self.qkv = Linear(own["qkv"], own.get("qkv_bias"), recipe)
+        self.o = Linear(own["o"], own.get("o_bias"), recipe)
+        self.gate_up = Linear(own["gate_up"], own.get("gate_up_bias"), recipe)
+        self.down = Linear(own["down"], own.get("down_bias"), recipe)
         self.q_norm, self.k_norm = own.get("q_norm"), own.get("k_norm")
 
     def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """Advance ``hidden`` [T, d] by one layer, writing the rows' K,V into the cache."""
         eps = self.config.rms_norm_eps
-        hidden = hidden + self._attend(rms_norm(hidden, self.attn_norm, eps), ctx)
-        return hidden + self._mlp(rms_norm(hidden, self.mlp_norm, eps))
+        hidden = self._attend(rms_norm(hidden, self.attn_norm, eps), ctx).add_(hidden)
+        return self._mlp(rms_norm(hidden, self.mlp_norm, eps)).add_(hidden)
 
     def _attend(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         config = self.config
@@ -48,8 +57,9 @@ class DecoderLayer:
         qk = rotate(qk, ctx.cos, ctx.sin)
         k_cache, v_cache = ctx.cache.layers[self.index]
         store_kv(qk[:, heads:], v, k_cache, v_cache, ctx.places)
-        return self.o(paged_attention(qk[:, :heads], k_cache, v_cache, ctx.runs))
+        windows = ctx.windows[self.index]
+        return self.o(paged_attention(qk[:, :heads], k_cache, v_cache, ctx.runs, windows))
 
     def _mlp(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate).mul_(up))

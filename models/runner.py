@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.kv_fill import clear_kv, copy_kv, project_kv
+from offramp.kernels.linear import Linear
 from offramp.models.context import ForwardContext, Span, make_context
 from offramp.models.exit_checks import Exits, check_slots, prompt_leavers
 from offramp.models.exit_head import ExitHead
@@ -33,8 +34,7 @@ from offramp.models.transformer import Transformer, identity_projection
 class _Projection:
     """K,V projections of every layer from an exit up, norms folded in (see kv_fill)."""
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Linear
     k_norm: Tensor | None
 
 
@@ -145,7 +145,7 @@ class Runner:
         project_kv(
             self.hidden[rows],
             own.weight,
-            own.bias,
+            None,
             own.k_norm,
             self.cache.pages[first:],
             self._places(owed),
@@ -167,4 +167,5 @@ class Runner:
         weight, bias = head.kv_map, head.kv_bias
         if weight is None:
             weight, bias = identity_projection(self.model, head.layer)
-        return _Projection(weight, bias, torch.stack(norms) if norms else None)
+        packed = Linear(weight, bias, self.model.exit_recipe)
+        return _Projection(packed, torch.stack(norms) if norms else None)

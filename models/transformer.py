@@ -13,12 +13,14 @@ from offramp.kernels.rotary import RotaryTable
 from offramp.models.config import ModelConfig
 from offramp.models.layers import DecoderLayer
 from offramp.models.segment import Segment
+from offramp.models.weight_forms import Recipes
 
 
 class Transformer:
     """A model cut into segments at ``exit_layers`` (ascending, each in 1 .. num_layers - 1).
 
-    ``weights`` are the loader's canonical tensors, all of one dtype on one device.
+    ``weights`` are the loader's canonical tensors, all of one dtype on one device; ``recipes`` say
+    in which form their matrices are kept (None: exactly).
     """
 
     def __init__(
@@ -27,13 +29,18 @@ class Transformer:
         weights: dict[str, Tensor],
         exit_layers: tuple[int, ...],
         max_positions: int,
+        recipes: Recipes | None = None,
     ) -> None:
         self.config = config
         self.exit_layers = exit_layers
         self.embed = weights["embed"]
         self.final_norm = weights["final_norm"]
-        self.lm_head = Linear(weights.get("lm_head", self.embed))
-        layers = [DecoderLayer(config, index, weights) for index in range(config.num_layers)]
+        self.lm_head = Linear(
+            weights.get("lm_head", self.embed), None, recipes.head if recipes else None
+        )
+        self.exit_recipe = recipes.exits if recipes else None
+        own = recipes.layers if recipes else None
+        layers = [DecoderLayer(config, index, weights, own) for index in range(config.num_layers)]
         bounds = [0, *exit_layers, config.num_layers]
         self.segments = [Segment(layers[begin:end]) for begin, end in pairwise(bounds)]
         self.rotary = RotaryTable(
@@ -48,6 +55,11 @@ class Transformer:
     def layers(self) -> list[DecoderLayer]:
         """All layers, bottom up."""
         return [layer for segment in self.segments for layer in segment.layers]
+
+    def head_rows(self, vocab: Tensor | None) -> Tensor:
+        """LM-head rows [n, d] of token ids ``vocab`` [n] (None: all)."""
+        rows = self.embed if self.config.tie_word_embeddings else self.lm_head.weight
+        return rows if vocab is None else rows[vocab]
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Final norm of full-depth states [n, d]."""

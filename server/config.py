@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from offramp.models.sampling_params import ExitCriterion
+from offramp.models.weights import Weights
 
 GIB = 1024**3
 MIB = 1024**2
@@ -38,6 +39,12 @@ class EngineConfig(_Options):
     device: Literal["auto", "cpu", "cuda"] = _option("Model", "auto", "Where the model runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "Model", "auto", "Number format of weights and K,V."
+    )
+    weights: Weights = _option(
+        "Model",
+        Weights.AUTO,
+        "Form of weights on a CPU: fp32 (exact), fp16, bf16, int4 (models published in Q4_1), or "
+        "the faster of fp32 and fp16.",
     )
     max_model_len: int | None = _option(
         "Model",

@@ -19,9 +19,8 @@ class Draft:
     """LM-head rows of the tokens ``vocab`` [v] (ids ascending; None: every token)."""
 
     def __init__(self, model: Transformer, vocab: Tensor | None) -> None:
-        weight = model.lm_head.weight.detach()
-        self.vocab = None if vocab is None else vocab.to(weight.device)
-        self.weight = weight if self.vocab is None else weight[self.vocab]
+        self.vocab = None if vocab is None else vocab.to(model.embed.device)
+        self.weight = model.head_rows(self.vocab).detach()
         self._eps = model.config.rms_norm_eps
 
     def logits(self, head: ExitHead, hidden: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from offramp.models.loader import fingerprint, load_weights
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion
 from offramp.models.transformer import Transformer
+from offramp.models.weight_forms import choose
 from offramp.server.config import EngineConfig
 from offramp.server.engine.blocks import BlockPool
 from offramp.server.engine.debt import DebtLedger, RowPool
@@ -31,9 +32,11 @@ from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.memory import SlotMemory
 from offramp.server.engine.online import OnlineThresholds
 from offramp.server.engine.policy import ExitPolicy
+from offramp.server.engine.process import keep_freed_memory
 from offramp.server.engine.request import EngineInfo
 from offramp.server.engine.scheduler import Limits, Scheduler
 from offramp.server.engine.targets import ExitTargets
+from offramp.server.engine.threads import ThreadGovernor
 from offramp.server.engine.warm_up import measure_costs
 
 logger = logging.getLogger("offramp.engine")
@@ -62,6 +65,7 @@ def build_engine(
     blocks whatever their memory, ``audit`` checks the invariants after every step (both for tests).
     Raises EngineConfigError, or a ModelError of the loader or the exit file.
     """
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     device, dtype = _placement(config)
@@ -75,14 +79,17 @@ def build_engine(
     cache = KVCache(shape, blocks, config.block_size, dtype, device)
     heads = exits.heads
     exit_layers = tuple(head.layer for head in heads)
-    model = Transformer(shape, weights, exit_layers, max_model_len)
+    recipes = choose(config.weights, weights)
+    model = Transformer(shape, weights, exit_layers, max_model_len, recipes)
+    del weights
     num_rows = config.max_num_seqs * (1 + config.max_exit_debt) + config.max_num_batched_tokens
     info = _info(model_name, config, model, exits, cache, max_model_len)
     runner = Runner(model, heads, cache, num_rows, exits.vocab)
     scheduler = _scheduler(info, config, num_rows)
     measure_costs(runner, info, scheduler.policy.costs)
     guard = LiveGuard(scheduler.targets, config.exit_audit_rate)
-    return Engine(info, scheduler, runner, guard, audit=audit)
+    threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
+    return Engine(info, scheduler, runner, guard, threads, audit=audit)
 
 
 def _info(

@@ -69,17 +69,20 @@ class DebtLedger:
         """Debts that must be paid before the slot's next token runs ``segment``."""
         return [debt for debt in self.owed(slot) if debt.segment <= segment]
 
-    def advance(self, slot: int, segment: int) -> None:
-        """Debts at ``segment`` ran through it (recompute); after the last segment they are paid."""
+    def advance(self, slot: int, segment: int) -> int:
+        """Debts at ``segment`` ran through it (recompute); returns how many it paid, at the top."""
         kept: list[Owed] = []
+        paid = 0
         for debt in self._debts.pop(slot, []):
             moved = replace(debt, segment=segment + 1) if debt.segment == segment else debt
             if moved.segment < self._num_segments:
                 kept.append(moved)
             else:
                 self._rows.give([moved.row])
+                paid += 1
         if kept:
             self._debts[slot] = kept
+        return paid
 
     def withdraw(self, slot: int) -> list[Owed]:
         """Strike the slot's debts off the ledger; their rows are the caller's again."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Protocol
 
+from offramp.models.sampling_params import KVFill
 from offramp.models.step import FillKV, RunHead, RunSegment, Step, StepResult
 from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.request import (
@@ -20,6 +21,7 @@ from offramp.server.engine.request import (
 )
 from offramp.server.engine.scheduler import Plan, Scheduler
 from offramp.server.engine.slot import Slot
+from offramp.server.engine.threads import ThreadGovernor
 
 
 class StepRunner(Protocol):
@@ -36,7 +38,7 @@ class Engine:
     Only this object and the scheduler it drives change host state, and only while planning and
     committing; ``run`` sees plain data. ``audit`` checks the invariants after every step (tests);
     otherwise they are checked whenever the engine goes idle. ``guard`` watches over the quality of
-    finished answers.
+    finished answers, ``threads`` over how many threads a step takes (None: it stays).
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Engine:
         scheduler: Scheduler,
         runner: StepRunner,
         guard: LiveGuard | None = None,
+        threads: ThreadGovernor | None = None,
         *,
         audit: bool = False,
     ) -> None:
@@ -52,11 +55,12 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.guard = guard or LiveGuard(scheduler.targets, 0.0)
+        self._threads = threads
         self._audit = audit
         self._ids = count()
         self._slots: dict[str, Slot] = {}
         self._events: list[TokenEvent] = []
-        self._seen = (0, 0, 0, 0, 0)
+        self._seen = (0,) * 6
 
     @property
     def has_work(self) -> bool:
@@ -89,9 +93,11 @@ class Engine:
         plan = scheduler.plan(time.monotonic())
         stats = None
         if plan is not None:
-            planned = time.perf_counter()
+            planned, used = time.perf_counter(), time.process_time()
             result = self.runner.run(plan.step)
             ran = time.perf_counter()
+            if self._threads is not None:
+                self._threads.observe(ran - planned, time.process_time() - used)
             before = self._totals(plan)
             self._commit(plan, result)
             host = planned - begun + time.perf_counter() - ran
@@ -229,6 +235,7 @@ class Engine:
             memory.prefix_hits,
             guard.audited,
             guard.disagreements,
+            scheduler.recomputed,
         )
         fresh = [new - old for new, old in zip(now, self._seen, strict=True)]
         self._seen = now
@@ -249,8 +256,8 @@ class Engine:
             kv_total_blocks=memory.blocks.num_blocks,
             debt_tokens=memory.ledger.total,
             segment_queue=tuple(len(queue) for queue in scheduler.queues),
-            fill_tokens=decode if kind == "fill" else 0,
-            fill_method=method,
+            fill_tokens=decode if kind == "fill" else fresh[5],
+            fill_method=method or str(KVFill.RECOMPUTE),
             preemptions=fresh[0],
             prefix_queries=fresh[1],
             prefix_hits=fresh[2],

@@ -66,6 +66,8 @@ class Scheduler:
         self.head = SlotQueue(Place.HEAD)
         self.live: dict[int, Slot] = {}
         self.boarding = Boarding(limits, memory, self.queues, self.head, self.live)
+        self.recomputed = 0
+        """Debts paid so far by running the layers they skipped."""
         self._prompt_debtors: dict[int, Slot] = {}
 
     @property
@@ -314,7 +316,7 @@ class Scheduler:
             # What left early has now run every layer, and its tokens are due for verification.
             self.memory.rejoin(slot)
         else:
-            self.memory.ledger.advance(slot.id, segment)
+            self.recomputed += self.memory.ledger.advance(slot.id, segment)
         if not slot.audit:
             # Position p makes token p + 1, so those from num_prompt - 1 on make the answer.
             prompt = bisect_left(work.positions, slot.num_prompt - 1)

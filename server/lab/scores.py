@@ -79,7 +79,7 @@ def exit_logits(model: Transformer, file: ExitFile, head: ExitHead, hidden: Tens
     normed = head.normed(hidden, model.config.rms_norm_eps)
     if file.vocab is None:
         return model.logits(normed)
-    return F.linear(normed, model.lm_head.weight[file.vocab]).float()
+    return F.linear(normed, model.head_rows(file.vocab)).float()
 
 
 def _first_rows(owner: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.kernels.paged_attention import paged_attention, query_run, spans_of
+from offramp.kernels.paged_attention import paged_attention, query_run, spans_of, windows_of
 
 Work = tuple[int, int, list[int]]
 """First position, number of queries and block table of one slot."""
@@ -35,7 +35,10 @@ def attend(
             )
         )
         first += count
-    return paged_attention(q, k_cache, v_cache, runs)
+    pages = torch.stack((k_cache, v_cache)).flatten(1, 2).unsqueeze(0)
+    found = [windows_of(pages, run) for run in runs]
+    windows = [None if each is None else each[0] for each in found]
+    return paged_attention(q, pages[0, 0], pages[0, 1], runs, windows)
 
 
 def naive(

@@ -54,6 +54,18 @@ def test_approximate_kv_is_never_shared(fill: KVFill) -> None:
     assert exact[0].stats.cached_tokens < len(longer) - BLOCK
 
 
+def test_recomputed_debts_are_counted_as_fills() -> None:
+    """Every token that left has its K,V made by a later ride, but those after the last one."""
+    engine, _ = fake_engine(leave_share=0.5, num_blocks=40)
+    done, stats = run(engine, [request("a", [1, 2, 3], 24, ExitMode.ADAPTIVE, KVFill.RECOMPUTE)])
+    layers = done[0].exit_layers
+    last_deep = max(i for i, layer in enumerate(layers) if layer == LAYERS)
+    left = sum(layer < LAYERS for layer in layers[:last_deep])
+    assert left > 0
+    assert sum(item.fill_tokens for item in stats) == left
+    assert {item.fill_method for item in stats if item.fill_tokens} == {"recompute"}
+
+
 def test_recomputed_kv_is_shared() -> None:
     """Debts paid by recompute leave the K,V full depth would give."""
     engine, _ = fake_engine(leave_share=0.5, num_blocks=40)

@@ -15,6 +15,7 @@ from offramp.models.families import config_from_hf
 from offramp.models.loader import fingerprint, load_weights
 from offramp.models.sampling_params import ExitMode, ExitSettings, SamplingParams
 from offramp.models.transformer import Transformer
+from offramp.models.weights import Weights
 from offramp.server.bench.reference import transformers_answers
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
@@ -61,7 +62,12 @@ def exits(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def build(folder: Path, exits: str, num_blocks: int) -> Engine:
     """An engine that checks its invariants after every step."""
     config = EngineConfig(
-        exits=exits, dtype="float32", device="cpu", max_model_len=CONTEXT, max_num_seqs=16
+        exits=exits,
+        weights=Weights.FP32,
+        dtype="float32",
+        device="cpu",
+        max_model_len=CONTEXT,
+        max_num_seqs=16,
     )
     return build_engine(config, folder, model_name="test", num_blocks=num_blocks, audit=True)
 

@@ -1,0 +1,65 @@
+"""The number of threads follows what others leave of the machine."""
+
+from __future__ import annotations
+
+from offramp.server.engine.threads import ThreadGovernor
+
+
+def governor(most: int = 2) -> tuple[ThreadGovernor, list[int]]:
+    calls: list[int] = []
+    return ThreadGovernor(most, calls.append), calls
+
+
+def run(found: ThreadGovernor, seconds: float, share: float, step: float = 0.02) -> None:
+    """Steps of 20 ms in which the threads got a share of the CPU time they could have used."""
+    for _ in range(round(seconds / step)):
+        found.observe(step, step * found.threads * share)
+
+
+def test_a_machine_of_ones_own_keeps_all_threads() -> None:
+    found, calls = governor()
+    run(found, 5, 0.98)
+    assert calls == []
+
+
+def test_a_shared_machine_gets_one_thread_and_is_tried_again() -> None:
+    found, calls = governor()
+    run(found, 0.12, 0.6)
+    assert calls == [1]
+    run(found, 0.8, 1.0)
+    assert calls == [1]
+    run(found, 0.3, 1.0)
+    assert calls == [1, 2]
+    run(found, 5, 0.98)
+    assert calls == [1, 2]
+
+
+def test_rests_grow_while_the_machine_stays_shared_and_start_over_after() -> None:
+    found, calls = governor()
+    lengths = []
+    for _ in range(4):
+        run(found, 0.12, 0.6)
+        begun = 0.0
+        while found.threads == 1:
+            run(found, 0.02, 1.0)
+            begun += 0.02
+        lengths.append(round(begun))
+    assert lengths == [1, 2, 4, 8]
+    run(found, 1, 0.98)
+    run(found, 0.12, 0.6)
+    run(found, 1.1, 1.0)
+    assert calls[-1] == 2
+
+
+def test_one_slice_of_another_process_decides_nothing() -> None:
+    found, calls = governor()
+    run(found, 0.08, 0.98)
+    found.observe(0.02, 0.02 * 2 * 0.3)
+    run(found, 1, 0.98)
+    assert calls == []
+
+
+def test_a_single_thread_is_not_governed() -> None:
+    found, calls = governor(most=1)
+    run(found, 60, 0.2)
+    assert calls == []
