@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from offramp.models.exits.states import Answer, collect
+from offramp.models.families import config_from_hf
+from offramp.models.loader import load_weights
 from offramp.models.transformer import Transformer
 from offramp.server.bench.load import Trace
+from offramp.server.bench.peer_transformers import Transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,34 +28,37 @@ def transformers_answers(
     folder: Path, prompts: Sequence[tuple[int, ...]], max_tokens: int
 ) -> Reference:
     """Greedy answers of at most ``max_tokens`` tokens, fp32, batch 1, on the CPU."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    answers: list[list[int]] = []
-    seconds = 0.0
-    with torch.inference_mode():
-        for index, prompt in enumerate([prompts[0], *prompts]):
-            ids = torch.tensor([prompt])
-            begun = time.perf_counter()
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-            # The first run warms up and is not counted.
-            if index:
-                seconds += time.perf_counter() - begun
-                answers.append(out[0, len(prompt) :].tolist())
+    target = Transformers(folder)
+    # The first run warms up and is not counted.
+    target.run(prompts[:1], mode="off", concurrency=1, max_tokens=max_tokens)
+    traces = target.run(prompts, mode="off", concurrency=1, max_tokens=max_tokens)
+    answers = [trace.token_ids for trace in traces]
+    seconds = sum(trace.times[-1] - trace.submitted_at for trace in traces)
     return Reference(answers, sum(map(len, answers)) / seconds)
 
 
-def agreement(model: Transformer, traces: Sequence[Trace]) -> float:
+def load_judge(folder: Path, max_positions: int) -> Transformer:
+    """The full-depth model in fp32, for texts of at most ``max_positions`` tokens."""
+    shape = config_from_hf(folder)
+    weights = load_weights(folder, shape, dtype=torch.float32)
+    return Transformer(shape, weights, (), max_positions)
+
+
+def agreement(
+    model: Transformer, traces: Sequence[Trace], without: Collection[int] = ()
+) -> float | None:
     """Share of emitted tokens that are the full-depth model's choice in the same context.
 
-    The context is the trace's own text; its K,V are exact. All tokens count, exited or not.
+    The context is the trace's own text; its K,V are exact. All tokens count, exited or not, except
+    where the choice is one of ``without``: the ends of answers that were told not to end. None if
+    no token counts.
     """
     answers = [Answer(trace.prompt, tuple(trace.token_ids)) for trace in traces]
     states = collect(model, answers)
     order = states.answer_of.argsort(stable=True)
     emitted = torch.tensor([token for answer in answers for token in answer.answer])
-    return float((states.labels[order] == emitted).double().mean())
+    chosen = states.labels[order]
+    counted = ~torch.isin(chosen, torch.tensor(list(without), dtype=chosen.dtype))
+    if not counted.any():
+        return None
+    return float((chosen == emitted)[counted].double().mean())

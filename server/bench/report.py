@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,21 +13,28 @@ from offramp.server.bench.load import Trace
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Figures of one mode at one concurrency in one round; times in milliseconds."""
+    """Figures of one mode at one concurrency in one round; times in milliseconds.
+
+    ``mean_depth`` is in layers, None where the target does not tell.
+    """
 
     tokens_per_s: float
     ttft_ms: float
     itl_p50_ms: float
     itl_p99_ms: float
     e2e_p99_ms: float
-    mean_depth: float
+    mean_depth: float | None
 
 
 def measure(traces: Sequence[Trace]) -> Round:
-    """Throughput over the wall time of all answers, latencies over their tokens."""
+    """Throughput over the wall time of all answers, latencies over their tokens.
+
+    At least one answer has two tokens or more.
+    """
     begun = min(trace.submitted_at for trace in traces)
     ended = max(trace.times[-1] for trace in traces)
     tokens = sum(len(trace.token_ids) for trace in traces)
+    layers = [trace.layers_executed for trace in traces if trace.layers_executed is not None]
     gaps = [b - a for trace in traces for a, b in pairwise(trace.times)]
     return Round(
         tokens_per_s=tokens / (ended - begun),
@@ -35,16 +42,17 @@ def measure(traces: Sequence[Trace]) -> Round:
         itl_p50_ms=1000 * statistics.median(gaps),
         itl_p99_ms=1000 * _percentile(gaps, 0.99),
         e2e_p99_ms=1000 * _percentile([t.times[-1] - t.submitted_at for t in traces], 0.99),
-        mean_depth=sum(trace.layers_executed for trace in traces) / tokens,
+        mean_depth=sum(layers) / tokens if len(layers) == len(traces) else None,
     )
 
 
 def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
     """Median of every figure over the rounds, with the spread of the throughput."""
     columns = [asdict(item) for item in rounds]
-    row: dict[str, Any] = {
-        name: round(statistics.median(column[name] for column in columns), 3) for name in columns[0]
-    }
+    row: dict[str, Any] = {}
+    for name in columns[0]:
+        values = [column[name] for column in columns]
+        row[name] = None if None in values else round(statistics.median(values), 3)
     speeds = [item.tokens_per_s for item in rounds]
     row["tokens_per_s_min"], row["tokens_per_s_max"] = round(min(speeds), 3), round(max(speeds), 3)
     return row
@@ -59,7 +67,9 @@ def exit_efficiency(speed_up: float, num_layers: int, mean_depth: float) -> floa
     return (speed_up - 1) / possible if possible > 1e-6 else None
 
 
-_COLUMNS = (
+# Title, key in a row, format.
+Column = tuple[str, str, str]
+COLUMNS: tuple[Column, ...] = (
     ("mode", "mode", "{}"),
     ("streams", "concurrency", "{}"),
     ("tokens/s", "tokens_per_s", "{:.1f}"),
@@ -73,11 +83,11 @@ _COLUMNS = (
 )
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = COLUMNS) -> str:
     """Rows as a Markdown table; a figure that does not apply is a dash."""
-    head = [title for title, _, _ in _COLUMNS]
+    head = [title for title, _, _ in columns]
     body = [
-        [form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in _COLUMNS]
+        [form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in columns]
         for row in rows
     ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]

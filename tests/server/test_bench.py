@@ -7,13 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from offramp.server.bench import reference
+from offramp.server.bench import check, quiet, reference
 from offramp.server.bench.command import main
 from offramp.server.bench.load import Trace
 from offramp.server.bench.prompts import PromptFileError, read_prompts
 from offramp.server.bench.report import exit_efficiency, measure
 
 ARGS = ["--concurrency", "1,3", "--max-tokens", "8", "--rounds", "1", "--threads", "1"]
+
+
+def wrong(*_: object) -> reference.Reference:
+    """Answers nobody gives."""
+    return reference.Reference([[0] * 8] * 4, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is not quiet, which matters to comparisons with a peer only."""
+    monkeypatch.setattr(quiet, "judge", lambda when: quiet.Judgement(when, 0.5, 0.01))
 
 
 def test_last_line_is_json_with_speed_depth_and_agreement(
@@ -32,16 +43,35 @@ def test_last_line_is_json_with_speed_depth_and_agreement(
     assert rows["adaptive", 3]["same_answers_as_off"] == 1.0
     assert document["ratios"].keys() == {"off_1_to_transformers", "off_3_to_off_1"}
     assert "| adaptive |" in out
+    assert document["quiet"] is False
+    assert document["peer"] is None
+    assert document["peer_ratios"] == []
+
+
+@pytest.mark.parametrize(("found", "status"), [(0.99, 0), (0.97, 1)])
+def test_other_weights_have_to_agree_with_fp32(
+    found: float,
+    status: int,
+    tiny_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Equality cannot be asked of them; how far they agree is reported."""
+    monkeypatch.setattr(check, "agreement", lambda *_: found)
+    monkeypatch.setattr(reference, "transformers_answers", wrong)
+    assert main(["--model", str(tiny_dir), *ARGS, "--weights", "auto"]) == status
+    captured = capsys.readouterr()
+    if status:
+        assert "0.9700" in captured.err
+        assert captured.out == ""
+    else:
+        assert json.loads(captured.out.splitlines()[-1])["check"]["agreement"] == found
 
 
 def test_refuses_to_report_when_off_differs_from_the_reference(
     tiny_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fast wrong answer has no speed."""
-
-    def wrong(*_: object) -> reference.Reference:
-        return reference.Reference([[0] * 8] * 4, 1.0)
-
     monkeypatch.setattr(reference, "transformers_answers", wrong)
     assert main(["--model", str(tiny_dir), *ARGS]) == 1
     captured = capsys.readouterr()
@@ -72,6 +102,8 @@ def test_figures_of_a_known_trace() -> None:
     assert figures.ttft_ms == pytest.approx(600)
     assert figures.itl_p50_ms == pytest.approx(150)
     assert figures.mean_depth == 25
+    traces[0].layers_executed = None
+    assert measure(traces).mean_depth is None
 
 
 def test_exit_efficiency_compares_time_with_skipped_layers() -> None:

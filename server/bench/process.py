@@ -1,0 +1,112 @@
+"""Servers as processes of their own, which end with the one that started them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, Queue
+
+import offramp
+from offramp.server.bench.errors import LoadError
+
+_START_S = 300.0
+_STOP_S = 10.0
+_READY = re.compile(r"ready on (http://\S+)")
+_KEPT_LINES = 15
+# Where the package lies, which need not be installed.
+_ROOT = Path(offramp.__file__).parents[1]
+
+
+class ServerProcess:
+    """A started server; its output is read on a thread so that it never blocks the server."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._address: Queue[str | None] = Queue()
+        self._last: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    def address(self, timeout: float = _START_S) -> str:
+        """Where it serves, once it says so; raises LoadError after ``timeout`` seconds."""
+        try:
+            address = self._address.get(timeout=timeout)
+        except Empty:
+            raise LoadError(f"a server was not ready within {timeout:.0f} s") from None
+        if address is None:
+            raise LoadError("a server ended before it was ready:\n" + "".join(self._last).rstrip())
+        return address
+
+    def peak_memory_mib(self) -> float | None:
+        """Largest resident size so far; None on systems without /proc."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8")
+        except OSError:
+            return None
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        return round(int(found[1]) / 1024, 1) if found else None
+
+    def stop(self) -> None:
+        """End it: by closing the pipe it watches, or by force."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(_STOP_S)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                self._last.append(line)
+                found = _READY.search(line)
+                if found:
+                    self._address.put(found[1])
+        self._address.put(None)
+
+
+@contextmanager
+def serving(module: str, *words: str) -> Iterator[ServerProcess]:
+    """``python -m module words``, a server that calls ``follow_parent``; stopped at the end."""
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(  # noqa: S603 (this interpreter and modules of ours)
+        [sys.executable, "-m", module, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    server = ServerProcess(process)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def follow_parent() -> None:
+    """End this process when its standard input closes, which even a killed parent's does."""
+
+    def wait() -> None:
+        # Not through sys.stdin, whose lock a thread that waits would hold while Python ends.
+        while os.read(0, 1):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
