@@ -28,7 +28,9 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        # Not cleared: a page is read only where it was written, and on a CPU one that nobody ever
+        # used then takes no memory.
+        self.pages = torch.empty(shape, dtype=dtype, device=device)
         self.flat = self.pages.flatten(2, 3)
         """The same memory as [layers, 2, places, kv_heads, head_dim]."""
         parts = self.flat.flatten(0, 1).unbind()

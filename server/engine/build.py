@@ -32,7 +32,7 @@ from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.memory import SlotMemory
 from offramp.server.engine.online import OnlineThresholds
 from offramp.server.engine.policy import ExitPolicy
-from offramp.server.engine.process import keep_freed_memory
+from offramp.server.engine.process import keep_freed_memory, return_freed_memory
 from offramp.server.engine.request import EngineInfo
 from offramp.server.engine.scheduler import Limits, Scheduler
 from offramp.server.engine.targets import ExitTargets
@@ -82,6 +82,7 @@ def build_engine(
     recipes = choose(config.weights, weights)
     model = Transformer(shape, weights, exit_layers, max_model_len, recipes)
     del weights
+    return_freed_memory()
     num_rows = config.max_num_seqs * (1 + config.max_exit_debt) + config.max_num_batched_tokens
     info = _info(model_name, config, model, exits, cache, max_model_len)
     runner = Runner(model, heads, cache, num_rows, exits.vocab)

@@ -1,4 +1,4 @@
-"""Settings of the process that serve speed and nothing else."""
+"""What the C library does with freed memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,26 @@ def keep_freed_memory() -> bool:
     Its default returns tensors of over 128 KiB to the system at once, and each step then pays for
     fresh pages again: 5 % of a step of SmolLM2-135M.
     """
+    library = _glibc()
+    if library is None:
+        return False
+    return bool(
+        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        and library.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+    )
+
+
+def return_freed_memory() -> bool:
+    """Give what is free now back to the system; False where there is no glibc to ask."""
+    library = _glibc()
+    if library is None:
+        return False
+    library.malloc_trim(0)
+    return True
+
+
+def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES) and mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES))
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
