@@ -25,9 +25,15 @@ import uvicorn
 from offramp import __version__
 from offramp.server import logs
 from offramp.server.api.context import Context
+from offramp.server.api.exits import default_fault
 from offramp.server.app import create_app
 from offramp.server.config import ServerConfig
-from offramp.server.engine.driver import EngineDriver, EngineProtocol, EngineState
+from offramp.server.engine.driver import (
+    EngineDriver,
+    EngineProtocol,
+    EngineRefused,
+    EngineState,
+)
 from offramp.server.engine.request import EngineInfo, EngineOutput
 from offramp.server.errors import EngineFailed
 from offramp.server.metrics import Metrics
@@ -156,16 +162,24 @@ class Service:
         return resolve(self._config.engine.model, revision=self._config.engine.revision)
 
     def _build(self) -> EngineProtocol:
-        """Make the engine; runs on the engine's thread."""
-        from offramp.server.engine.build import build_engine  # noqa: PLC0415
+        """Make the engine; runs on the engine's thread. Raises EngineRefused."""
+        from offramp.models.errors import ModelError  # noqa: PLC0415
+        from offramp.server.engine.build import EngineConfigError, build_engine  # noqa: PLC0415
 
-        with bar("loading weights") as progress:
-            return build_engine(
-                self._config.engine,
-                self._folder,
-                model_name=self._config.engine.model,
-                progress=progress,
-            )
+        try:
+            with bar("loading weights") as progress:
+                engine = build_engine(
+                    self._config.engine,
+                    self._folder,
+                    model_name=self._config.engine.model,
+                    progress=progress,
+                )
+        except (ModelError, EngineConfigError) as error:
+            raise EngineRefused(str(error)) from error
+        fault = default_fault(self._config, engine.info)
+        if fault is not None:
+            raise EngineRefused(fault)
+        return engine
 
     def _observe(self, output: EngineOutput) -> None:
         self._metrics.observe(output)

@@ -10,7 +10,8 @@ exits tell apart (all of them if it is missing).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import resources
 from itertools import pairwise
@@ -22,8 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.exit_head import ExitHead
+from offramp.models.exits.canonical import sort_header
+from offramp.models.exits.checks import (
+    check_metadata,
+    check_model,
+    check_tensors,
+    check_vocab,
+)
 from offramp.models.exits.points import OperatingPoint
 
 FORMAT = "offramp-exits-2"
@@ -53,7 +62,7 @@ class ExitFile:
     points: tuple[OperatingPoint, ...] = ()
 
     def save(self, path: Path) -> None:
-        """Write atomically, tensors in fp16."""
+        """Write atomically, tensors in fp16; equal exits give equal bytes."""
         tensors = {
             f"{head.layer}.{name}": getattr(head, name).detach().half().contiguous().cpu()
             for head in self.heads
@@ -75,11 +84,13 @@ class ExitFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata)
+        # Also gives the file the usual mode: safetensors keeps it to its owner.
+        sort_header(partial)
         partial.replace(path)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The file's metadata with JSON values decoded; raises ExitFileError."""
+    """The file's metadata, JSON values decoded and checked; raises ExitFileError."""
     try:
         with safe_open(path, "pt") as file:
             raw = file.metadata() or {}
@@ -91,9 +102,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if missing:
         raise ExitFileError(f"{path} lacks metadata: {', '.join(sorted(missing))}")
     try:
-        return {key: json.loads(value) if key in _JSON else value for key, value in raw.items()}
+        found = {key: json.loads(value) if key in _JSON else value for key, value in raw.items()}
+        check_metadata(found)
     except ValueError as error:
         raise ExitFileError(f"{path} has broken metadata: {error}") from error
+    points_of(path, found["operating_points"], len(found["exit_layers"]))
+    return found
 
 
 def load_exits(
@@ -106,15 +120,17 @@ def load_exits(
             f"{path} holds exits of another model (fingerprint {metadata['fingerprint']}, "
             f"this model has {fingerprint}); train exits for it with `offramp exits train`"
         )
-    layers = _exit_layers(path, metadata)
     with safe_open(path, "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():
             raise ExitFileError(f"{path}: tensor {name} has values that are not numbers")
     vocab = stored.pop("vocab", None)
+    if vocab is not None:
+        with _naming(path):
+            check_vocab(vocab)
     heads = []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(metadata["exit_layers"]):
         tensors = {
             name: stored[f"{layer}.{name}"].to(device, dtype)
             for name in (*_TENSORS, *_OPTIONAL)
@@ -131,6 +147,12 @@ def load_exits(
         None if vocab is None else vocab.to(device, torch.long),
         points_of(path, metadata["operating_points"], len(heads)),
     )
+
+
+def check_fit(path: Path, file: ExitFile, shape: ModelConfig) -> None:
+    """Raise ExitFileError if ``file``, read from ``path``, has no place in the model."""
+    with _naming(path):
+        check_model(file.heads, file.vocab, shape)
 
 
 def points_of(path: Path, rows: Sequence[dict[str, Any]], exits: int) -> tuple[OperatingPoint, ...]:
@@ -164,17 +186,18 @@ def shipped_exits(fingerprint: str) -> Path | None:
     return None
 
 
-def _exit_layers(path: Path, metadata: dict[str, Any]) -> list[int]:
-    layers = metadata["exit_layers"]
-    counts = {len(layers), len(metadata["thresholds"]), len(metadata["floors"])}
-    if layers != sorted(set(layers)) or len(counts) != 1:
-        raise ExitFileError(f"{path}: exit layers, thresholds and floors do not fit together")
-    return [int(layer) for layer in layers]
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Make an ExitFileError that names ``path`` of a check's ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ExitFileError(f"{path}: {error}") from error
 
 
 def _check_head(path: Path, layer: int, tensors: dict[str, Tensor], hidden_size: int) -> None:
     missing = set(_TENSORS) - set(tensors)
     if missing:
         raise ExitFileError(f"{path} lacks tensors of exit {layer}: {', '.join(sorted(missing))}")
-    if tensors["scale"].shape != (hidden_size,):
-        raise ExitFileError(f"{path}: exit {layer} has the wrong width")
+    with _naming(path):
+        check_tensors(layer, tensors, hidden_size)

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from offramp.models.exits.checks import is_number
 from offramp.models.sampling_params import ExitCriterion, KVFill
+
+_NUMBERS = (
+    *("quality", "confidence", "agreement", "layers_skipped", "mean_depth"),
+    *("prompts", "tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,11 @@ class OperatingPoint:
         known = {field.name for field in fields(cls)}
         if set(row) != known:
             raise ValueError(f"an operating point has {sorted(set(row) ^ known)} wrong")
+        scores = row["thresholds"]
+        prompt = row["prefill_threshold"]
+        numbers = [row[name] for name in _NUMBERS] + ([] if prompt is None else [prompt])
+        if not isinstance(scores, list | tuple) or not all(map(is_number, [*scores, *numbers])):
+            raise ValueError("it has values that are not numbers")
         point = cls(
             **{
                 **row,

@@ -59,7 +59,7 @@ class TrainOptions:
     batch: int = 512
     lr: float = 1.5e-3
     vocab_sample: int = 6000
-    objective: Objective = Objective.PREFERENCE
+    objective: Objective = Objective.AGREEMENT
     preference_lambda: float = 4.0
     preference_beta: float = 1.0
     precision: float = 0.98

@@ -28,7 +28,7 @@ def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> Ex
     if not info.exit_layers and mode is ExitMode.ADAPTIVE:
         mode = ExitMode.OFF
     criterion = wish.criterion or config.exit_criterion
-    points = [point for point in info.points if point.criterion is criterion]
+    points = _of(info, criterion)
     strict, late = _thresholds(config, wish, info, points, criterion, mode)
     return ExitSettings(
         mode=mode,
@@ -41,6 +41,25 @@ def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> Ex
         deadline_s=None if wish.deadline_ms is None else wish.deadline_ms / 1000,
         late_thresholds=late,
     )
+
+
+def default_fault(config: ServerConfig, info: EngineInfo) -> str | None:
+    """Why requests that wish nothing would all be refused, in words for who starts the server."""
+    points = _of(info, config.exit_criterion)
+    adaptive = ExitMode(config.early_exit) is ExitMode.ADAPTIVE and bool(info.exit_layers)
+    if not adaptive or config.exit_threshold is not None:
+        return None
+    if not _lacks_thresholds(config.exit_criterion, points):
+        return None
+    return (
+        f"--exit-criterion {config.exit_criterion} has no calibrated thresholds; give "
+        "--exit-threshold, or make some with `offramp exits calibrate`"
+    )
+
+
+def _lacks_thresholds(criterion: ExitCriterion, points: Sequence[OperatingPoint]) -> bool:
+    """Whether a request must name its own; the file's own scores are those of TWO_KEY."""
+    return not points and criterion not in {ExitCriterion.TWO_KEY, _WITHOUT_SCORE}
 
 
 def _check(wish: EarlyExit, info: EngineInfo) -> None:
@@ -68,15 +87,15 @@ def _thresholds(
     """Thresholds of the request, None for those in force, and those of a late answer."""
     count = len(info.exit_layers)
     if wish.deadline_ms is not None:
-        return _deadline(config, wish, points)
+        return _deadline(config, wish, info, criterion)
     if wish.quality is not None:
-        return _point(points, wish.quality).thresholds, None
+        return _point(info, criterion, wish.quality).thresholds, None
     threshold = config.exit_threshold if wish.threshold is None else wish.threshold
     if threshold is not None:
         return (threshold,) * count, None
     if criterion is _WITHOUT_SCORE:
         return (1.0,) * count, None
-    if criterion is not ExitCriterion.TWO_KEY and not points and mode is ExitMode.ADAPTIVE:
+    if _lacks_thresholds(criterion, points) and mode is ExitMode.ADAPTIVE:
         message = f"criterion '{criterion}' has no calibrated thresholds; give one"
         raise _refused("threshold", message)
     strictest = max(points, key=lambda point: point.quality, default=None)
@@ -85,24 +104,38 @@ def _thresholds(
 
 
 def _deadline(
-    config: ServerConfig, wish: EarlyExit, points: Sequence[OperatingPoint]
+    config: ServerConfig, wish: EarlyExit, info: EngineInfo, criterion: ExitCriterion
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Start at the best quality; when late, fall to the least that is allowed."""
     least = wish.quality if wish.quality is not None else config.engine.quality_floor
-    if least is None or not points:
+    if least is None:
         message = "a deadline needs 'quality', or a server with --quality-floor, to trade with"
         raise _refused("deadline_ms", message)
+    loosest = _point(info, criterion, least)
+    points = _of(info, criterion)
     strictest = max(points, key=lambda point: point.quality)
-    return strictest.thresholds, _point(points, least).thresholds
+    return strictest.thresholds, loosest.thresholds
 
 
-def _point(points: Sequence[OperatingPoint], quality: float) -> OperatingPoint:
+def _point(info: EngineInfo, criterion: ExitCriterion, quality: float) -> OperatingPoint:
+    points = _of(info, criterion)
     point = point_for(points, quality)
     if point is None:
         best = max((point.quality for point in points), default=None)
-        reach = "have no calibrated operating points" if best is None else f"reach {best:g} at best"
+        reach = _uncalibrated(info, criterion) if best is None else f"reach {best:g} at best"
         raise _refused("quality", f"{quality:g} is out of reach; the loaded exits {reach}")
     return point
+
+
+def _of(info: EngineInfo, criterion: ExitCriterion) -> list[OperatingPoint]:
+    return [point for point in info.points if point.criterion is criterion]
+
+
+def _uncalibrated(info: EngineInfo, criterion: ExitCriterion) -> str:
+    others = sorted({f"'{point.criterion}'" for point in info.points})
+    if not others:
+        return "have no calibrated operating points"
+    return f"are calibrated for {', '.join(others)}, not for '{criterion}'"
 
 
 def _refused(field: str, message: str) -> InvalidRequest:

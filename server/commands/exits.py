@@ -77,8 +77,8 @@ def _add_training(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--objective",
         choices=("preference", "agreement"),
-        default="preference",
-        help="what gates learn: leaving against going on, or being right [preference]",
+        default="agreement",
+        help="what gates learn: leaving against going on, or being right [agreement]",
     )
     train.add_argument(
         "--preference-lambda", type=_amount, default=4.0, help="weight of quality, 1/nat [4]"

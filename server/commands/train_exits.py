@@ -20,7 +20,6 @@ from torch import Tensor
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError, UnsupportedModel
 from offramp.models.exits.answers import AnswerLog, read_answers, write_answers
-from offramp.models.exits.canonical import sort_header
 from offramp.models.exits.file import ExitFile
 from offramp.models.exits.kv_map import fit_kv_maps
 from offramp.models.exits.pipeline import train_exits
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         work = Work.open(args.work, _identity(args, fingerprint(weights)))
     with Progress(console=Console(stderr=True)) as bars:
         file, backbone = _train(_Job(args, folder, config, weights, work, bars))
-    _save(file, args.out)
+    file.save(args.out)
     backbone.save_deltas(args.out)
     if args.plot is not None:
         plot_curves(args.plot, file.metrics["curves"])
@@ -216,15 +215,6 @@ def _kv_maps(
     return {
         layer: (tensors[f"{layer}.map"], tensors[f"{layer}.bias"]) for layer in model.exit_layers
     }
-
-
-def _save(file: ExitFile, path: Path) -> None:
-    """Write the exit file so that equal training gives equal bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unsorted = path.with_name(f"{path.stem}.unsorted.safetensors")
-    file.save(unsorted)
-    sort_header(unsorted)
-    unsorted.replace(path)
 
 
 def _answers(job: _Job) -> list[Answer]:

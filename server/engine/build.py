@@ -15,7 +15,13 @@ from offramp.models.exits.deltas import (
     load_deltas,
     tuned_fingerprint,
 )
-from offramp.models.exits.file import ExitFile, ExitFileError, load_exits, shipped_exits
+from offramp.models.exits.file import (
+    ExitFile,
+    ExitFileError,
+    check_fit,
+    load_exits,
+    shipped_exits,
+)
 from offramp.models.exits.shared import shared_heads
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache, bytes_per_block
@@ -172,7 +178,14 @@ def _targets(info: EngineInfo, config: EngineConfig) -> ExitTargets:
             raise EngineConfigError("--exit-quality and --exit-online-quality exclude each other")
         online = OnlineThresholds(len(info.exit_layers), config.exit_online_quality)
         quality = None
-    return ExitTargets(info.exit_thresholds, points, quality, config.quality_floor, online)
+    floor = config.quality_floor
+    targets = ExitTargets(info.exit_thresholds, points, quality, floor, online)
+    if floor is not None and targets.quality is not None and floor > targets.quality:
+        raise EngineConfigError(
+            f"--quality-floor {floor:g} is above the quality served, {targets.quality:g}; "
+            "lower it or raise --exit-quality"
+        )
+    return targets
 
 
 def _placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
@@ -217,9 +230,11 @@ def _exits(
             raise ExitFileError(f"--exits {choice}: no such file")
     if path is None:
         return ExitFile(own, (), {}, {})
-    return load_exits(
+    file = load_exits(
         path, fingerprint=own, hidden_size=shape.hidden_size, dtype=dtype, device=device
     )
+    check_fit(path, file, shape)
+    return file
 
 
 def _layers(choice: str) -> list[int]:

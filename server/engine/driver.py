@@ -55,6 +55,10 @@ class EngineProtocol(Protocol):
         ...
 
 
+class EngineRefused(Exception):
+    """The engine cannot be made as asked; the message says to the user what would work."""
+
+
 class EngineState(StrEnum):
     """Where the engine is in its life."""
 
@@ -275,6 +279,10 @@ class EngineDriver:
                 if outputs[-1].events or len(outputs) >= _MAX_OUTPUTS or not engine.has_work:
                     self._call(self._deliver, outputs)
                     outputs = []
+        except EngineRefused as error:
+            # Nothing of ours is broken, so where it was noticed helps nobody.
+            logger.debug("engine refused", exc_info=error)
+            self._call(self._became_failed, str(error))
         except Exception as error:
             logger.exception("engine thread died")
             self._call(self._became_failed, f"{type(error).__name__}: {error}")

@@ -93,7 +93,7 @@ def calibrate(args: argparse.Namespace) -> int:
     bench = open_workbench(args, every_exit=True)
     prompts = bench.prompts(args.prompts, args.limit, args.seed)
     drawing, trying = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
-    _check_size(args, len(drawing), len(trying))
+    too_few = _drop_unshowable(args, len(drawing), len(trying))
     options.say(f"{len(drawing)} answers at full depth for candidates")
     steps = StepLog()
     full = bench.answer(drawing, ExitSettings(), steps)
@@ -104,6 +104,7 @@ def calibrate(args: argparse.Namespace) -> int:
     seconds = [cost / sum(run.judgement.tokens) for cost, run in zip(costs[1:], runs, strict=True)]
     trials = _trials(bench.model.config.num_layers, found, runs, seconds)
     choices, missed = _choices(args, trials, len(found))
+    missed = [*too_few, *missed]
     if not choices:
         raise LabError("; ".join([*missed, "nothing was written"]))
     _write(args, bench, choices, trials)
@@ -125,8 +126,11 @@ def calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_size(args: argparse.Namespace, drawing: int, trying: int) -> None:
-    """Refuse at once what not even faultless answers could show."""
+def _drop_unshowable(args: argparse.Namespace, drawing: int, trying: int) -> list[str]:
+    """Take from ``args`` the qualities that not even faultless answers could show.
+
+    Returns what is to be said of them; raises LabError at once where nothing else is asked for.
+    """
     from offramp.models.exits.risk import (  # noqa: PLC0415
         answers_needed,
         betting_p_value,
@@ -136,16 +140,23 @@ def _check_size(args: argparse.Namespace, drawing: int, trying: int) -> None:
     if not drawing:
         raise LabError("one prompt cannot be split into halves")
     alpha = 1 - args.confidence
+    missed, kept = [], []
     for quality in args.quality:
         needed = answers_needed(1 - quality, alpha)
-        if trying < needed:
+        if trying >= needed:
+            kept.append(quality)
+        else:
             p_value = betting_p_value([0.0] * trying, 1 - quality, alpha)
             best = 1 - upper_bound([0.0] * trying, args.confidence)
-            raise LabError(
+            missed.append(
                 f"quality {quality:g} at confidence {args.confidence:g} needs {2 * needed} prompts "
                 f"or more; {drawing + trying} can show {best:.4f} at best (p = {p_value:.2g} for "
                 f"{quality:g} even if every token agreed)"
             )
+    if not kept and not args.mean_depth:
+        raise LabError("; ".join(missed))
+    args.quality = tuple(kept)
+    return missed
 
 
 def _candidates(
@@ -268,23 +279,28 @@ def _choices(
 def _write(
     args: argparse.Namespace, bench: Workbench, choices: Sequence[Choice], trials: Sequence[Trial]
 ) -> None:
-    """Replace the file's points of this criterion; everything else stays as it is."""
+    """Put the chosen points into the file; everything else that holds beside them stays."""
     from dataclasses import replace  # noqa: PLC0415
 
     from offramp.models.exits.file import points_of  # noqa: PLC0415
     from offramp.server.lab.exit_files import read_exact, write_beside_deltas  # noqa: PLC0415
-    from offramp.server.lab.selection import operating_point  # noqa: PLC0415
+    from offramp.server.lab.selection import joined, operating_point  # noqa: PLC0415
 
     criterion, fill = ExitCriterion(args.criterion), KVFill(args.kv_fill)
     file = read_exact(bench, args.exits)
-    points = [point for point in file.points if point.criterion is not criterion]
-    for choice in choices:
-        trial = trials[choice.trial]
-        points.append(
-            operating_point(
-                choice, trial, confidence=args.confidence, criterion=criterion, kv_fill=fill
-            )
+    new = [
+        operating_point(
+            choice,
+            trials[choice.trial],
+            confidence=args.confidence,
+            criterion=criterion,
+            kv_fill=fill,
         )
+        for choice in choices
+    ]
+    points, wrong = joined(file.points, new)
+    for point in wrong:
+        options.say(f"the earlier point of quality {point.quality:g} contradicts them: dropped")
     out = args.out or args.exits
     rows = [point.to_json() for point in points]
     changed = replace(file, points=points_of(out, rows, len(file.heads)))

@@ -116,6 +116,27 @@ def operating_point(
     )
 
 
+def joined(
+    earlier: Sequence[OperatingPoint], new: Sequence[OperatingPoint]
+) -> tuple[list[OperatingPoint], list[OperatingPoint]]:
+    """Points of a file with ``new`` ones, and those of ``earlier`` that contradict a new one.
+
+    Earlier points of a new one's criterion and quality give way to it.
+    """
+    promised = {(point.criterion, point.quality) for point in new}
+    other = [point for point in earlier if (point.criterion, point.quality) not in promised]
+    wrong = [point for point in other if any(_contradict(point, each) for each in new)]
+    return [*(point for point in other if point not in wrong), *new], wrong
+
+
+def _contradict(one: OperatingPoint, other: OperatingPoint) -> bool:
+    """Whether the one of higher quality would let tokens go that the other keeps."""
+    loose, strict = sorted((one, other), key=lambda point: point.quality)
+    return one.criterion is other.criterion and any(
+        a > b for a, b in zip(loose.thresholds, strict.thresholds, strict=True)
+    )
+
+
 def _level(confidence: float) -> float:
     # So that 1 - 0.95 is 0.05 and a p-value just there is not lost to rounding.
     return round(1 - confidence, 12)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from offramp.models.exit_head import ExitHead
@@ -17,6 +17,7 @@ from offramp.models.exits.file import (
     FORMAT,
     ExitFile,
     ExitFileError,
+    check_fit,
     load_exits,
     read_metadata,
     shipped_exits,
@@ -25,6 +26,7 @@ from offramp.models.exits.pipeline import Judged, judge, split_answers, train_ex
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.exits.states import Answer, States, collect
 from offramp.models.exits.train import (
+    Objective,
     TrainOptions,
     exit_scores,
     exit_tokens,
@@ -178,7 +180,7 @@ def test_exits_of_another_model_are_refused(trained: ExitFile, tmp_path: Path) -
     trained.save(path)
     with pytest.raises(ExitFileError, match=r"another model.*offramp exits train"):
         load(path, "0" * 32)
-    with pytest.raises(ExitFileError, match="width"):
+    with pytest.raises(ExitFileError, match=r"2\.down has the shape|2\.scale has the shape"):
         load(path, width=32)
 
 
@@ -259,6 +261,105 @@ def test_damaged_tensors_are_refused(trained: ExitFile, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ExitFileError, match="cannot be read"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("operating_points", "{}", "operating_points is no list"),
+        ("operating_points", "[1]", "broken operating point"),
+        ("exit_layers", '["2", "3"]', "exit_layers is no list of whole numbers"),
+        ("exit_layers", "[3, 2]", "do not fit together"),
+        ("exit_layers", "2", "exit_layers is no list"),
+        ("thresholds", '[0.9, "high"]', "thresholds is no list of numbers"),
+        ("thresholds", "[0.9, NaN]", "thresholds is no list of numbers"),
+        ("floors", "[0.9, null]", "floors is no list of numbers"),
+        ("metrics", "[]", "metrics is no object"),
+    ],
+)
+def test_wrong_metadata_is_refused_by_name(
+    trained: ExitFile, tmp_path: Path, key: str, value: str, said: str
+) -> None:
+    path = tmp_path / "exits.safetensors"
+    trained.save(path)
+    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in read_metadata(path).items()}
+    save_file(load_file(path), path, text | {key: value})
+    with pytest.raises(ExitFileError, match=rf"exits\.safetensors.*{said}"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), "high", True])
+def test_a_point_without_numbers_is_refused(
+    trained: ExitFile, tmp_path: Path, value: float
+) -> None:
+    path = tmp_path / "exits.safetensors"
+    for wrong in (point(0.9, value, 0.8), replace(point(0.9, 0.9, 0.8), agreement=value)):
+        replace(trained, points=(wrong,)).save(path)
+        with pytest.raises(ExitFileError, match=r"broken operating point.*not numbers"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "shape"),
+    [
+        ("down", (64, 5)),
+        ("gate_up", (96, 63)),
+        ("norm", (63,)),
+        ("router_up", (16, 65)),
+        ("router_down", (2, 16)),
+        ("fuse", (3,)),
+        ("predictor_up", (32, 11)),
+        ("kv_map", (10, 63)),
+    ],
+)
+def test_wrong_shapes_are_refused(
+    trained: ExitFile, tmp_path: Path, field: str, shape: tuple[int, ...]
+) -> None:
+    path = tmp_path / "exits.safetensors"
+    changed: dict[str, Any] = {field: torch.zeros(shape)}
+    heads = (replace(trained.heads[0], **changed), trained.heads[1])
+    replace(trained, heads=heads).save(path)
+    with pytest.raises(ExitFileError, match=r"exits\.safetensors: tensor 2\..* has the shape"):
+        load(path)
+
+
+@pytest.mark.parametrize("ids", [[], [3, 2], [1, 1], [-1, 2], [[1, 2]]])
+def test_a_vocabulary_out_of_order_is_refused(
+    trained: ExitFile, tmp_path: Path, ids: list[int]
+) -> None:
+    path = tmp_path / "exits.safetensors"
+    replace(trained, vocab=torch.tensor(ids)).save(path)
+    with pytest.raises(ExitFileError, match=r"exits\.safetensors: vocab is n"):
+        load(path)
+
+
+def test_exits_that_do_not_fit_the_model_are_refused(trained: ExitFile, model: Transformer) -> None:
+    path, shape = Path("exits.safetensors"), model.config
+    check_fit(path, trained, shape)
+    low, high = trained.heads
+    rows: dict[str, Any] = {"kv_map": torch.zeros(3, 64)}
+    for heads, vocab, said in (
+        ((low, replace(high, layer=4)), None, "exit 4 is not inside"),
+        ((replace(low, layer=0), high), None, "exit 0 is not inside"),
+        ((replace(low, **rows), high), None, "kv_map has 3 rows"),
+        ((low, high), torch.tensor([1, shape.vocab_size]), "vocab has the token"),
+    ):
+        with pytest.raises(ExitFileError, match=rf"exits\.safetensors: .*{said}"):
+            check_fit(path, replace(trained, heads=heads, vocab=vocab), shape)
+
+
+def test_a_file_has_the_usual_mode_and_ordered_metadata(trained: ExitFile, tmp_path: Path) -> None:
+    path, plain = tmp_path / "exits.safetensors", tmp_path / "plain"
+    trained.save(path)
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
+def test_gates_learn_agreement_unless_told_otherwise() -> None:
+    assert TrainOptions().objective is Objective.AGREEMENT
 
 
 def test_no_exits_are_shipped_for_strangers() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, ExitMode, KVFill
-from offramp.server.api.exits import exit_settings
+from offramp.server.api.exits import default_fault, exit_settings
 from offramp.server.api.schemas import EarlyExit
 from offramp.server.config import EngineConfig, ServerConfig
 from offramp.server.engine.request import EngineInfo
@@ -103,6 +103,13 @@ def test_without_exits_full_depth_is_all_there_is() -> None:
         ({"min_layer": 31}, INFO, "min_layer", "30 layers"),
         ({"prefill": True}, UNCALIBRATED, "prefill", "--exit-prefill-threshold"),
         ({"prefill": True, "kv_fill": "recompute"}, INFO, "kv_fill", "skip"),
+        ({"criterion": "gate", "quality": 0.95}, INFO, "quality", "for 'max_prob', 'two_key', not"),
+        (
+            {"criterion": "gate", "quality": 0.9, "deadline_ms": 5},
+            INFO,
+            "quality",
+            "not for 'gate'",
+        ),
         ({"criterion": "entropy"}, INFO, "threshold", "no calibrated"),
         ({"deadline_ms": 5}, INFO, "deadline_ms", "--quality-floor"),
         ({"deadline_ms": 5, "quality": 0.99}, INFO, "quality", "out of reach"),
@@ -112,3 +119,24 @@ def test_refusals(wish: dict[str, Any], info: EngineInfo, field: str, said: str)
     with pytest.raises(InvalidRequest, match=said) as caught:
         settings(wish, info)
     assert caught.value.param == f"early_exit.{field}"
+
+
+@pytest.mark.parametrize("early_exit", ["off", "adaptive", "lossless"])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize("criterion", list(ExitCriterion))
+@pytest.mark.parametrize("info", [INFO, BARE, UNCALIBRATED])
+def test_a_start_is_refused_just_where_every_plain_request_would_be(
+    info: EngineInfo, criterion: ExitCriterion, threshold: float | None, early_exit: str
+) -> None:
+    options: dict[str, Any] = {
+        "early_exit": early_exit,
+        "exit_threshold": threshold,
+        "exit_criterion": criterion,
+    }
+    fault = default_fault(ServerConfig(**options), info)
+    if fault is None:
+        settings({}, info, **options)
+        return
+    assert f"--exit-criterion {criterion} " in fault
+    with pytest.raises(InvalidRequest):
+        settings({}, info, **options)

@@ -70,7 +70,7 @@ def test_info_shows_the_metrics(
 ) -> None:
     path = tmp_path / "exits.safetensors"
     two = [str(answers), str(answers)]
-    assert train(tiny_dir, path, "--answers", *two, "--objective", "agreement") == 0
+    assert train(tiny_dir, path, "--answers", *two, "--objective", "preference") == 0
     capsys.readouterr()
     assert main(["info", str(path)]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -153,7 +153,7 @@ def test_work_of_other_options_is_refused(
     work = ["--answers", str(answers), "--work", str(tmp_path / "work")]
     assert train(tiny_dir, out, *work) == 0
     capsys.readouterr()
-    assert train(tiny_dir, out, *work, "--seed", "3", "--objective", "agreement") == 1
+    assert train(tiny_dir, out, *work, "--seed", "3", "--objective", "preference") == 1
     error = capsys.readouterr().err
     assert "other options (objective, seed)" in error
     (tmp_path / "work" / "adapter-2.safetensors").write_bytes(b"torn")

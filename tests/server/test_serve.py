@@ -79,6 +79,21 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_status_1() -> None:
     assert "1000000" in line
 
 
+def test_exits_that_cannot_be_used_are_told_without_a_traceback() -> None:
+    with running("tiny", "--exits", "/nowhere/exits.safetensors") as process:
+        assert process.status() == 1
+    assert "Traceback" not in process.log
+    assert "cannot load tiny: --exits /nowhere/exits.safetensors: no such file" in process.log
+
+
+def test_a_criterion_nobody_calibrated_is_refused_at_start() -> None:
+    options = ("--exits", "shared:2", "--exit-criterion", "entropy")
+    with running("tiny", *options) as process:
+        assert process.status() == 1
+    assert "--exit-criterion entropy has no calibrated thresholds" in process.log
+    assert "Traceback" not in process.log
+
+
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, str, threading.Event]]:
     """A service whose model loads when the event is set."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from offramp.models.exits.file import ExitFileError
-from offramp.models.sampling_params import SamplingParams
+from offramp.models.exits.points import OperatingPoint
+from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
 from offramp.server.config import EngineConfig
-from offramp.server.engine.build import EngineConfigError, build_engine
+from offramp.server.engine.build import EngineConfigError, _targets, build_engine
 from offramp.server.engine.bulk import run_all
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.request import GenerationRequest
@@ -62,3 +64,18 @@ def test_what_does_not_fit_is_refused(
 def test_exits_that_are_not_there_are_refused(tiny_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ExitFileError, match="no such file"):
         build(tiny_dir, exits=str(tmp_path / "none.safetensors"))
+
+
+def test_a_floor_above_the_quality_served_is_refused(tiny_dir: Path) -> None:
+    def point(quality: float) -> OperatingPoint:
+        scores = (quality, quality)
+        kinds = (ExitCriterion.TWO_KEY, KVFill.PROJECT)
+        return OperatingPoint(quality, 0.95, *kinds, scores, quality, 0.1, 3.0, 10, 100)
+
+    bare = build(tiny_dir, max_model_len=64).info
+    info = replace(bare, exit_layers=(2, 3), points=(point(0.95), point(0.98)))
+    with pytest.raises(EngineConfigError, match=r"0\.98 is above the quality served, 0\.95"):
+        _targets(info, EngineConfig(exit_quality=0.95, quality_floor=0.98))
+    assert _targets(info, EngineConfig(exit_quality=0.95, quality_floor=0.95)).quality == 0.95
+    # What is served is the point's promise, which may be above the quality asked for.
+    assert _targets(info, EngineConfig(exit_quality=0.96, quality_floor=0.98)).quality == 0.98

@@ -85,7 +85,7 @@ def test_what_was_reached_is_kept_beside_what_was_not(
     words: Words, exits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """0.999 would need far more answers; 0.8 is shown by the same trials."""
-    monkeypatch.setattr(calibrate, "_check_size", lambda *_: None)
+    monkeypatch.setattr(calibrate, "_drop_unshowable", lambda *_: [])
     assert call([*words, "--quality", "0.8,0.999"]) == 1
     output = capsys.readouterr()
     assert "quality 0.999 is out of reach" in output.err.splitlines()[-1]
@@ -122,6 +122,22 @@ def test_too_few_prompts_are_refused_before_any_work(
     assert error.count("\n") == 1
     assert "needs " in error
     assert "96 can show 0.9" in error
+
+
+def test_what_the_prompts_can_show_is_calibrated_all_the_same(
+    words: Words, exits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The points of earlier calls stay, but for those of the same quality."""
+    assert call([*words, "--quality", "0.9"]) == 0
+    (first,) = load(exits).points
+    assert call([*words, "--quality", "0.8,0.99"]) == 1
+    error = capsys.readouterr().err
+    assert "quality 0.99" in error.splitlines()[-1]
+    assert "are written" in error.splitlines()[-1]
+    new, *earlier = load(exits).points
+    assert new.quality == 0.8
+    # Which trial was the cheapest is a matter of measured time.
+    assert earlier == ([] if "quality 0.9 contradicts" in error else [first])
 
 
 def test_a_budget_states_the_quality_it_keeps(words: Words, exits: Path) -> None:

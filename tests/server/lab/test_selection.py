@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from offramp.models.exits.path import Candidate
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.exits.risk import betting_p_value, upper_bound
 from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.server.lab.selection import (
@@ -15,6 +16,7 @@ from offramp.server.lab.selection import (
     Trial,
     best_quality,
     fastest,
+    joined,
     monotone,
     operating_point,
     p_values,
@@ -95,3 +97,16 @@ def test_a_point_says_what_was_measured() -> None:
     assert point.thresholds == tried.candidate.thresholds
     assert (point.prompts, point.tokens) == (400, 64 * 400)
     assert (point.criterion, point.kv_fill) == (ExitCriterion.MAX_PROB, KVFill.COPY)
+
+
+def test_earlier_points_stay_where_they_do_not_contradict() -> None:
+    def point(quality: float, score: float, criterion: ExitCriterion) -> OperatingPoint:
+        scores, fill = (score, score), KVFill.PROJECT
+        return OperatingPoint(quality, 0.95, criterion, fill, scores, quality, 0.1, 3.0, 10, 100)
+
+    own, other = ExitCriterion.TWO_KEY, ExitCriterion.GATE
+    low, replaced, high = point(0.8, 0.5, own), point(0.9, 0.6, own), point(0.95, 0.65, own)
+    foreign, new = point(0.9, 0.1, other), point(0.9, 0.7, own)
+    kept, wrong = joined((low, replaced, high, foreign), (new,))
+    assert kept == [low, foreign, new]
+    assert wrong == [high]
