@@ -26,6 +26,10 @@ OTHER_FLAGS = {
     "--quality": "server/lab/calibrate.py",
     "--concurrency": "server/bench/command.py",
     "--modes": "server/bench/command.py",
+    "--peer": "server/bench/command.py",
+    "--max-tokens": "server/bench/command.py",
+    "--rounds": "server/bench/command.py",
+    "--long-prompt": "server/bench/command.py",
 }
 NOT_OURS = {"--help"}
 
