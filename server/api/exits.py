@@ -44,7 +44,14 @@ def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> Ex
 
 
 def default_fault(config: ServerConfig, info: EngineInfo) -> str | None:
-    """Why requests that wish nothing would all be refused, in words for who starts the server."""
+    """Why the server's defaults cannot be meant, in words for who starts it; None if they can.
+
+    What one request may not combine, the defaults may not either.
+    """
+    if config.exit_min_layer > info.num_layers:
+        return f"--exit-min-layer {config.exit_min_layer}: this model has {info.num_layers} layers"
+    if config.exit_threshold is not None and config.engine.exit_quality is not None:
+        return "--exit-quality and --exit-threshold exclude each other"
     points = _of(info, config.exit_criterion)
     adaptive = ExitMode(config.early_exit) is ExitMode.ADAPTIVE and bool(info.exit_layers)
     if not adaptive or config.exit_threshold is not None:

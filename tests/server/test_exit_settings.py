@@ -140,3 +140,21 @@ def test_a_start_is_refused_just_where_every_plain_request_would_be(
     assert f"--exit-criterion {criterion} " in fault
     with pytest.raises(InvalidRequest):
         settings({}, info, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exit_min_layer": 31}, "--exit-min-layer 31: this model has 30 layers"),
+        (
+            {"exit_threshold": 0.5, "engine": EngineConfig(exit_quality=0.95)},
+            "--exit-quality and --exit-threshold exclude each other",
+        ),
+    ],
+    ids=["min layer", "quality and threshold"],
+)
+def test_defaults_no_request_could_ask_for_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    assert default_fault(ServerConfig(**options), INFO) == message
+    assert default_fault(ServerConfig(exit_min_layer=30, exit_threshold=0.5), INFO) is None
