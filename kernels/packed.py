@@ -132,12 +132,12 @@ def available(form: WeightForm) -> bool:
 
     bf16 asks for hardware support too: emulated, it is slower than fp32.
     """
-    if form is WeightForm.BF16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001
-        return False
     levels = torch.arange(32 * 2 * GROUP).view(32, 2 * GROUP) * 7 % (_LEVELS + 1)
     weight, x = levels / 8.0 - 1.0, torch.arange(3.0 * 2 * GROUP).view(3, -1) / 64
     bias = torch.arange(32.0)
     try:
+        if form is WeightForm.BF16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001
+            return False
         with torch.inference_mode():
             out = pack(weight, bias, form)(x)
     except (AttributeError, NotImplementedError, RuntimeError):

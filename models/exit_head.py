@@ -56,18 +56,15 @@ class ExitHead:
 
     def score(self, hidden: Tensor, eps: float) -> Tensor:
         """Gate scores [n] of exit states [n, d]."""
-        return exit_gate(
-            hidden,
-            self.router_up,
-            self.router_up_bias,
-            self.router_down,
-            self.router_down_bias,
-            eps,
-        )
+        return self._gate(hidden, self.router_up, eps)
 
     def normed(self, hidden: Tensor, eps: float) -> Tensor:
         """LM-head input [n, d] for exit states [n, d]."""
         return self._adapted(hidden, self.gate_up, self.down, eps)
+
+    def _gate(self, hidden: Tensor, up: Matrix, eps: float) -> Tensor:
+        down, down_bias = self.router_down, self.router_down_bias
+        return exit_gate(hidden, up, self.router_up_bias, down, down_bias, eps)
 
     def _adapted(self, hidden: Tensor, gate_up: Matrix, down: Matrix, eps: float) -> Tensor:
         gate, up = linear(rms_norm(hidden, None, eps), gate_up).chunk(2, dim=-1)
@@ -92,14 +89,7 @@ class PackedHead(ExitHead):
 
     def score(self, hidden: Tensor, eps: float) -> Tensor:
         """See ExitHead."""
-        return exit_gate(
-            hidden,
-            self.products["router_up"],
-            self.router_up_bias,
-            self.router_down,
-            self.router_down_bias,
-            eps,
-        )
+        return self._gate(hidden, self.products["router_up"], eps)
 
     def normed(self, hidden: Tensor, eps: float) -> Tensor:
         """See ExitHead."""

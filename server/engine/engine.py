@@ -257,7 +257,7 @@ class Engine:
             debt_tokens=memory.ledger.total,
             segment_queue=tuple(len(queue) for queue in scheduler.queues),
             fill_tokens=decode if kind == "fill" else fresh[5],
-            fill_method=method or str(KVFill.RECOMPUTE),
+            fill_method=method or (str(KVFill.RECOMPUTE) if fresh[5] else ""),
             preemptions=fresh[0],
             prefix_queries=fresh[1],
             prefix_hits=fresh[2],
