@@ -2,59 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.kernels.packed import WeightForm, available, pack
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """In which form a weight serves products of ``few_rows`` rows or less, and of more."""
-
-    few: WeightForm
-    many: WeightForm
-    few_rows: int = 0
-
-    @classmethod
-    def of(cls, form: WeightForm) -> Recipe:
-        """One form for any number of rows."""
-        return cls(form, form)
+from offramp.kernels.native import Matrix as NativeMatrix
+from offramp.kernels.packed import Native, WeightForm, available, pack
 
 
 class Linear:
     """A weight [out, in] with its bias [out], kept for products and nothing else.
 
-    Without a ``recipe`` it is kept exactly: packed for oneDNN where that exists, else as it is.
-    Raises PackError if the weight cannot be kept as the recipe says.
+    Without a ``form`` it is kept exactly: packed for oneDNN where that exists, else as it is.
+    Raises PackError if the weight cannot be kept in that form.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, recipe: Recipe | None = None
+        self, weight: Tensor, bias: Tensor | None = None, form: WeightForm | None = None
     ) -> None:
         self.shape = weight.shape
         self.bias = bias
         self._like = weight.new_empty(0)
-        recipe = recipe or _exact(weight)
-        self._few_rows = recipe.few_rows
-        self._few = pack(weight, bias, recipe.few)
-        alike = recipe.many is recipe.few
-        self._many = self._few if alike else pack(weight, bias, recipe.many)
+        self._packed = pack(weight, bias, form or _exact(weight))
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n, in] to [n, out]."""
-        return self._few(x) if x.shape[0] <= self._few_rows else self._many(x)
+        return self._packed(x)
+
+    @property
+    def native(self) -> NativeMatrix | None:
+        """The weight as the C kernels take it, if it is in one of their forms."""
+        return self._packed.matrix if isinstance(self._packed, Native) else None
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, in] as its products see it, read off those of the unit vectors."""
+        """The weight [out, in] as its products see it."""
+        return self.rows(torch.arange(self.shape[0], device=self._like.device))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` [n] of the weight, [n, in]."""
+        if isinstance(self._packed, Native):
+            return self._packed.rows(ids)
+        # Other forms do not tell; their products of the unit vectors do.
         unit = torch.eye(self.shape[1], dtype=self._like.dtype, device=self._like.device)
         with torch.no_grad():
-            columns = self._many(unit)
-        return (columns if self.bias is None else columns - self.bias).t().contiguous()
+            columns = self._packed(unit)
+        whole = columns if self.bias is None else columns - self.bias
+        return whole.t()[ids].contiguous()
 
 
 Matrix = Tensor | Linear
@@ -69,6 +63,7 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _exact(weight: Tensor) -> Recipe:
+def _exact(weight: Tensor) -> WeightForm:
     packs = weight.device.type == "cpu" and weight.dtype is torch.float32
-    return Recipe.of(WeightForm.FP32 if packs and available(WeightForm.FP32) else WeightForm.PLAIN)
+    exact = packs and available(WeightForm.ONEDNN_FP32)
+    return WeightForm.ONEDNN_FP32 if exact else WeightForm.PLAIN

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError
 
-from offramp.models.cache import cache_folder
+from offramp.kernels.cache import cache_folder
 from offramp.models.errors import PullError
 from offramp.models.gguf import convert
 

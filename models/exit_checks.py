@@ -28,13 +28,14 @@ class Exits:
         self, model: Transformer, heads: Sequence[ExitHead], num_rows: int, vocab: Tensor | None
     ) -> None:
         self.model = model
-        self.heads = tuple(PackedHead.of(head, model.exit_recipe) for head in heads)
+        self.heads = tuple(PackedHead.of(head, model.exit_forms) for head in heads)
         self.eps = model.config.rms_norm_eps
         self.vocab = vocab
-        self.trail = Trail(num_rows, model.config.hidden_size, model.embed.device)
+        self.trail = Trail(num_rows, model.config.hidden_size, model.device)
         self._lm_head = None
         if vocab is not None:
-            self._lm_head = Linear(model.head_rows(vocab), None, model.exit_recipe)
+            rows = model.head_rows(vocab)
+            self._lm_head = Linear(rows, None, model.exit_forms and model.exit_forms(rows))
 
     def logits(self, point: int, hidden: Tensor) -> Tensor:
         """Logits [n, vocab] (fp32) of exit states [n, d] over the exits' own vocabulary."""

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.exit_gate import exit_gate
-from offramp.kernels.linear import Linear, Matrix, Recipe, linear
+from offramp.kernels.linear import Linear, Matrix, linear
 from offramp.kernels.rms_norm import rms_norm
+from offramp.models.weight_forms import Forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,11 @@ class PackedHead(ExitHead):
     products: Mapping[str, Linear]
 
     @classmethod
-    def of(cls, head: ExitHead, recipe: Recipe | None) -> PackedHead:
-        """``head`` with its matrices in the form that ``recipe`` says (None: exactly)."""
+    def of(cls, head: ExitHead, forms: Forms | None) -> PackedHead:
+        """``head`` with its matrices in the forms that ``forms`` says (None: exactly)."""
         own = {field.name: getattr(head, field.name) for field in fields(head)}
         names = ("gate_up", "down", "router_up")
-        products = {name: Linear(own[name], None, recipe) for name in names}
+        products = {name: Linear(own[name], None, forms and forms(own[name])) for name in names}
         spare = dict.fromkeys(names, head.scale.new_empty(0))
         return cls(**{**own, **spare, "kv_map": None}, products=products)
 

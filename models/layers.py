@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.kernels.decoder import LayerSizes, LayerWeights
 from offramp.kernels.kv_store import store_kv
-from offramp.kernels.linear import Linear, Recipe
+from offramp.kernels.linear import Linear
 from offramp.kernels.paged_attention import paged_attention
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
 from offramp.models.config import ModelConfig
 from offramp.models.context import ForwardContext
+from offramp.models.weight_forms import Forms
 
 
 class DecoderLayer:
     """Attention and gated MLP with pre-norms, weights under the loader's canonical names.
 
-    ``recipe`` says in which form the matrices are kept (None: exactly).
+    ``forms`` says in which form each matrix is kept (None: exactly).
     """
 
     def __init__(
@@ -26,18 +28,50 @@ class DecoderLayer:
         config: ModelConfig,
         index: int,
         weights: dict[str, Tensor],
-        recipe: Recipe | None = None,
+        forms: Forms | None = None,
     ) -> None:
         self.config = config
         self.index = index
         prefix = f"layers.{index}."
         own = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+
+        def product(name: str) -> Linear:
+            weight = own[name]
+            return Linear(weight, own.get(f"{name}_bias"), forms and forms(weight))
+
         self.attn_norm, self.mlp_norm = own["attn_norm"], own["mlp_norm"]
-        self.qkv = Linear(own["qkv"], own.get("qkv_bias"), recipe)
-        self.o = Linear(own["o"], own.get("o_bias"), recipe)
-        self.gate_up = Linear(own["gate_up"], own.get("gate_up_bias"), recipe)
-        self.down = Linear(own["down"], own.get("down_bias"), recipe)
+        self.qkv, self.o = product("qkv"), product("o")
+        self.gate_up, self.down = product("gate_up"), product("down")
         self.q_norm, self.k_norm = own.get("q_norm"), own.get("k_norm")
+
+    @property
+    def weights(self) -> LayerWeights:
+        """What a kernel for whole layers needs of this one."""
+        return LayerWeights(
+            self.index,
+            self.attn_norm,
+            self.mlp_norm,
+            self.q_norm,
+            self.k_norm,
+            self.qkv,
+            self.o,
+            self.gate_up,
+            self.down,
+        )
+
+    @property
+    def sizes(self) -> LayerSizes:
+        """Sizes of this and all other layers."""
+        config = self.config
+        return LayerSizes(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.intermediate_size,
+            config.rms_norm_eps,
+            config.sliding_window,
+        )
 
     def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """Advance ``hidden`` [T, d] by one layer, writing the rows' K,V into the cache."""

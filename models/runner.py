@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offramp.kernels.kv_fill import clear_kv, copy_kv, project_kv
 from offramp.kernels.linear import Linear
-from offramp.models.context import ForwardContext, Span, make_context
+from offramp.models.context import ForwardContext, Span
 from offramp.models.exit_checks import Exits, check_slots, prompt_leavers
 from offramp.models.exit_head import ExitHead
 from offramp.models.kv_cache import KVCache
@@ -58,7 +58,9 @@ class Runner:
         self.model = model
         self.exits = Exits(model, heads, num_rows, vocab)
         self.cache = cache
-        self.hidden = model.embed.new_zeros(num_rows, model.config.hidden_size)
+        self.hidden = torch.zeros(
+            num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device
+        )
         self._riding: list[tuple[Sequence[int], tuple[int, ...]]] = []
         self._context: ForwardContext | None = None
         self._projections = [self._projection(head) for head in heads]
@@ -82,7 +84,7 @@ class Runner:
         rows = self._index([row for item in work for row in item.rows])
         if step.segment == 0:
             ids = [token for item in work for token in item.token_ids]
-            hidden = model.embed[self._index(ids)]
+            hidden = model.embed(self._index(ids))
         else:
             hidden = self.hidden[rows]
         hidden = model.segments[step.segment](hidden, self._context_of(step.segment, work))
@@ -111,7 +113,7 @@ class Runner:
         riding = [(item.positions, item.rows) for item in work]
         if self._context is None or segment == 0 or riding != self._riding:
             spans = [Span(item.positions, item.table) for item in work]
-            self._context = make_context(spans, self.model.config, self.cache, self.model.rotary)
+            self._context = ForwardContext(spans, self.model.config, self.cache, self.model.rotary)
             self._riding = riding
         return self._context
 
@@ -167,5 +169,6 @@ class Runner:
         weight, bias = head.kv_map, head.kv_bias
         if weight is None:
             weight, bias = identity_projection(self.model, head.layer)
-        packed = Linear(weight, bias, self.model.exit_recipe)
+        forms = self.model.exit_forms
+        packed = Linear(weight, bias, forms and forms(weight))
         return _Projection(packed, torch.stack(norms) if norms else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from offramp.kernels.decoder import NativeLayers
 from offramp.models.context import ForwardContext
 from offramp.models.layers import DecoderLayer
 
@@ -13,6 +14,7 @@ class Segment:
 
     def __init__(self, layers: list[DecoderLayer]) -> None:
         self.layers = layers
+        self._native = NativeLayers.of([layer.weights for layer in layers], layers[0].sizes)
 
     @property
     def first(self) -> int:
@@ -23,7 +25,9 @@ class Segment:
         return len(self.layers)
 
     def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
-        """Advance ``hidden`` [T, d] through every layer."""
+        """Advance ``hidden`` [T, d] through every layer, writing the rows' K,V into the cache."""
+        if self._native is not None:
+            return self._native(hidden, ctx.rows, ctx.cache.pages)
         for layer in self.layers:
             hidden = layer(hidden, ctx)
         return hidden

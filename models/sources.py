@@ -8,7 +8,7 @@ import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from offramp.models.cache import cache_folder
+from offramp.kernels.cache import cache_folder
 from offramp.models.embedded import pull
 from offramp.models.errors import ModelNotAvailable
 from offramp.models.tiny import write_tiny

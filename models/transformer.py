@@ -33,12 +33,15 @@ class Transformer:
     ) -> None:
         self.config = config
         self.exit_layers = exit_layers
-        self.embed = weights["embed"]
+        embed = weights["embed"]
+        self.dtype, self.device = embed.dtype, embed.device
         self.final_norm = weights["final_norm"]
-        self.lm_head = Linear(
-            weights.get("lm_head", self.embed), None, recipes.head if recipes else None
-        )
-        self.exit_recipe = recipes.exits if recipes else None
+        head = weights.get("lm_head", embed)
+        self.lm_head = Linear(head, None, recipes.head(head) if recipes else None)
+        # A tied head that can be read row by row need not be kept twice.
+        tied = config.tie_word_embeddings and self.lm_head.native is not None
+        self._embed = None if tied else embed
+        self.exit_forms = recipes.exits if recipes else None
         own = recipes.layers if recipes else None
         layers = [DecoderLayer(config, index, weights, own) for index in range(config.num_layers)]
         bounds = [0, *exit_layers, config.num_layers]
@@ -47,8 +50,8 @@ class Transformer:
             torch.tensor(config.inv_freq),
             max_positions,
             config.rope_scale,
-            self.embed.dtype,
-            self.embed.device,
+            self.dtype,
+            self.device,
         )
 
     @property
@@ -56,10 +59,15 @@ class Transformer:
         """All layers, bottom up."""
         return [layer for segment in self.segments for layer in segment.layers]
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [n, d] of token ids [n]."""
+        return self.lm_head.rows(ids) if self._embed is None else self._embed[ids]
+
     def head_rows(self, vocab: Tensor | None) -> Tensor:
         """LM-head rows [n, d] of token ids ``vocab`` [n] (None: all)."""
-        rows = self.embed if self.config.tie_word_embeddings else self.lm_head.weight
-        return rows if vocab is None else rows[vocab]
+        if vocab is None:
+            vocab = torch.arange(self.config.vocab_size, device=self.device)
+        return self.embed(vocab) if self.config.tie_word_embeddings else self.lm_head.rows(vocab)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Final norm of full-depth states [n, d]."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from offramp.kernels.linear import Linear, Recipe
-from offramp.kernels.packed import WeightForm, available, on_grid
+from offramp.kernels.linear import Linear
+from offramp.kernels.packed import WeightForm, available, keeps
 from offramp.models.errors import ModelError
 from offramp.models.weights import Weights
 
 # Rows a form is timed with: one stream, a few, many, and a chunk of a prompt.
 _ROWS = (1, 4, 16, 64)
-_CROSSINGS = (1, 2, 4, 8, 16, 32, 64)
 # Matrices timed together, so that they do not fit into a cache that the whole model does not fit.
 _SAMPLE_BYTES = 64 << 20
 _REPEATS = 3
+
+Forms = Callable[[Tensor], WeightForm]
+"""In which form a matrix [out, in] is to be kept."""
 
 
 class WeightFormError(ModelError):
@@ -30,71 +33,84 @@ class WeightFormError(ModelError):
 class Recipes:
     """Forms of the layers' matrices, of the LM head's, and of the exits'."""
 
-    layers: Recipe
-    head: Recipe
-    exits: Recipe
-
-    @classmethod
-    def of(cls, form: WeightForm) -> Recipes:
-        """One form for everything."""
-        return cls(Recipe.of(form), Recipe.of(form), Recipe.of(form))
+    layers: Forms
+    head: Forms
+    exits: Forms
 
 
-def choose(wish: Weights, weights: Mapping[str, Tensor]) -> Recipes:
+def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True) -> Recipes:
     """What to make of the loader's canonical ``weights``.
 
     Forms are for fp32 models on a CPU; elsewhere only AUTO is right, and weights stay as they are.
-    AUTO takes the faster of fp32 and fp16, both of which keep the model's answers. Raises
-    WeightFormError.
+    AUTO keeps each matrix in the smallest form that loses nothing, 4 or 8 bits where the model was
+    published in them, else in fp16. Without the C kernels, or without leave to use them
+    (``native``), it is the faster of torch's fp32 and fp16 on this machine. Raises WeightFormError.
     """
     embed = weights["embed"]
     if embed.device.type != "cpu" or embed.dtype is not torch.float32:
         if wish is Weights.AUTO:
-            return Recipes.of(WeightForm.PLAIN)
+            return _all(WeightForm.PLAIN)
         raise WeightFormError(f"--weights {wish} is for fp32 on a CPU; use --weights auto")
-    if wish not in {Weights.AUTO, Weights.FP32}:
-        _refuse(WeightForm(wish), weights)
-    half = WeightForm.FP16 if available(WeightForm.FP16) else _exact()
-    match wish:
-        case Weights.AUTO:
-            return Recipes.of(_fastest((_exact(), half), _sample(weights), _ROWS))
-        case Weights.FP32:
-            return Recipes(Recipe.of(_exact()), Recipe.of(_exact()), Recipe.of(half))
-        case Weights.FP16:
-            return Recipes.of(half)
-        case Weights.BF16:
-            # Logits rounded to bf16 have ties, so the head does not go below fp16.
-            return Recipes(Recipe.of(WeightForm.BF16), Recipe.of(half), Recipe.of(half))
-        case Weights.INT4:
-            return Recipes(_int4(_sample(weights)), Recipe.of(half), Recipe.of(half))
+    native = native and available(WeightForm.FP32)
+    spare = _first(WeightForm.ONEDNN_FP32, WeightForm.PLAIN)
+    exact = WeightForm.FP32 if native else spare
+    half = _first(WeightForm.FP16 if native else WeightForm.FBGEMM_FP16, exact)
+    if wish is Weights.AUTO and not native:
+        return _all(_fastest((exact, half), _sample(weights)))
+    _refuse(wish, weights, native=native)
+    whole = functools.partial(_nearest, (exact, spare))
+    nearest = functools.partial(_nearest, (half, exact, spare))
+    smallest = functools.partial(_nearest, (WeightForm.INT4, WeightForm.INT8, half, exact, spare))
+    layers: dict[Weights, Forms] = {
+        Weights.AUTO: smallest,
+        Weights.FP32: whole,
+        Weights.BF16: lambda _: WeightForm.ONEDNN_BF16,
+        Weights.INT4: lambda _: WeightForm.INT4,
+    }
+    # Logits rounded to bf16 or 4 bits have ties, so a head goes below fp16 only if stored so.
+    head: dict[Weights, Forms] = {
+        Weights.AUTO: smallest,
+        Weights.FP32: whole,
+        Weights.INT4: functools.partial(_nearest, (WeightForm.INT8, half, exact, spare)),
+    }
+    return Recipes(layers.get(wish, nearest), head.get(wish, nearest), nearest)
 
 
-def _exact() -> WeightForm:
-    return WeightForm.FP32 if available(WeightForm.FP32) else WeightForm.PLAIN
+def _all(form: WeightForm) -> Recipes:
+    return Recipes(lambda _: form, lambda _: form, lambda _: form)
 
 
-def _refuse(form: WeightForm, weights: Mapping[str, Tensor]) -> None:
-    if not available(form):
-        raise WeightFormError(f"--weights {form}: no such products on this machine; use auto")
-    if form is WeightForm.INT4:
-        for name, weight in weights.items():
-            if name.startswith("layers.") and weight.dim() > 1 and not on_grid(weight):
-                raise WeightFormError(
-                    f"--weights int4 keeps the 4-bit weights of a model published in Q4_1; {name} "
-                    "of this model is finer; use fp16"
-                )
+def _first(form: WeightForm, other: WeightForm) -> WeightForm:
+    return form if available(form) else other
 
 
-def _int4(sample: Sequence[Tensor]) -> Recipe:
-    """4 bits where little is computed with much read; for more rows what is faster then."""
-    others = [form for form in (WeightForm.BF16, WeightForm.FP16, _exact()) if available(form)]
-    many = _fastest(others, sample, _CROSSINGS[-1:])
-    ahead = 0
-    for rows in _CROSSINGS:
-        if _fastest((WeightForm.INT4, many), sample, (rows,)) is many:
-            break
-        ahead = rows
-    return Recipe(WeightForm.INT4, many, ahead)
+def _nearest(forms: Sequence[WeightForm], weight: Tensor) -> WeightForm:
+    """The first of ``forms`` that can hold ``weight``; the last if none says so."""
+    return next((form for form in forms[:-1] if keeps(form, weight)), forms[-1])
+
+
+def _refuse(wish: Weights, weights: Mapping[str, Tensor], *, native: bool) -> None:
+    """Raise WeightFormError if the machine or the model has no such form."""
+    if wish is Weights.INT4:
+        _refuse_int4(weights, native=native)
+        return
+    needed = {
+        Weights.BF16: WeightForm.ONEDNN_BF16,
+        Weights.FP16: WeightForm.FP16 if native else WeightForm.FBGEMM_FP16,
+    }
+    if wish in needed and not available(needed[wish]):
+        raise WeightFormError(f"--weights {wish}: no such products on this machine; use auto")
+
+
+def _refuse_int4(weights: Mapping[str, Tensor], *, native: bool) -> None:
+    if not native:
+        raise WeightFormError("--weights int4 needs the C kernels; use --weights auto")
+    for name, weight in weights.items():
+        if name.startswith("layers.") and weight.dim() > 1 and not keeps(WeightForm.INT4, weight):
+            raise WeightFormError(
+                f"--weights int4 keeps the 4-bit weights of a model published in Q4_1; {name} "
+                "of this model is finer; use fp16"
+            )
 
 
 def _sample(weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -108,24 +124,22 @@ def _sample(weights: Mapping[str, Tensor]) -> list[Tensor]:
     return sample
 
 
-def _fastest(
-    forms: Sequence[WeightForm], sample: Sequence[Tensor], rows: Sequence[int]
-) -> WeightForm:
+def _fastest(forms: Sequence[WeightForm], sample: Sequence[Tensor]) -> WeightForm:
     """The form with the least time, each row count weighing the same."""
     first, *others = dict.fromkeys(forms)
     if not others:
         return first
-    times = {form: _times(form, sample, rows) for form in (first, *others)}
+    times = {form: _times(form, sample) for form in (first, *others)}
     return min(
         times, key=lambda form: sum(a / b for a, b in zip(times[form], times[first], strict=True))
     )
 
 
-def _times(form: WeightForm, sample: Sequence[Tensor], rows: Sequence[int]) -> list[float]:
+def _times(form: WeightForm, sample: Sequence[Tensor]) -> list[float]:
     """Least seconds of a product with every matrix, for each row count."""
     with torch.inference_mode():
-        products = [Linear(weight, None, Recipe.of(form)) for weight in sample]
-        return [_seconds(products, count) for count in rows]
+        products = [Linear(weight, None, form) for weight in sample]
+        return [_seconds(products, count) for count in _ROWS]
 
 
 def _seconds(products: Sequence[Linear], rows: int) -> float:

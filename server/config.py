@@ -40,6 +40,12 @@ class EngineConfig(_Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "Model", "auto", "Number format of weights and K,V."
     )
+    kernels: Literal["auto", "native", "torch"] = _option(
+        "Model",
+        "auto",
+        "Kernels on a CPU: native (C, compiled for this machine at the first start), torch's "
+        "operators, or auto (native where there is a C compiler).",
+    )
     weights: Weights = _option(
         "Model",
         Weights.AUTO,

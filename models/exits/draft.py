@@ -19,7 +19,7 @@ class Draft:
     """LM-head rows of the tokens ``vocab`` [v] (ids ascending; None: every token)."""
 
     def __init__(self, model: Transformer, vocab: Tensor | None) -> None:
-        self.vocab = None if vocab is None else vocab.to(model.embed.device)
+        self.vocab = None if vocab is None else vocab.to(model.device)
         self.weight = model.head_rows(self.vocab).detach()
         self._eps = model.config.rms_norm_eps
 

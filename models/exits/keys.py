@@ -75,7 +75,7 @@ def _joined(parts: Sequence[Sight]) -> Sight:
 @torch.no_grad()
 def full_log_prob(model: Transformer, states: States) -> Tensor:
     """Log-probabilities [n] (nats), on the CPU, that the full depth gives its own choices."""
-    device, dtype = model.embed.device, model.embed.dtype
+    device, dtype = model.device, model.dtype
     parts = []
     for index in torch.arange(len(states.labels)).split(_CHUNK // 2):
         logits = model.logits(states.top[index].to(device, dtype))

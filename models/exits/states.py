@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.models.context import ForwardContext, Span, make_context
+from offramp.models.context import ForwardContext, Span
 from offramp.models.exits.work import Part, Work
 from offramp.models.kv_cache import KVCache
 from offramp.models.transformer import Transformer
@@ -166,10 +166,9 @@ def lay_out(model: Transformer, batch: Sequence[tuple[int, Answer]]) -> Layout:
         keep += range(len(ids) + len(item.prompt) - 1, len(ids) + len(tokens))
         owner += [index] * len(item.answer)
         ids += tokens
-    embed = model.embed
-    cache = KVCache(model.config, blocks, _BLOCK, embed.dtype, embed.device)
-    ctx = make_context(spans, model.config, cache, model.rotary)
-    return Layout(embed[torch.tensor(ids)], ctx, torch.tensor(keep), torch.tensor(owner))
+    cache = KVCache(model.config, blocks, _BLOCK, model.dtype, model.device)
+    ctx = ForwardContext(spans, model.config, cache, model.rotary)
+    return Layout(model.embed(torch.tensor(ids)), ctx, torch.tensor(keep), torch.tensor(owner))
 
 
 @torch.inference_mode()

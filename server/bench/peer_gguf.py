@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from offramp.models.cache import cache_folder
+from offramp.kernels.cache import cache_folder
 from offramp.models.embedded import CARRIERS, fetch_wheel
 from offramp.models.errors import PullError
 from offramp.models.sources import ALIASES

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from offramp.kernels.native import library
 from offramp.models.config import ModelConfig
 from offramp.models.exits.deltas import (
     apply_deltas,
@@ -85,7 +86,7 @@ def build_engine(
     cache = KVCache(shape, blocks, config.block_size, dtype, device)
     heads = exits.heads
     exit_layers = tuple(head.layer for head in heads)
-    recipes = choose(config.weights, weights)
+    recipes = choose(config.weights, weights, native=_native(config))
     model = Transformer(shape, weights, exit_layers, max_model_len, recipes)
     del weights
     return_freed_memory()
@@ -117,7 +118,7 @@ def _info(
         block_size=cache.block_size,
         num_blocks=cache.num_blocks,
         max_num_seqs=config.max_num_seqs,
-        dtype=str(model.embed.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         eos_token_ids=model.config.eos_token_ids,
         points=exits.points,
         prompt_threshold=_prompt_threshold(config, exits),
@@ -198,6 +199,15 @@ def _placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     auto = torch.float32 if name == "cpu" else torch.bfloat16
     return torch.device(name), dtypes.get(config.dtype, auto)
+
+
+def _native(config: EngineConfig) -> bool:
+    """Whether the C kernels may serve; raises EngineConfigError if they must and cannot."""
+    if config.kernels == "native" and library() is None:
+        raise EngineConfigError(
+            "--kernels native: they cannot be compiled here (see the warning); use --kernels auto"
+        )
+    return config.kernels != "torch"
 
 
 def _tuned(choice: str, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:

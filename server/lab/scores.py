@@ -33,9 +33,9 @@ def score(
     right = torch.zeros(exits, count, dtype=torch.bool)
     for begin in range(0, count, _ROWS):
         rows = slice(begin, min(begin + _ROWS, count))
-        trail = Trail(rows.stop - begin, model.config.hidden_size, model.embed.device)
+        trail = Trail(rows.stop - begin, model.config.hidden_size, model.device)
         for index, head in enumerate(file.heads):
-            hidden = states.at[head.layer][rows].to(model.embed.dtype)
+            hidden = states.at[head.layer][rows].to(model.dtype)
             view = _FullView(model, file, hidden, index, trail)
             best = view.all_logits.argmax(dim=-1)
             tokens = best if file.vocab is None else file.vocab[best]

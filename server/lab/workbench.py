@@ -126,13 +126,12 @@ def open_workbench(args: argparse.Namespace, *, every_exit: bool) -> Workbench:
         engine = _taking_every_exit(engine, config)
     runner = engine.runner
     assert isinstance(runner, Runner)
-    embed = runner.model.embed
     file = load_exits(
         args.exits,
         fingerprint=metadata["fingerprint"],
         hidden_size=shape.hidden_size,
-        dtype=embed.dtype,
-        device=embed.device,
+        dtype=runner.model.dtype,
+        device=runner.model.device,
     )
     load = Load(args.max_tokens, args.concurrency)
     return Workbench(engine, runner.model, file, Tokenizer.load(folder), load)

@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.kernels.linear import Linear, Recipe
-from offramp.kernels.packed import GROUP, PackError, WeightForm, available, on_grid, pack
+from offramp.kernels.linear import Linear
+from offramp.kernels.packed import GROUP, PackError, WeightForm, available, keeps, pack
 
-TOLERANCE = {
-    WeightForm.PLAIN: 1e-5,
-    WeightForm.FP32: 1e-5,
+TOLERANCE = dict.fromkeys(WeightForm, 1e-5) | {
     WeightForm.FP16: 1e-3,
-    WeightForm.BF16: 2e-2,
-    WeightForm.INT4: 2e-2,
+    WeightForm.FBGEMM_FP16: 1e-3,
+    WeightForm.ONEDNN_BF16: 2e-2,
 }
+NATIVE = [WeightForm.FP32, WeightForm.FP16, WeightForm.INT8, WeightForm.INT4]
 
 
 def four_bit(rows: int, columns: int) -> Tensor:
@@ -27,14 +26,26 @@ def four_bit(rows: int, columns: int) -> Tensor:
     return (levels * scale + low).view(rows, columns)
 
 
+def eight_bit(rows: int, columns: int) -> Tensor:
+    """Weights as a Q8_0 file gives them: fp16 scale for each group, the largest level 127."""
+    levels = torch.randint(-127, 128, (rows, columns // GROUP, GROUP)).float()
+    levels[..., 3] = -127
+    scale = (torch.rand(rows, columns // GROUP, 1) / 100 + 0.001).half().float()
+    return (levels * scale).view(rows, columns)
+
+
+MAKE = {WeightForm.INT8: eight_bit, WeightForm.INT4: four_bit}
+
+
 @pytest.mark.parametrize("form", list(WeightForm))
-@pytest.mark.parametrize("rows", [1, 2, 7, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 33, 100])
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
 def test_products_are_right_within_the_form(form: WeightForm, rows: int, biased: bool) -> None:  # noqa: FBT001
     if not available(form):
         pytest.skip(f"{form} products do not exist on this machine")
-    weight, x = four_bit(64, 96), torch.randn(rows, 96)
-    bias = torch.randn(64) if biased else None
+    # Neither tiles nor panels of the C kernels divide these sizes.
+    weight, x = MAKE.get(form, torch.randn)(77, 96), torch.randn(rows, 96)
+    bias = torch.randn(77) if biased else None
     expected = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
     with torch.inference_mode():
         got = pack(weight, bias, form)(x)
@@ -43,54 +54,72 @@ def test_products_are_right_within_the_form(form: WeightForm, rows: int, biased:
     assert error < TOLERANCE[form]
 
 
-@pytest.mark.parametrize("form", [WeightForm.PLAIN, WeightForm.FP32, WeightForm.FP16])
-def test_the_weight_can_be_read_back(form: WeightForm) -> None:
-    weight = torch.randn(48, 40).half().float()
-    bias = torch.zeros(48)
-    assert Linear(weight, bias, Recipe.of(form)).weight.equal(weight)
+@pytest.mark.parametrize(
+    "form", [WeightForm.PLAIN, WeightForm.ONEDNN_FP32, WeightForm.FBGEMM_FP16, *NATIVE]
+)
+def test_rows_can_be_read_back(form: WeightForm) -> None:
+    if not available(form):
+        pytest.skip(f"{form} products do not exist on this machine")
+    weight = MAKE.get(form, torch.randn)(48, 64)
+    if form in {WeightForm.FP16, WeightForm.FBGEMM_FP16}:
+        weight = weight.half().float()
+    product = Linear(weight, torch.zeros(48), form)
+    torch.testing.assert_close(product.weight, weight, rtol=1e-6, atol=1e-7)
+    ids = torch.tensor([47, 0, 5, 5])
+    assert product.rows(ids).equal(product.weight[ids])
 
 
-def test_four_bits_lose_nothing_of_four_bit_weights() -> None:
-    """With inputs that bf16 holds and one column at a time, only the scale's rounding is left."""
-    weight = four_bit(64, 64)
-    got = Linear(weight, None, Recipe.of(WeightForm.INT4)).weight
-    torch.testing.assert_close(got, weight, rtol=2e-2, atol=1e-2)
-    assert on_grid(weight)
+@pytest.mark.parametrize("form", NATIVE)
+def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightForm) -> None:
+    """Bit for bit; where a matrix unit serves many rows, among few and among many."""
+    if not available(form):
+        pytest.skip("no C kernels on this machine")
+    product = pack(MAKE.get(form, torch.randn)(77, 96), torch.randn(77), form)
+    x = torch.randn(130, 96)
+    whole = product(x)
+    alone = torch.cat([product(row.unsqueeze(0)) for row in x])
+    if form is WeightForm.FP32:
+        assert alone.equal(whole)
+    torch.testing.assert_close(alone, whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
+    for first, count in ((3, 2), (7, 5), (1, 6)):
+        assert product(x[first : first + count]).equal(alone[first : first + count])
+    for first, count in ((4, 7), (5, 16), (2, 40), (17, 113)):
+        assert product(x[first : first + count]).equal(whole[first : first + count])
 
 
-def test_finer_weights_are_refused_rather_than_quantised() -> None:
-    weight = four_bit(64, 64)
+@pytest.mark.parametrize("form", [WeightForm.INT8, WeightForm.INT4])
+def test_finer_weights_are_refused_rather_than_quantised(form: WeightForm) -> None:
+    weight = MAKE[form](64, 64)
+    assert keeps(form, weight)
     weight[5, 7] += 0.003
-    assert not on_grid(weight)
-    with pytest.raises(PackError, match="4-bit grid"):
-        pack(weight, None, WeightForm.INT4)
+    assert not keeps(form, weight)
+    with pytest.raises(PackError):
+        pack(weight, None, form)
 
 
-def test_a_group_of_equal_weights_is_on_the_grid() -> None:
-    weight = four_bit(16, 64)
-    weight[3, :GROUP] = 0.25
+@pytest.mark.parametrize("form", [WeightForm.INT8, WeightForm.INT4])
+def test_a_group_of_equal_weights_is_on_the_grid(form: WeightForm) -> None:
+    if not available(form):
+        pytest.skip("no C kernels on this machine")
+    weight = MAKE[form](16, 64)
     weight[4, GROUP:] = 0.0
-    assert on_grid(weight)
-    got = Linear(weight, None, Recipe.of(WeightForm.INT4)).weight
-    assert got[3, :GROUP].eq(0.25).all()
-    assert got[4, GROUP:].eq(0.0).all()
+    if form is WeightForm.INT4:
+        weight[3, :GROUP] = 0.25
+    kept = Linear(weight, None, form).weight
+    torch.testing.assert_close(kept, weight, rtol=1e-6, atol=1e-7)
+    assert kept[4, GROUP:].eq(0.0).all()
 
 
-@pytest.mark.parametrize("shape", [(16, 40), (20, 64)], ids=str)
-def test_sizes_that_do_not_divide_are_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(PackError, match="columns in 32s and rows in 16s"):
-        pack(torch.zeros(shape), None, WeightForm.INT4)
+@pytest.mark.parametrize("form", [WeightForm.INT8, WeightForm.INT4])
+def test_columns_that_do_not_divide_are_refused(form: WeightForm) -> None:
+    assert not keeps(form, torch.zeros(16, 40))
+    with pytest.raises(PackError, match="columns in 32s"):
+        pack(torch.zeros(16, 40), None, form)
 
 
-def test_fp16_refuses_what_it_cannot_hold() -> None:
+@pytest.mark.parametrize("form", [WeightForm.FP16, WeightForm.FBGEMM_FP16])
+def test_fp16_refuses_what_it_cannot_hold(form: WeightForm) -> None:
+    if not available(form):
+        pytest.skip(f"{form} products do not exist on this machine")
     with pytest.raises(PackError, match="65504"):
-        pack(torch.full((4, 8), 1e5), None, WeightForm.FP16)
-
-
-def test_a_recipe_switches_at_its_row_count() -> None:
-    """fp16 rounds this weight and fp32 does not, so the result tells which one was used."""
-    weight = torch.full((8, 8), 1 / 3)
-    product = Linear(weight, None, Recipe(WeightForm.FP16, WeightForm.FP32, few_rows=4))
-    exact = torch.full((8,), 8 / 3)
-    assert not torch.allclose(product(torch.ones(4, 8))[0], exact, rtol=1e-6)
-    assert torch.allclose(product(torch.ones(5, 8))[0], exact, rtol=1e-6)
+        pack(torch.full((4, 32), 1e5), None, form)

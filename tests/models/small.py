@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from offramp.models.context import Span, make_context
+from offramp.models.context import ForwardContext, Span
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
 from offramp.models.loader import load_weights
@@ -97,8 +97,8 @@ def forward(
 ) -> Tensor:
     """Logits [T, vocab] of runs of tokens: each a first position, token ids and block table."""
     spans = [Span(range(start, start + len(ids)), table) for start, ids, table in work]
-    ctx = make_context(spans, model.config, cache, model.rotary)
-    hidden = model.embed[torch.tensor([token for _, ids, _ in work for token in ids])]
+    ctx = ForwardContext(spans, model.config, cache, model.rotary)
+    hidden = model.embed(torch.tensor([token for _, ids, _ in work for token in ids]))
     for segment in model.segments:
         hidden = segment(hidden, ctx)
     return model.logits(model.normed(hidden))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.models.context import Span, make_context
+from offramp.models.context import ForwardContext, Span
 from offramp.models.loader import load_weights
 from offramp.models.transformer import Transformer
 
@@ -86,10 +86,10 @@ def test_segments_end_at_the_exit_layers(pair: tuple[Any, Transformer]) -> None:
     """Chained they are all layers, and each ends with the state transformers has there."""
     theirs, ours = pair
     ids = random_ids(LENGTH)
-    ctx = make_context([Span(range(LENGTH), TABLE)], ours.config, new_cache(ours), ours.rotary)
+    ctx = ForwardContext([Span(range(LENGTH), TABLE)], ours.config, new_cache(ours), ours.rotary)
     with torch.inference_mode():
         states = theirs.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-        hidden = ours.embed[torch.tensor(ids)]
+        hidden = ours.embed(torch.tensor(ids))
         for segment, end in zip(ours.segments, (*EXITS, LAYERS), strict=True):
             hidden = segment(hidden, ctx)
             assert segment.first + len(segment) == end

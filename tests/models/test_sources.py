@@ -8,8 +8,8 @@ import pytest
 import requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from offramp.kernels.cache import cache_folder
 from offramp.models import sources
-from offramp.models.cache import cache_folder
 from offramp.models.errors import ModelNotAvailable
 from offramp.models.sources import resolve
 

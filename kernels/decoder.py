@@ -1,0 +1,130 @@
+"""Whole decoder layers in one call: the partial-depth forward pass of a segment on a CPU.
+
+The reference is the composition of the other kernels in models/layers.py. A call costs what one of
+its forty operators a layer did, threads meet at barriers instead of at calls, and attention reads
+the pages through the block tables, whatever lies where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offramp.kernels.linear import Linear
+from offramp.kernels.native import Batch, Layer, Library, Matrix, Shape, library
+
+_LANES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Weights of one decoder layer; vectors as in the loader, ``index`` counts from the bottom."""
+
+    index: int
+    attn_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """Sizes that all layers share; ``window`` is the attention span in tokens, None for all."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    eps: float
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """Where T rows stand: int64 ``places`` [T] in the pages, ``positions`` [T] in their text.
+
+    Row i reads the block table that begins at ``blocks[first_blocks[i]]``; ``longest`` is the
+    longest context. ``cos`` and ``sin`` [T, 1, head_dim] as RotaryTable gives them.
+    """
+
+    places: Tensor
+    positions: Tensor
+    first_blocks: Tensor
+    blocks: Tensor
+    block_size: int
+    longest: int
+    cos: Tensor
+    sin: Tensor
+
+
+class NativeLayers:
+    """Consecutive decoder layers, all of whose matrices the C kernels hold."""
+
+    def __init__(self, found: Library, layers: Sequence[LayerWeights], sizes: LayerSizes) -> None:
+        self._library = found
+        self._kept = list(layers)
+        self._layers = (Layer * len(layers))(*map(_struct, layers))
+        window = sizes.window or 0
+        self._shape = Shape(
+            sizes.width,
+            sizes.heads,
+            sizes.kv_heads,
+            sizes.head_dim,
+            sizes.inner,
+            window,
+            sizes.eps,
+        )
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerWeights], sizes: LayerSizes) -> NativeLayers | None:
+        """The layers, or None where the reference must serve."""
+        found = library()
+        products = [each for layer in layers for each in _products(layer)]
+        native = all(product.native is not None for product in products)
+        if found is None or not native or sizes.head_dim % _LANES:
+            return None
+        return cls(found, layers, sizes)
+
+    def __call__(self, hidden: Tensor, rows: RowTable, pages: Tensor) -> Tensor:
+        """``hidden`` [T, width] after the layers.
+
+        Writes the rows' K,V into ``pages`` [layers, 2, blocks, block_size, kv_heads, head_dim].
+        """
+        out = hidden.clone()
+        batch = Batch(
+            hidden.shape[0],
+            rows.block_size,
+            rows.longest,
+            pages.data_ptr(),
+            pages[0, 0].numel(),
+            rows.places.data_ptr(),
+            rows.positions.data_ptr(),
+            rows.first_blocks.data_ptr(),
+            rows.blocks.data_ptr(),
+            rows.cos.data_ptr(),
+            rows.sin.data_ptr(),
+        )
+        self._library.run_layers(self._shape, self._layers, batch, out)
+        return out
+
+
+def _products(layer: LayerWeights) -> tuple[Linear, ...]:
+    return layer.qkv, layer.o, layer.gate_up, layer.down
+
+
+def _struct(layer: LayerWeights) -> Layer:
+    norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+    pointers = [None if norm is None else norm.data_ptr() for norm in norms]
+    return Layer(*pointers, *map(_matrix, _products(layer)), layer.index)
+
+
+def _matrix(product: Linear) -> Matrix:
+    assert product.native is not None
+    return product.native

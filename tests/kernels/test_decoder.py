@@ -1,0 +1,184 @@
+"""Decoder layers in one call against the composition of the other kernels, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from offramp.kernels.native import library
+from offramp.kernels.packed import WeightForm
+from offramp.models.config import ModelConfig
+from offramp.models.context import ForwardContext, Span
+from offramp.models.kv_cache import KVCache
+from offramp.models.transformer import Transformer
+from offramp.models.weight_forms import Recipes
+from tests.kernels.test_packed import MAKE
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C kernels on this machine")
+
+CPU = torch.device("cpu")
+BLOCK = 4
+POSITIONS = 300
+SIZES = {
+    "plain": {},
+    "biased": {"attention_bias": True, "output_bias": True, "mlp_bias": True},
+    "normed heads": {"qk_norm": True},
+    "window": {"sliding_window": 9},
+    "one head each": {"num_heads": 4, "num_kv_heads": 4},
+    "five share a head": {"num_heads": 5, "num_kv_heads": 1, "hidden_size": 96},
+    "wide heads": {"head_dim": 48, "num_heads": 4, "num_kv_heads": 2},
+}
+
+
+def config(**changes: object) -> ModelConfig:
+    plain: dict[str, object] = {
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": 40,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_layers": 3,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": POSITIONS,
+    }
+    sizes = {**plain, **changes}
+    half = int(str(sizes["head_dim"])) // 2
+    angles = tuple(1 / 100 ** (i / half) for i in range(half))
+    return ModelConfig(**sizes, inv_freq=angles)  # type: ignore[arg-type]
+
+
+def halves(*size: int) -> Tensor:
+    return (torch.randn(*size) / 5).half().float()
+
+
+def weights(shape: ModelConfig, form: WeightForm) -> dict[str, Tensor]:
+    grid = MAKE.get(form)
+
+    def make(*size: int) -> Tensor:
+        # Quartered, quantised weights stay on their grid; as they come, they saturate attention.
+        return halves(*size) if grid is None else grid(*size) / 4
+
+    width, inner, query = shape.hidden_size, shape.intermediate_size, shape.query_size
+    found = {"embed": torch.randn(shape.vocab_size, width), "final_norm": torch.ones(width)}
+    for index in range(shape.num_layers):
+        own = {
+            "attn_norm": 1 + torch.randn(width) / 5,
+            "mlp_norm": 1 + torch.randn(width) / 5,
+            "qkv": make(query + 2 * shape.kv_size, width),
+            "o": make(width, query),
+            "gate_up": make(2 * inner, width),
+            "down": make(width, inner),
+        }
+        if shape.attention_bias:
+            own["qkv_bias"] = torch.randn(query + 2 * shape.kv_size)
+            own["o_bias"] = torch.randn(width)
+            own["gate_up_bias"] = torch.randn(2 * inner)
+            own["down_bias"] = torch.randn(width)
+        if shape.qk_norm:
+            own["q_norm"] = 1 + torch.randn(shape.head_dim) / 5
+            own["k_norm"] = 1 + torch.randn(shape.head_dim) / 5
+        found |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
+    return found
+
+
+def build(shape: ModelConfig, found: dict[str, Tensor], form: WeightForm) -> Transformer:
+    recipes = Recipes(lambda _: form, lambda _: WeightForm.PLAIN, lambda _: form)
+    return Transformer(shape, found, (1,), POSITIONS, recipes)
+
+
+def cache_of(shape: ModelConfig, blocks: int = 200) -> KVCache:
+    cache = KVCache(shape, blocks, BLOCK, torch.float32, CPU)
+    cache.pages.fill_(float("nan"))
+    return cache
+
+
+def table(first: int, positions: int) -> list[int]:
+    """Blocks in an order that no two neighbours are adjacent."""
+    count = -(-positions // BLOCK)
+    return (
+        [first + index * 7 % count for index in range(count)]
+        if count % 7
+        else [first + count - 1 - index for index in range(count)]
+    )
+
+
+@torch.inference_mode()
+def run(model: Transformer, cache: KVCache, spans: Sequence[Span], hidden: Tensor) -> Tensor:
+    ctx = ForwardContext(spans, model.config, cache, model.rotary)
+    for segment in model.segments:
+        hidden = segment(hidden, ctx)
+    return hidden
+
+
+@pytest.mark.parametrize(
+    "form", [WeightForm.FP32, WeightForm.FP16, WeightForm.INT8, WeightForm.INT4]
+)
+@pytest.mark.parametrize("changes", SIZES.values(), ids=list(SIZES))
+def test_one_call_does_what_the_operators_do(changes: dict[str, object], form: WeightForm) -> None:
+    """Two prompts of different lengths, then a chunk of one beside a single token of the other."""
+    shape = config(**changes)
+    found = weights(shape, form)
+    models = [build(shape, found, form), build(shape, found, WeightForm.PLAIN)]
+    assert all(segment._native is not None for segment in models[0].segments)
+    assert all(segment._native is None for segment in models[1].segments)
+    caches = [cache_of(shape), cache_of(shape)]
+    first, second = table(0, 90), table(50, 40)
+    steps = [
+        [Span(range(23), first), Span(range(7), second)],
+        [Span(range(23, 61), first), Span(range(7, 8), second)],
+        [Span(range(61, 62), first), Span(range(8, 9), second)],
+    ]
+    for spans in steps:
+        hidden = torch.randn(sum(len(span.positions) for span in spans), shape.hidden_size)
+        got, expected = (
+            run(model, cache, spans, hidden) for model, cache in zip(models, caches, strict=True)
+        )
+        # A matrix unit's products, 4e-6 off, are amplified from layer to layer.
+        bound = 1e-5 if form is WeightForm.FP32 else 1e-3
+        torch.testing.assert_close(got, expected, rtol=0, atol=bound * float(expected.abs().max()))
+    torch.testing.assert_close(caches[0].pages, caches[1].pages, rtol=0, atol=0.03, equal_nan=True)
+
+
+def test_results_do_not_depend_on_company_chunks_or_threads() -> None:
+    """Bit for bit: a chunk of a prompt, a token alone and one among many are the same."""
+    shape = config()
+    model = build(shape, weights(shape, WeightForm.FP32), WeightForm.FP32)
+    hidden = torch.randn(70, shape.hidden_size)
+    own = table(0, 70)
+    whole = run(model, cache_of(shape), [Span(range(70), own)], hidden)
+    cache = cache_of(shape)
+    other = Span(range(9), table(100, 9))
+    threads = torch.get_num_threads()
+    try:
+        for threads_now, (begin, end) in zip(
+            (1, 2, 3, 1), ((0, 33), (33, 34), (34, 40), (40, 70)), strict=True
+        ):
+            torch.set_num_threads(threads_now)
+            mixed = torch.cat((torch.randn(9, shape.hidden_size), hidden[begin:end]))
+            part = run(model, cache, [other, Span(range(begin, end), own)], mixed)[9:]
+            assert part.equal(whole[begin:end])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_input_is_left_as_it_was() -> None:
+    shape = config()
+    model = build(shape, weights(shape, WeightForm.FP32), WeightForm.FP32)
+    hidden = torch.randn(3, shape.hidden_size)
+    before = hidden.clone()
+    run(model, cache_of(shape), [Span(range(3), [0])], hidden)
+    assert hidden.equal(before)
+
+
+def test_sizes_the_kernels_cannot_take_are_left_to_the_operators() -> None:
+    shape = config(head_dim=24)
+    model = build(shape, weights(shape, WeightForm.PLAIN), WeightForm.PLAIN)
+    assert all(segment._native is None for segment in model.segments)
+    shape = config(num_heads=4, num_kv_heads=2, head_dim=24, hidden_size=96)
+    model = build(shape, weights(shape, WeightForm.FP32), WeightForm.FP32)
+    assert all(segment._native is None for segment in model.segments)
