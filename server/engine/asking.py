@@ -114,9 +114,15 @@ class Asking:
 
     def guesses(self, slot: Slot, riders: int) -> list[int]:
         """Tokens looked up in the text so far, as many as are worth verifying."""
+        match = slot.lookup.find(slot.tokens)
+        slot.match = 0
+        if match is None:
+            return []
+        slot.match = match.size
+        slot.shares = slot.shares or self._policy.lookups.copy()
+        count = self._policy.lookup_length(slot.shares, match.size, max(1, riders))
         room = min(self._room(slot), self._limits.max_num_batched_tokens - 1)
-        count = self._policy.lookup_length(slot.acceptance, max(1, riders))
-        return slot.lookup.guess(slot.tokens, min(count, room))
+        return slot.tokens[match.end : match.end + max(0, min(count, room))]
 
     def _bound(self, slot: Slot, segment: int, now: float) -> float:
         exits = slot.request.exits

@@ -132,7 +132,7 @@ class Engine:
         """A token left after ``segment``: the answer's next one, or a guess of it (lossless)."""
         if slot.lossless:
             slot.guess([token])
-            slot.looked_up = False
+            slot.match = 0
             self.scheduler.resume(slot, now)
             return
         slot.tokens.append(token)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+from offramp.server.engine.lookup import Shares
+
 # A new sample moves its bucket's mean by at least this share: means follow a machine whose speed
 # drifts and forget a burst of noise.
 _RENEWAL = 0.05
@@ -136,6 +138,10 @@ class ExitPolicy:
         self._refusals = 0
         # Share of checked tokens that may leave, by segment; learnt from every check.
         self._fires = [0.3] * num_segments
+        # Share of guesses made there that full depth confirmed (lossless).
+        self._confirmed = [0.8] * num_segments
+        self.lookups = Shares()
+        """What looked-up guesses were worth to all requests so far."""
 
     def observe(self, segment: int, asked: int, fired: int) -> None:
         """``fired`` of ``asked`` tokens reached their threshold after ``segment``."""
@@ -143,6 +149,10 @@ class ExitPolicy:
             share = self._fires[segment]
             renewal = 1 - (1 - _SHARE_RENEWAL) ** asked
             self._fires[segment] = share + renewal * (fired / asked - share)
+
+    def observe_guess(self, segment: int, *, right: bool) -> None:
+        """Full depth compared a guess made after ``segment``."""
+        self._confirmed[segment] += _SHARE_RENEWAL * (right - self._confirmed[segment])
 
     def asks(self, segment: int, rows: int) -> bool:
         """Whether checking ``rows`` tokens after ``segment`` is likely to save time at all."""
@@ -171,32 +181,28 @@ class ExitPolicy:
     def draft_bound(self, segment: int, rows: int) -> float:
         """P(right) from which a guess after ``segment`` pays (lossless), with ``rows`` riding.
 
-        A right guess spares a pass above of its own: its row joins the next one's. A wrong one
-        wastes the next token's pass below. What a pass costs whatever its rows is only spared if
-        the whole batch leaves.
+        NEVER where asking costs more than the guesses it leads to are likely to gain.
         """
-        costs = self.costs
-        alone = self._fires[segment] ** (rows - 1)
-        top = costs.above(segment + 1, 1) + costs.head.at(1)
-        joining = costs.above(segment + 1, 2) - costs.above(segment + 1, 1) + costs.head.more(1)
-        gain = alone * top - joining - costs.checks[segment].at(1)
-        below = costs.below(segment, rows) - costs.below(segment, rows - 1)
-        loss = alone * costs.below(segment, 1) + (1 - alone) * below
-        return loss / (gain + loss) if gain > 0 else NEVER
+        gain, loss = self._guess(segment, rows)
+        right = self._confirmed[segment]
+        expected = self._fires[segment] * (right * gain - (1 - right) * loss)
+        pays = expected > self.costs.checks[segment].at(rows) / rows
+        return loss / (gain + loss) if gain > 0 and (pays or self._probe()) else NEVER
 
-    def lookup_length(self, acceptance: float, rows: int) -> int:
+    def lookup_length(self, shares: Shares, size: int, rows: int) -> int:
         """How many looked-up tokens to verify along with a slot's next one.
 
-        One more row pays while the chance that all guesses up to it are right, times the time of a
-        token, exceeds what the row adds to a pass of ``rows``.
+        They follow a match of ``size`` tokens, and ``shares`` are the slot's own. One more row pays
+        while the chance that all guesses up to it are right, times the time of a token, exceeds
+        what the row adds to a pass of ``rows``.
         """
         token = self.costs.step(rows) / rows
-        chance, length = acceptance, 0
+        chance, length = 1.0, 0
         while length < MAX_LOOKUP:
+            chance *= shares.of(size + length)
             extra = self.costs.step(rows + length + 1) - self.costs.step(rows + length)
             if chance * token <= extra:
                 break
-            chance *= acceptance
             length += 1
         return length
 
@@ -213,6 +219,20 @@ class ExitPolicy:
         fixed = sum(max(0.0, cost.at(1) - cost.more(1)) for cost in (head, ground))
         delay = staying * (head.at(ready) + ground.at(ready))
         return ready * self.costs.above(segment, staying) > delay + (staying + ready) * fixed
+
+    def _guess(self, segment: int, rows: int) -> tuple[float, float]:
+        """Seconds that a right guess after ``segment`` gains and a wrong one loses.
+
+        A right one spares a pass above of its own: its row joins the next one's. A wrong one wastes
+        the next token's pass below. What a pass costs whatever its rows is only spared if the whole
+        batch leaves.
+        """
+        costs = self.costs
+        alone = self._fires[segment] ** (rows - 1)
+        top = costs.above(segment + 1, 1) + costs.head.at(1)
+        joining = costs.above(segment + 1, 2) - costs.above(segment + 1, 1) + costs.head.more(1)
+        below = costs.below(segment, rows) - costs.below(segment, rows - 1)
+        return alone * top - joining, alone * costs.below(segment, 1) + (1 - alone) * below
 
     def _saved(self, segment: int, leaving: float, staying: float) -> float:
         costs = self.costs

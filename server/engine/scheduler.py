@@ -38,6 +38,8 @@ __all__ = ["Limits", "Plan", "Scheduler"]
 
 # Fills that may run owed rows together with a later ride.
 _RIDES_ALONG = frozenset({KVFill.AUTO, KVFill.RECOMPUTE})
+# What a request's own guesses count for itself, and for those to come.
+_OWN_RENEWAL, _COMMON_RENEWAL = 0.1, 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +175,16 @@ class Scheduler:
         are forgotten, with their K,V. The caller must pass the slot to `resume` or `release`.
         """
         certain: list[int] = []
-        for position, token in zip(slot.ride, chosen, strict=True):
+        for place, (position, token) in enumerate(zip(slot.ride, chosen, strict=True)):
             if position + 1 < len(slot.tokens):
                 right = slot.tokens[position + 1] == token
                 slot.accepted += right
                 slot.rejected += not right
                 self.learn(slot, position + 1, agreed=right)
-                if slot.looked_up:
-                    slot.acceptance += 0.1 * (right - slot.acceptance)
+                if slot.match and slot.shares is not None:
+                    size = slot.match + place
+                    slot.shares.add(size, _OWN_RENEWAL, right=right)
+                    self.policy.lookups.add(size, _COMMON_RENEWAL, right=right)
                 certain.append(token)
                 if right:
                     slot.drafts -= 1
@@ -196,15 +200,15 @@ class Scheduler:
     def learn(self, slot: Slot, index: int, *, agreed: bool) -> None:
         """Full depth checked a token that may have left early: its ``index`` in the slot's text."""
         left = slot.scores.pop(index, None)
+        if left is not None and slot.lossless:
+            self.policy.observe_guess(left[0], right=agreed)
         if left is not None and self.targets.online is not None:
             self.targets.online.add(*left, agreed=agreed)
 
     def resume(self, slot: Slot, now: float) -> None:
         """The slot got a token, certain or guessed, and goes on with it from the ground."""
         if slot.lossless and not slot.drafts:
-            guesses = self.asking.guesses(slot, len(self.live))
-            slot.looked_up = bool(guesses)
-            slot.guess(guesses)
+            slot.guess(self.asking.guesses(slot, len(self.live)))
         self.queues[0].put(slot, now)
 
     def check(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from offramp.models.sampling_params import ExitMode, KVFill
-from offramp.server.engine.lookup import PromptLookup
+from offramp.server.engine.lookup import PromptLookup, Shares
 from offramp.server.engine.request import GenerationRequest, RequestStats
 
 
@@ -32,8 +32,9 @@ class Slot:
     whose K,V are what full depth would give (None: all); the first ``published`` blocks are
     findable by other requests. ``depth`` is the exit chosen for the whole answer (prompt_depth).
     ``scores`` tells of tokens that left early, by their index, the exit point and the score.
-    ``acceptance`` is the fading share of ``looked_up`` guesses that were right. An ``audit`` slot
-    re-reads a finished answer at full depth; all its answer counts as drafts.
+    ``match`` is the length of the match that the drafts were looked up by, 0 if they were not, and
+    ``shares`` how such guesses fared. An ``audit`` slot re-reads a finished answer at full depth;
+    all its answer counts as drafts.
     """
 
     id: int
@@ -67,8 +68,8 @@ class Slot:
     rejected: int = 0
     audit: bool = False
     lookup: PromptLookup = field(default_factory=PromptLookup)
-    looked_up: bool = False
-    acceptance: float = 0.5
+    match: int = 0
+    shares: Shares | None = None
     preemptions: int = 0
 
     def __post_init__(self) -> None:

@@ -5,30 +5,46 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.server.engine.lookup import PromptLookup
+from offramp.server.engine.lookup import LONGEST, Match, PromptLookup, Shares
 
 
-def naive(tokens: list[int], count: int) -> list[int]:
-    """Search backwards for the last three, then the last two tokens."""
-    for size in (3, 2):
-        if len(tokens) > size:
-            end = tokens[-size:]
-            for start in range(len(tokens) - size - 1, -1, -1):
-                if tokens[start : start + size] == end:
-                    return tokens[start + size : start + size + count]
-    return []
+def naive(tokens: list[int]) -> Match | None:
+    """Search for the end of the text, the longest and then the latest match winning."""
+    for size in range(LONGEST, 1, -1):
+        end = tokens[-size:]
+        for start in range(len(tokens) - size - 1, -1, -1):
+            if tokens[start : start + size] == end:
+                return Match(size, start + size)
+    return None
 
 
-@given(st.lists(st.integers(0, 2), max_size=40), st.integers(0, 6), st.data())
-def test_it_finds_what_a_search_finds(tokens: list[int], count: int, data: st.DataObject) -> None:
+@given(st.lists(st.integers(0, 3), max_size=16), st.data())
+def test_it_finds_what_a_search_finds(tokens: list[int], data: st.DataObject) -> None:
     """However often it is asked while the text grows."""
     lookup = PromptLookup()
     for end in sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=5))):
-        lookup.guess(tokens[:end], 1)
-    expected = naive(tokens, count) if count else []
-    assert lookup.guess(tokens, count) == expected
+        lookup.find(tokens[:end])
+    assert lookup.find(tokens) == naive(tokens)
 
 
 def test_a_repeated_phrase_is_continued() -> None:
-    assert PromptLookup().guess([5, 6, 7, 8, 9, 1, 5, 6, 7], 3) == [8, 9, 1]
-    assert PromptLookup().guess([1, 2, 3, 4], 3) == []
+    assert PromptLookup().find([5, 6, 7, 8, 9, 1, 5, 6, 7]) == Match(3, 3)
+    assert PromptLookup().find([1, 2, 3, 4]) is None
+
+
+def test_only_the_latest_places_of_a_pair_are_kept() -> None:
+    lookup = PromptLookup()
+    assert lookup.find([7, 1, 2, *[3, 1, 2] * 50]) == Match(LONGEST, 150)
+    assert max(map(len, lookup._ends.values())) <= 16
+
+
+def test_shares_follow_what_is_seen_and_copies_go_their_own_way() -> None:
+    common = Shares()
+    own = common.copy()
+    for _ in range(50):
+        own.add(3, 0.1, right=False)
+        own.add(LONGEST + 4, 0.1, right=True)
+    assert own.of(3) < 0.01
+    assert common.of(3) > 0.5
+    assert own.of(LONGEST) == own.of(LONGEST + 9) > 0.99
+    assert own.of(2) == common.of(2)

@@ -46,7 +46,7 @@ def engine(tiny_dir: Path) -> Engine:
     made = build_engine(config, tiny_dir, model_name="tiny", audit=True)
     policy = made.scheduler.policy
     policy.draft_bound = lambda segment, rows: 0.2  # type: ignore[method-assign]
-    policy.lookup_length = lambda acceptance, rows: 4  # type: ignore[method-assign]
+    policy.lookup_length = lambda shares, size, rows: 4  # type: ignore[method-assign]
     return made
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offramp.server.engine.lookup import Shares
 from offramp.server.engine.policy import MAX_LOOKUP, NEVER, ExitPolicy, StepCost
 
 MS = 1e-3
@@ -138,16 +139,27 @@ def test_a_guess_needs_to_be_right_more_often_where_less_is_saved() -> None:
     assert 0 < dear_top.draft_bound(0, 1) < cheap_top.draft_bound(0, 1) < 1
 
 
+def test_guesses_that_cost_more_than_they_gain_are_not_asked_for() -> None:
+    """But now and then, to see whether that is still so."""
+    made = policy(segments=((2 * MS, 0.2 * MS), (2 * MS, 0.2 * MS)), head=(1 * MS, 0.1 * MS))
+    made.costs.checks[0] = measured(0.2 * MS, 0.0)
+    assert made.draft_bound(0, 1) < 1
+    for _ in range(400):
+        made.observe_guess(0, right=False)
+    bounds = [made.draft_bound(0, 1) for _ in range(320)]
+    assert sum(bound < 1 for bound in bounds) == 10
+
+
 def test_nobody_guesses_where_every_row_costs_the_same() -> None:
     made = policy(segments=((0.0, 1 * MS), (0.0, 1 * MS)), head=(0.0, 1 * MS))
     assert made.draft_bound(0, 1) == NEVER
-    assert made.lookup_length(0.9, 1) == 0
+    assert made.lookup_length(Shares([0.9] * 8), 2, 1) == 0
 
 
 def test_free_rows_are_filled_with_lookups() -> None:
     made = policy(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
-    assert made.lookup_length(0.5, 1) == MAX_LOOKUP
-    assert made.lookup_length(0.0, 1) == 0
+    assert made.lookup_length(Shares([0.5] * 8), 2, 1) == MAX_LOOKUP
+    assert made.lookup_length(Shares([0.0] * 8), 2, 1) == 0
 
 
 def test_owed_rows_ride_along_where_that_is_cheaper_than_a_projection() -> None:
