@@ -30,6 +30,11 @@ class Linear:
         return self._packed(x)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads of the weight."""
+        return self._packed.nbytes
+
+    @property
     def native(self) -> NativeMatrix | None:
         """The weight as the C kernels take it, if it is in one of their forms."""
         return self._packed.matrix if isinstance(self._packed, Native) else None

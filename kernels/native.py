@@ -16,6 +16,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import ClassVar
@@ -34,6 +36,7 @@ _TIMEOUT_S = 120
 _PANEL_ROWS = 32
 _SET_ROWS = 16
 _TILE_ROWS = 4
+_LAYER_PHASES, _PRODUCT_PHASES = 12, 2
 
 
 class Matrix(ctypes.Structure):
@@ -96,16 +99,11 @@ class Batch(ctypes.Structure):
     ]
 
 
-class Scratch(ctypes.Structure):
-    """Memory the threads of a call share; their own parts are set inside."""
-
-    _fields_: ClassVar = [
-        ("normed", c_void_p),
-        ("wide", c_void_p),
-        ("halves", c_void_p),
-        ("panel", c_void_p),
-        ("scores", c_void_p),
-    ]
+Phase = c_int32 * 16
+"""A step of a call that all threads share."""
+PARTS = ("norms", "q, k, v", "positions", "attention", "attention output", "gate, up", "down")
+"""What the time of layers is told apart by."""
+_STRUCTURES = (Matrix, Layer, Shape, Batch, Phase)
 
 
 class Library:
@@ -120,16 +118,29 @@ class Library:
         for function in (self._product, self._rows, self._run_layers):
             function.restype = None
         self.has_matrix_unit = bool(functions.offramp_start())
+        self._clock: ctypes.Array[c_int64] | None = None
 
-    def size_of(self, kind: type[ctypes.Structure]) -> int:
+    def size_of(self, kind: type[ctypes.Structure | ctypes.Array[c_int32]]) -> int:
         """Bytes of a structure as the compiler laid it out."""
-        return int(self._size_of((Matrix, Layer, Shape, Batch, Scratch).index(kind)))
+        return int(self._size_of(_STRUCTURES.index(kind)))
+
+    @contextmanager
+    def timing(self) -> Iterator[dict[str, float]]:
+        """Seconds of PARTS spent inside, filled in at the end."""
+        self._clock = (c_int64 * len(PARTS))()
+        spent: dict[str, float] = {}
+        try:
+            yield spent
+        finally:
+            spent.update(zip(PARTS, (each / 1e9 for each in self._clock), strict=True))
+            self._clock = None
 
     def product(self, matrix: Matrix, x: Tensor) -> Tensor:
         """``x`` [n, columns] times the matrix transposed, plus its bias: [n, outs]."""
         threads = torch.get_num_threads()
         out = torch.empty(x.shape[0], matrix.outs)
         halves = _halves(x.shape[0], matrix.columns)
+        phases = (Phase * _PRODUCT_PHASES)()
         own = torch.empty(threads, _panel(matrix.columns))
         self._product(
             ctypes.byref(matrix),
@@ -137,6 +148,7 @@ class Library:
             c_void_p(out.data_ptr()),
             x.shape[0],
             c_void_p(halves.data_ptr()),
+            phases,
             c_void_p(own.data_ptr()),
             c_int64(own.shape[1]),
             threads,
@@ -172,18 +184,22 @@ class Library:
         wide = torch.empty(batch.rows, max(qkv, 2 * shape.inner))
         halves = _halves(batch.rows, widest)
         own = torch.empty(threads, own_size)
-        shared = Scratch(normed.data_ptr(), wide.data_ptr(), halves.data_ptr())
+        phases = (Phase * (_LAYER_PHASES * len(layers)))()
         self._run_layers(
             ctypes.byref(shape),
             layers,
             len(layers),
             ctypes.byref(batch),
             c_void_p(hidden.data_ptr()),
-            ctypes.byref(shared),
+            c_void_p(normed.data_ptr()),
+            c_void_p(wide.data_ptr()),
+            c_void_p(halves.data_ptr()),
+            phases,
             c_void_p(own.data_ptr()),
             c_int64(panel),
             c_int64(own_size),
             threads,
+            self._clock,
         )
 
 

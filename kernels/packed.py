@@ -53,7 +53,9 @@ _NATIVE = (WeightForm.FP32, WeightForm.FP16, WeightForm.INT8, WeightForm.INT4)
 
 
 class Packed(Protocol):
-    """A packed weight [out, in]."""
+    """A packed weight [out, in]; ``nbytes`` is what a product reads of memory."""
+
+    nbytes: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n, in] fp32 to [n, out] fp32."""
@@ -74,6 +76,7 @@ class Native:
         self._library: Library = found
         self._data = _stored(weight.float(), form)
         self._bias = None if bias is None else bias.float().contiguous()
+        self.nbytes = self._data.nbytes
         self.matrix = Matrix(
             _NATIVE.index(form),
             *weight.shape,
@@ -98,6 +101,7 @@ class _OneDNN:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 16)  # noqa: SLF001
         self._dtype = dtype
         self._bias = None if bias is None else bias.to(dtype)
+        self.nbytes = weight.numel() * dtype.itemsize
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
@@ -112,6 +116,7 @@ class _FBGEMM:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         _hold_in_fp16(weight)
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        self.nbytes = weight.numel() * torch.float16.itemsize
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
@@ -123,6 +128,7 @@ class _Plain:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
+        self.nbytes = weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)

@@ -59,6 +59,12 @@ class Transformer:
         """All layers, bottom up."""
         return [layer for segment in self.segments for layer in segment.layers]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a token reads on its way through all layers and the LM head."""
+        products = [each for layer in self.layers for each in layer.products]
+        return sum(product.nbytes for product in (*products, self.lm_head))
+
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [n, d] of token ids [n]."""
         return self.lm_head.rows(ids) if self._embed is None else self._embed[ids]

@@ -176,7 +176,8 @@ class Metrics:
 
     def count(self, name: str, amount: float = 1) -> None:
         """Raise a counter."""
-        self._counters[name].inc(amount)
+        if amount:
+            self._counters[name].inc(amount)
 
     def finished(self, reason: str) -> None:
         """Count the end of a sequence."""

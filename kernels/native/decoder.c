@@ -2,14 +2,17 @@
  *
  * Every sum runs in one order whatever else is in the batch, so a token's result does not depend on
  * the rows beside it, on the chunk of its prompt or on the number of threads. A dot product takes
- * columns 16 at a time into one vector of sums, which is then folded in halves.
+ * columns a vector at a time into one vector of sums, which is then folded in halves.
  *
  * Calls come through native.py, which has the same structures.
  */
 #include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -22,9 +25,14 @@
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
-enum { LANES = 16, GROUP = 32 };
-enum { TILE_OUTS = 4, TILE_ROWS = 6 };  /* sums of a tile stay in registers */
-enum { DIRECT_ROWS = 6 };               /* for more, weights are unpacked once and used often */
+#if defined(__AVX512F__)
+enum { LANES = 16, TILE_ROWS = 6 };
+#else
+enum { LANES = 8, TILE_ROWS = 3 };
+#endif
+enum { GROUP = 32, VECTORS = GROUP / LANES };
+enum { TILE_OUTS = 4 };                 /* sums of a tile, TILE_OUTS x TILE_ROWS, stay in registers */
+enum { DIRECT_ROWS = TILE_ROWS };       /* for more, weights are unpacked once and used often */
 enum { PANEL_OUTS = 8, ROW_BLOCK = 96 };  /* unpacked weights and inputs that stay in the cache */
 enum { UNIT_OUTS = 32, UNIT_ROWS = 16 }; /* the same for the matrix unit */
 enum { KEYS_AHEAD = 16 };
@@ -34,9 +42,6 @@ typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef float floats8 __attribute__((vector_size(32)));
 typedef float floats4 __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint8_t ubytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-
 /* Forms of a weight matrix, whose columns come in groups of 32. A row is
  *   FP32, FP16   the values
  *   INT8         an fp16 scale for each group; 32 signed levels for each group (ggml's Q8_0)
@@ -92,13 +97,7 @@ INLINE floats load_halves(const uint8_t *at) {
 #if defined(__AVX512F__)
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 #elif defined(__F16C__)
-    union {
-        floats all;
-        __m256 parts[2];
-    } out;
-    out.parts[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
-    out.parts[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at + 16)));
-    return out.all;
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
 #else
     _Float16 halves[LANES];
     memcpy(halves, at, sizeof halves);
@@ -108,20 +107,28 @@ INLINE floats load_halves(const uint8_t *at) {
 #endif
 }
 
-/* GCC takes 16 bytes apart one by one unless told. */
+/* GCC takes bytes apart one by one unless told. */
 INLINE ints load_bytes(const uint8_t *at) {
 #if defined(__AVX512F__)
     return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at));
+#elif defined(__AVX2__)
+    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at));
 #else
-    return __builtin_convertvector(*(const ubytes *)at, ints);
+    ints out;
+    for (int i = 0; i < LANES; i++) out[i] = at[i];
+    return out;
 #endif
 }
 
 INLINE ints load_signed_bytes(const uint8_t *at) {
 #if defined(__AVX512F__)
     return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at));
+#elif defined(__AVX2__)
+    return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at));
 #else
-    return __builtin_convertvector(*(const bytes *)at, ints);
+    ints out;
+    for (int i = 0; i < LANES; i++) out[i] = (int8_t)at[i];
+    return out;
 #endif
 }
 
@@ -153,39 +160,54 @@ INLINE struct row open_row(int form, const uint8_t *at, int columns, float *room
 }
 
 /* Group ``g`` of a row as fp32. */
-INLINE void unpack(int form, const struct row *row, int g, floats *low, floats *high) {
+INLINE void unpack(int form, const struct row *row, int g, floats out[VECTORS]) {
     const uint8_t *at = row->levels + (size_t)g * LEVEL_BYTES[form];
     switch (form) {
     case FP32:
-        *low = *(const floats *)at;
-        *high = *(const floats *)(at + 64);
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++) out[i] = *(const floats *)(at + 4 * LANES * i);
         break;
     case FP16:
-        *low = load_halves(at);
-        *high = load_halves(at + 32);
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++) out[i] = load_halves(at + 2 * LANES * i);
         break;
     case INT8:
-        *low = __builtin_convertvector(load_signed_bytes(at), floats) * row->scales[g];
-        *high = __builtin_convertvector(load_signed_bytes(at + LANES), floats) * row->scales[g];
+#pragma GCC unroll 4
+        for (int i = 0; i < VECTORS; i++)
+            out[i] = __builtin_convertvector(load_signed_bytes(at + LANES * i), floats) *
+                     row->scales[g];
         break;
-    default: {
-        ints both = load_bytes(at);
+    default:
+#pragma GCC unroll 2
+        for (int i = 0; i < VECTORS / 2; i++) {
+            ints both = load_bytes(at + LANES * i);
 #if defined(__AVX512F__)
-        /* The 16 values that occur are looked up; a lookup ignores all but the lowest 4 bits. */
-        __m512 table = (__m512)(FIFTEEN * row->scales[g] + row->lowest[g]);
-        *low = (floats)_mm512_permutexvar_ps((__m512i)both, table);
-        *high = (floats)_mm512_permutexvar_ps((__m512i)(both >> 4), table);
+            /* The 16 values that occur are looked up; a lookup ignores all but the lowest 4 bits. */
+            __m512 table = (__m512)(FIFTEEN * row->scales[g] + row->lowest[g]);
+            out[i] = (floats)_mm512_permutexvar_ps((__m512i)both, table);
+            out[i + 1] = (floats)_mm512_permutexvar_ps((__m512i)(both >> 4), table);
 #else
-        *low = __builtin_convertvector(both & 15, floats) * row->scales[g] + row->lowest[g];
-        *high = __builtin_convertvector(both >> 4, floats) * row->scales[g] + row->lowest[g];
+            out[i] = __builtin_convertvector(both & 15, floats) * row->scales[g] + row->lowest[g];
+            out[i + VECTORS / 2] =
+                __builtin_convertvector(both >> 4, floats) * row->scales[g] + row->lowest[g];
 #endif
-    }
+        }
     }
 }
 
+INLINE void store_group(int form, const struct row *row, int g, float *to) {
+    floats own[VECTORS];
+    unpack(form, row, g, own);
+    for (int i = 0; i < VECTORS; i++) *(floats *)(to + i * LANES) = own[i];
+}
+
 INLINE float fold(floats v) {
+#if defined(__AVX512F__)
     floats8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    floats8 a = v;
+#endif
     floats4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
     return (b[0] + b[2]) + (b[1] + b[3]);
 }
@@ -232,15 +254,16 @@ INLINE void tile(int form, const uint8_t *w, size_t w_stride, int columns, const
     for (int g = 0; g < columns / GROUP; g++, x += GROUP) {
 #pragma GCC unroll 8
         for (int o = 0; o < OUTS; o++) {
-            floats low, high;
-            unpack(form, &weights[o], g, &low, &high);
+            floats own[VECTORS];
+            unpack(form, &weights[o], g, own);
             if (ahead)
                 __builtin_prefetch(weights[o].levels + g * LEVEL_BYTES[form] + AHEAD * w_stride);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 const float *at = x + r * t->x_stride;
-                sums[o][r] += low * *(const floats *)at;
-                sums[o][r] += high * *(const floats *)(at + LANES);
+#pragma GCC unroll 4
+                for (int i = 0; i < VECTORS; i++)
+                    sums[o][r] += own[i] * *(const floats *)(at + i * LANES);
             }
         }
     }
@@ -262,26 +285,96 @@ INLINE void tiles(int form, const uint8_t *w, size_t w_stride, int columns, cons
                   float *room) {
     for (; count >= TILE_OUTS; count -= TILE_OUTS, out += TILE_OUTS, w += TILE_OUTS * w_stride) {
         int row = first;
+#if defined(__AVX512F__)
         for (; last - row >= 6; row += 6) TILE(4, 6);
         for (; last - row >= 4; row += 4) TILE(4, 4);
+#else
+        for (; last - row >= 3; row += 3) TILE(4, 3);
+#endif
         for (; last - row >= 2; row += 2) TILE(4, 2);
         for (; last - row >= 1; row += 1) TILE(4, 1);
     }
     for (; count > 0; count--, out++, w += w_stride) {
         int row = first;
-        for (; last - row >= 4; row += 4) TILE(1, 4);
+        for (; last - row >= 3; row += 3) TILE(1, 3);
         for (; last - row >= 1; row += 1) TILE(1, 1);
     }
 }
 
-/* What the steps of a pass share: ``panel`` and ``scores`` are this thread's, the rest is all's. */
-struct scratch {
-    float *normed; /* [rows, max(width, heads * head_dim)] */
-    float *wide;   /* [rows, max(qkv, 2 * inner)] */
-    uint32_t *halves; /* [rows up to a multiple of 16, widest columns] */
-    float *panel;  /* UNIT_OUTS * widest columns, and room for the scales of TILE_OUTS rows */
-    float *scores; /* [group, longest + LANES] */
+/* A part of a pass that has to be whole before the next begins: pieces of work taken, and done. */
+struct phase {
+    atomic_int taken, done;
+    char apart[64 - 2 * sizeof(atomic_int)]; /* each in a cache line of its own */
 };
+
+/* One thread, with what it shares with the others and what is its own. */
+struct worker {
+    float *normed;    /* [rows, max(width, heads * head_dim)] */
+    float *wide;      /* [rows, max(qkv, 2 * inner)] */
+    uint32_t *halves; /* [rows up to a multiple of 16, widest columns] */
+    struct phase *phase; /* the one it is in, of an array that began as zeros */
+    float *panel;     /* own: UNIT_OUTS * widest columns, and room for the scales of TILE_OUTS rows */
+    float *scores;    /* own: [group, longest + LANES] */
+    int finished;     /* own: pieces of this phase that it did */
+    int threads;
+    int64_t *clock; /* [PARTS] nanoseconds to add to, of one thread; NULL for the others */
+    int64_t since;
+};
+
+/* What a layer's time is told apart by; the same order as PARTS in native.py. */
+enum part { NORMS, QKV, PLACES, ATTENTION, OUTPUT, GATE_UP, DOWN, PARTS };
+
+static int64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+/* The time since the last call of this goes to ``part``. */
+INLINE void charge(struct worker *w, enum part part) {
+    if (!w->clock) return;
+    int64_t time = now();
+    w->clock[part] += time - w->since;
+    w->since = time;
+}
+
+/* The next of ``count`` pieces of work; negative when all are done, by whomever.
+ *
+ * Pieces are waited for, not threads: one that the system has put to sleep between two pieces keeps
+ * nobody waiting, where a barrier would wait for its next slice of time, 240 times a pass. */
+static int next_piece(struct worker *w, int count) {
+    enum { SPINS = 1024 };
+    struct phase *phase = w->phase;
+    int piece = atomic_fetch_add_explicit(&phase->taken, 1, memory_order_relaxed);
+    if (piece < count) {
+        w->finished++;
+        return piece;
+    }
+    atomic_fetch_add_explicit(&phase->done, w->finished, memory_order_acq_rel);
+    for (int i = 1; atomic_load_explicit(&phase->done, memory_order_acquire) < count; i++) {
+        if (i % SPINS == 0) sched_yield();
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    w->finished = 0;
+    w->phase++;
+    return -1;
+}
+
+/* How many of ``count`` things make a piece: few pieces, so that threads read on in memory and seldom
+ * meet, but some for each to even out. */
+static int piece_size(int count, const struct worker *w) {
+    enum { PIECES_EACH = 4 };
+    int most = PIECES_EACH * w->threads;
+    return (count + most - 1) / most;
+}
+
+/* Every piece, of ``size`` of ``count`` things, that this thread gets: those from ``first`` on and
+ * before ``last``. Done when all threads' are. */
+#define PIECES(worker, first, last, size, count)                                              \
+    for (int first, last; (first = next_piece(worker, (count + size - 1) / size) * (size)) >= 0 \
+                          && (last = MIN(first + (size), count), 1);)
 
 #ifdef MATRIX_UNIT
 /* Products of fp32 on a unit that multiplies bf16: each number is the sum of two of bf16, and of the
@@ -340,9 +433,9 @@ INLINE void unpack_halves(int form, const struct row *row, int g, uint16_t *high
         h = _mm512_permutexvar_epi16(index, halves);
         l = _mm512_permutexvar_epi16(_mm512_or_si512(index, _mm512_set1_epi16(16)), halves);
     } else {
-        floats a, b;
-        unpack(form, row, g, &a, &b);
-        halve(a, b, &h, &l);
+        floats both[VECTORS];
+        unpack(form, row, g, both);
+        halve(both[0], both[1], &h, &l);
     }
     _mm512_storeu_si512(high, h);
     _mm512_storeu_si512(low, l);
@@ -380,12 +473,11 @@ INLINE void transpose(__m512i v[16]) {
 }
 
 /* Inputs as the unit wants them: for 16 rows and 32 columns a tile of high halves and one of low
- * halves, each with column pairs down and rows across. Tile pairs of one set of rows lie together.
- * Inside a parallel region. */
-static void halve_inputs(const struct target *t, int rows, int columns, uint32_t *halves) {
+ * halves, each with column pairs down and rows across. Tile pairs of one set of rows lie together. */
+static void halve_inputs(const struct target *t, int rows, int columns, struct worker *own) {
     int groups = columns / GROUP, sets = (rows + UNIT_ROWS - 1) / UNIT_ROWS;
-#pragma omp for schedule(static)
-    for (int i = 0; i < sets * groups; i++) {
+    int size = piece_size(sets * groups, own);
+    PIECES(own, i, end, size, sets * groups) for (; i < end; i++) {
         int first = i / groups * UNIT_ROWS, c = i % groups * GROUP;
         __m512i high[UNIT_ROWS], low[UNIT_ROWS];
         for (int r = 0; r < UNIT_ROWS; r++) {
@@ -396,7 +488,7 @@ static void halve_inputs(const struct target *t, int rows, int columns, uint32_t
         }
         transpose(high);
         transpose(low);
-        uint32_t *to = halves + (size_t)i * 512;
+        uint32_t *to = own->halves + (size_t)i * 512;
         for (int r = 0; r < 16; r++) {
             _mm512_storeu_si512(to + r * 16, high[r]);
             _mm512_storeu_si512(to + 256 + r * 16, low[r]);
@@ -470,11 +562,12 @@ INLINE void unit_block(const uint16_t *high, const uint16_t *low, const uint32_t
 }
 
 INLINE void unit_product(int form, const struct matrix *m, const struct target *t, int rows,
-                         int out, int count, const struct scratch *own) {
+                         int out, int count, struct worker *own) {
     int columns = m->columns;
     size_t stride = row_bytes(form, columns);
     uint16_t *high = (uint16_t *)own->panel, *low = high + (size_t)UNIT_OUTS * columns;
     float *room = own->panel + (size_t)UNIT_OUTS * columns;
+    const uint32_t *halves = own->halves;
     for (; count > 0; count -= UNIT_OUTS, out += UNIT_OUTS) {
         int outs = MIN(UNIT_OUTS, count), row = 0;
         for (int o = 0; o < outs; o++) {
@@ -487,9 +580,9 @@ INLINE void unit_product(int form, const struct matrix *m, const struct target *
         }
         /* Rows of weights beyond ``outs`` are left from before; their sums are not stored. */
         for (; rows - row > UNIT_ROWS; row += 2 * UNIT_ROWS)
-            unit_block(high, low, own->halves, columns, m->bias, t, rows, row, out, outs, 2);
+            unit_block(high, low, halves, columns, m->bias, t, rows, row, out, outs, 2);
         if (row < rows)
-            unit_block(high, low, own->halves, columns, m->bias, t, rows, row, out, outs, 1);
+            unit_block(high, low, halves, columns, m->bias, t, rows, row, out, outs, 1);
     }
 }
 #else
@@ -506,19 +599,19 @@ static void open_unit(void) {}
 
 static void close_unit(void) {}
 
-static void halve_inputs(const struct target *t, int rows, int columns, uint32_t *halves) {
-    (void)t, (void)rows, (void)columns, (void)halves;
+static void halve_inputs(const struct target *t, int rows, int columns, struct worker *own) {
+    (void)t, (void)rows, (void)columns, (void)own;
 }
 
 INLINE void unit_product(int form, const struct matrix *m, const struct target *t, int rows,
-                         int out, int count, const struct scratch *own) {
+                         int out, int count, struct worker *own) {
     (void)form, (void)m, (void)t, (void)rows, (void)out, (void)count, (void)own;
 }
 #endif
 
 /* Outputs [out, out + count) for all rows. */
 INLINE void product_in(int form, const struct matrix *m, const struct target *t, int rows, int out,
-                       int count, const struct scratch *own) {
+                       int count, struct worker *own) {
     int columns = m->columns;
     size_t stride = row_bytes(form, columns);
     const uint8_t *w = m->data + out * stride;
@@ -538,7 +631,7 @@ INLINE void product_in(int form, const struct matrix *m, const struct target *t,
             float *to = panel + (size_t)o * columns;
             for (int g = 0; g < columns / GROUP; g++, to += GROUP) {
                 __builtin_prefetch(weights.levels + g * LEVEL_BYTES[form] + AHEAD * stride);
-                unpack(form, &weights, g, (floats *)to, (floats *)(to + LANES));
+                store_group(form, &weights, g, to);
             }
         }
         for (int row = 0; row < rows; row += ROW_BLOCK)
@@ -548,7 +641,7 @@ INLINE void product_in(int form, const struct matrix *m, const struct target *t,
 }
 
 static void product(const struct matrix *m, const struct target *t, int rows, int out, int count,
-                    const struct scratch *own) {
+                    struct worker *own) {
     switch (m->form) {
     case FP32: product_in(FP32, m, t, rows, out, count, own); break;
     case FP16: product_in(FP16, m, t, rows, out, count, own); break;
@@ -557,21 +650,23 @@ static void product(const struct matrix *m, const struct target *t, int rows, in
     }
 }
 
-enum { CHUNK = UNIT_OUTS };
-
-/* Make the inputs of products with ``m`` ready, inside a parallel region. */
-static void prepare(const struct matrix *m, const struct target *t, int rows,
-                    const struct scratch *own) {
-    if (uses_unit(m, rows)) halve_inputs(t, rows, m->columns, own->halves);
+/* Outputs a piece of a product has. */
+static int output_size(int outs, const struct worker *own) {
+    return piece_size((outs + UNIT_OUTS - 1) / UNIT_OUTS, own) * UNIT_OUTS;
 }
 
-/* All outputs, inside a parallel region. */
+/* Make the inputs of products with ``m`` ready. */
+static void prepare(const struct matrix *m, const struct target *t, int rows,
+                    struct worker *own) {
+    if (uses_unit(m, rows)) halve_inputs(t, rows, m->columns, own);
+}
+
+/* All outputs. */
 static void spread(const struct matrix *m, const struct target *t, int rows,
-                   const struct scratch *own) {
+                   struct worker *own) {
     prepare(m, t, rows, own);
-#pragma omp for schedule(static)
-    for (int out = 0; out < m->outs; out += CHUNK)
-        product(m, t, rows, out, MIN(CHUNK, m->outs - out), own);
+    int size = output_size(m->outs, own);
+    PIECES(own, out, end, size, m->outs) product(m, t, rows, out, end - out, own);
 }
 
 INLINE void normalise(const float *x, const float *weight, float *out, int width, float eps) {
@@ -651,15 +746,15 @@ static void soften(float *scores, int64_t count) {
 
 /* Add ``count`` consecutive values [stride] weighted by GROUP_ sets of shares, 2 * LANES columns. */
 INLINE void mix(const float *v, size_t stride, int count, const float *shares, size_t span,
-                float *out, int dim, const int QUERIES, const int VECTORS) {
+                float *out, int dim, const int QUERIES, const int WIDE) {
     floats sums[4][2];
 #pragma GCC unroll 4
     for (int g = 0; g < QUERIES; g++)
 #pragma GCC unroll 2
-        for (int i = 0; i < VECTORS; i++) sums[g][i] = *(floats *)(out + g * dim + i * LANES);
+        for (int i = 0; i < WIDE; i++) sums[g][i] = *(floats *)(out + g * dim + i * LANES);
     for (int p = 0; p < count; p++, v += stride)
 #pragma GCC unroll 2
-        for (int i = 0; i < VECTORS; i++) {
+        for (int i = 0; i < WIDE; i++) {
             __builtin_prefetch(v + KEYS_AHEAD * stride + i * LANES);
             floats value = *(const floats *)(v + i * LANES);
 #pragma GCC unroll 4
@@ -668,7 +763,7 @@ INLINE void mix(const float *v, size_t stride, int count, const float *shares, s
 #pragma GCC unroll 4
     for (int g = 0; g < QUERIES; g++)
 #pragma GCC unroll 2
-        for (int i = 0; i < VECTORS; i++) *(floats *)(out + g * dim + i * LANES) = sums[g][i];
+        for (int i = 0; i < WIDE; i++) *(floats *)(out + g * dim + i * LANES) = sums[g][i];
 }
 
 /* All columns for up to four queries. */
@@ -728,40 +823,47 @@ static void activate(float *gate_up, int inner, int rows, int column, int count)
     }
 }
 
-static void normalise_rows(const float *x, const float *weight, float *out, int rows, int width,
-                           float eps) {
-#pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++)
-        normalise(x + (size_t)r * width, weight, out + (size_t)r * width, width, eps);
+static void normalise_rows(const float *x, const float *weight, int rows, int width, float eps,
+                           struct worker *own) {
+    int size = piece_size(rows, own);
+    PIECES(own, r, end, size, rows) for (; r < end; r++)
+        normalise(x + (size_t)r * width, weight, own->normed + (size_t)r * width, width, eps);
 }
 
 static void run_layer(const struct shape *s, const struct layer *l, const struct batch *b,
-                      float *hidden, const struct scratch *own) {
+                      float *hidden, struct worker *own) {
     int rows = b->rows, width = s->width, dim = s->head_dim, group = s->heads / s->kv_heads;
     size_t queries = s->heads * dim, qkv = queries + 2 * s->kv_heads * dim, wide = 2 * s->inner;
     float *normed = own->normed, *out = own->wide;
-    normalise_rows(hidden, l->attn_norm, normed, rows, width, s->eps);
+    normalise_rows(hidden, l->attn_norm, rows, width, s->eps, own);
+    charge(own, NORMS);
     spread(&l->qkv, &(struct target){normed, width, out, qkv, 0}, rows, own);
-#pragma omp for schedule(static)
-    for (int r = 0; r < rows; r++) place(s, l, b, out + r * qkv, r);
-#pragma omp for schedule(dynamic)
-    for (int i = 0; i < rows * s->kv_heads; i++) {
+    charge(own, QKV);
+    int some = piece_size(rows, own);
+    PIECES(own, r, end, some, rows) for (; r < end; r++) place(s, l, b, out + r * qkv, r);
+    charge(own, PLACES);
+    PIECES(own, i, end, 1, rows * s->kv_heads) for (; i < end; i++) {
         int r = i / s->kv_heads, head = i % s->kv_heads;
         size_t at = (size_t)head * group * dim;
         attend(s, l, b, out + r * qkv + at, normed + r * queries + at, r, head, own->scores);
     }
+    charge(own, ATTENTION);
     spread(&l->o, &(struct target){normed, queries, hidden, width, 1}, rows, own);
-    normalise_rows(hidden, l->mlp_norm, normed, rows, width, s->eps);
+    charge(own, OUTPUT);
+    normalise_rows(hidden, l->mlp_norm, rows, width, s->eps, own);
+    charge(own, NORMS);
     const struct target up = {normed, width, out, wide, 0};
     prepare(&l->gate_up, &up, rows, own);
-#pragma omp for schedule(static)
-    for (int c = 0; c < s->inner; c += CHUNK) {
-        int count = MIN(CHUNK, s->inner - c);
+    int size = output_size(s->inner, own);
+    PIECES(own, c, end, size, s->inner) {
+        int count = end - c;
         product(&l->gate_up, &up, rows, c, count, own);
         product(&l->gate_up, &up, rows, s->inner + c, count, own);
         activate(out, s->inner, rows, c, count);
     }
+    charge(own, GATE_UP);
     spread(&l->down, &(struct target){out, wide, hidden, width, 1}, rows, own);
+    charge(own, DOWN);
 }
 
 /* Number of this thread in its team. */
@@ -774,31 +876,37 @@ static int thread_number(void) {
 #endif
 }
 
-/* Advance hidden [rows, width] by ``count`` layers, in place. Of ``own`` each thread takes
- * ``own_size`` floats: its panel of ``panel_size``, then its scores. */
+enum { LAYER_PHASES = 12, PRODUCT_PHASES = 2 };
+
+/* Advance hidden [rows, width] by ``count`` layers, in place. ``phases`` are LAYER_PHASES zeros a
+ * layer; ``clock`` [PARTS] takes nanoseconds, or is NULL. Of ``own`` each thread takes ``own_size`` floats: its panel of ``panel_size``, then its
+ * scores. */
 void offramp_run_layers(const struct shape *s, const struct layer *layers, int32_t count,
-                        const struct batch *b, float *hidden, const struct scratch *shared,
-                        float *own, int64_t panel_size, int64_t own_size, int32_t threads) {
+                        const struct batch *b, float *hidden, float *normed, float *wide,
+                        uint32_t *halves, struct phase *phases, float *own, int64_t panel_size,
+                        int64_t own_size, int32_t threads, int64_t *clock) {
 #pragma omp parallel num_threads(threads)
     {
-        struct scratch mine = *shared;
-        mine.panel = own + own_size * thread_number();
-        mine.scores = mine.panel + panel_size;
+        float *panel = own + own_size * thread_number();
+        struct worker mine = {normed, wide, halves, phases, panel, panel + panel_size, 0, threads,
+                              thread_number() ? NULL : clock, clock ? now() : 0};
         open_unit();
         for (int i = 0; i < count; i++) run_layer(s, layers + i, b, hidden, &mine);
         close_unit();
     }
 }
 
-/* x [rows, columns] to out [rows, outs]; of ``own`` each thread takes ``own_size`` floats. */
+/* x [rows, columns] to out [rows, outs]. ``phases`` are PRODUCT_PHASES zeros; of ``own`` each thread
+ * takes ``own_size`` floats. */
 void offramp_product(const struct matrix *m, const float *x, float *out, int32_t rows,
-                     uint32_t *halves, float *own, int64_t own_size, int32_t threads) {
+                     uint32_t *halves, struct phase *phases, float *own, int64_t own_size,
+                     int32_t threads) {
     const struct target t = {x, m->columns, out, m->outs, 0};
 #pragma omp parallel num_threads(threads)
     {
         float *panel = own + own_size * thread_number();
         open_unit();
-        spread(m, &t, rows, &(struct scratch){.halves = halves, .panel = panel});
+        spread(m, &t, rows, &(struct worker){NULL, NULL, halves, phases, panel, NULL, 0, threads, NULL, 0});
         close_unit();
     }
 }
@@ -810,7 +918,7 @@ void offramp_rows(const struct matrix *m, const int64_t *ids, int32_t count, flo
     for (int i = 0; i < count; i++) {
         struct row weights = open_row(m->form, m->data + ids[i] * stride, m->columns, room);
         for (int g = 0; g < m->columns / GROUP; g++, out += GROUP)
-            unpack(m->form, &weights, g, (floats *)out, (floats *)(out + LANES));
+            store_group(m->form, &weights, g, out);
     }
 }
 
@@ -822,6 +930,6 @@ int32_t offramp_start(void) {
 /* Sizes of the structures, for the caller to compare with its own. */
 int32_t offramp_size_of(int32_t kind) {
     const size_t sizes[] = {sizeof(struct matrix), sizeof(struct layer), sizeof(struct shape),
-                            sizeof(struct batch), sizeof(struct scratch)};
+                            sizeof(struct batch), sizeof(struct phase)};
     return sizes[kind];
 }

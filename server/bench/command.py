@@ -63,6 +63,12 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also measure the first token of a prompt of N tokens, new and seen [0: do not]",
     )
+    group.add_argument(
+        "--profile",
+        type=Path,
+        metavar="PICTURE",
+        help="also draw where the milliseconds of a decode step go (in this process)",
+    )
 
 
 def _add_offramp(parser: argparse.ArgumentParser) -> None:

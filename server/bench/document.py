@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from offramp.server.bench import profile
 from offramp.server.bench.ratios import ratio_table, ratios
 from offramp.server.bench.reference import Reference
 from offramp.server.bench.report import table
@@ -33,6 +34,7 @@ class Report:
     sides: Sequence[dict[str, Any]]
     quiet: dict[str, Any]
     long_prompt: dict[str, Any] | None
+    profile: dict[str, Any] | None
 
     def text(self) -> str:
         """Tables and ratios, the last line JSON."""
@@ -45,6 +47,8 @@ class Report:
         parts += [f"{name}: {value}\n" for name, value in self._ratios().items()]
         if self.long_prompt is not None:
             parts.append(_long_text(self.long_prompt))
+        if self.profile is not None:
+            parts.append(profile.text(self.profile))
         parts.append(json.dumps({**self._document(), "peer_ratios": against}) + "\n")
         return "".join(parts)
 
@@ -77,6 +81,7 @@ class Report:
             "ratios": self._ratios(),
             "rows": self.rows,
             "long_prompt": self.long_prompt,
+            "profile": self.profile,
         }
 
 

@@ -16,10 +16,12 @@ from offramp.server.bench import document, reference, rows
 from offramp.server.bench.check import Check, check
 from offramp.server.bench.errors import LoadError
 from offramp.server.bench.long_prompt import MAX_TOKENS, long_prompt, measure_long
+from offramp.server.bench.profile import draw, profile, require_matplotlib
 from offramp.server.bench.prompts import BUILT_IN, read_prompts
 from offramp.server.bench.quiet import Watch
 from offramp.server.bench.rounds import Entry, Plan, Result, run_rounds
-from offramp.server.bench.sides import Room, Side, offramp, peer
+from offramp.server.bench.sides import Room, Side, engine_config, offramp, peer
+from offramp.server.engine.build import build_engine
 from offramp.server.text.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -35,6 +37,7 @@ def bench(args: argparse.Namespace, say: Say) -> None:
     run = _Run(args, say)
     checked, results, sides = run.rounds()
     long = run.long_prompt() if args.long_prompt else None
+    profiled = run.profile() if args.profile else None
     run.watch.look("at the end")
     say("judging the answers")
     without = run.judge.config.eos_token_ids if args.peer else ()
@@ -47,6 +50,7 @@ def bench(args: argparse.Namespace, say: Say) -> None:
         sides=sides,
         quiet=run.watch.document(),
         long_prompt=long,
+        profile=profiled,
     )
     sys.stdout.write(report.text())
 
@@ -57,6 +61,8 @@ class _Run:
     def __init__(self, args: argparse.Namespace, say: Say) -> None:
         self.args = args
         self.say = say
+        if args.profile:
+            require_matplotlib()
         self.watch = Watch(strict=bool(args.peer) and not args.noisy, say=say)
         self.folder = resolve(args.model)
         if args.threads:
@@ -110,6 +116,18 @@ class _Run:
             found["peak_memory_mib"] = {
                 side.name: side.document()["peak_memory_mib"] for side in sides
             }
+        return found
+
+    def profile(self) -> dict[str, Any]:
+        """The parts of a decode step, also drawn."""
+        args = self.args
+        longest = max(map(len, self.prompts)) + args.max_tokens
+        room = self._room(max(args.concurrency), longest)
+        self.say("profiling")
+        engine = build_engine(engine_config(args, room), self.folder, model_name=args.model)
+        found = profile(engine, self.prompts, args.concurrency, args.max_tokens)
+        weights = f"weights {args.weights}, {torch.get_num_threads()} threads"
+        draw(found, f"A decode step of {args.model}, {weights}", args.profile)
         return found
 
     def _sides(self, stack: ExitStack, room: Room) -> list[Side]:

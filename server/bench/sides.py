@@ -64,7 +64,7 @@ def offramp(args: argparse.Namespace, folder: Path, room: Room) -> Iterator[Side
         with serving(OWN_MODULE, *words) as process:
             yield _served(args, process.address(), {**facts, "threads": room.threads}, process)
     else:
-        engine = build_engine(_engine_config(args, room), folder, model_name=args.model)
+        engine = build_engine(engine_config(args, room), folder, model_name=args.model)
         target = InProcess(engine, args.exit_threshold, args.kv_fill)
         info = engine.info
         facts |= {
@@ -143,7 +143,8 @@ def _serve_words(args: argparse.Namespace, room: Room) -> list[str]:
     return words
 
 
-def _engine_config(args: argparse.Namespace, room: Room) -> EngineConfig:
+def engine_config(args: argparse.Namespace, room: Room) -> EngineConfig:
+    """Offramp as it is measured in this process."""
     return EngineConfig(
         max_num_seqs=room.slots,
         max_model_len=room.context,

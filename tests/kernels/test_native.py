@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from offramp.kernels import native
+from offramp.kernels import native, packed
 from offramp.kernels.native import compiled, library
+from offramp.kernels.packed import pack
+from tests.kernels.test_packed import MAKE, NATIVE
 
 
 @pytest.fixture
@@ -80,9 +84,36 @@ def test_a_damaged_library_is_told(
     assert made.name in caplog.text
 
 
+@pytest.mark.parametrize("tuning", ["-march=haswell", "-march=x86-64-v2", "-march=skylake-avx512"])
+def test_older_processors_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tuning: str
+) -> None:
+    """Code for a processor without this one's instructions, as far as this one can run it."""
+    if "x86" not in platform.machine() or library() is None:
+        pytest.skip("not this kind of processor")
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    if "avx512" in tuning and "avx512vl" not in flags:
+        pytest.skip("this processor lacks these instructions")
+    weights = {form: MAKE.get(form, torch.randn)(77, 96).half().float() for form in NATIVE}
+    weights |= {form: make(77, 96) for form, make in MAKE.items()}
+    x = {rows: torch.randn(rows, 96) for rows in (1, 5, 40)}
+    expected = {
+        (form, rows): pack(weight, None, form)(x[rows])
+        for form, weight in weights.items()
+        for rows in x
+    }
+    monkeypatch.setattr(native, "_tuning", lambda: [tuning])
+    older = native.Library(compiled(compiler(), tmp_path))
+    assert not older.has_matrix_unit
+    monkeypatch.setattr(packed, "library", lambda: older)
+    for (form, rows), right in expected.items():
+        got = pack(weights[form], None, form)(x[rows])
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-4 * float(right.abs().max()))
+
+
 def test_the_source_has_no_warnings(tmp_path: Path) -> None:
     words = [*compiler(), "-std=gnu11", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    for tuning in (native._tuning(), ["-O1"]):
+    for tuning in (native._tuning(), ["-march=x86-64-v2"]):
         command = [*words, *tuning, "-c", str(native._SOURCE), "-o", str(tmp_path / "decoder.o")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
         assert done.returncode == 0, done.stderr
@@ -93,5 +124,5 @@ def test_structures_agree_with_the_source() -> None:
     assert shutil.which(compiler()[0])
     found = library()
     assert found is not None
-    for kind in (native.Matrix, native.Layer, native.Shape, native.Batch, native.Scratch):
+    for kind in (native.Matrix, native.Layer, native.Shape, native.Batch, native.Phase):
         assert found.size_of(kind) == ctypes.sizeof(kind)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from offramp.kernels.native import PARTS, library
 from offramp.server.bench import check, quiet, reference
 from offramp.server.bench.command import main
 from offramp.server.bench.load import Trace
@@ -46,6 +47,27 @@ def test_last_line_is_json_with_speed_depth_and_agreement(
     assert document["quiet"] is False
     assert document["peer"] is None
     assert document["peer_ratios"] == []
+
+
+def test_a_profile_tells_where_a_step_goes(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts add up to the step, the layers' own among them where the C kernels run."""
+    picture = tmp_path / "profile.png"
+    assert main(["--model", str(tiny_dir), *ARGS, "--profile", str(picture)]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])["profile"]
+    assert [row["streams"] for row in found["rows"]] == [1, 3]
+    # Weights in fp32: four layers and the tied head.
+    assert found["weight_bytes"] == 4 * (4 * (128 * 64 + 64 * 64 + 3 * 128 * 64) + 320 * 64)
+    for row in found["rows"]:
+        parts = row["parts_ms"]
+        assert sum(parts.values()) == pytest.approx(row["step_ms"], abs=0.01)
+        assert min(parts.values()) > 0
+        if library() is not None:
+            assert set(PARTS) < set(parts)
+    assert "| attention |" in out or library() is None
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("found", "status"), [(0.99, 0), (0.97, 1)])

@@ -24,11 +24,11 @@ def test_a_machine_of_ones_own_keeps_all_threads() -> None:
 
 def test_a_shared_machine_gets_one_thread_and_is_tried_again() -> None:
     found, calls = governor()
-    run(found, 0.12, 0.6)
+    run(found, 0.22, 0.6)
     assert calls == [1]
-    run(found, 0.8, 1.0)
+    run(found, 0.4, 1.0)
     assert calls == [1]
-    run(found, 0.3, 1.0)
+    run(found, 0.2, 1.0)
     assert calls == [1, 2]
     run(found, 5, 0.98)
     assert calls == [1, 2]
@@ -38,23 +38,23 @@ def test_rests_grow_while_the_machine_stays_shared_and_start_over_after() -> Non
     found, calls = governor()
     lengths = []
     for _ in range(4):
-        run(found, 0.12, 0.6)
+        run(found, 0.22, 0.6)
         begun = 0.0
         while found.threads == 1:
             run(found, 0.02, 1.0)
             begun += 0.02
-        lengths.append(round(begun))
+        lengths.append(round(2 * begun))
     assert lengths == [1, 2, 4, 8]
     run(found, 1, 0.98)
-    run(found, 0.12, 0.6)
-    run(found, 1.1, 1.0)
+    run(found, 0.22, 0.6)
+    run(found, 0.6, 1.0)
     assert calls[-1] == 2
 
 
 def test_one_slice_of_another_process_decides_nothing() -> None:
     found, calls = governor()
     run(found, 0.08, 0.98)
-    found.observe(0.02, 0.02 * 2 * 0.3)
+    run(found, 0.1, 0.3)
     run(found, 1, 0.98)
     assert calls == []
 
