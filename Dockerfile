@@ -14,6 +14,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && /opt/offramp/bin/pip install $PIP_ARGS -c constraints.txt "$(echo /wheels/*.whl)[fast]"
 
 FROM python:${PYTHON}-slim
+# The C kernels are compiled for the processor that runs them.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 offramp \
     && install --directory --owner=offramp /var/cache/offramp
 COPY --from=build /opt/offramp /opt/offramp

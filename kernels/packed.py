@@ -19,6 +19,7 @@ come without a promise to outside callers, so each is tried out before it is use
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Protocol
 
@@ -33,6 +34,7 @@ GROUP = 32
 _LEVELS = 15
 _LARGEST_BYTE = 127
 _SPARE = 64
+_BLOCK_ROWS = 2048
 
 
 class WeightForm(StrEnum):
@@ -196,9 +198,15 @@ def _stored(weight: Tensor, form: WeightForm) -> Tensor:
             _hold_in_fp16(weight)
             return weight.half().contiguous()
         case WeightForm.INT8:
-            return _bytes8(weight)
+            return _in_blocks(_bytes8, weight)
         case _:
-            return _bytes4(weight)
+            return _in_blocks(_bytes4, weight)
+
+
+def _in_blocks(convert: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """Rows converted some at a time, for it takes several times their memory; then spare bytes."""
+    rows = [convert(block).flatten() for block in weight.split(_BLOCK_ROWS)]
+    return torch.cat((*rows, torch.zeros(_SPARE, dtype=torch.uint8)))
 
 
 def _hold_in_fp16(weight: Tensor) -> None:
@@ -233,9 +241,8 @@ def _bytes4(weight: Tensor) -> Tensor:
 
 
 def _rows(*parts: Tensor) -> Tensor:
-    """Parts [out, groups, n] one after another in each row, with bytes behind that may be read."""
-    rows = torch.cat([part.flatten(1).view(torch.uint8) for part in parts], dim=1)
-    return torch.cat((rows.flatten(), torch.zeros(_SPARE, dtype=torch.uint8)))
+    """Parts [out, groups, n] one after another in each row."""
+    return torch.cat([part.flatten(1).view(torch.uint8) for part in parts], dim=1)
 
 
 def _divisor(scale: Tensor) -> Tensor:

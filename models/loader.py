@@ -62,12 +62,13 @@ def load_weights(
     plan = list(_plan(config))
     weights: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        files = _open_files(folder, stack)
-        _check(plan, files, config)
-        for done, fused in enumerate(plan, start=1):
-            weights[fused.name] = _read(fused, files, dtype)
-            if progress is not None:
-                progress(done, len(plan))
+        files = {path: _open(path, stack) for path in _weight_files(folder)}
+        homes = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118
+        _check(plan, {name: files[path] for name, path in homes.items()}, config)
+    for done, fused in enumerate(plan, start=1):
+        weights[fused.name] = _read(fused, homes, dtype)
+        if progress is not None:
+            progress(done, len(plan))
     return weights
 
 
@@ -131,18 +132,14 @@ def _linear(name: str, parts: list[tuple[str, int]], width: int, *, bias: bool) 
         yield Fused(f"{name}_bias", tuple((f"{part}.bias", (rows,)) for part, rows in parts))
 
 
-def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Open every weight file; returns the open file of each tensor name."""
-    files: dict[str, Any] = {}
-    for path in _weight_files(folder):
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except FileNotFoundError:
-            raise CheckpointError(f"weight file {path} does not exist") from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"weight file {path} is damaged: {error}") from error
-        files.update(dict.fromkeys(file.keys(), file))
-    return files
+def _open(path: Path, stack: ExitStack) -> Any:
+    """Open a weight file until ``stack`` closes it."""
+    try:
+        return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+    except FileNotFoundError:
+        raise CheckpointError(f"weight file {path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"weight file {path} is damaged: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -193,11 +190,15 @@ def _named(names: list[str]) -> str:
     return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _read(fused: Fused, files: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """Stack the parts straight into their place, so only one part is held twice."""
+def _read(fused: Fused, homes: dict[str, Path], dtype: torch.dtype) -> Tensor:
+    """Stack the parts straight into their place, so only one part is held twice.
+
+    Files are mapped, and what was read of one counts as this process's memory until it is closed.
+    """
     target = torch.empty(fused.shape, dtype=dtype)
     start = 0
     for name, shape in fused.parts:
-        target[start : start + shape[0]].copy_(files[name].get_tensor(name))
+        with ExitStack() as stack:
+            target[start : start + shape[0]].copy_(_open(homes[name], stack).get_tensor(name))
         start += shape[0]
     return target

@@ -21,6 +21,11 @@ class Segment:
         """Index of the first layer."""
         return self.layers[0].index
 
+    @property
+    def is_native(self) -> bool:
+        """Whether one call of the C kernels runs all its layers."""
+        return self._native is not None
+
     def __len__(self) -> int:
         return len(self.layers)
 

@@ -20,7 +20,8 @@ class Transformer:
     """A model cut into segments at ``exit_layers`` (ascending, each in 1 .. num_layers - 1).
 
     ``weights`` are the loader's canonical tensors, all of one dtype on one device; ``recipes`` say
-    in which form their matrices are kept (None: exactly).
+    in which form their matrices are kept (None: exactly). ``consume`` takes what is packed out of
+    ``weights``, so that no model is held twice.
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class Transformer:
         exit_layers: tuple[int, ...],
         max_positions: int,
         recipes: Recipes | None = None,
+        *,
+        consume: bool = False,
     ) -> None:
         self.config = config
         self.exit_layers = exit_layers
@@ -43,7 +46,13 @@ class Transformer:
         self._embed = None if tied else embed
         self.exit_forms = recipes.exits if recipes else None
         own = recipes.layers if recipes else None
-        layers = [DecoderLayer(config, index, weights, own) for index in range(config.num_layers)]
+        layers = []
+        for index in range(config.num_layers):
+            layers.append(DecoderLayer(config, index, weights, own))
+            if consume:
+                prefix = f"layers.{index}."
+                for name in [name for name in weights if name.startswith(prefix)]:
+                    del weights[name]
         bounds = [0, *exit_layers, config.num_layers]
         self.segments = [Segment(layers[begin:end]) for begin, end in pairwise(bounds)]
         self.rotary = RotaryTable(

@@ -30,6 +30,7 @@ OTHER_FLAGS = {
     "--max-tokens": "server/bench/command.py",
     "--rounds": "server/bench/command.py",
     "--long-prompt": "server/bench/command.py",
+    "--profile": "server/bench/command.py",
 }
 NOT_OURS = {"--help"}
 

@@ -87,7 +87,7 @@ def build_engine(
     heads = exits.heads
     exit_layers = tuple(head.layer for head in heads)
     recipes = choose(config.weights, weights, native=_native(config))
-    model = Transformer(shape, weights, exit_layers, max_model_len, recipes)
+    model = Transformer(shape, weights, exit_layers, max_model_len, recipes, consume=True)
     del weights
     return_freed_memory()
     num_rows = config.max_num_seqs * (1 + config.max_exit_debt) + config.max_num_batched_tokens

@@ -139,7 +139,7 @@ class ExitPolicy:
         # Share of checked tokens that may leave, by segment; learnt from every check.
         self._fires = [0.3] * num_segments
         # Share of guesses made there that full depth confirmed (lossless).
-        self._confirmed = [0.8] * num_segments
+        self._confirmed = [0.6] * num_segments
         self.lookups = Shares()
         """What looked-up guesses were worth to all requests so far."""
 

@@ -124,8 +124,8 @@ def test_one_call_does_what_the_operators_do(changes: dict[str, object], form: W
     shape = config(**changes)
     found = weights(shape, form)
     models = [build(shape, found, form), build(shape, found, WeightForm.PLAIN)]
-    assert all(segment._native is not None for segment in models[0].segments)
-    assert all(segment._native is None for segment in models[1].segments)
+    assert all(segment.is_native for segment in models[0].segments)
+    assert all(not segment.is_native for segment in models[1].segments)
     caches = [cache_of(shape), cache_of(shape)]
     first, second = table(0, 90), table(50, 40)
     steps = [
@@ -178,7 +178,7 @@ def test_the_input_is_left_as_it_was() -> None:
 def test_sizes_the_kernels_cannot_take_are_left_to_the_operators() -> None:
     shape = config(head_dim=24)
     model = build(shape, weights(shape, WeightForm.PLAIN), WeightForm.PLAIN)
-    assert all(segment._native is None for segment in model.segments)
+    assert all(not segment.is_native for segment in model.segments)
     shape = config(num_heads=4, num_kv_heads=2, head_dim=24, hidden_size=96)
     model = build(shape, weights(shape, WeightForm.FP32), WeightForm.FP32)
-    assert all(segment._native is None for segment in model.segments)
+    assert all(not segment.is_native for segment in model.segments)

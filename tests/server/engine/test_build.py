@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from offramp.kernels.native import library
 from offramp.models.exits.file import ExitFileError
 from offramp.models.exits.points import OperatingPoint
+from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
+from offramp.models.weights import Weights
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import EngineConfigError, _targets, build_engine
 from offramp.server.engine.bulk import run_all
@@ -44,6 +47,30 @@ def test_a_built_engine_answers(tiny_dir: Path) -> None:
     done = run_all(engine, [request], concurrency=1)
     assert len(done[0].token_ids) == 5
     assert done[0].exit_layers == [4] * 5
+
+
+@pytest.mark.parametrize("kernels", ["auto", "native", "torch"])
+def test_both_kinds_of_kernels_give_the_same_answer(tiny_dir: Path, kernels: str) -> None:
+    if kernels == "native" and library() is None:
+        pytest.skip("no C kernels on this machine")
+    engine = build(tiny_dir, max_model_len=64, weights=Weights.FP32, kernels=kernels)
+    runner = engine.runner
+    assert isinstance(runner, Runner)
+    native = [segment.is_native for segment in runner.model.segments]
+    assert native == [kernels != "torch" and library() is not None] * len(native)
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    request = GenerationRequest("a", tuple(range(5, 25)), sampling)
+    reference = build(tiny_dir, max_model_len=64, weights=Weights.FP32, kernels="torch")
+    expected = run_all(reference, [request], concurrency=1)
+    assert run_all(engine, [request], concurrency=1)[0].token_ids == expected[0].token_ids
+
+
+def test_kernels_that_must_and_cannot_be_compiled_are_refused(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp.server.engine.build.library", lambda: None)
+    with pytest.raises(EngineConfigError, match="--kernels native: they cannot be compiled here"):
+        build(tiny_dir, kernels="native")
 
 
 @pytest.mark.parametrize(
