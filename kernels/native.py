@@ -239,7 +239,7 @@ def compiled(compiler: list[str], folder: Path) -> Path:
     Raises OSError or SubprocessError.
     """
     flags = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi", *_tuning()]
-    words = [*compiler, *flags]
+    words = [*compiler, *flags, *shlex.split(os.environ.get("CFLAGS", ""))]
     identity = "\n".join([_SOURCE.read_text(encoding="utf-8"), *words, _processor()])
     target = folder / f"decoder-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if target.exists():

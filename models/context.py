@@ -81,8 +81,8 @@ class ForwardContext:
         return RowTable(
             self.places,
             self._positions,
-            torch.tensor(starts),
-            torch.tensor(tables),
+            torch.tensor(starts, device=self._device),
+            torch.tensor(tables, device=self._device),
             self.cache.block_size,
             1 + max(span.positions[-1] for span in self._spans),
             self.cos,

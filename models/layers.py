@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.kernels.backend import uses_triton
 from offramp.kernels.decoder import LayerSizes, LayerWeights
 from offramp.kernels.kv_store import store_kv
 from offramp.kernels.linear import Linear
 from offramp.kernels.paged_attention import paged_attention
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
+from offramp.kernels.row_attention import row_attention
 from offramp.models.config import ModelConfig
 from offramp.models.context import ForwardContext
 from offramp.models.weight_forms import Forms
@@ -96,8 +98,13 @@ class DecoderLayer:
         qk = rotate(qk, ctx.cos, ctx.sin)
         k_cache, v_cache = ctx.cache.layers[self.index]
         store_kv(qk[:, heads:], v, k_cache, v_cache, ctx.places)
-        windows = ctx.windows[self.index]
-        return self.o(paged_attention(qk[:, :heads], k_cache, v_cache, ctx.runs, windows))
+        if uses_triton(x.device):
+            window = config.sliding_window
+            attended = row_attention(qk[:, :heads], k_cache, v_cache, ctx.rows, window).flatten(1)
+        else:
+            windows = ctx.windows[self.index]
+            attended = paged_attention(qk[:, :heads], k_cache, v_cache, ctx.runs, windows)
+        return self.o(attended)
 
     def _mlp(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

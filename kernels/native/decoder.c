@@ -2,7 +2,8 @@
  *
  * Every sum runs in one order whatever else is in the batch, so a token's result does not depend on
  * the rows beside it, on the chunk of its prompt or on the number of threads. A dot product takes
- * columns a vector at a time into one vector of sums, which is then folded in halves.
+ * columns a vector at a time into one vector of sums, which is then folded in halves. (Weights below
+ * fp32 have a second way for many rows where there is a matrix unit, see MATRIX_UNIT.)
  *
  * Calls come through native.py, which has the same structures.
  */
@@ -31,17 +32,20 @@ enum { LANES = 16, TILE_ROWS = 6 };
 enum { LANES = 8, TILE_ROWS = 3 };
 #endif
 enum { GROUP = 32, VECTORS = GROUP / LANES };
-enum { TILE_OUTS = 4 };                 /* sums of a tile, TILE_OUTS x TILE_ROWS, stay in registers */
-enum { DIRECT_ROWS = TILE_ROWS };       /* for more, weights are unpacked once and used often */
-enum { PANEL_OUTS = 8, ROW_BLOCK = 96 };  /* unpacked weights and inputs that stay in the cache */
-enum { UNIT_OUTS = 32, UNIT_ROWS = 16 }; /* the same for the matrix unit */
-enum { KEYS_AHEAD = 16 };
-enum { AHEAD = 8 };                     /* rows of weights that memory is asked for in advance */
+/* The sums of a tile, TILE_OUTS x TILE_ROWS, stay in registers. */
+enum { TILE_OUTS = 4 };
+/* For more rows, weights are unpacked once and used often. */
+enum { DIRECT_ROWS = TILE_ROWS };
+/* Unpacked weights and inputs that stay in the cache; the same for the matrix unit. */
+enum { PANEL_OUTS = 8, ROW_BLOCK = 96, UNIT_OUTS = 32, UNIT_ROWS = 16 };
+/* Rows of weights, and keys, that memory is asked for in advance. */
+enum { AHEAD = 8, KEYS_AHEAD = 16 };
 
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float floats8 __attribute__((vector_size(32)));
 typedef float floats4 __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
 /* Forms of a weight matrix, whose columns come in groups of 32. A row is
  *   FP32, FP16   the values
  *   INT8         an fp16 scale for each group; 32 signed levels for each group (ggml's Q8_0)
@@ -73,9 +77,9 @@ struct batch {
     int32_t rows, block_size, longest; /* longest context */
     float *pages;                      /* [layers, 2, places, kv_heads, head_dim] */
     int64_t page_size;                 /* floats of one layer's K */
-    const int64_t *places;       /* [rows]: where each row's own K,V go */
-    const int64_t *positions;    /* [rows] */
-    const int64_t *first_blocks; /* [rows]: start of the row's block table in blocks */
+    const int64_t *places;             /* [rows]: where each row's own K,V go */
+    const int64_t *positions;          /* [rows] */
+    const int64_t *first_blocks;       /* [rows]: start of the row's block table in blocks */
     const int64_t *blocks;
     const float *cos, *sin; /* [rows, head_dim], sine negative in the first half */
 };
@@ -309,13 +313,13 @@ struct phase {
 
 /* One thread, with what it shares with the others and what is its own. */
 struct worker {
-    float *normed;    /* [rows, max(width, heads * head_dim)] */
-    float *wide;      /* [rows, max(qkv, 2 * inner)] */
-    uint32_t *halves; /* [rows up to a multiple of 16, widest columns] */
+    float *normed;       /* [rows, max(width, heads * head_dim)] */
+    float *wide;         /* [rows, max(qkv, 2 * inner)] */
+    uint32_t *halves;    /* [rows up to a multiple of 16, widest columns] */
     struct phase *phase; /* the one it is in, of an array that began as zeros */
-    float *panel;     /* own: UNIT_OUTS * widest columns, and room for the scales of TILE_OUTS rows */
-    float *scores;    /* own: [group, longest + LANES] */
-    int finished;     /* own: pieces of this phase that it did */
+    float *panel;        /* own: UNIT_OUTS * widest columns, then scales of TILE_OUTS rows */
+    float *scores;       /* own: [group, longest + LANES] */
+    int finished;        /* own: pieces of this phase that it did */
     int threads;
     int64_t *clock; /* [PARTS] nanoseconds to add to, of one thread; NULL for the others */
     int64_t since;
@@ -379,7 +383,8 @@ static int piece_size(int count, const struct worker *w) {
 #ifdef MATRIX_UNIT
 /* Products of fp32 on a unit that multiplies bf16: each number is the sum of two of bf16, and of the
  * four partial products the three largest are taken, which leaves errors of 2^-16 (known as bf16x3).
- * Only for forms that rounded already; a row's result depends on no other row here either. */
+ * A row's result depends on no other row here either, but it is not the vectors' to the last bit, so
+ * FP32, which is for exactness, stays with those. */
 
 static int unit_ready = 0;
 
@@ -680,7 +685,7 @@ INLINE void normalise(const float *x, const float *weight, float *out, int width
         *(floats *)(out + i) = *(const floats *)(x + i) * scale * *(const floats *)(weight + i);
 }
 
-/* Rotate the halves of x [head_dim] against each other; head_dim is a multiple of 32 or 16. */
+/* Rotate the halves of x [head_dim] against each other. */
 INLINE void rotate(const float *x, float *out, const float *cos, const float *sin, int dim) {
     int half = dim / 2;
     for (int i = 0; i < half; i++) {

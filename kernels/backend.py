@@ -1,0 +1,46 @@
+"""Triton, where it is installed: the kernels' side of GPUs.
+
+Under TRITON_INTERPRET=1 kernels run on CPU tensors, slowly, to be compared with their references.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+try:
+    import triton as _triton
+    import triton.language as _language
+except ImportError:
+    _triton = _language = None
+
+triton: Any = _triton
+tl: Any = _language
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(function: Any) -> Any:
+    """The function as a kernel; as it is, never to be launched, where there is no Triton."""
+    return function if triton is None else triton.jit(function)
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether tensors on ``device`` are for kernels rather than for references."""
+    return triton is not None and device.type == "cuda"
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """Triton's type for products of ``dtype``; fp32 in the interpreter, whose bf16 is wrong."""
+    if INTERPRETED:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
+        dtype
+    ]

@@ -1,0 +1,115 @@
+"""Attention through block tables: the reference against plain formulas, the kernel against it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from offramp.kernels.backend import triton
+from offramp.kernels.decoder import RowTable
+from offramp.kernels.row_attention import _parts, row_attention, row_attention_reference
+
+interpreted = pytest.mark.skipif(triton is None, reason="no triton")
+BLOCK = 4
+HEADS = {"one": (1, 1), "three share": (6, 2), "eight share": (8, 1), "four each": (4, 4)}
+
+
+def table(contexts: list[int]) -> RowTable:
+    """One row at the end of each context, its blocks scattered and out of order."""
+    sizes = [-(-context // BLOCK) for context in contexts]
+    blocks = torch.randperm(sum(sizes) + 3)[: sum(sizes)]
+    starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+    positions = torch.tensor(contexts) - 1
+    none = torch.empty(0)
+    return RowTable(none, positions, starts, blocks, BLOCK, max(contexts, default=1), none, none)
+
+
+def case(
+    contexts: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, RowTable]:
+    """Queries and caches, NaN wherever nobody may look."""
+    rows = table(contexts)
+    places = (sum(-(-context // BLOCK) for context in contexts) + 3) * BLOCK
+    k, v = torch.full((2, places, heads[1], dim), float("nan")).to(dtype)
+    for row, context in enumerate(contexts):
+        at = torch.arange(context)
+        used = rows.blocks[rows.first_blocks[row] + at // BLOCK] * BLOCK + at % BLOCK
+        k[used] = torch.randn(context, heads[1], dim).to(dtype)
+        v[used] = torch.randn(context, heads[1], dim).to(dtype)
+    return torch.randn(len(contexts), heads[0], dim).to(dtype), k, v, rows
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, rows: RowTable, window: int | None) -> Tensor:
+    """One query, one head and one key at a time, in float64."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for row, last in enumerate(rows.positions.tolist()):
+        first = max(0, last + 1 - window) if window else 0
+        blocks = rows.blocks[int(rows.first_blocks[row]) :].tolist()
+        places = [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(first, last + 1)]
+        for head in range(q.shape[1]):
+            keys = [k[place, head // group].double() for place in places]
+            scores = torch.stack([key @ q[row, head].double() for key in keys])
+            shares = (scores / q.shape[-1] ** 0.5).softmax(0)
+            values = torch.stack([v[place, head // group].double() for place in places])
+            out[row, head] = shares @ values
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=list(HEADS))
+def test_the_reference_is_attention(heads: tuple[int, int], window: int | None) -> None:
+    q, k, v, rows = case([1, 4, 7, 13], heads, 8)
+    expected = naive(q, k, v, rows, window)
+    got = row_attention_reference(q, k, v, rows, window).double()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=list(HEADS))
+def test_the_kernel_is_the_reference(heads: tuple[int, int], dim: int, parts: int) -> None:
+    """A first token, a whole tile, the first key of the next one, a prime; some parts are empty."""
+    q, k, v, rows = case([1, 32, 33, 97], heads, dim)
+    expected = row_attention_reference(q, k, v, rows, None)
+    torch.testing.assert_close(row_attention(q, k, v, rows, None, parts), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [1, 5, 40])
+def test_a_window_hides_what_is_before_it(window: int) -> None:
+    q, k, v, rows = case([1, 39, 40, 97], (6, 2), 64)
+    expected = row_attention_reference(q, k, v, rows, window)
+    torch.testing.assert_close(row_attention(q, k, v, rows, window, 2), expected)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)], ids=str
+)
+def test_halves_are_read_and_written(dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v, rows = case([5, 50], (6, 2), 64, dtype)
+    expected = row_attention_reference(q, k, v, rows, None)
+    got = row_attention(q, k, v, rows, None, 2)
+    assert got.dtype is dtype
+    torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=tolerance)
+
+
+@interpreted
+def test_caches_with_gaps_between_heads_and_places() -> None:
+    """Strides are taken from the tensors; a layer's pages are a slice of all layers'."""
+    q, k, v, rows = case([17, 30], (6, 2), 64)
+    wide_k, wide_v = (torch.full((len(k), 5, 2, 64), float("nan")) for _ in range(2))
+    wide_k[:, 3], wide_v[:, 3] = k, v
+    expected = row_attention_reference(q, k, v, rows, None)
+    torch.testing.assert_close(row_attention(q, wide_k[:, 3], wide_v[:, 3], rows, None), expected)
+
+
+@pytest.mark.parametrize(
+    ("programs", "longest", "parts"),
+    [(3, 100, 1), (3, 600, 2), (3, 9000, 32), (192, 9000, 1), (1000, 9000, 1), (0, 0, 1)],
+)
+def test_long_contexts_of_few_rows_are_cut(programs: int, longest: int, parts: int) -> None:
+    assert _parts(programs, longest) == parts
