@@ -132,25 +132,19 @@ def _attend(
     part = tl.program_id(2)
     queries = tl.arange(0, rows_of_product)
     columns = tl.arange(0, wide)
-    keys = tl.arange(0, tile)
     here = (queries < group)[:, None] & (columns < dim)[None, :]
     heads = head * group + queries
     at = q + row * q_row + heads[:, None] * q_head + columns[None, :]
     query = tl.load(at, mask=here, other=0.0).to(compute)
-    end = tl.load(positions + row) + 1
     table = blocks + tl.load(first_blocks + row)
-    begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
-    size = tl.cdiv(tl.cdiv(end - begin, parts), tile) * tile
-    first = begin + part * size
-    last = tl.minimum(first + size, end)
+    first, last = _span(tl.load(positions + row) + 1, window, part, parts, tile)
     top = tl.full([rows_of_product], float("-inf"), tl.float32)
     weight = tl.zeros([rows_of_product], tl.float32)
     answer = tl.zeros([rows_of_product, wide], tl.float32)
     for start in range(first, last, tile):
-        position = start + keys
+        position = start + tl.arange(0, tile)
         seen = position < last
-        block = tl.load(table + position // block_size, mask=seen, other=0)
-        place = (block * block_size + position % block_size) * kv_place + head * kv_head
+        place = _places(table, position, seen, block_size) * kv_place + head * kv_head
         loaded = seen[:, None] & (columns < dim)[None, :]
         offsets = place[:, None] + columns[None, :]
         key = tl.load(k + offsets, mask=loaded, other=0.0).to(compute)
@@ -160,14 +154,33 @@ def _attend(
         share = tl.exp(score - higher[:, None])
         fade = tl.exp(top - higher)
         value = tl.load(v + offsets, mask=loaded, other=0.0).to(compute)
-        mixed = tl.dot(share.to(compute), value, input_precision="ieee")
-        answer = answer * fade[:, None] + mixed
+        answer = tl.dot(share.to(compute), value, answer * fade[:, None], input_precision="ieee")
         weight = weight * fade + tl.sum(share, axis=1)
         top = higher
     slot = (row * tl.num_programs(1) * group + heads) * parts + part
     tl.store(sums + slot[:, None] * dim + columns[None, :], answer, mask=here)
     tl.store(most + slot, top, mask=queries < group)
     tl.store(total + slot, weight, mask=queries < group)
+
+
+@jit
+def _span(
+    end: tl.tensor, window: tl.tensor, part: tl.tensor, parts: tl.constexpr, tile: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The keys of one part, in whole tiles but for the last: first and behind the last."""
+    begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
+    size = tl.cdiv(tl.cdiv(end - begin, parts), tile) * tile
+    first = begin + part * size
+    return first, tl.minimum(first + size, end)
+
+
+@jit
+def _places(
+    table: tl.tensor, position: tl.tensor, seen: tl.tensor, block_size: tl.constexpr
+) -> tl.tensor:
+    """Places of positions under a block table; of those not ``seen``, some place."""
+    block = tl.load(table + position // block_size, mask=seen, other=0)
+    return block * block_size + position % block_size
 
 
 @jit
