@@ -29,7 +29,7 @@
 #if defined(__AVX512F__)
 enum { LANES = 16, TILE_ROWS = 6 };
 #else
-enum { LANES = 8, TILE_ROWS = 3 };
+enum { LANES = 8, TILE_ROWS = 2 };
 #endif
 enum { GROUP = 32, VECTORS = GROUP / LANES };
 /* The sums of a tile, TILE_OUTS x TILE_ROWS, stay in registers. */
@@ -292,15 +292,13 @@ INLINE void tiles(int form, const uint8_t *w, size_t w_stride, int columns, cons
 #if defined(__AVX512F__)
         for (; last - row >= 6; row += 6) TILE(4, 6);
         for (; last - row >= 4; row += 4) TILE(4, 4);
-#else
-        for (; last - row >= 3; row += 3) TILE(4, 3);
 #endif
         for (; last - row >= 2; row += 2) TILE(4, 2);
         for (; last - row >= 1; row += 1) TILE(4, 1);
     }
     for (; count > 0; count--, out++, w += w_stride) {
         int row = first;
-        for (; last - row >= 3; row += 3) TILE(1, 3);
+        for (; last - row >= 2; row += 2) TILE(1, 2);
         for (; last - row >= 1; row += 1) TILE(1, 1);
     }
 }
