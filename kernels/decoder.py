@@ -1,8 +1,7 @@
 """Whole decoder layers in one call: the partial-depth forward pass of a segment on a CPU.
 
-The reference is the composition of the other kernels in models/layers.py. A call costs what one of
-its forty operators a layer did, threads meet at barriers instead of at calls, and attention reads
-the pages through the block tables, whatever lies where.
+The reference is the composition of the other kernels in models/layers.py. No operator is called
+per layer, and attention reads the pages through the block tables, whatever lies where.
 """
 
 from __future__ import annotations
@@ -31,6 +30,11 @@ class LayerWeights:
     o: Linear
     gate_up: Linear
     down: Linear
+
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        """All matrices, in the order of native.Layer."""
+        return self.qkv, self.o, self.gate_up, self.down
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class NativeLayers:
     def of(cls, layers: Sequence[LayerWeights], sizes: LayerSizes) -> NativeLayers | None:
         """The layers, or None where the reference must serve."""
         found = library()
-        products = [each for layer in layers for each in _products(layer)]
+        products = [each for layer in layers for each in layer.products]
         native = all(product.native is not None for product in products)
         if found is None or not native or sizes.head_dim % _LANES:
             return None
@@ -115,14 +119,10 @@ class NativeLayers:
         return out
 
 
-def _products(layer: LayerWeights) -> tuple[Linear, ...]:
-    return layer.qkv, layer.o, layer.gate_up, layer.down
-
-
 def _struct(layer: LayerWeights) -> Layer:
     norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
     pointers = [None if norm is None else norm.data_ptr() for norm in norms]
-    return Layer(*pointers, *map(_matrix, _products(layer)), layer.index)
+    return Layer(*pointers, *map(_matrix, layer.products), layer.index)
 
 
 def _matrix(product: Linear) -> Matrix:

@@ -47,11 +47,6 @@ class DecoderLayer:
         self.q_norm, self.k_norm = own.get("q_norm"), own.get("k_norm")
 
     @property
-    def products(self) -> tuple[Linear, ...]:
-        """All matrices."""
-        return self.qkv, self.o, self.gate_up, self.down
-
-    @property
     def weights(self) -> LayerWeights:
         """What a kernel for whole layers needs of this one."""
         return LayerWeights(

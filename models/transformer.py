@@ -71,7 +71,7 @@ class Transformer:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that a token reads on its way through all layers and the LM head."""
-        products = [each for layer in self.layers for each in layer.products]
+        products = [each for layer in self.layers for each in layer.weights.products]
         return sum(product.nbytes for product in (*products, self.lm_head))
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, field
 
 from offramp.server.engine.lookup import Shares
@@ -135,7 +136,8 @@ class ExitPolicy:
     def __init__(self, num_segments: int, max_hold: float) -> None:
         self.costs = CostModel.of(num_segments)
         self._max_hold = max_hold
-        self._refusals = 0
+        # Counted apart: decisions that alternate would take each other's turns.
+        self._refusals: Counter[str] = Counter()
         # Share of checked tokens that may leave, by segment; learnt from every check.
         self._fires = [0.3] * num_segments
         # Share of guesses made there that full depth confirmed (lossless).
@@ -162,7 +164,7 @@ class ExitPolicy:
         saved = everyone * self._saved(segment, rows, 0)
         saved += (1 - everyone) * self._saved(segment, leavers, rows - leavers)
         paid = (1 - (1 - share) ** rows) * self._payment(segment, max(1.0, leavers))
-        return saved >= _MARGIN * (paid + costs.checks[segment].at(rows)) or self._probe()
+        return saved >= _MARGIN * (paid + costs.checks[segment].at(rows)) or self._probe("ask")
 
     def lets_go(self, segment: int, leaving: int, staying: int) -> bool:
         """Whether ``leaving`` slots gain time by leaving after ``segment``.
@@ -171,7 +173,7 @@ class ExitPolicy:
         does not pay, all stay; nobody is ever made to leave.
         """
         saved = self._saved(segment, leaving, staying)
-        return saved >= self._payment(segment, leaving) or self._probe()
+        return saved >= self._payment(segment, leaving) or self._probe("leave")
 
     def recompute_pays(self, segment: int, riding: int, owed: int) -> bool:
         """Whether ``owed`` rows ride along from ``segment`` for less than their projection."""
@@ -187,7 +189,7 @@ class ExitPolicy:
         right = self._confirmed[segment]
         expected = self._fires[segment] * (right * gain - (1 - right) * loss)
         pays = expected > self.costs.checks[segment].at(rows) / rows
-        return loss / (gain + loss) if gain > 0 and (pays or self._probe()) else NEVER
+        return loss / (gain + loss) if gain > 0 and (pays or self._probe("guess")) else NEVER
 
     def lookup_length(self, shares: Shares, size: int, rows: int) -> int:
         """How many looked-up tokens to verify along with a slot's next one.
@@ -245,6 +247,6 @@ class ExitPolicy:
         along = costs.above(segment + 1, 1 + leaving) - costs.above(segment + 1, 1)
         return min(costs.fill.at(leaving), along) if costs.fill.known else along
 
-    def _probe(self) -> bool:
-        self._refusals += 1
-        return self._refusals % _PROBE_EVERY == 0
+    def _probe(self, decision: str) -> bool:
+        self._refusals[decision] += 1
+        return self._refusals[decision] % _PROBE_EVERY == 0

@@ -153,6 +153,13 @@ def test_guesses_that_cost_more_than_they_gain_are_not_asked_for() -> None:
     assert sum(bound < 1 for bound in bounds) == 10
 
 
+def test_decisions_that_alternate_do_not_take_each_others_probes() -> None:
+    made = policy(segments=((2 * MS, 0.2 * MS), (2 * MS, 0.2 * MS)), head=(1 * MS, 0.1 * MS))
+    made.costs.checks[0] = measured(9 * MS, 0.0)
+    found = [(made.asks(0, 1), made.draft_bound(0, 1) < 1) for _ in range(320)]
+    assert [sum(kind) for kind in zip(*found, strict=True)] == [10, 10]
+
+
 def test_nobody_guesses_where_every_row_costs_the_same() -> None:
     made = policy(segments=((0.0, 1 * MS), (0.0, 1 * MS)), head=(0.0, 1 * MS))
     assert made.draft_bound(0, 1) == NEVER
