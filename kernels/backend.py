@@ -6,6 +6,8 @@ Under TRITON_INTERPRET=1 kernels run on CPU tensors, slowly, to be compared with
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,9 +29,25 @@ def jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+_rehearsing = False
+
+
 def uses_triton(device: torch.device) -> bool:
     """Whether tensors on ``device`` are for kernels rather than for references."""
-    return triton is not None and device.type == "cuda"
+    return triton is not None and (device.type == "cuda" or _rehearsing)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Kernels also for CPU tensors, interpreted: how what runs on GPUs is tested without one."""
+    global _rehearsing  # noqa: PLW0603 (a switch of tests, which would else patch every module)
+    if not INTERPRETED:
+        raise RuntimeError("a rehearsal needs TRITON_INTERPRET=1, set before this import")
+    _rehearsing = True
+    try:
+        yield
+    finally:
+        _rehearsing = False
 
 
 def next_power_of_2(number: int) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.kernels.compiler import Compiler
 
 Make = Callable[..., Tensor]
 
@@ -31,3 +34,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         (Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def compile_ahead() -> Iterator[Compiler]:
+    """Compiles kernels for GPUs that are not here."""
+    if find_spec("triton") is None:
+        pytest.skip("no triton")
+    with Compiler() as compiler:
+        yield compiler

@@ -1,0 +1,24 @@
+"""Rows chosen on the device, whose number the host does not know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowList:
+    """The first ``count`` of ``rows``; what lies behind them means nothing.
+
+    ``rows`` [n] and ``count`` [1] are int32. Kernels are launched for all n and those behind the
+    count return at once, so no launch waits for the host to learn it.
+    """
+
+    rows: Tensor
+    count: Tensor
+
+    @property
+    def chosen(self) -> Tensor:
+        """The rows as indices [count]; waits for the device, so for references only."""
+        return self.rows[: int(self.count)].long()
