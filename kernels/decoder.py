@@ -55,7 +55,8 @@ class RowTable:
     """Where T rows stand: int64 ``places`` [T] in the pages, ``positions`` [T] in their text.
 
     Row i reads the block table that begins at ``blocks[first_blocks[i]]``; ``longest`` is the
-    longest context. ``cos`` and ``sin`` [T, 1, head_dim] as RotaryTable gives them.
+    longest context. ``cos`` and ``sin`` [T, 1, head_dim] as RotaryTable gives them. ``count`` int32
+    [1] is the number of rows where only the device knows it (None: all T).
     """
 
     places: Tensor
@@ -66,6 +67,7 @@ class RowTable:
     longest: int
     cos: Tensor
     sin: Tensor
+    count: Tensor | None = None
 
 
 class NativeLayers:

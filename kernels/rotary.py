@@ -33,3 +33,8 @@ class RotaryTable:
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Angles of ``positions`` [T] as cos and signed sin, each [T, 1, head_dim]."""
         return self._cos[positions], self._sin[positions]
+
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Angles of all positions, [length, 1, head_dim] each."""
+        return self._cos, self._sin

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offramp.kernels.backend import compute_type, jit, next_power_of_2, tl
+from offramp.kernels.backend import compute_type, jit, next_power_of_2, tl, uses_triton
 from offramp.kernels.decoder import RowTable
 
 _KEYS = 32
@@ -29,7 +29,8 @@ def row_attention_reference(
     """See `row_attention`; one row after another, in plain operators."""
     heads, kv_heads = q.shape[1], k.shape[1]
     out = torch.empty_like(q)
-    for row, position in enumerate(rows.positions.tolist()):
+    count = len(q) if rows.count is None else int(rows.count)
+    for row, position in enumerate(rows.positions[:count].tolist()):
         first = max(0, position + 1 - window) if window else 0
         keys = torch.arange(first, position + 1, device=q.device)
         blocks = rows.blocks[rows.first_blocks[row] + keys // rows.block_size]
@@ -52,9 +53,11 @@ def row_attention(
     """Attend ``q`` [T, heads, head_dim] over one layer's ``k`` and ``v``; returns the same shape.
 
     The caches [places, kv_heads, head_dim] hold the rows' own K,V already. Row i sees positions up
-    to its own, the last ``window`` of them (None: all). The context is cut into ``parts``
-    (None: as many as keep a GPU busy).
+    to its own, the last ``window`` of them (None: all). Rows behind a count on the device are not
+    looked at. The context is cut into ``parts`` (None: as many as keep a GPU busy).
     """
+    if not uses_triton(q.device):
+        return row_attention_reference(q, k, v, rows, window)
     count, heads, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
@@ -71,6 +74,7 @@ def row_attention(
         rows.positions,
         rows.first_blocks,
         rows.blocks,
+        rows.count,
         sums,
         most,
         total,
@@ -90,7 +94,7 @@ def row_attention(
         compute=compute_type(q.dtype),
     )
     out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
-    _join[(count, heads)](sums, most, total, out, parts=parts, dim=dim, wide=wide)
+    _join[(count, heads)](sums, most, total, rows.count, out, parts=parts, dim=dim, wide=wide)
     return out
 
 
@@ -108,6 +112,7 @@ def _attend(
     positions: tl.tensor,
     first_blocks: tl.tensor,
     blocks: tl.tensor,
+    count: tl.tensor,
     sums: tl.tensor,
     most: tl.tensor,
     total: tl.tensor,
@@ -128,6 +133,8 @@ def _attend(
 ) -> None:
     """One row's queries of one K,V head against one part of its context."""
     row = tl.program_id(0).to(tl.int64)
+    if _behind(row, count):
+        return
     head = tl.program_id(1)
     part = tl.program_id(2)
     queries = tl.arange(0, rows_of_product)
@@ -164,6 +171,14 @@ def _attend(
 
 
 @jit
+def _behind(row: tl.tensor, count: tl.tensor) -> tl.tensor:
+    """Whether a row lies behind a count on the device (None: there is no count)."""
+    if count is None:
+        return row < 0
+    return row >= tl.load(count)
+
+
+@jit
 def _span(
     end: tl.tensor, window: tl.tensor, part: tl.tensor, parts: tl.constexpr, tile: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -188,12 +203,15 @@ def _join(
     sums: tl.tensor,
     most: tl.tensor,
     total: tl.tensor,
+    count: tl.tensor,
     out: tl.tensor,
     parts: tl.constexpr,
     dim: tl.constexpr,
     wide: tl.constexpr,
 ) -> None:
     """Put the parts of one row and head together."""
+    if _behind(tl.program_id(0), count):
+        return
     slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     columns = tl.arange(0, wide)
     inside = columns < dim

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.kernels.exit_gate import fused_key
 from offramp.kernels.linear import linear
 from offramp.models.exit_head import ExitHead
 from offramp.models.sampling_params import ExitCriterion
@@ -288,11 +289,7 @@ def second_key(fuse: Tensor | None, gate: Tensor, probs: Tensor) -> Tensor:
     it the gap itself is the score.
     """
     best = probs.topk(2, dim=-1).values
-    gap = best[:, 0] - best[:, 1]
-    if fuse is None:
-        return gap
-    keys = torch.stack((gate, best[:, 0], gap), dim=1).clamp(_EDGE, 1 - _EDGE).logit()
-    return torch.sigmoid(keys @ fuse[:3].to(keys.dtype) + fuse[3])
+    return fused_key(fuse, gate, best[:, 0], best[:, 0] - best[:, 1])
 
 
 def predictor_features(logits: Tensor, earlier: Tensor) -> Tensor:

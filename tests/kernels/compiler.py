@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -62,10 +63,17 @@ class Compiler:
         *,
         warps: int = 4,
         stages: int = 3,
+        divisible: Collection[str] = (),
         **constants: Any,
     ) -> Compiled:
-        """``module`` below offramp.kernels; a constant that is a text names a type of Triton's."""
+        """``module`` below offramp.kernels; a constant that is a text names a type of Triton's.
+
+        ``divisible`` names numbers that are multiples of 16, as Triton finds out when it launches;
+        pointers are. Without them loads are narrow, and nothing is fetched ahead.
+        """
         spec = {"module": module, "kernel": kernel, "target": target, "signature": signature}
+        aligned = {name for name, kind in signature.items() if kind.startswith("*")}
+        spec["divisible"] = sorted(aligned | set(divisible))
         spec |= {"constants": constants, "options": {"num_warps": warps, "num_stages": stages}}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -89,7 +97,10 @@ def _compile(spec: dict[str, Any]) -> dict[str, Any]:
         for name, value in spec["constants"].items()
     }
     signature = spec["signature"] | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, constants)
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in spec["divisible"]
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", spec["target"], 32)
     made = triton.compile(source, target=target, options=spec["options"])
     return {

@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernels.compiler import CompileError, Compiler
 
-TYPES = {"sums": "*fp32", "most": "*fp32", "total": "*fp32", "out": "*bf16"}
+TYPES = {"sums": "*fp32", "most": "*fp32", "total": "*fp32", "count": "*i32", "out": "*bf16"}
 SIZES = {"parts": 4, "dim": 80, "wide": 128}
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.kernels.kv_fill import copy_kv, project_kv
+from offramp.kernels.backend import rehearsal, triton
+from offramp.kernels.kv_fill import Projection, copy_kv, fill_kv, project_kv
+from offramp.kernels.riders import Riders
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable, rotate
+from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
 
 BLOCKS, SIZE, EPS = 6, 4, 1e-5
 
@@ -68,3 +71,103 @@ def _only(cache: Tensor, places: Tensor, expected: Tensor) -> None:
     others = torch.ones(len(flat), dtype=torch.bool)
     others[places] = False
     assert flat[others].eq(7.0).all()
+
+
+class Leavers:
+    """Slots that left on the device: scattered hidden rows, NaN in all others."""
+
+    def __init__(
+        self,
+        count: int,
+        heads: tuple[int, int, int],
+        wide: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        extras: bool = False,
+    ) -> None:
+        layers, kv_heads, dim = heads
+        limit = count + 3
+        self.riders = Riders.empty(limit, _cpu())
+        self.slots = torch.randperm(limit)[:count]
+        self.riders.slots[:count] = self.slots.to(torch.int32)
+        self.riders.places[:count] = torch.randperm(BLOCKS * SIZE)[:count]
+        self.riders.positions[:count] = torch.randint(0, 30, (count,))
+        self.riders.count.fill_(count)
+        self.hidden = torch.full((limit, wide), float("nan"), dtype=dtype)
+        self.hidden[self.slots] = (3 * torch.randn(count, wide)).to(dtype)
+        out = 2 * layers * kv_heads * dim
+        bias = torch.randn(out).to(dtype) if extras else None
+        norm = torch.randn(layers, dim).to(dtype) if extras else None
+        weight = (torch.randn(out, wide) / wide**0.5).to(dtype)
+        self.projection = Projection(weight, bias, norm)
+        turns = 1.0 / 50 ** (torch.arange(dim // 2) / dim)
+        self.angles = RotaryTable(turns, 30, 1.0, dtype, _cpu()).angles
+        self.pages = empty_pages(layers, kv_heads, dim).to(dtype)
+
+    def fill(self) -> Tensor:
+        pages = self.pages.clone()
+        fill_kv(self.hidden, self.riders, self.projection, pages, self.angles, EPS)
+        return pages
+
+
+interpreted = pytest.mark.skipif(triton is None, reason="no triton")
+
+
+@interpreted
+@pytest.mark.parametrize("extras", [True, False], ids=["bias and key norm", "plain"])
+@pytest.mark.parametrize(
+    ("count", "heads", "wide"),
+    [(0, (2, 1, 64), 64), (1, (1, 3, 64), 96), (17, (3, 2, 80), 130), (2, (2, 1, 128), 40)],
+)
+def test_the_kernel_fills_what_the_reference_fills(
+    count: int,
+    heads: tuple[int, int, int],
+    wide: int,
+    extras: bool,  # noqa: FBT001
+) -> None:
+    """And nothing else: pages that nobody owes keep what they hold."""
+    left = Leavers(count, heads, wide, extras=extras)
+    expected = left.fill()
+    with rehearsal():
+        found = left.fill()
+    assert torch.equal(found == 7.0, expected == 7.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)], ids=str
+)
+def test_the_kernel_fills_halves(dtype: torch.dtype, tolerance: float) -> None:
+    left = Leavers(3, (2, 2, 64), 96, dtype)
+    expected = left.fill()
+    with rehearsal():
+        found = left.fill()
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_the_kernel_compiles(compile_ahead: Compiler, target: int, dtype: str, dim: int) -> None:
+    names = ["hidden", "weight", "bias", "k_norm", "cos", "sin", "pages"]
+    types = dict.fromkeys(names, f"*{dtype}") | {"slots": "*i32", "count": "*i32"}
+    types |= {"positions": "*i64", "places": "*i64", "eps": "fp32"}
+    strides = ["ins", "hidden_row", "w_row", "layer_step", "kind_step", "place_step"]
+    types |= dict.fromkeys(strides, "i32")
+    compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
+    wide = {64: 32, 80: 64, 128: 64}[dim]
+    sizes = {"kv_heads": 8, "dim": dim, "wide": wide, "tile_rows": 16, "whole": True}
+    made = compile_ahead(
+        "kv_fill",
+        "_fill",
+        target,
+        types,
+        divisible=strides,
+        **sizes,
+        tile_ins=64 if dtype == "fp32" else 128,
+        compute=compute,
+    )
+    assert made.shared_bytes <= SHARED_BYTES[target]
+    assert not made.spills

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from offramp.kernels.backend import triton
+from offramp.kernels.backend import rehearsal, triton
 from offramp.kernels.decoder import RowTable
 from offramp.kernels.row_attention import _parts, row_attention, row_attention_reference
+from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
 
 interpreted = pytest.mark.skipif(triton is None, reason="no triton")
 BLOCK = 4
@@ -57,6 +60,18 @@ def naive(q: Tensor, k: Tensor, v: Tensor, rows: RowTable, window: int | None) -
     return out
 
 
+def kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: RowTable,
+    window: int | None = None,
+    parts: int | None = None,
+) -> Tensor:
+    with rehearsal():
+        return row_attention(q, k, v, rows, window, parts)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=list(HEADS))
 def test_the_reference_is_attention(heads: tuple[int, int], window: int | None) -> None:
@@ -74,7 +89,7 @@ def test_the_kernel_is_the_reference(heads: tuple[int, int], dim: int, parts: in
     """A first token, a whole tile, the first key of the next one, a prime; some parts are empty."""
     q, k, v, rows = case([1, 32, 33, 97], heads, dim)
     expected = row_attention_reference(q, k, v, rows, None)
-    torch.testing.assert_close(row_attention(q, k, v, rows, None, parts), expected)
+    torch.testing.assert_close(kernel(q, k, v, rows, None, parts), expected)
 
 
 @interpreted
@@ -82,7 +97,7 @@ def test_the_kernel_is_the_reference(heads: tuple[int, int], dim: int, parts: in
 def test_a_window_hides_what_is_before_it(window: int) -> None:
     q, k, v, rows = case([1, 39, 40, 97], (6, 2), 64)
     expected = row_attention_reference(q, k, v, rows, window)
-    torch.testing.assert_close(row_attention(q, k, v, rows, window, 2), expected)
+    torch.testing.assert_close(kernel(q, k, v, rows, window, 2), expected)
 
 
 @interpreted
@@ -92,7 +107,7 @@ def test_a_window_hides_what_is_before_it(window: int) -> None:
 def test_halves_are_read_and_written(dtype: torch.dtype, tolerance: float) -> None:
     q, k, v, rows = case([5, 50], (6, 2), 64, dtype)
     expected = row_attention_reference(q, k, v, rows, None)
-    got = row_attention(q, k, v, rows, None, 2)
+    got = kernel(q, k, v, rows, None, 2)
     assert got.dtype is dtype
     torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=tolerance)
 
@@ -104,7 +119,26 @@ def test_caches_with_gaps_between_heads_and_places() -> None:
     wide_k, wide_v = (torch.full((len(k), 5, 2, 64), float("nan")) for _ in range(2))
     wide_k[:, 3], wide_v[:, 3] = k, v
     expected = row_attention_reference(q, k, v, rows, None)
-    torch.testing.assert_close(row_attention(q, wide_k[:, 3], wide_v[:, 3], rows, None), expected)
+    torch.testing.assert_close(kernel(q, wide_k[:, 3], wide_v[:, 3], rows), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("count", [0, 2])
+def test_rows_behind_the_count_are_left_alone(count: int) -> None:
+    """They may point anywhere: what a device counted leaves stale rows behind it."""
+    q, k, v, rows = case([9, 33, 5, 70], (6, 2), 64)
+    expected = row_attention_reference(q[:count], k, v, rows, None) if count else q[:0]
+    stale = torch.full((4,), 10**6)
+    rows = replace(
+        rows,
+        positions=torch.cat((rows.positions[:count], stale[count:])),
+        first_blocks=torch.cat((rows.first_blocks[:count], stale[count:])),
+        count=torch.tensor([count], dtype=torch.int32),
+    )
+    torch.testing.assert_close(row_attention(q, k, v, rows, None)[:count], expected)
+    found = kernel(q, k, v, rows, None, 2)
+    torch.testing.assert_close(found[:count], expected)
+    assert found[count:].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -113,3 +147,32 @@ def test_caches_with_gaps_between_heads_and_places() -> None:
 )
 def test_long_contexts_of_few_rows_are_cut(programs: int, longest: int, parts: int) -> None:
     assert _parts(programs, longest) == parts
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("group", "dim"), [(3, 64), (8, 128)], ids=["small", "large"])
+def test_it_compiles(
+    compile_ahead: Compiler, target: int, dtype: str, group: int, dim: int
+) -> None:
+    types = dict.fromkeys(["q", "k", "v"], f"*{dtype}")
+    types |= dict.fromkeys(["positions", "first_blocks", "blocks"], "*i64")
+    types |= dict.fromkeys(["sums", "most", "total"], "*fp32")
+    types |= {"count": "*i32", "scale": "fp32", "window": "i32"}
+    strides = ["q_row", "q_head", "kv_place", "kv_head"]
+    types |= dict.fromkeys(strides, "i32")
+    compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
+    sizes = {"parts": 4, "block_size": 32, "group": group, "rows_of_product": 16}
+    sizes |= {"dim": dim, "wide": dim, "tile": 32}
+    made = compile_ahead(
+        "row_attention", "_attend", target, types, divisible=strides, **sizes, compute=compute
+    )
+    assert made.shared_bytes <= SHARED_BYTES[target]
+    assert not made.spills
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_joining_parts_compiles(compile_ahead: Compiler, target: int) -> None:
+    types = {"sums": "*fp32", "most": "*fp32", "total": "*fp32", "count": "*i32", "out": "*bf16"}
+    made = compile_ahead("row_attention", "_join", target, types, parts=4, dim=80, wide=128)
+    assert not made.spills

@@ -1,0 +1,295 @@
+"""Let tokens leave without asking the host: the decision of an exit, made on the device.
+
+The gate fires for some riders (`fire`), the exit's logits are made for those alone, and the second
+key lets some of them leave (`leave`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.kernels.backend import jit, next_power_of_2, tl, uses_triton
+from offramp.kernels.exit_gate import EDGE, fused_key
+from offramp.kernels.logit_scores import LogitScores
+from offramp.kernels.riders import Riders, SlotStates, land, land_reference
+from offramp.kernels.row_list import RowList
+
+
+@dataclass(frozen=True, slots=True)
+class Fired:
+    """Riders whose gate fired: ``rows`` among them and their ``slots``, int32 [limit].
+
+    ``gate`` fp32 [limit] are their scores; ``count`` int32 [1].
+    """
+
+    rows: Tensor
+    slots: Tensor
+    gate: Tensor
+    count: Tensor
+
+    @classmethod
+    def empty(cls, limit: int, device: torch.device) -> Fired:
+        """Room for ``limit``."""
+        rows, slots, count = (
+            torch.zeros(size, dtype=torch.int32, device=device) for size in (limit, limit, 1)
+        )
+        return cls(rows, slots, torch.zeros(limit, device=device), count)
+
+    @property
+    def list(self) -> RowList:
+        """The slots as rows."""
+        return RowList(self.slots, self.count)
+
+    def first(self, limit: int) -> Fired:
+        """The same memory with room for ``limit``."""
+        return Fired(self.rows[:limit], self.slots[:limit], self.gate[:limit], self.count)
+
+
+def fire(
+    inner: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    floor: float,
+    thresholds: Tensor,
+    states: SlotStates,
+    riders: Riders,
+    fired: Fired,
+) -> None:
+    """Send all ``riders`` one stage up, and list those that may leave: gate at least ``floor``.
+
+    ``inner`` [limit, g] is the gate's hidden layer; ``down`` [1, g], ``down_bias`` [1].
+    ``thresholds`` fp32 [slots] are those of this exit; above 1 a slot does not ask.
+    """
+    if not uses_triton(inner.device):
+        fire_reference(inner, down, down_bias, floor, thresholds, states, riders, fired)
+        return
+    wide = next_power_of_2(riders.limit)
+    _fire[(1,)](
+        inner,
+        down,
+        down_bias,
+        thresholds,
+        states.stage,
+        states.waited,
+        riders.slots,
+        riders.count,
+        fired.rows,
+        fired.slots,
+        fired.gate,
+        fired.count,
+        floor,
+        inner.shape[1],
+        inner.stride(0),
+        thresholds.stride(0),
+        wide=wide,
+        tile=columns(wide),
+    )
+
+
+def columns(wide: int) -> int:
+    """Columns of the gate's hidden layer in one step of ``wide`` riders: what registers hold."""
+    return max(4, min(64, 2048 // wide))
+
+
+def fire_reference(
+    inner: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    floor: float,
+    thresholds: Tensor,
+    states: SlotStates,
+    riders: Riders,
+    fired: Fired,
+) -> None:
+    """See `fire`."""
+    slots = riders.list.chosen
+    states.stage[slots] += 1
+    states.waited[slots] = 0
+    gate = torch.sigmoid((inner[: len(slots)].float() * down.float()).sum(-1) + down_bias.float())
+    rows = ((gate >= floor) & (thresholds[slots] <= 1)).nonzero().squeeze(-1)
+    count = len(rows)
+    fired.rows[:count] = rows.to(torch.int32)
+    fired.slots[:count] = slots[rows].to(torch.int32)
+    fired.gate[:count] = gate[rows]
+    fired.count.fill_(count)
+
+
+def leave(
+    fired: Fired,
+    scores: LogitScores,
+    tokens: Tensor,
+    fuse: Tensor | None,
+    thresholds: Tensor,
+    depth: int,
+    states: SlotStates,
+    riders: Riders,
+    leavers: Riders,
+) -> None:
+    """Let those of ``fired`` leave whose second key reaches their slot's threshold.
+
+    ``scores`` and ``tokens`` [limit] int64 are in the order of ``fired``, ``fuse`` [4] or None as
+    in `fused_key`. Leavers get their token from ``depth`` layers, go back to the ground, and are
+    listed with the position and place their K,V are owed for.
+    """
+    if not uses_triton(tokens.device):
+        leave_reference(fired, scores, tokens, fuse, thresholds, depth, states, riders, leavers)
+        return
+    _leave[(1,)](
+        fired.rows,
+        fired.slots,
+        fired.gate,
+        fired.count,
+        scores.top,
+        scores.gap,
+        tokens,
+        fuse,
+        thresholds,
+        states.stage,
+        states.waited,
+        states.token,
+        states.position,
+        states.index,
+        states.emitted,
+        states.depth,
+        riders.positions,
+        riders.places,
+        leavers.slots,
+        leavers.positions,
+        leavers.places,
+        leavers.count,
+        thresholds.stride(0),
+        edge=EDGE,
+        depth=depth,
+        wide=next_power_of_2(leavers.limit),
+    )
+
+
+def leave_reference(
+    fired: Fired,
+    scores: LogitScores,
+    tokens: Tensor,
+    fuse: Tensor | None,
+    thresholds: Tensor,
+    depth: int,
+    states: SlotStates,
+    riders: Riders,
+    leavers: Riders,
+) -> None:
+    """See `leave`."""
+    slots = fired.list.chosen
+    number = len(slots)
+    score = fused_key(fuse, fired.gate[:number], scores.top[:number], scores.gap[:number])
+    going = (score >= thresholds[slots]).nonzero().squeeze(-1)
+    rows, count = fired.rows[going].long(), len(going)
+    leavers.slots[:count] = slots[going].to(torch.int32)
+    leavers.positions[:count] = riders.positions[rows]
+    leavers.places[:count] = riders.places[rows]
+    leavers.count.fill_(count)
+    land_reference(states, slots[going], tokens[going], depth)
+
+
+@jit
+def _fire(
+    inner: tl.tensor,
+    down: tl.tensor,
+    down_bias: tl.tensor,
+    thresholds: tl.tensor,
+    stage: tl.tensor,
+    waited: tl.tensor,
+    slots: tl.tensor,
+    count: tl.tensor,
+    to_rows: tl.tensor,
+    to_slots: tl.tensor,
+    to_gate: tl.tensor,
+    to_count: tl.tensor,
+    floor: tl.tensor,
+    width: tl.tensor,
+    inner_row: tl.tensor,
+    threshold_row: tl.tensor,
+    wide: tl.constexpr,
+    tile: tl.constexpr,
+) -> None:
+    """One program looks at all riders."""
+    row = tl.arange(0, wide)
+    real = row < tl.load(count)
+    slot = tl.load(slots + row, mask=real, other=0)
+    here = tl.load(stage + slot, mask=real, other=0)
+    tl.store(stage + slot, here + 1, mask=real)
+    tl.store(waited + slot, 0, mask=real)
+    total = tl.zeros([wide], tl.float32)
+    for start in range(0, width, tile):
+        k = start + tl.arange(0, tile)
+        there = k < width
+        at = inner + row[:, None] * inner_row + k[None, :]
+        values = tl.load(at, mask=real[:, None] & there[None, :], other=0.0).to(tl.float32)
+        weight = tl.load(down + k, mask=there, other=0.0).to(tl.float32)
+        total += tl.sum(values * weight[None, :], axis=1)
+    gate = tl.sigmoid(total + tl.load(down_bias).to(tl.float32))
+    threshold = tl.load(thresholds + slot * threshold_row, mask=real, other=2.0)
+    fires = real & (gate >= floor) & (threshold <= 1.0)
+    place = tl.cumsum(fires.to(tl.int32), axis=0) - 1
+    tl.store(to_rows + place, row, mask=fires)
+    tl.store(to_slots + place, slot, mask=fires)
+    tl.store(to_gate + place, gate, mask=fires)
+    tl.store(to_count, tl.sum(fires.to(tl.int32), axis=0))
+
+
+@jit
+def _leave(
+    rows: tl.tensor,
+    slots: tl.tensor,
+    gates: tl.tensor,
+    count: tl.tensor,
+    tops: tl.tensor,
+    gaps: tl.tensor,
+    tokens: tl.tensor,
+    fuse: tl.tensor,
+    thresholds: tl.tensor,
+    stage: tl.tensor,
+    waited: tl.tensor,
+    token: tl.tensor,
+    position: tl.tensor,
+    index: tl.tensor,
+    emitted: tl.tensor,
+    depth_of: tl.tensor,
+    positions: tl.tensor,
+    places: tl.tensor,
+    to_slots: tl.tensor,
+    to_positions: tl.tensor,
+    to_places: tl.tensor,
+    to_count: tl.tensor,
+    threshold_row: tl.tensor,
+    edge: tl.constexpr,
+    depth: tl.constexpr,
+    wide: tl.constexpr,
+) -> None:
+    """One program looks at all whose gate fired."""
+    item = tl.arange(0, wide)
+    real = item < tl.load(count)
+    row = tl.load(rows + item, mask=real, other=0)
+    slot = tl.load(slots + item, mask=real, other=0)
+    score = tl.load(gaps + item, mask=real, other=0.0)
+    if fuse is not None:
+        gate = tl.load(gates + item, mask=real, other=0.5)
+        top = tl.load(tops + item, mask=real, other=0.5)
+        total = _logit(gate, edge) * tl.load(fuse) + _logit(top, edge) * tl.load(fuse + 1)
+        score = tl.sigmoid(total + _logit(score, edge) * tl.load(fuse + 2) + tl.load(fuse + 3))
+    threshold = tl.load(thresholds + slot * threshold_row, mask=real, other=2.0)
+    going = real & (score >= threshold)
+    place = tl.cumsum(going.to(tl.int32), axis=0) - 1
+    tl.store(to_slots + place, slot, mask=going)
+    tl.store(to_positions + place, tl.load(positions + row, mask=going, other=0), mask=going)
+    tl.store(to_places + place, tl.load(places + row, mask=going, other=0), mask=going)
+    tl.store(to_count, tl.sum(going.to(tl.int32), axis=0))
+    made = tl.load(tokens + item, mask=going, other=0)
+    land(stage, waited, token, position, index, emitted, depth_of, slot, made, going, depth)
+
+
+@jit
+def _logit(share: tl.tensor, edge: tl.constexpr) -> tl.tensor:
+    """Log odds of a probability."""
+    share = tl.minimum(tl.maximum(share, edge), 1 - edge)
+    return tl.log(share / (1 - share))

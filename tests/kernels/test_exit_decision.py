@@ -1,0 +1,182 @@
+"""The decision of an exit: by hand, then the kernels against the references."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from offramp.kernels.backend import rehearsal, triton
+from offramp.kernels.exit_decision import Fired, columns, fire, leave
+from offramp.kernels.exit_gate import fused_key
+from offramp.kernels.logit_scores import LogitScores
+from offramp.kernels.riders import Riders, SlotStates
+from tests.kernels.compiler import TARGETS, Compiler
+
+CPU = torch.device("cpu")
+STAYS = 2.0
+interpreted = pytest.mark.skipif(triton is None, reason="no triton")
+both = pytest.mark.parametrize(
+    "kernels", [False, pytest.param(True, marks=interpreted)], ids=["reference", "kernel"]
+)
+
+
+class Exit:
+    """Riders of segment 0 before the exit behind it; every second slot is empty."""
+
+    def __init__(self, count: int, limit: int, width: int = 24) -> None:
+        self.states = SlotStates.empty(2 * limit, 2, CPU)
+        self.riders = Riders.empty(limit, CPU)
+        slots = 2 * torch.randperm(limit)[:count]
+        self.riders.slots[:count] = slots.to(torch.int32)
+        self.riders.count.fill_(count)
+        self.riders.positions.copy_(torch.randint(0, 90, (limit,)))
+        self.riders.places.copy_(torch.randperm(1000)[:limit])
+        self.states.stage[slots] = 0
+        self.states.position[slots] = self.riders.positions[:count]
+        self.states.waited[slots] = 3
+        self.inner = torch.full((limit, width), float("nan"))
+        self.inner[:count] = torch.randn(count, width)
+        self.down, self.down_bias = torch.randn(1, width), torch.randn(1)
+        # One column of many exits' thresholds: their stride is not 1.
+        self.thresholds = torch.full((2 * limit, 3), STAYS)[:, 1]
+        self.thresholds[slots] = torch.rand(count)
+        self.fired, self.leavers = Fired.empty(limit, CPU), Riders.empty(limit, CPU)
+        self.scores = LogitScores.empty(limit, CPU)
+        self.tokens = torch.randint(0, 1000, (limit,))
+        self.fuse: Tensor | None = torch.randn(4)
+
+    def fire(self, floor: float, *, kernels: bool) -> list[int]:
+        """Rows that fire."""
+        given = (self.inner, self.down, self.down_bias, floor, self.thresholds)
+        if kernels:
+            with rehearsal():
+                fire(*given, self.states, self.riders, self.fired)
+        else:
+            fire(*given, self.states, self.riders, self.fired)
+        rows: list[int] = self.fired.rows[: int(self.fired.count)].tolist()
+        assert self.fired.list.chosen.tolist() == [int(self.riders.slots[row]) for row in rows]
+        return rows
+
+    def show(self, top: list[float], gap: list[float]) -> None:
+        """Scores of the logits, in the order of those that fired."""
+        self.scores.top[: len(top)] = torch.tensor(top)
+        self.scores.gap[: len(gap)] = torch.tensor(gap)
+
+    def leave(self, *, kernels: bool) -> list[int]:
+        """Slots that leave."""
+        given = (self.fired, self.scores, self.tokens, self.fuse, self.thresholds, 8)
+        if kernels:
+            with rehearsal():
+                leave(*given, self.states, self.riders, self.leavers)
+        else:
+            leave(*given, self.states, self.riders, self.leavers)
+        return self.leavers.list.chosen.tolist()
+
+    @property
+    def gates(self) -> Tensor:
+        """Gate scores of the riders, in float64."""
+        inner = self.inner[: int(self.riders.count)].double()
+        return torch.sigmoid(inner @ self.down[0].double() + self.down_bias.double())
+
+
+@both
+def test_all_go_up_and_those_whose_gate_fires_are_listed(*, kernels: bool) -> None:
+    found = Exit(5, 7)
+    order = found.gates.argsort().tolist()
+    floor = float(found.gates[order[2]])
+    asleep = int(found.riders.slots[order[4]])
+    found.thresholds[asleep] = STAYS
+    assert found.fire(floor - 1e-4, kernels=kernels) == sorted(order[2:4])
+    slots = found.riders.list.chosen
+    assert found.states.stage[slots].tolist() == [1] * 5
+    assert found.states.waited[slots].tolist() == [0] * 5
+    assert int((found.states.stage == 1).sum()) == 5
+    gate = found.fired.gate[:2].double()
+    torch.testing.assert_close(gate, found.gates[sorted(order[2:4])], rtol=0, atol=1e-5)
+
+
+@both
+def test_without_riders_nobody_fires(*, kernels: bool) -> None:
+    found = Exit(0, 3)
+    assert found.fire(0.0, kernels=kernels) == []
+    assert found.leave(kernels=kernels) == []
+
+
+@both
+def test_who_reaches_its_own_threshold_leaves(*, kernels: bool) -> None:
+    """Without weights the gap is the score; a score at the threshold is enough."""
+    found = Exit(4, 4)
+    found.fuse = None
+    rows = found.fire(0.0, kernels=kernels)
+    slots = [int(found.riders.slots[row]) for row in rows]
+    for slot, threshold in zip(slots, (0.5, 0.5, 0.9, 0.1), strict=True):
+        found.thresholds[slot] = threshold
+    found.show([0.9] * 4, [0.5, 0.49, 0.95, 0.05])
+    before = found.states.position.clone()
+    assert found.leave(kernels=kernels) == [slots[0], slots[2]]
+    assert found.leavers.positions[:2].tolist() == found.riders.positions[rows][[0, 2]].tolist()
+    assert found.leavers.places[:2].tolist() == found.riders.places[rows][[0, 2]].tolist()
+    gone, kept = [slots[0], slots[2]], [slots[1], slots[3]]
+    assert found.states.stage[gone].tolist() == [0, 0]
+    assert found.states.stage[kept].tolist() == [1, 1]
+    assert found.states.token[gone].tolist() == found.tokens[[0, 2]].tolist()
+    assert found.states.emitted[gone].tolist() == found.tokens[[0, 2]].tolist()
+    assert found.states.emitted[kept].tolist() == [-1, -1]
+    assert found.states.depth[gone].tolist() == [8, 8]
+    assert (found.states.position - before)[gone].tolist() == [1, 1]
+    assert (found.states.position - before)[kept].tolist() == [0, 0]
+
+
+@both
+def test_the_second_key_weighs_gate_top_and_gap(*, kernels: bool) -> None:
+    found = Exit(3, 3)
+    rows = found.fire(0.0, kernels=kernels)
+    top, gap = [0.3, 0.999999999, 0.7], [0.1, 0.999999999, 0.0]
+    found.show(top, gap)
+    assert found.fuse is not None
+    scores = fused_key(found.fuse, found.gates[rows].float(), torch.tensor(top), torch.tensor(gap))
+    slots = found.riders.slots[rows].long()
+    found.thresholds[slots] = scores + torch.tensor([1e-3, -1e-3, -1e-3])
+    assert found.leave(kernels=kernels) == slots[1:].tolist()
+
+
+@interpreted
+@pytest.mark.parametrize(("count", "limit", "width"), [(1, 1, 256), (31, 53, 33), (130, 130, 8)])
+def test_the_kernels_are_the_references(count: int, limit: int, width: int) -> None:
+    found = Exit(count, limit, width)
+    twin = Exit(count, limit, width)
+    for name in ("inner", "down", "down_bias", "thresholds", "tokens", "fuse"):
+        setattr(twin, name, getattr(found, name))
+    for name in ("states", "riders"):
+        old = getattr(found, name)
+        setattr(twin, name, type(old)(*(getattr(old, f.name).clone() for f in fields(old))))
+    assert found.fire(0.4, kernels=True) == twin.fire(0.4, kernels=False)
+    number = int(found.fired.count)
+    top, gap = torch.rand(2, number).tolist()
+    for each in (found, twin):
+        each.show(top, gap)
+    assert found.leave(kernels=True) == twin.leave(kernels=False)
+    for field in fields(found.states):
+        name = field.name
+        assert torch.equal(getattr(found.states, name), getattr(twin.states, name)), name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("wide", [1, 64, 256, 512])
+def test_they_compile(compile_ahead: Compiler, target: int, wide: int) -> None:
+    types = dict.fromkeys(["inner", "down", "down_bias"], "*bf16") | {"thresholds": "*fp32"}
+    types |= dict.fromkeys(["stage", "waited", "slots", "count"], "*i32")
+    types |= {"to_rows": "*i32", "to_slots": "*i32", "to_gate": "*fp32", "to_count": "*i32"}
+    types |= {"floor": "fp32", "width": "i32", "inner_row": "i32", "threshold_row": "i32"}
+    made = compile_ahead("exit_decision", "_fire", target, types, wide=wide, tile=columns(wide))
+    assert not made.spills
+    small = ["rows", "slots", "count", "stage", "waited", "depth_of", "to_slots", "to_count"]
+    large = ["tokens", "token", "position", "index", "emitted", "positions", "places"]
+    large += ["to_positions", "to_places"]
+    types = dict.fromkeys(["gates", "tops", "gaps", "fuse", "thresholds"], "*fp32")
+    types |= dict.fromkeys(small, "*i32") | dict.fromkeys(large, "*i64") | {"threshold_row": "i32"}
+    made = compile_ahead("exit_decision", "_leave", target, types, edge=1e-5, depth=8, wide=wide)
+    assert not made.spills
