@@ -61,7 +61,8 @@ def fire(
     """Send all ``riders`` one stage up, and list those that may leave: gate at least ``floor``.
 
     ``inner`` [limit, g] is the gate's hidden layer; ``down`` [1, g], ``down_bias`` [1].
-    ``thresholds`` fp32 [slots] are those of this exit; above 1 a slot does not ask.
+    ``thresholds`` fp32 [slots] are those of this exit; above 1 a slot does not ask, at 0 it leaves
+    whatever the gate says.
     """
     if not uses_triton(inner.device):
         fire_reference(inner, down, down_bias, floor, thresholds, states, riders, fired)
@@ -109,7 +110,8 @@ def fire_reference(
     states.stage[slots] += 1
     states.waited[slots] = 0
     gate = torch.sigmoid((inner[: len(slots)].float() * down.float()).sum(-1) + down_bias.float())
-    rows = ((gate >= floor) & (thresholds[slots] <= 1)).nonzero().squeeze(-1)
+    asked = thresholds[slots]
+    rows = (((gate >= floor) | (asked <= 0)) & (asked <= 1)).nonzero().squeeze(-1)
     count = len(rows)
     fired.rows[:count] = rows.to(torch.int32)
     fired.slots[:count] = slots[rows].to(torch.int32)
@@ -229,7 +231,7 @@ def _fire(
         total += tl.sum(values * weight[None, :], axis=1)
     gate = tl.sigmoid(total + tl.load(down_bias).to(tl.float32))
     threshold = tl.load(thresholds + slot * threshold_row, mask=real, other=2.0)
-    fires = real & (gate >= floor) & (threshold <= 1.0)
+    fires = real & ((gate >= floor) | (threshold <= 0.0)) & (threshold <= 1.0)
     place = tl.cumsum(fires.to(tl.int32), axis=0) - 1
     tl.store(to_rows + place, row, mask=fires)
     tl.store(to_slots + place, slot, mask=fires)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.native import Matrix as NativeMatrix
-from offramp.kernels.packed import Native, WeightForm, available, pack
+from offramp.kernels.packed import Native, Plain, WeightForm, available, pack
 
 
 class Linear:
@@ -40,6 +40,11 @@ class Linear:
         return self._packed.matrix if isinstance(self._packed, Native) else None
 
     @property
+    def plain(self) -> Tensor | None:
+        """The weight itself, if it is kept as it is."""
+        return self._packed.weight if isinstance(self._packed, Plain) else None
+
+    @property
     def weight(self) -> Tensor:
         """The weight [out, in] as its products see it."""
         return self.rows(torch.arange(self.shape[0], device=self._like.device))
@@ -48,6 +53,8 @@ class Linear:
         """Rows ``ids`` [n] of the weight, [n, in]."""
         if isinstance(self._packed, Native):
             return self._packed.rows(ids)
+        if isinstance(self._packed, Plain):
+            return self._packed.weight[ids]
         # Other forms do not tell; their products of the unit vectors do.
         unit = torch.eye(self.shape[1], dtype=self._like.dtype, device=self._like.device)
         with torch.no_grad():

@@ -126,22 +126,23 @@ class _FBGEMM:
         return out
 
 
-class _Plain:
+class Plain:
     """The weight as it is, for what has no packed form."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
+        self.weight, self._bias = weight, bias
         self.nbytes = weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
+        """``x`` [n, in] to [n, out]."""
+        return F.linear(x, self.weight, self._bias)
 
 
 def pack(weight: Tensor, bias: Tensor | None, form: WeightForm) -> Packed:
     """``weight`` [out, in] with ``bias`` [out] in ``form``; raises PackError if it cannot be."""
     match form:
         case WeightForm.PLAIN:
-            return _Plain(weight, bias)
+            return Plain(weight, bias)
         case WeightForm.ONEDNN_FP32:
             return _OneDNN(weight, bias, torch.float32)
         case WeightForm.ONEDNN_BF16:

@@ -25,15 +25,17 @@ class SlotStates:
     """What the device knows of every slot; tensors [slots] unless said otherwise.
 
     ``stage`` int32; ``waited`` int32, rides passed by since the slot came to its stage; ``token``
-    int64, the newest, at ``position`` int64; ``index`` int64 counts the answer's tokens; ``table``
-    int64 [slots, blocks] lists the slot's K,V blocks. ``emitted`` int64 and ``depth`` int32 are the
-    token that the last ride made, and the layers it took (EMPTY: none).
+    int64, the newest, at ``position`` int64; from position ``end`` int64 on nobody rides, since
+    there are no blocks for it yet or nobody wants it; ``index`` int64 counts the answer's tokens;
+    ``table`` int64 [slots, blocks] lists the slot's K,V blocks. ``emitted`` int64 and ``depth``
+    int32 are the token that the last ride made, and the layers it took (EMPTY: none).
     """
 
     stage: Tensor
     waited: Tensor
     token: Tensor
     position: Tensor
+    end: Tensor
     index: Tensor
     table: Tensor
     emitted: Tensor
@@ -51,6 +53,7 @@ class SlotStates:
             waited=numbers(torch.int32, 0),
             token=numbers(torch.int64, 0),
             position=numbers(torch.int64, 0),
+            end=numbers(torch.int64, 0),
             index=numbers(torch.int64, 0),
             table=numbers(torch.int64, 0, blocks),
             emitted=numbers(torch.int64, EMPTY),
@@ -115,6 +118,7 @@ def board(
         states.stage,
         states.waited,
         states.position,
+        states.end,
         states.table,
         riders.slots,
         riders.positions,
@@ -134,8 +138,9 @@ def board_reference(
     states: SlotStates, riders: Riders, segment: int, holds: Tensor, *, block_size: int
 ) -> None:
     """See `board`."""
-    here = (states.stage == segment).nonzero().squeeze(-1)
-    ready = int((states.stage == 0).sum())
+    able = states.position < states.end
+    here = ((states.stage == segment) & able).nonzero().squeeze(-1)
+    ready = int(((states.stage == 0) & able).sum())
     share, patience = holds[segment].tolist()
     waited = int(states.waited[here].max()) if len(here) else 0
     if segment and len(here) < share * ready and waited < patience:
@@ -195,6 +200,7 @@ def _board(
     stage: tl.tensor,
     waited: tl.tensor,
     position: tl.tensor,
+    end: tl.tensor,
     table: tl.tensor,
     to_slots: tl.tensor,
     to_positions: tl.tensor,
@@ -212,10 +218,12 @@ def _board(
     slot = tl.arange(0, wide)
     real = slot < slots
     at = tl.load(stage + slot, mask=real, other=-1)
-    here = at == segment
+    now = tl.load(position + slot, mask=real, other=0)
+    able = now < tl.load(end + slot, mask=real, other=0)
+    here = able & (at == segment)
     count = tl.sum(here.to(tl.int32), axis=0)
     if segment > 0:
-        ready = tl.sum((at == 0).to(tl.int32), axis=0).to(tl.float32)
+        ready = tl.sum((able & (at == 0)).to(tl.int32), axis=0).to(tl.float32)
         since = tl.load(waited + slot, mask=here, other=0)
         few = count.to(tl.float32) < tl.load(holds + segment * 2) * ready
         fresh = tl.max(since, axis=0).to(tl.float32) < tl.load(holds + segment * 2 + 1)
@@ -224,7 +232,6 @@ def _board(
             tl.store(to_count, 0)
             return
     place = tl.cumsum(here.to(tl.int32), axis=0) - 1
-    now = tl.load(position + slot, mask=here, other=0)
     first = slot.to(tl.int64) * blocks
     block = tl.load(table + first + now // block_size, mask=here, other=0)
     tl.store(to_slots + place, slot, mask=here)

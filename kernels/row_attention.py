@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offramp.kernels.backend import compute_type, jit, next_power_of_2, tl, uses_triton
 from offramp.kernels.decoder import RowTable
+from offramp.kernels.row_list import behind
 
 _KEYS = 32
 """Keys a program looks at in one go."""
@@ -133,7 +134,7 @@ def _attend(
 ) -> None:
     """One row's queries of one K,V head against one part of its context."""
     row = tl.program_id(0).to(tl.int64)
-    if _behind(row, count):
+    if behind(row, count):
         return
     head = tl.program_id(1)
     part = tl.program_id(2)
@@ -171,14 +172,6 @@ def _attend(
 
 
 @jit
-def _behind(row: tl.tensor, count: tl.tensor) -> tl.tensor:
-    """Whether a row lies behind a count on the device (None: there is no count)."""
-    if count is None:
-        return row < 0
-    return row >= tl.load(count)
-
-
-@jit
 def _span(
     end: tl.tensor, window: tl.tensor, part: tl.tensor, parts: tl.constexpr, tile: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -210,7 +203,7 @@ def _join(
     wide: tl.constexpr,
 ) -> None:
     """Put the parts of one row and head together."""
-    if _behind(tl.program_id(0), count):
+    if behind(tl.program_id(0), count):
         return
     slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     columns = tl.arange(0, wide)

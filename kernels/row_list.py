@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from offramp.kernels.backend import jit, tl
+
 
 @dataclass(frozen=True, slots=True)
 class RowList:
@@ -22,3 +24,11 @@ class RowList:
     def chosen(self) -> Tensor:
         """The rows as indices [count]; waits for the device, so for references only."""
         return self.rows[: int(self.count)].long()
+
+
+@jit
+def behind(row: tl.tensor, count: tl.tensor | None) -> tl.tensor:
+    """Whether a row lies behind a count on the device (None: there is no count)."""
+    if count is None:
+        return row < 0
+    return row >= tl.load(count)

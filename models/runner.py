@@ -27,7 +27,7 @@ from offramp.models.step import (
     Step,
     StepResult,
 )
-from offramp.models.transformer import Transformer, identity_projection
+from offramp.models.transformer import Transformer, kv_projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +164,6 @@ class Runner:
         return self._index(places)
 
     def _projection(self, head: ExitHead) -> _Projection:
-        layers = self.model.layers[head.layer :]
-        norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
-        weight, bias = head.kv_map, head.kv_bias
-        if weight is None:
-            weight, bias = identity_projection(self.model, head.layer)
-        forms = self.model.exit_forms
-        packed = Linear(weight, bias, forms and forms(weight))
-        return _Projection(packed, torch.stack(norms) if norms else None)
+        made, forms = kv_projection(self.model, head), self.model.exit_forms
+        packed = Linear(made.weight, made.bias, forms and forms(made.weight))
+        return _Projection(packed, made.k_norm)

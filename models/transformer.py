@@ -7,10 +7,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from offramp.kernels.kv_fill import Projection
 from offramp.kernels.linear import Linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable
 from offramp.models.config import ModelConfig
+from offramp.models.exit_head import ExitHead
 from offramp.models.layers import DecoderLayer
 from offramp.models.segment import Segment
 from offramp.models.weight_forms import Recipes
@@ -74,6 +76,12 @@ class Transformer:
         products = [each for layer in self.layers for each in layer.weights.products]
         return sum(product.nbytes for product in (*products, self.lm_head))
 
+    @property
+    def embeddings(self) -> Tensor:
+        """All embeddings [vocab, d], where they are kept as they are."""
+        assert self._embed is not None
+        return self._embed
+
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [n, d] of token ids [n]."""
         return self.lm_head.rows(ids) if self._embed is None else self._embed[ids]
@@ -104,3 +112,13 @@ def identity_projection(model: Transformer, first: int) -> tuple[Tensor, Tensor 
     weight = torch.cat([layer.qkv.weight[start:] * layer.attn_norm for layer in layers])
     biases = [layer.qkv.bias[start:] for layer in layers if layer.qkv.bias is not None]
     return weight, torch.cat(biases) if biases else None
+
+
+def kv_projection(model: Transformer, head: ExitHead) -> Projection:
+    """What fills K,V above an exit: its own learned map, else the identity projection."""
+    layers = model.layers[head.layer :]
+    norms = [layer.k_norm for layer in layers if layer.k_norm is not None]
+    weight, bias = head.kv_map, head.kv_bias
+    if weight is None:
+        weight, bias = identity_projection(model, head.layer)
+    return Projection(weight, bias, torch.stack(norms) if norms else None)

@@ -49,7 +49,7 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
     embed = weights["embed"]
     if embed.device.type != "cpu" or embed.dtype is not torch.float32:
         if wish is Weights.AUTO:
-            return _all(WeightForm.PLAIN)
+            return as_they_are()
         raise WeightFormError(f"--weights {wish} is for fp32 on a CPU; use --weights auto")
     native = native and available(WeightForm.FP32)
     spare = _first(WeightForm.ONEDNN_FP32, WeightForm.PLAIN)
@@ -74,6 +74,11 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
         Weights.INT4: functools.partial(_nearest, (WeightForm.INT8, half, exact, spare)),
     }
     return Recipes(layers.get(wish, nearest), head.get(wish, nearest), nearest)
+
+
+def as_they_are() -> Recipes:
+    """No matrix is packed: what kernels of GPUs read."""
+    return _all(WeightForm.PLAIN)
 
 
 def _all(form: WeightForm) -> Recipes:

@@ -99,6 +99,13 @@ def test_all_go_up_and_those_whose_gate_fires_are_listed(*, kernels: bool) -> No
 
 
 @both
+def test_a_threshold_of_nothing_asks_no_gate(*, kernels: bool) -> None:
+    found = Exit(3, 3)
+    found.thresholds[found.riders.slots[1].long()] = 0.0
+    assert found.fire(1.01, kernels=kernels) == [1]
+
+
+@both
 def test_without_riders_nobody_fires(*, kernels: bool) -> None:
     found = Exit(0, 3)
     assert found.fire(0.0, kernels=kernels) == []

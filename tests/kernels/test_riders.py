@@ -29,6 +29,7 @@ def states(stages: list[int]) -> SlotStates:
     made = SlotStates.empty(len(stages), 5, CPU)
     made.stage.copy_(torch.tensor(stages))
     made.position.copy_(torch.randint(0, 5 * BLOCK, (len(stages),)))
+    made.end.fill_(5 * BLOCK)
     made.table.copy_(torch.randperm(len(stages) * 5).view(len(stages), 5))
     return made
 
@@ -65,6 +66,18 @@ def test_nobody_boards_where_nobody_is(*, kernels: bool) -> None:
     made = states([0, EMPTY, 0])
     assert boarded(made, 1, EAGER, kernels=kernels) == []
     assert boarded(states([EMPTY]), 0, EAGER, kernels=kernels) == []
+
+
+@both
+def test_nobody_rides_past_its_end(*, kernels: bool) -> None:
+    """Nor counts as ready; with a later end it goes on."""
+    made = states([0, 1, 0])
+    made.end[0] = made.position[0]
+    assert boarded(made, 0, NEVER, kernels=kernels) == [2]
+    made.end[2] = 0
+    assert boarded(made, 1, NEVER, kernels=kernels) == [1]
+    made.end[0] += 1
+    assert boarded(made, 0, NEVER, kernels=kernels) == [0]
 
 
 @both
@@ -152,7 +165,7 @@ def test_embeddings_lie_where_their_slots_are(count: int, width: int, *, kernels
 @pytest.mark.parametrize("wide", [1, 64, 512])
 def test_they_compile(compile_ahead: Compiler, target: int, wide: int) -> None:
     small = ["stage", "waited", "to_slots", "to_count"]
-    large = ["position", "table", "to_positions", "to_places", "to_first_blocks"]
+    large = ["position", "end", "table", "to_positions", "to_places", "to_first_blocks"]
     types = dict.fromkeys(small, "*i32") | dict.fromkeys(large, "*i64") | {"holds": "*fp32"}
     types |= {"slots": "i32", "blocks": "i32"}
     made = compile_ahead("riders", "_board", target, types, segment=1, block_size=16, wide=wide)

@@ -22,6 +22,7 @@ from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
 from offramp.models.loader import load_weights
 from offramp.models.transformer import Transformer
+from offramp.models.weight_forms import Recipes
 
 LAYERS = 6
 EXITS = (2, 4)
@@ -68,7 +69,9 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
-def make(hf_config: PreTrainedConfig, folder: Path) -> tuple[Any, Transformer]:
+def make(
+    hf_config: PreTrainedConfig, folder: Path, recipes: Recipes | None = None
+) -> tuple[Any, Transformer]:
     """Transformers' model with random weights, and ours loaded from its files."""
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
@@ -79,7 +82,7 @@ def make(hf_config: PreTrainedConfig, folder: Path) -> tuple[Any, Transformer]:
     theirs.save_pretrained(folder)
     config = config_from_hf(folder)
     weights = load_weights(folder, config, dtype=torch.float32)
-    return theirs, Transformer(config, weights, EXITS, POSITIONS)
+    return theirs, Transformer(config, weights, EXITS, POSITIONS, recipes)
 
 
 def new_cache(model: Transformer, blocks: int = 40) -> KVCache:

@@ -1,0 +1,197 @@
+"""Decoding of many slots at once, one ride after another, without waiting for the host.
+
+A ride runs every segment once, from the ground to the head: riders gather, leave and are held on
+the device (decode_pass.py), and what they made comes back in pinned memory while the next ride is
+already under way. The host says who has which slot and learns a ride late what became of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.kernels.riders import EMPTY, SlotStates
+from offramp.kernels.sampling import SamplingTable
+from offramp.models.decode_pass import DecodePass, SlotTables
+from offramp.models.exit_head import ExitHead
+from offramp.models.graphs import Launches, Recorder
+from offramp.models.kv_cache import KVCache
+from offramp.models.sampling_params import SamplingParams
+from offramp.models.transformer import Transformer
+
+NEVER = 2.0
+"""A threshold that no score reaches: the slot does not even ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boarding:
+    """A request takes ``slot``: its newest ``token``, not yet run, stands at ``position``.
+
+    The next token made has number ``index`` in the answer. ``table`` lists the K,V blocks; from
+    position ``end`` on nothing is run. ``thresholds`` are the scores at which a token leaves each
+    exit.
+    """
+
+    slot: int
+    token: int
+    position: int
+    index: int
+    table: Sequence[int]
+    end: int
+    sampling: SamplingParams
+    thresholds: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A slot's new token, from ``depth`` layers."""
+
+    token: int
+    depth: int
+
+
+class Ride:
+    """A ride under way; ``result`` waits for its end."""
+
+    def __init__(self, emitted: Tensor, depth: Tensor, ended: torch.cuda.Event | None) -> None:
+        self._emitted, self._depth, self._ended = emitted, depth, ended
+
+    def result(self) -> dict[int, Landed]:
+        """What the slots made, by slot; who is held or has no slot made nothing."""
+        if self._ended is not None:
+            self._ended.synchronize()
+        depths = self._depth.tolist()
+        made = enumerate(self._emitted.tolist())
+        return {slot: Landed(token, depths[slot]) for slot, token in made if token != EMPTY}
+
+
+class DecodeLoop:
+    """Owns the slots' states on the device.
+
+    ``slots`` is the most requests that may decode at once, ``max_blocks`` the K,V blocks of the
+    longest of them. Rides are recorded for powers of two of live slots.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        heads: Sequence[ExitHead],
+        vocab: Tensor | None,
+        cache: KVCache,
+        slots: int,
+        max_blocks: int,
+    ) -> None:
+        self._device = model.device
+        self._num_segments = len(heads) + 1
+        self.states = SlotStates.empty(slots, max_blocks, model.device)
+        sampling = SamplingTable.greedy(slots, model.device)
+        thresholds = torch.full((slots, len(heads)), NEVER, device=model.device)
+        holds = torch.zeros(self._num_segments, 2, device=model.device)
+        self.tables = SlotTables(sampling, thresholds, holds)
+        self._pass = DecodePass(model, heads, vocab, cache, self.states, self.tables)
+        self._limits = [*_powers_below(slots), slots]
+        # All of them now, while nobody has a slot: recording runs what it records.
+        recorder = Recorder(model.device)
+        self._recorded = {
+            (segment, limit): self._record(recorder, segment, limit)
+            for limit in self._limits
+            for segment in range(self._num_segments)
+        }
+
+    def board(self, boardings: Sequence[Boarding]) -> None:
+        """Give slots to requests; they ride from the next launch on."""
+        if not boardings:
+            return
+        states, sampling = self.states, self.tables.sampling
+        slots = self._index([each.slot for each in boardings])
+        numbers = [(each.token, each.position, each.index) for each in boardings]
+        states.token[slots], states.position[slots], states.index[slots] = self._index(numbers).T
+        params = [each.sampling for each in boardings]
+        sampling.temperature[slots] = self._reals([each.temperature for each in params])
+        sampling.top_p[slots] = self._reals([each.top_p for each in params])
+        sampling.min_p[slots] = self._reals([each.min_p for each in params])
+        sampling.top_k[slots] = self._index([each.top_k for each in params]).to(torch.int32)
+        sampling.seed[slots] = self._index([_signed(each.seed) for each in params])
+        self.tables.thresholds[slots] = self._reals([list(each.thresholds) for each in boardings])
+        blocks = {(each.slot, i): b for each in boardings for i, b in enumerate(each.table)}
+        self.grow(blocks, {each.slot: each.end for each in boardings})
+        states.waited.index_fill_(0, slots, 0)
+        states.stage.index_fill_(0, slots, 0)
+
+    def grow(self, blocks: Mapping[tuple[int, int], int], ends: Mapping[int, int]) -> None:
+        """Write K,V blocks, by slot and place in its table, and slots' new ends."""
+        if blocks:
+            slots, places = self._index(list(blocks)).T
+            self.states.table[slots, places] = self._index(list(blocks.values()))
+        if ends:
+            self.states.end[self._index(list(ends))] = self._index(list(ends.values()))
+
+    def ask(self, thresholds: Mapping[int, Sequence[float]]) -> None:
+        """Change the scores at which slots' tokens leave."""
+        if thresholds:
+            rows = self._reals([list(row) for row in thresholds.values()])
+            self.tables.thresholds[self._index(list(thresholds))] = rows
+
+    def hold(self, holds: Sequence[tuple[float, float]]) -> None:
+        """For each segment the share of ready slots to wait for, and the rides to wait at most."""
+        self.tables.holds.copy_(self._reals([list(pair) for pair in holds]), non_blocking=True)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Take slots back; a ride under way may still make a token for them."""
+        if slots:
+            self.states.stage.index_fill_(0, self._index(slots), EMPTY)
+
+    def launch(self, live: int) -> Ride:
+        """Start a ride for the slots given out, ``live`` in all."""
+        with torch.inference_mode():
+            for segment in range(self._num_segments):
+                self.launch_segment(segment, live)
+            emitted, depth = self._to_host(self.states.emitted), self._to_host(self.states.depth)
+        ended = None
+        if self._device.type == "cuda":
+            ended = torch.cuda.Event()
+            ended.record()
+        return Ride(emitted, depth, ended)
+
+    def launch_segment(self, segment: int, live: int) -> None:
+        """Start one segment of a ride."""
+        limit = self._limits[bisect_left(self._limits, live)]
+        self._recorded[segment, limit]()
+
+    def _record(self, recorder: Recorder, segment: int, limit: int) -> Launches:
+        with torch.inference_mode():
+            return recorder.record(lambda: self._pass.run(segment, limit))
+
+    def _index(self, values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
+        return self._to_device(torch.tensor(values, dtype=torch.int64))
+
+    def _reals(self, values: Sequence[float] | Sequence[list[float]]) -> Tensor:
+        return self._to_device(torch.tensor(values, dtype=torch.float32))
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return values
+        # Pinned, so that the copy is in line behind the ride under way instead of waiting for it.
+        return values.pin_memory().to(self._device, non_blocking=True)
+
+    def _to_host(self, values: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return values.clone()
+        held = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return held.copy_(values, non_blocking=True)
+
+
+def _powers_below(number: int) -> Iterator[int]:
+    power = 1
+    while power < number:
+        yield power
+        power *= 2
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as a signed number."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
