@@ -82,8 +82,13 @@ class Riders:
         def zeros(dtype: torch.dtype, size: int = limit) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        wide = (zeros(torch.int64) for _ in range(3))
-        return cls(zeros(torch.int32), *wide, zeros(torch.int32, 1))
+        return cls(
+            slots=zeros(torch.int32),
+            positions=zeros(torch.int64),
+            places=zeros(torch.int64),
+            first_blocks=zeros(torch.int64),
+            count=zeros(torch.int32, 1),
+        )
 
     @property
     def limit(self) -> int:
@@ -97,8 +102,13 @@ class Riders:
 
     def first(self, limit: int) -> Riders:
         """The same memory with room for ``limit``."""
-        kept = (self.slots, self.positions, self.places, self.first_blocks)
-        return Riders(*(each[:limit] for each in kept), self.count)
+        return Riders(
+            self.slots[:limit],
+            self.positions[:limit],
+            self.places[:limit],
+            self.first_blocks[:limit],
+            self.count,
+        )
 
 
 def board(

@@ -8,20 +8,21 @@ already under way. The host says who has which slot and learns a ride late what 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from offramp.kernels.kv_fill import Projection
 from offramp.kernels.riders import EMPTY, SlotStates
 from offramp.kernels.sampling import SamplingTable
 from offramp.models.decode_pass import DecodePass, SlotTables
-from offramp.models.exit_head import ExitHead
+from offramp.models.exit_checks import Exits
 from offramp.models.graphs import Launches, Recorder
 from offramp.models.kv_cache import KVCache
 from offramp.models.sampling_params import SamplingParams
-from offramp.models.transformer import Transformer
 
 NEVER = 2.0
 """A threshold that no score reaches: the slot does not even ask."""
@@ -54,19 +55,40 @@ class Landed:
     depth: int
 
 
+@dataclass(frozen=True, slots=True)
+class RideResult:
+    """``landed``: what slots made; who is held or has no slot made nothing.
+
+    ``waiting`` counts for each segment the slots that wait there now.
+    """
+
+    landed: dict[int, Landed]
+    waiting: tuple[int, ...]
+
+
 class Ride:
-    """A ride under way; ``result`` waits for its end."""
+    """A ride under way; the tensors are its results, on their way to the host."""
 
-    def __init__(self, emitted: Tensor, depth: Tensor, ended: torch.cuda.Event | None) -> None:
-        self._emitted, self._depth, self._ended = emitted, depth, ended
+    def __init__(
+        self,
+        emitted: Tensor,
+        depth: Tensor,
+        stage: Tensor,
+        num_segments: int,
+        ended: torch.cuda.Event | None,
+    ) -> None:
+        self._emitted, self._depth, self._stage = emitted, depth, stage
+        self._num_segments = num_segments
+        self._ended = ended
 
-    def result(self) -> dict[int, Landed]:
-        """What the slots made, by slot; who is held or has no slot made nothing."""
+    def result(self) -> RideResult:
+        """Wait for the ride's end."""
         if self._ended is not None:
             self._ended.synchronize()
-        depths = self._depth.tolist()
+        depths, stages = self._depth.tolist(), Counter(self._stage.tolist())
         made = enumerate(self._emitted.tolist())
-        return {slot: Landed(token, depths[slot]) for slot, token in made if token != EMPTY}
+        landed = {slot: Landed(token, depths[slot]) for slot, token in made if token != EMPTY}
+        return RideResult(landed, tuple(stages[segment] for segment in range(self._num_segments)))
 
 
 class DecodeLoop:
@@ -78,24 +100,24 @@ class DecodeLoop:
 
     def __init__(
         self,
-        model: Transformer,
-        heads: Sequence[ExitHead],
-        vocab: Tensor | None,
+        exits: Exits,
+        projections: Sequence[Projection],
         cache: KVCache,
         slots: int,
         max_blocks: int,
     ) -> None:
-        self._device = model.device
-        self._num_segments = len(heads) + 1
-        self.states = SlotStates.empty(slots, max_blocks, model.device)
-        sampling = SamplingTable.greedy(slots, model.device)
-        thresholds = torch.full((slots, len(heads)), NEVER, device=model.device)
-        holds = torch.zeros(self._num_segments, 2, device=model.device)
+        device = exits.model.device
+        self._device = device
+        self._num_segments = len(exits.heads) + 1
+        self.states = SlotStates.empty(slots, max_blocks, device)
+        sampling = SamplingTable.greedy(slots, device)
+        thresholds = torch.full((slots, len(exits.heads)), NEVER, device=device)
+        holds = torch.zeros(self._num_segments, 2, device=device)
         self.tables = SlotTables(sampling, thresholds, holds)
-        self._pass = DecodePass(model, heads, vocab, cache, self.states, self.tables)
+        self._pass = DecodePass(exits, projections, cache, self.states, self.tables)
         self._limits = [*_powers_below(slots), slots]
         # All of them now, while nobody has a slot: recording runs what it records.
-        recorder = Recorder(model.device)
+        recorder = Recorder(device)
         self._recorded = {
             (segment, limit): self._record(recorder, segment, limit)
             for limit in self._limits
@@ -151,11 +173,12 @@ class DecodeLoop:
             for segment in range(self._num_segments):
                 self.launch_segment(segment, live)
             emitted, depth = self._to_host(self.states.emitted), self._to_host(self.states.depth)
+            stage = self._to_host(self.states.stage)
         ended = None
         if self._device.type == "cuda":
             ended = torch.cuda.Event()
             ended.record()
-        return Ride(emitted, depth, ended)
+        return Ride(emitted, depth, stage, self._num_segments, ended)
 
     def launch_segment(self, segment: int, live: int) -> None:
         """Start one segment of a ride."""

@@ -17,7 +17,7 @@ from offramp.kernels.counted_linear import Activation, Norm, Residual, Rows, cou
 from offramp.kernels.decoder import LayerWeights, RowTable
 from offramp.kernels.embed_rows import embed_rows
 from offramp.kernels.exit_decision import Fired, fire, leave
-from offramp.kernels.kv_fill import fill_kv
+from offramp.kernels.kv_fill import Projection, fill_kv
 from offramp.kernels.kv_store import rotate_and_store
 from offramp.kernels.linear import Linear
 from offramp.kernels.logit_scores import LogitScores, score_logits
@@ -25,9 +25,10 @@ from offramp.kernels.riders import EMPTY, Riders, SlotStates, arrive, board
 from offramp.kernels.row_attention import row_attention
 from offramp.kernels.row_list import RowList
 from offramp.kernels.sampling import SamplingTable, sample_rows
-from offramp.models.exit_head import ExitHead
+from offramp.models.exit_checks import Exits
+from offramp.models.exit_head import PackedHead
 from offramp.models.kv_cache import KVCache
-from offramp.models.transformer import Transformer, kv_projection
+from offramp.models.transformer import Transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +47,32 @@ class SlotTables:
 class DecodePass:
     """Runs segments for slots at the newest token of their answer.
 
-    ``hidden`` [slots, d] are their states. Needs weights that are kept as they are. ``vocab`` are
-    the token ids that exits tell apart (None: all).
+    Needs a model, exits and ``projections`` (one an exit, see kv_fill) whose weights are kept as
+    they are.
     """
 
     def __init__(
         self,
-        model: Transformer,
-        heads: Sequence[ExitHead],
-        vocab: Tensor | None,
+        exits: Exits,
+        projections: Sequence[Projection],
         cache: KVCache,
         states: SlotStates,
         tables: SlotTables,
     ) -> None:
+        model = exits.model
         self._model = model
         self._config = model.config
-        self._heads = heads
-        self._vocab = vocab
+        self._heads = exits.heads
+        self._vocab = exits.vocab
         self._cache = cache
         self._states = states
         self._tables = tables
         self._layers = [layer.weights for layer in model.layers]
-        self._lm_head = _plain(model.lm_head)
-        self._exit_lm_head = self._lm_head if vocab is None else model.head_rows(vocab)
-        self._projections = [kv_projection(model, head) for head in heads]
+        self._lm_head = plain(model.lm_head)
+        self._exit_lm_head = plain(exits.lm_head)
+        self._projections = projections
         slots = len(states.stage)
-        self._scratch = _Scratch(model, heads, slots, len(self._exit_lm_head))
+        self._scratch = _Scratch(model, exits.heads, slots, len(self._exit_lm_head))
 
     def run(self, segment: int, limit: int) -> None:
         """Launch ``segment`` for all that wait there, at most ``limit`` slots."""
@@ -133,7 +134,7 @@ class DecodePass:
         fired, thresholds = scratch.fired.first(limit), self._tables.thresholds[:, point]
         counted_linear(
             Rows(scratch.hidden, riders.slots),
-            head.router_up,
+            plain(head.products["router_up"]),
             Rows(scratch.gate),
             riders.count,
             limit=limit,
@@ -171,27 +172,15 @@ class DecodePass:
         pages, angles = self._cache.pages[depth:], self._model.rotary.angles
         fill_kv(scratch.hidden, leavers, self._projections[point], pages, angles, eps)
 
-    def _adapt(self, head: ExitHead, fired: Fired, limit: int) -> None:
+    def _adapt(self, head: PackedHead, fired: Fired, limit: int) -> None:
         """The exit's own state for those that fired, in the order of the list."""
-        scratch = self._scratch
-        state, count = Rows(scratch.hidden, fired.slots), fired.count
-        counted_linear(
-            state,
-            head.gate_up,
-            Rows(scratch.adapter[:, : head.down.shape[1]]),
-            count,
-            limit=limit,
-            norm=Norm(None, self._config.rms_norm_eps),
-            activation=Activation.SWIGLU,
-        )
-        counted_linear(
-            Rows(scratch.adapter[:, : head.down.shape[1]]),
-            head.down,
-            Rows(scratch.state),
-            count,
-            limit=limit,
-            residual=Residual(state, head.scale),
-        )
+        scratch, count = self._scratch, fired.count
+        gate_up, down = head.products["gate_up"], head.products["down"]
+        state, inner = Rows(scratch.hidden, fired.slots), Rows(scratch.adapter[:, : down.shape[1]])
+        norm = Norm(None, self._config.rms_norm_eps)
+        _product(state, gate_up, inner, count, limit, norm, Activation.SWIGLU)
+        residual = Residual(state, head.scale)
+        _product(inner, down, Rows(scratch.state), count, limit, residual=residual)
 
     def _head(self, riders: Riders) -> None:
         """Full depth's tokens."""
@@ -228,7 +217,7 @@ class _Scratch:
     """Memory between launches; that of logits and inner states is shared by all layers."""
 
     def __init__(
-        self, model: Transformer, heads: Sequence[ExitHead], slots: int, exit_vocab: int
+        self, model: Transformer, heads: Sequence[PackedHead], slots: int, exit_vocab: int
     ) -> None:
         config, device = model.config, model.device
 
@@ -242,8 +231,9 @@ class _Scratch:
         self.riders, self.leavers = Riders.empty(slots, device), Riders.empty(slots, device)
         self.scores = _no_scores(slots, device)
         self.state = zeros(config.hidden_size)
-        self.gate = zeros(max((len(head.router_up) for head in heads), default=0))
-        self.adapter = zeros(max((head.down.shape[1] for head in heads), default=0))
+        self.gate = zeros(max((head.router_down.shape[1] for head in heads), default=0))
+        inner = [head.products["down"].shape[1] for head in heads]
+        self.adapter = zeros(max(inner, default=0))
         self.exit_logits = zeros(exit_vocab if heads else 0, torch.float32)
         self.exit_scores = _no_scores(slots, device)
         self.fired = Fired.empty(slots, device)
@@ -268,7 +258,7 @@ def _product(
 ) -> None:
     counted_linear(
         x,
-        _plain(weight),
+        plain(weight),
         out,
         count,
         limit=limit,
@@ -279,6 +269,7 @@ def _product(
     )
 
 
-def _plain(weight: Linear) -> Tensor:
+def plain(weight: Linear) -> Tensor:
+    """The weight itself."""
     assert weight.plain is not None
     return weight.plain

@@ -32,15 +32,14 @@ class Exits:
         self.eps = model.config.rms_norm_eps
         self.vocab = vocab
         self.trail = Trail(num_rows, model.config.hidden_size, model.device)
-        self._lm_head = None
+        self.lm_head = model.lm_head
         if vocab is not None:
             rows = model.head_rows(vocab)
-            self._lm_head = Linear(rows, None, model.exit_forms and model.exit_forms(rows))
+            self.lm_head = Linear(rows, None, model.exit_forms and model.exit_forms(rows))
 
     def logits(self, point: int, hidden: Tensor) -> Tensor:
         """Logits [n, vocab] (fp32) of exit states [n, d] over the exits' own vocabulary."""
-        normed = self.heads[point].normed(hidden, self.eps)
-        return self.model.logits(normed) if self._lm_head is None else self._lm_head(normed).float()
+        return self.lm_head(self.heads[point].normed(hidden, self.eps)).float()
 
     def all_logits(self, point: int, hidden: Tensor) -> Tensor:
         """Logits [n, model's vocab] (fp32) of exit states [n, d]."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.kernels.kv_fill import clear_kv, copy_kv, project_kv
+from offramp.kernels.kv_fill import Projection, clear_kv, copy_kv, project_kv
 from offramp.kernels.linear import Linear
 from offramp.models.context import ForwardContext, Span
+from offramp.models.decode_loop import DecodeLoop
+from offramp.models.decode_pass import plain
 from offramp.models.exit_checks import Exits, check_slots, prompt_leavers
 from offramp.models.exit_head import ExitHead
 from offramp.models.kv_cache import KVCache
@@ -64,6 +66,16 @@ class Runner:
         self._riding: list[tuple[Sequence[int], tuple[int, ...]]] = []
         self._context: ForwardContext | None = None
         self._projections = [self._projection(head) for head in heads]
+
+    def decode_loop(self, slots: int, max_blocks: int) -> DecodeLoop:
+        """A loop over the same memory; weights have to be kept as they are.
+
+        ``slots`` may decode at once, each with ``max_blocks`` K,V blocks.
+        """
+        projections = [
+            Projection(plain(own.weight), own.weight.bias, own.k_norm) for own in self._projections
+        ]
+        return DecodeLoop(self.exits, projections, self.cache, slots, max_blocks)
 
     def run(self, step: Step) -> StepResult:
         """Run ``step`` and time it."""

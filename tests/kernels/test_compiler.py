@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.kernels.compiler import CompileError, Compiler
 
 TYPES = {"sums": "*fp32", "most": "*fp32", "total": "*fp32", "count": "*i32", "out": "*bf16"}
-SIZES = {"parts": 4, "dim": 80, "wide": 128}
+SIZES: dict[str, Any] = {"parts": 4, "dim": 80, "wide": 128}
 
 
 def test_a_kernel_is_compiled_for_the_target_asked_for(compile_ahead: Compiler) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from offramp.kernels.backend import rehearsal, triton
-from offramp.models.decode_loop import NEVER, Boarding, DecodeLoop, Landed
+from offramp.models.decode_loop import NEVER, Boarding, DecodeLoop, Landed, RideResult
 from offramp.models.exit_head import ExitHead
 from offramp.models.exits.train import TrainOptions, new_head
-from offramp.models.kv_cache import KVCache
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
 from offramp.models.step import (
@@ -65,7 +64,9 @@ class Text:
     sampling: SamplingParams = GREEDY
 
 
-def texts(model: Transformer, runner: Runner, thresholds: list[tuple[float, ...]]) -> list[Text]:
+def texts(
+    model: Transformer, runner: Runner, thresholds: Sequence[tuple[float, ...]]
+) -> list[Text]:
     """Prompts of different lengths, prefilled at full depth but for their last token."""
     made = []
     for index, asked in enumerate(thresholds):
@@ -103,10 +104,8 @@ def decoded(runner: Runner, text: Text, count: int) -> list[Landed]:
     return made
 
 
-def new_loop(
-    model: Transformer, heads: list[ExitHead], cache: KVCache, vocab: torch.Tensor | None
-) -> DecodeLoop:
-    return DecodeLoop(model, heads, vocab, cache, 5, MAX_BLOCKS)
+def new_loop(runner: Runner) -> DecodeLoop:
+    return runner.decode_loop(5, MAX_BLOCKS)
 
 
 def boarding(slot: int, text: Text) -> Boarding:
@@ -121,7 +120,7 @@ def rides(loop: DecodeLoop, live: int) -> Iterator[dict[int, Landed]]:
     flying = loop.launch(live)
     while True:
         following = loop.launch(live)
-        yield flying.result()
+        yield flying.result().landed
         flying = following
 
 
@@ -154,9 +153,9 @@ def test_the_loop_makes_the_tokens_of_the_steps(
 ) -> None:
     """Five texts at once, in slots of no order, each with thresholds of its own."""
     runner = Runner(model, heads, new_cache(model), 32, vocab)
-    asked = texts(model, runner, SPREAD)
+    asked = texts(runner, SPREAD)
     made = expected(runner, asked, 8)
-    loop = new_loop(model, heads, runner.cache, vocab)
+    loop = new_loop(runner)
     slots = [3, 0, 4, 1, 2]
     loop.board([boarding(slot, text) for slot, text in zip(slots, asked, strict=True)])
     found = ridden(loop, slots, 8)
@@ -168,14 +167,15 @@ def test_the_loop_makes_the_tokens_of_the_steps(
 def test_holding_riders_back_changes_no_token(model: Transformer, heads: list[ExitHead]) -> None:
     """Only when they come: a token that waits above has its slot wait, and nobody else's."""
     runner = Runner(model, heads, new_cache(model), 32)
-    asked = texts(model, runner, SPREAD)
+    asked = texts(runner, SPREAD)
     made = expected(runner, asked, 6)
-    loop = new_loop(model, heads, runner.cache, None)
+    loop = new_loop(runner)
     loop.hold([(0.0, 0.0), (0.9, 3.0), (0.9, 2.0)])
     loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
     counts = [len(landed) for landed in islice(rides(loop, 5), 12)]
+    assert sum(loop.launch(5).result().waiting) == 5
     assert min(counts) < 5
-    loop = new_loop(model, heads, runner.cache, None)
+    loop = new_loop(runner)
     loop.hold([(0.0, 0.0), (0.9, 3.0), (0.9, 2.0)])
     loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
     found = ridden(loop, [0, 1, 2, 3, 4], 6)
@@ -185,32 +185,32 @@ def test_holding_riders_back_changes_no_token(model: Transformer, heads: list[Ex
 def test_slots_come_and_go_between_rides(model: Transformer, heads: list[ExitHead]) -> None:
     """A slot is taken back and given to another text while its neighbour rides on."""
     runner = Runner(model, heads, new_cache(model), 32)
-    asked = texts(model, runner, SPREAD[:3])
+    asked = texts(runner, SPREAD[:3])
     made = expected(runner, asked, 4)
-    loop = new_loop(model, heads, runner.cache, None)
+    loop = new_loop(runner)
     loop.board([boarding(0, asked[0]), boarding(1, asked[1])])
-    first = [loop.launch(2).result() for _ in range(2)]
+    first = [loop.launch(2).result().landed for _ in range(2)]
     loop.clear([1])
     loop.board([boarding(1, asked[2])])
-    second = [loop.launch(2).result() for _ in range(2)]
+    second = [loop.launch(2).result().landed for _ in range(2)]
     loop.clear([0, 1])
     assert [ride[0] for ride in first + second] == made[0]
     assert [ride[1] for ride in first] == made[1][:2]
     assert [ride[1] for ride in second] == made[2][:2]
-    assert loop.launch(0).result() == {}
+    assert loop.launch(0).result() == RideResult({}, (0, 0, 0))
 
 
 def test_a_slot_waits_for_its_blocks(model: Transformer, heads: list[ExitHead]) -> None:
     """It rides no further than its end; thresholds may change on the way."""
     runner = Runner(model, heads, new_cache(model), 32)
-    text = texts(model, runner, [(NEVER, NEVER)])[0]
+    text = texts(runner, [(NEVER, NEVER)])[0]
     made = expected(runner, [text], 2 * BLOCK)[0]
-    loop = new_loop(model, heads, runner.cache, None)
+    loop = new_loop(runner)
     have = len(text.tokens) // BLOCK + 1
     loop.board([replace(boarding(2, text), table=text.table[:have], end=have * BLOCK)])
     found = []
     for _ in range(4 * BLOCK):
-        landed = loop.launch(1).result()
+        landed = loop.launch(1).result().landed
         if landed:
             found.append(landed[2])
             continue
@@ -221,21 +221,21 @@ def test_a_slot_waits_for_its_blocks(model: Transformer, heads: list[ExitHead]) 
     assert len(found) >= len(made)
     loop.ask({2: (0.0, 0.0)})
     loop.grow({(2, have): text.table[have]}, {2: (have + 1) * BLOCK})
-    assert loop.launch(1).result()[2].depth in EXITS
+    assert loop.launch(1).result().landed[2].depth in EXITS
 
 
 def test_sampled_tokens_do_not_depend_on_company(model: Transformer, heads: list[ExitHead]) -> None:
     """A seed and an index make the draw; at full depth and at exits."""
     runner = Runner(model, heads, new_cache(model), 32)
-    asked = texts(model, runner, SPREAD)
+    asked = texts(runner, SPREAD)
     warm = [replace(text, sampling=replace(HOT, seed=i - 2)) for i, text in enumerate(asked)]
-    together = new_loop(model, heads, runner.cache, None)
+    together = new_loop(runner)
     kept = runner.cache.pages.clone()
     together.board([boarding(slot, text) for slot, text in enumerate(warm)])
     found = ridden(together, [0, 1, 2, 3, 4], 5)
     for text in warm:
         runner.cache.pages.copy_(kept)
-        alone = new_loop(model, heads, runner.cache, None)
+        alone = new_loop(runner)
         alone.board([boarding(3, text)])
         assert ridden(alone, [3], 5)[3] == found[warm.index(text)]
     greedy = expected(runner, asked, 5)
@@ -246,10 +246,10 @@ def test_sampled_tokens_do_not_depend_on_company(model: Transformer, heads: list
 def test_rehearsed_with_the_kernels(model: Transformer, heads: list[ExitHead]) -> None:
     """The same with every kernel, interpreted."""
     runner = Runner(model, heads, new_cache(model), 32)
-    asked = texts(model, runner, SPREAD[:3])
+    asked = texts(runner, SPREAD[:3])
     made = expected(runner, asked, 3)
     with rehearsal():
-        loop = new_loop(model, heads, runner.cache, None)
+        loop = new_loop(runner)
         loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
         found = ridden(loop, [0, 1, 2], 3)
     assert [found[slot] for slot in range(3)] == made
