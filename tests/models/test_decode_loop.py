@@ -64,9 +64,7 @@ class Text:
     sampling: SamplingParams = GREEDY
 
 
-def texts(
-    model: Transformer, runner: Runner, thresholds: Sequence[tuple[float, ...]]
-) -> list[Text]:
+def texts(runner: Runner, thresholds: Sequence[tuple[float, ...]]) -> list[Text]:
     """Prompts of different lengths, prefilled at full depth but for their last token."""
     made = []
     for index, asked in enumerate(thresholds):
