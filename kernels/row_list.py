@@ -29,6 +29,7 @@ class RowList:
 @jit
 def behind(row: tl.tensor, count: tl.tensor | None) -> tl.tensor:
     """Whether a row lies behind a count on the device (None: there is no count)."""
-    if count is None:
-        return row < 0
-    return row >= tl.load(count)
+    late = row < 0
+    if count is not None:
+        late = row >= tl.load(count)
+    return late

@@ -11,6 +11,7 @@ import torch
 from offramp.kernels.decoder import RowTable
 from offramp.kernels.paged_attention import QueryRun, Window, query_run, windows_of
 from offramp.kernels.rotary import RotaryTable
+from offramp.kernels.run_attention import RunTable
 from offramp.models.config import ModelConfig
 from offramp.models.kv_cache import KVCache
 
@@ -87,4 +88,15 @@ class ForwardContext:
             1 + max(span.positions[-1] for span in self._spans),
             self.cos,
             self.sin,
+        )
+
+    @functools.cached_property
+    def tiles(self) -> RunTable:
+        """The runs cut up for a kernel that takes many rows of one at once."""
+        config = self._config
+        return RunTable.of(
+            [span.positions for span in self._spans],
+            config.num_heads // config.num_kv_heads,
+            config.sliding_window,
+            self._device,
         )

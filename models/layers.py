@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from offramp.kernels.backend import uses_triton
 from offramp.kernels.decoder import LayerSizes, LayerWeights
-from offramp.kernels.kv_store import store_kv
+from offramp.kernels.kv_store import rotate_and_store
 from offramp.kernels.linear import Linear
 from offramp.kernels.paged_attention import paged_attention
-from offramp.kernels.rms_norm import rms_norm
-from offramp.kernels.rotary import rotate
-from offramp.kernels.row_attention import row_attention
+from offramp.kernels.rms_norm import add_rms_norm, rms_norm
+from offramp.kernels.run_attention import run_attention
+from offramp.kernels.swiglu import swiglu
 from offramp.models.config import ModelConfig
 from offramp.models.context import ForwardContext
 from offramp.models.weight_forms import Forms
@@ -78,29 +76,28 @@ class DecoderLayer:
     def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
         """Advance ``hidden`` [T, d] by one layer, writing the rows' K,V into the cache."""
         eps = self.config.rms_norm_eps
-        hidden = self._attend(rms_norm(hidden, self.attn_norm, eps), ctx).add_(hidden)
-        return self._mlp(rms_norm(hidden, self.mlp_norm, eps)).add_(hidden)
+        attended = self._attend(rms_norm(hidden, self.attn_norm, eps), ctx)
+        normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, eps)
+        return self.down(swiglu(self.gate_up(normed))).add_(hidden)
 
     def _attend(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         config = self.config
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = self.qkv(x).view(x.shape[0], heads + 2 * kv_heads, dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(qk[:, :heads], self.q_norm, config.rms_norm_eps)
-            k = rms_norm(qk[:, heads:], self.k_norm, config.rms_norm_eps)
-            qk = torch.cat((q, k), dim=1)
-        qk = rotate(qk, ctx.cos, ctx.sin)
         k_cache, v_cache = ctx.cache.layers[self.index]
-        store_kv(qk[:, heads:], v, k_cache, v_cache, ctx.places)
+        q = rotate_and_store(
+            self.qkv(x),
+            self.q_norm,
+            self.k_norm,
+            ctx.cos,
+            ctx.sin,
+            k_cache,
+            v_cache,
+            ctx.places,
+            config.rms_norm_eps,
+            heads=config.num_heads,
+        )
         if uses_triton(x.device):
             window = config.sliding_window
-            attended = row_attention(qk[:, :heads], k_cache, v_cache, ctx.rows, window).flatten(1)
-        else:
-            windows = ctx.windows[self.index]
-            attended = paged_attention(qk[:, :heads], k_cache, v_cache, ctx.runs, windows)
-        return self.o(attended)
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up))
+            return self.o(
+                run_attention(q, k_cache, v_cache, ctx.rows, ctx.tiles, window).flatten(1)
+            )
+        return self.o(paged_attention(q, k_cache, v_cache, ctx.runs, ctx.windows[self.index]))

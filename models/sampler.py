@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offramp.kernels.sampling import uniform
 from offramp.models.sampling_params import SamplingParams
 from offramp.models.step import HeadRow
 
@@ -15,18 +16,6 @@ from offramp.models.step import HeadRow
 _SHORTLIST = 512
 # Far below it fp32 has no number for a temperature, and all below it are greedy anyway.
 _COLDEST = 1e-30
-_MASK64 = (1 << 64) - 1
-
-
-def uniform(seed: int, index: int) -> float:
-    """The ``index``-th draw in [0, 1) of stream ``seed``: SplitMix64, stateless.
-
-    (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.)
-    """
-    x = ((seed & _MASK64) * 0xD1342543DE82EF95 + (index + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return ((x ^ (x >> 31)) >> 11) / float(1 << 53)
 
 
 def sample(logits: Tensor, rows: Sequence[HeadRow]) -> list[int]:

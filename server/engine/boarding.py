@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from offramp.server.engine.asking import Limits
 from offramp.server.engine.memory import OutOfBlocks, SlotMemory
 from offramp.server.engine.queue import SlotQueue
+from offramp.server.engine.rides import Loop, Rides
 from offramp.server.engine.slot import Place, Slot
+from offramp.server.engine.targets import ExitTargets
 
 # Prompt rows an audit may add to a step that others wait for.
 _AUDIT_ROWS = 32
@@ -31,6 +33,8 @@ class Boarding:
         self.waiting: deque[Slot] = deque()
         self.audits: deque[Slot] = deque()
         self.preemptions = 0
+        self.rides: Rides | None = None
+        """Those who decode on the device, if it can."""
         self._limits = limits
         self._memory = memory
         self._queues = queues
@@ -52,12 +56,47 @@ class Boarding:
             budget -= len(slot.ride_rows)
         return chosen
 
+    @property
+    def queue_lengths(self) -> tuple[int, ...]:
+        """Slots waiting at each segment, those that the device keeps included."""
+        aboard = (0,) * len(self._queues) if self.rides is None else self.rides.waiting
+        return tuple(len(q) + more for q, more in zip(self._queues, aboard, strict=True))
+
+    def decode_on(self, loop: Loop, targets: ExitTargets) -> None:
+        """Let ``loop`` decode for those that it can decode for."""
+        self.rides = Rides(loop, self._limits, self._memory, targets, self.make_room)
+
+    def resume(self, slot: Slot, now: float) -> None:
+        """A slot with a new token waits for its next ride, on the device where that can be."""
+        if self.rides is not None and slot in self.rides:
+            return
+        if self.rides is not None and self.rides.takes(slot):
+            self.rides.take(slot)
+        else:
+            self._queues[0].put(slot, now)
+
+    def make_room(self, slot: Slot, length: int, spared: Sequence[Slot] = ()) -> bool:
+        """Blocks for ``length`` positions of a slot, if need be at the cost of others.
+
+        False if it was the slot itself that had to go; those ``spared`` never have to.
+        """
+        while True:
+            try:
+                self._memory.grow(slot, length)
+            except OutOfBlocks:
+                if not self._preempt_one(slot, spared):
+                    return False
+            else:
+                return True
+
     def take_out(self, slot: Slot) -> None:
-        """Take a live slot out of its queue and give back what it holds."""
+        """Take a live slot out of its place and give back what it holds."""
         if slot.place is Place.SEGMENT:
             self._queues[slot.segment].remove(slot)
         elif slot.place is Place.HEAD:
             self._head.remove(slot)
+        elif slot.place is Place.ABOARD and self.rides is not None:
+            self.rides.give_up(slot)
         self._memory.release(slot)
         del self._live[slot.id]
 
@@ -85,23 +124,18 @@ class Boarding:
             count = min(count, _AUDIT_ROWS)
         if count <= 0:
             return False
-        while True:
-            try:
-                self._memory.grow(slot, slot.computed[0] + count)
-                break
-            except OutOfBlocks:
-                if not self._preempt_one(slot, chosen):
-                    return False
+        if not self.make_room(slot, slot.computed[0] + count, chosen):
+            return False
         self._memory.board(slot, count)
         self._queues[0].remove(slot)
         slot.place = Place.RUNNING
         chosen.append(slot)
         return True
 
-    def _preempt_one(self, needy: Slot, chosen: list[Slot]) -> bool:
+    def _preempt_one(self, needy: Slot, spared: Sequence[Slot]) -> bool:
         """Send the slot admitted last back to waiting; False if that is the needy one itself."""
         victim = max(
-            (slot for slot in self._live.values() if slot not in chosen),
+            (slot for slot in self._live.values() if slot not in spared),
             key=lambda slot: (slot.audit, slot.admitted_at or 0.0, slot.id),
         )
         self.take_out(victim)

@@ -6,7 +6,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import FillKV, RunHead, RunSegment, Step, StepResult
@@ -19,6 +19,7 @@ from offramp.server.engine.request import (
     StepStats,
     TokenEvent,
 )
+from offramp.server.engine.rides import Rides
 from offramp.server.engine.scheduler import Plan, Scheduler
 from offramp.server.engine.slot import Slot
 from offramp.server.engine.threads import ThreadGovernor
@@ -61,6 +62,7 @@ class Engine:
         self._slots: dict[str, Slot] = {}
         self._events: list[TokenEvent] = []
         self._seen = (0,) * 6
+        self._rode = False
 
     @property
     def has_work(self) -> bool:
@@ -89,24 +91,70 @@ class Engine:
         """Plan, run, commit; returns the events since the last step."""
         begun = time.perf_counter()
         scheduler = self.scheduler
-        scheduler.targets.observe_load(len(scheduler.waiting))
-        plan = scheduler.plan(time.monotonic())
+        scheduler.targets.observe_load(len(scheduler.boarding.waiting))
+        rides = scheduler.boarding.rides or None
+        # Rides take turns with other steps, so that neither waits for the other's end.
+        plan = None if rides and not self._rode else scheduler.plan(time.monotonic())
+        self._rode = plan is None
         stats = None
         if plan is not None:
-            planned, used = time.perf_counter(), time.process_time()
-            result = self.runner.run(plan.step)
-            ran = time.perf_counter()
-            if self._threads is not None:
-                self._threads.observe(ran - planned, time.process_time() - used)
-            before = self._totals(plan)
-            self._commit(plan, result)
-            host = planned - begun + time.perf_counter() - ran
-            grown = [new - old for new, old in zip(self._totals(plan), before, strict=True)]
-            stats = self._stats(plan, result, host, grown)
+            stats = self._run(plan, begun)
+        elif rides:
+            stats = self._ride(rides, begun)
         if self._audit or not scheduler.has_work:
             scheduler.check()
         events, self._events = tuple(self._events), []
         return EngineOutput(events, stats)
+
+    def _run(self, plan: Plan, begun: float) -> StepStats:
+        """Run a step of the scheduler's and commit it."""
+        planned, used = time.perf_counter(), time.process_time()
+        result = self.runner.run(plan.step)
+        ran = time.perf_counter()
+        if self._threads is not None:
+            self._threads.observe(ran - planned, time.process_time() - used)
+        before = self._totals(plan.slots)
+        self._commit(plan, result)
+        host = planned - begun + time.perf_counter() - ran
+        kind, segment, prefill, decode, method = _describe(plan)
+        top = kind == "segment" and segment + 1 == self.scheduler.limits.num_segments
+        return self._stats(
+            self._totals(plan.slots, before),
+            kind=kind,
+            segment=segment,
+            seconds=result.seconds,
+            host_seconds=host,
+            prefill_rows=prefill,
+            decode_rows=decode,
+            fill_tokens=decode if kind == "fill" else 0,
+            fill_method=method,
+            exit_head_rows=result.head_rows,
+            prompt_left=sum(map(len, result.prompt_left)),
+            prompt_risen=_asking_prompt_rows(plan) if top else 0,
+        )
+
+    def _ride(self, rides: Rides, begun: float) -> StepStats:
+        """Start a ride on the device, and commit what the one before made."""
+        planned = time.perf_counter()
+        landed = rides.fly()
+        flown, now = time.perf_counter(), time.monotonic()
+        slots = [slot for slot, _ in landed]
+        before = self._totals(slots)
+        for slot, token in landed:
+            rides.commit(slot, token)
+            self._commit_tokens(slot, [token.token], token.depth, now)
+        left = sum(token.depth < self.info.num_layers for _, token in landed)
+        return self._stats(
+            self._totals(slots, before),
+            kind="ride",
+            segment=-1,
+            seconds=flown - planned,
+            host_seconds=planned - begun + time.perf_counter() - flown,
+            prefill_rows=0,
+            decode_rows=len(landed),
+            fill_tokens=left,
+            fill_method=str(KVFill.PROJECT) if left else "",
+        )
 
     def _commit(self, plan: Plan, result: StepResult) -> None:
         now = time.monotonic()
@@ -166,7 +214,7 @@ class Engine:
     def _finish(self, slot: Slot) -> None:
         self.scheduler.release(slot)
         del self._slots[slot.request.request_id]
-        audits = self.scheduler.audits
+        audits = self.scheduler.boarding.audits
         if self.guard.wants(slot, len(audits)):
             limits = self.scheduler.limits
             copy = Slot(next(self._ids), slot.request, slot.submitted_at, limits.num_segments)
@@ -214,23 +262,21 @@ class Engine:
         self._events.append(event)
 
     @staticmethod
-    def _totals(plan: Plan) -> tuple[int, ...]:
-        """Sums over the plan's slots of what requests count for themselves."""
-        slots = plan.slots
-        return (
+    def _totals(slots: Sequence[Slot], before: Sequence[int] = (0,) * 4) -> tuple[int, ...]:
+        """Sums over ``slots`` of what requests count for themselves, what they were left out."""
+        now = (
             sum(slot.stayed for slot in slots),
             sum(slot.layers_executed for slot in slots),
             sum(slot.drafted for slot in slots),
             sum(slot.accepted for slot in slots),
         )
+        return tuple(new - old for new, old in zip(now, before, strict=True))
 
-    def _stats(
-        self, plan: Plan, result: StepResult, host: float, grown: Sequence[int]
-    ) -> StepStats:
+    def _stats(self, grown: Sequence[int], *, fill_tokens: int, **own: Any) -> StepStats:
+        """``own`` are the step's facts; the rest is read off the scheduler."""
         scheduler, memory, guard = self.scheduler, self.scheduler.memory, self.guard
-        kind, segment, prefill, decode, method = _describe(plan)
         now = (
-            scheduler.preemptions,
+            scheduler.boarding.preemptions,
             memory.prefix_queries,
             memory.prefix_hits,
             guard.audited,
@@ -240,24 +286,17 @@ class Engine:
         fresh = [new - old for new, old in zip(now, self._seen, strict=True)]
         self._seen = now
         stayed, layers, drafted, accepted = grown
-        left = sum(map(len, result.prompt_left))
-        top = kind == "segment" and segment + 1 == scheduler.limits.num_segments
+        own["fill_method"] = own["fill_method"] or (str(KVFill.RECOMPUTE) if fresh[5] else "")
         return StepStats(
-            kind=kind,
-            segment=segment,
-            seconds=result.seconds,
-            host_seconds=host,
-            prefill_rows=prefill,
-            decode_rows=decode,
+            **own,
             layers_executed=layers,
             running=len(scheduler.live),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.boarding.waiting),
             kv_used_blocks=memory.blocks.num_used,
             kv_total_blocks=memory.blocks.num_blocks,
             debt_tokens=memory.ledger.total,
-            segment_queue=tuple(len(queue) for queue in scheduler.queues),
-            fill_tokens=decode if kind == "fill" else fresh[5],
-            fill_method=method or (str(KVFill.RECOMPUTE) if fresh[5] else ""),
+            segment_queue=scheduler.boarding.queue_lengths,
+            fill_tokens=fill_tokens or fresh[5],
             preemptions=fresh[0],
             prefix_queries=fresh[1],
             prefix_hits=fresh[2],
@@ -266,9 +305,6 @@ class Engine:
             accepted=accepted,
             audited=fresh[3],
             disagreements=fresh[4],
-            exit_head_rows=result.head_rows,
-            prompt_left=left,
-            prompt_risen=_asking_prompt_rows(plan) if top else 0,
             thresholds=scheduler.targets.thresholds,
             guard_level=scheduler.targets.guard_level,
             quality_target=scheduler.targets.quality or 0.0,

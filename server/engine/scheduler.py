@@ -9,7 +9,6 @@ segment and after each segment its newest token leaves or waits in the next segm
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from offramp.server.engine.debt import Owed
 from offramp.server.engine.memory import SlotMemory
 from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.queue import SlotQueue
+from offramp.server.engine.rides import Rides
 from offramp.server.engine.slot import Place, Slot
 from offramp.server.engine.targets import ExitTargets
 from offramp.server.errors import BugError
@@ -73,33 +73,18 @@ class Scheduler:
         self._prompt_debtors: dict[int, Slot] = {}
 
     @property
-    def waiting(self) -> deque[Slot]:
-        """Slots not admitted yet."""
-        return self.boarding.waiting
-
-    @property
-    def audits(self) -> deque[Slot]:
-        """Finished answers to be read again when there is room."""
-        return self.boarding.audits
-
-    @property
-    def preemptions(self) -> int:
-        """Slots sent back to waiting so far."""
-        return self.boarding.preemptions
-
-    @property
     def has_work(self) -> bool:
         """Whether any slot is waiting or live."""
-        return bool(self.waiting or self.live or self.audits)
+        return bool(self.boarding.waiting or self.live or self.boarding.audits)
 
     def add(self, slot: Slot) -> None:
         """Queue a request's slot for admission."""
-        self.waiting.append(slot)
+        self.boarding.waiting.append(slot)
 
     def release(self, slot: Slot) -> None:
         """Forget a slot, wherever it is, and give back what it holds."""
         if slot.place is Place.WAITING:
-            self.waiting.remove(slot)
+            self.boarding.waiting.remove(slot)
         else:
             self.boarding.take_out(slot)
             self._prompt_debtors.pop(slot.id, None)
@@ -209,13 +194,15 @@ class Scheduler:
         """The slot got a token, certain or guessed, and goes on with it from the ground."""
         if slot.lossless and not slot.drafts:
             slot.guess(self.asking.guesses(slot, len(self.live)))
-        self.queues[0].put(slot, now)
+        self.boarding.resume(slot, now)
 
     def check(self) -> None:
         """Audit: every slot in exactly one place, memory accounted for. Between steps only."""
-        homes = [*self.queues, self.head]
+        homes: list[SlotQueue | Rides] = [*self.queues, self.head]
+        if self.boarding.rides is not None:
+            homes.append(self.boarding.rides)
         for slot in self.live.values():
-            if sum(slot in home for home in homes) != 1 or slot in self.waiting:
+            if sum(slot in home for home in homes) != 1 or slot in self.boarding.waiting:
                 raise BugError(f"Slot {slot.id} is not in exactly one place.")
         if sum(map(len, homes)) != len(self.live):
             raise BugError("A queue holds a slot that is not live.")

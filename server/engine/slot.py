@@ -16,6 +16,7 @@ class Place(StrEnum):
     WAITING = "waiting"
     SEGMENT = "segment"
     HEAD = "head"
+    ABOARD = "aboard"
     RUNNING = "running"
     RELEASED = "released"
 

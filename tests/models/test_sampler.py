@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from offramp.kernels.sampling import uniform
 from offramp.models import sampler
-from offramp.models.sampler import sample, uniform
+from offramp.models.sampler import sample
 from offramp.models.sampling_params import SamplingParams
 from offramp.models.step import HeadRow
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.kernels.backend import triton
+from offramp.kernels.backend import rehearsal, triton
 from offramp.models.context import ForwardContext, Span
 from offramp.models.loader import load_weights
 from offramp.models.transformer import Transformer
@@ -84,16 +84,14 @@ def test_a_mixed_batch_equals_each_alone(pair: tuple[Any, Transformer]) -> None:
 
 
 @pytest.mark.skipif(triton is None, reason="no triton")
-def test_the_kernels_of_gpus_give_the_same(
-    pair: tuple[Any, Transformer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kernels_of_gpus_give_the_same(pair: tuple[Any, Transformer]) -> None:
     """Interpreted: a chunk behind what is in the cache beside another text's first tokens."""
     theirs, ours = pair
     first, second = random_ids(13), random_ids(3)
     cache = new_cache(ours)
-    forward(ours, cache, [(0, first[:10], TABLE)])
-    monkeypatch.setattr("offramp.models.layers.uses_triton", lambda device: True)
-    mixed = forward(ours, cache, [(10, first[10:], TABLE), (0, second, OTHER_TABLES[0])])
+    with rehearsal():
+        forward(ours, cache, [(0, first[:10], TABLE)])
+        mixed = forward(ours, cache, [(10, first[10:], TABLE), (0, second, OTHER_TABLES[0])])
     close(mixed, torch.cat((their_logits(theirs, first)[10:], their_logits(theirs, second))))
 
 

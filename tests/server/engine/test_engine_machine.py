@@ -31,6 +31,7 @@ from offramp.server.engine.request import (
 from offramp.server.engine.scheduler import Limits, Scheduler
 from offramp.server.engine.targets import ExitTargets
 
+from .fake_loop import FakeLoop
 from .fake_runner import MAY_GUESS, MUST_BE_EXACT, FakeRunner, expected_answer
 
 LAYERS = 12
@@ -51,9 +52,10 @@ def fake_engine(
     leave_share: float = 0.5,
     caching: bool = True,
     audit_rate: float = 0.0,
+    rides: bool = False,
     seed: int = 0,
 ) -> tuple[Engine, FakeRunner]:
-    """A real engine over a fake runner, audited after every step."""
+    """A real engine over a fake runner, audited after every step; ``rides`` as on a GPU."""
     segments = len(exit_layers) + 1
     thresholds = (0.5,) * len(exit_layers)
     limits = Limits(LAYERS, exit_layers, max_num_seqs, max_batched, max_debt, CONTEXT)
@@ -76,6 +78,9 @@ def fake_engine(
         "none",
     )
     runner = FakeRunner(segments, BLOCK, leave_share, seed)
+    if rides:
+        loop = FakeLoop(runner, BLOCK, exit_layers, LAYERS)
+        scheduler.boarding.decode_on(loop, targets)
     guard = LiveGuard(targets, audit_rate)
     return Engine(info, scheduler, runner, guard, audit=True), runner
 
@@ -117,6 +122,7 @@ class EngineMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         max_hold=st.sampled_from([0.0, 10.0]),
         audit_rate=st.sampled_from([0.0, 0.5, 1.0]),
+        rides=st.booleans(),
         seed=st.integers(0, 5),
     )
     def build(
@@ -129,6 +135,7 @@ class EngineMachine(RuleBasedStateMachine):
         caching: bool,  # noqa: FBT001 (drawn by hypothesis)
         max_hold: float,
         audit_rate: float,
+        rides: bool,  # noqa: FBT001 (drawn by hypothesis)
         seed: int,
     ) -> None:
         """An engine of arbitrary sizes."""
@@ -141,6 +148,7 @@ class EngineMachine(RuleBasedStateMachine):
             leave_share=leave_share,
             caching=caching,
             audit_rate=audit_rate,
+            rides=rides,
             seed=seed,
         )
         self.requests: dict[str, GenerationRequest] = {}

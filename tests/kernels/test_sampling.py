@@ -1,0 +1,320 @@
+"""Random choice on the device: the reference against plain formulas, the kernel against it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from offramp.kernels.backend import INTERPRETED, jit, rehearsal, tl, triton
+from offramp.kernels.row_list import RowList
+from offramp.kernels.sampling import SamplingTable, _uniform, sample_rows, uniform
+from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
+
+interpreted = pytest.mark.skipif(triton is None or not INTERPRETED, reason="no interpreter")
+either = pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=interpreted)])
+LOGITS = [1.2, -0.3, 0.0, 2.1, 1.1, -2.0, 0.4, float("-inf"), 1.9, 1.1, -0.0]
+NEAR = 1e-5
+"""Draws and masses so close to a boundary may be rounded to its other side."""
+SEEDS = [0, 1, -1, -5, 12345, 2**31, 2**32 + 7, -(2**40), 2**63 - 1, 2**63, 2**64 - 1]
+
+
+def table(slots: int, **values: Any) -> SamplingTable:
+    """A table with the same, or each its own, values; temperature 1 unless told."""
+    made = SamplingTable.greedy(slots, "cpu")
+    for name, value in ({"temperature": 1.0} | values).items():
+        getattr(made, name).copy_(torch.as_tensor(value))
+    return made
+
+
+def listed(rows: Sequence[int], count: int | None = None) -> RowList:
+    number = len(rows) if count is None else count
+    return RowList(torch.tensor(rows, dtype=torch.int32), torch.tensor([number], dtype=torch.int32))
+
+
+def sampled(
+    logits: Tensor, slots: RowList, parameters: SamplingTable, index: Tensor, *, kernel: bool
+) -> list[int]:
+    """Tokens where there were minus ones."""
+    tokens = torch.full((len(logits),), -1)
+    if kernel:
+        with rehearsal():
+            sample_rows(logits, slots, parameters, index, tokens)
+    else:
+        sample_rows(logits, slots, parameters, index, tokens)
+    return tokens.tolist()
+
+
+def distribution(
+    logits: Sequence[float],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> dict[int, float]:
+    """Probability of each token that can come, from the definitions of the filters."""
+    best = max(logits)
+    weights = {t: math.exp((value - best) / temperature) for t, value in enumerate(logits)}
+    last = sorted(logits, reverse=True)[:top_k][-1] if top_k else -math.inf
+    kept = [token for token in weights if logits[token] >= last]
+    total = sum(weights[token] for token in kept)
+    if top_p < 1:
+        above = {t: sum(weights[u] for u in kept if logits[u] > logits[t]) for t in kept}
+        kept = [token for token in kept if above[token] < top_p * total or not above[token]]
+    kept = [token for token in kept if weights[token] >= min_p and weights[token] > 0]
+    total = sum(weights[token] for token in kept)
+    return {token: weights[token] / total for token in kept}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 3},
+        {"top_k": 4},
+        {"top_k": 10},
+        {"top_k": 100},
+        {"top_p": 0.8},
+        {"top_p": 0.55},
+        {"top_k": 7, "top_p": 0.7},
+        {"min_p": 0.25},
+        {"temperature": 1.7, "top_k": 7, "top_p": 0.95, "min_p": 0.3},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"top_p": 0.0},
+        {"min_p": 1.0},
+    ],
+    ids=str,
+)
+def test_tokens_come_as_often_as_they_should(changes: dict[str, float]) -> None:
+    """Chi-square over many draws; the bound is passed by chance once in about 10,000 runs.
+
+    The kernel gets a few of the same draws.
+    """
+    expected = distribution(LOGITS, **changes)  # type: ignore[arg-type]
+    draws = 3000
+    logits = torch.tensor(LOGITS).repeat(draws, 1)
+    parameters, index = table(draws, seed=11, **changes), torch.arange(draws)
+    tokens = sampled(logits, listed(range(draws)), parameters, index, kernel=False)
+    assert set(tokens) <= expected.keys()
+    chi = sum(
+        (tokens.count(token) - draws * share) ** 2 / (draws * share)
+        for token, share in expected.items()
+    )
+    freedom = len(expected) - 1
+    assert chi <= freedom + 4 * math.sqrt(2 * freedom) + 8 * (freedom > 0) + 1e-6
+    if INTERPRETED and triton is not None:
+        few = listed(range(draws), 8)
+        assert sampled(logits, few, parameters, index, kernel=True)[:8] == tokens[:8]
+
+
+def test_seeds_keep_the_draws_they_always_had() -> None:
+    """An answer made again with its seed is the same answer in every version."""
+    draws = [uniform(seed, index) for seed, index in [(0, 0), (7, 3), (-1, 12)]]
+    assert draws == [0.8833108082136426, 0.27877461213814525, 0.607917041201888]
+
+
+@jit
+def _uniforms(seeds: tl.tensor, indices: tl.tensor, out: tl.tensor) -> None:
+    at = tl.program_id(0)
+    tl.store(out + at, _uniform(tl.load(seeds + at), tl.load(indices + at)))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_the_kernels_draws_are_the_samplers_bit_for_bit(dtype: torch.dtype) -> None:
+    cases = [(seed, index) for seed in SEEDS for index in (0, 1, 2, 1000, 2**31 - 1)]
+    wrapped = [(seed + 2**63) % 2**64 - 2**63 for seed, _ in cases]
+    indices = torch.tensor([index for _, index in cases], dtype=dtype)
+    out = torch.empty(len(cases), dtype=torch.float64)
+    _uniforms[(len(cases),)](torch.tensor(wrapped), indices, out)
+    assert out.tolist() == [uniform(seed, index) for seed, index in cases]
+
+
+def boundaries(logits: Tensor, parameters: SamplingTable, slot: int, draw: float) -> list[float]:
+    """How far, as shares of the mass, a row's choices are from falling to the other side."""
+    values = logits.double()
+    weights = ((values - values.max()) / float(parameters.temperature[slot])).exp()
+    top_k, top_p = int(parameters.top_k[slot]), float(parameters.top_p[slot])
+    min_p = float(parameters.min_p[slot])
+    ranked, order = values.sort(descending=True)
+    last = ranked[min(top_k, len(values)) - 1] if top_k else -math.inf
+    weights = torch.where(values >= last, weights, 0.0)
+    mass = weights[order].cumsum(0) / weights.sum()
+    found = []
+    if top_p < 1:
+        found.append(float((mass - top_p).abs().min()))
+        mass_above = torch.cat((torch.zeros(1), mass[:-1]))
+        weights[order[mass_above >= top_p]] = 0.0
+    if min_p:
+        found.append(float((weights / min_p - 1).abs().min()))
+        weights = torch.where(weights >= min_p, weights, 0.0)
+    mass = weights.cumsum(0) / weights.sum()
+    return [*found, float((mass[:-1] - draw).abs().min())]
+
+
+def choices(rng: random.Random, slots: int) -> SamplingTable:
+    """Filters on and off in every combination."""
+    draws = range(slots)
+    return table(
+        slots,
+        temperature=[rng.choice([0.0, 0.3, 0.8, 1.0, 1.5]) for _ in draws],
+        top_k=[rng.choice([0, 0, 1, 5, 40, 5000]) for _ in draws],
+        top_p=[rng.choice([1.0, 1.0, 0.3, 0.9, 0.99]) for _ in draws],
+        min_p=[rng.choice([0.0, 0.0, 0.02, 0.3]) for _ in draws],
+        seed=[rng.getrandbits(64) - 2**63 for _ in draws],
+    )
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "vocab"), [(1, 1000), (61, 7), (41, 1000), (23, 8192), (23, 20011), (1, 49152)]
+)
+def test_the_kernel_is_the_reference(rows: int, vocab: int) -> None:
+    rng = random.Random(rows + vocab)
+    parameters = choices(rng, rows + 5)
+    parameters.temperature[0] = 0.9
+    slots = [0, *rng.sample(range(1, rows + 5), rows - 1)]
+    index = torch.tensor([rng.randrange(4000) for _ in range(rows + 5)])
+    logits = torch.randn(rows, vocab) * torch.linspace(6, 3, rows)[:, None]
+    expected = sampled(logits, listed(slots), parameters, index, kernel=False)
+    got = sampled(logits, listed(slots), parameters, index, kernel=True)
+    compared = 0
+    for row, slot in enumerate(slots):
+        random_row = float(parameters.temperature[slot]) > 0
+        draw = uniform(int(parameters.seed[slot]), int(index[slot]))
+        if random_row and min(boundaries(logits[row], parameters, slot, draw)) < NEAR:
+            continue
+        compared += 1
+        assert got[row] == expected[row]
+        assert (got[row] >= 0) == random_row
+    assert compared >= 0.8 * rows
+
+
+@interpreted
+@pytest.mark.parametrize("top_k", [2, 3, 17, 18, 2600])
+def test_exactly_the_best_come_through(top_k: int) -> None:
+    """Values that differ in their last bit, ties at the threshold, and equals of both signs."""
+    vocab, draws = 9001, 8
+    row = torch.randn(vocab) - 6
+    row[torch.randperm(vocab)[:2500]] = NEAR * torch.randint(0, 3, (2500,))
+    row[[8, 8903]] = 0.5
+    row[[4001, 77]] = torch.nextafter(torch.tensor(0.5), torch.tensor(torch.inf)).item()
+    row[:9000:50] = -0.0
+    logits = row.repeat(draws, 1)
+    parameters, index = table(draws, temperature=9.0, top_k=top_k, seed=3), torch.arange(draws)
+    expected = sampled(logits, listed(range(draws)), parameters, index, kernel=False)
+    got = sampled(logits, listed(range(draws)), parameters, index, kernel=True)
+    last = row.sort(descending=True).values[top_k - 1]
+    assert min(row[got].tolist()) >= last
+    near = [min(boundaries(row, parameters, i, uniform(3, i))) < NEAR for i in range(draws)]
+    assert [t for t, n in zip(got, near, strict=True) if not n] == [
+        t for t, n in zip(expected, near, strict=True) if not n
+    ]
+    assert sum(near) <= 3
+
+
+@either
+@pytest.mark.parametrize("vocab", [10, 40000])
+@pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.9}], ids=str)
+def test_equal_tokens_stay_together(changes: dict[str, float], vocab: int, *, kernel: bool) -> None:
+    """No filter parts equals, so that the draw alone says which comes, of one tile or of five."""
+    draws = [uniform(5, index) for index in range(8)]
+    parameters = table(8, seed=5, **changes)
+    logits = torch.full((8, vocab), -3.25)
+    tokens = sampled(logits, listed(range(8)), parameters, torch.arange(8), kernel=kernel)
+    assert tokens == [int(draw * vocab) for draw in draws]
+
+
+@either
+@pytest.mark.parametrize("changes", [{}, {"top_k": 9}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_what_is_impossible_never_comes(changes: dict[str, float], *, kernel: bool) -> None:
+    """One possible token in the last of three tiles; top_k asks for more than there are."""
+    logits = torch.full((3, 17000), float("-inf"))
+    logits[0, 16999] = logits[1, 0] = logits[2, 8192] = -1e4
+    tokens = sampled(
+        logits, listed(range(3)), table(3, seed=1, **changes), torch.arange(3), kernel=kernel
+    )
+    assert tokens == [16999, 0, 8192]
+
+
+@either
+@pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-40])
+@pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_tiny_temperatures_are_greedy(
+    temperature: float, changes: dict[str, float], *, kernel: bool
+) -> None:
+    """Dividing by them overflows unless it is done with care."""
+    logits = torch.tensor([LOGITS]) * 20
+    parameters = table(1, temperature=temperature, **changes)
+    assert sampled(logits, listed([0]), parameters, torch.tensor([5]), kernel=kernel) == [3]
+
+
+@either
+@pytest.mark.parametrize("count", [0, 1, 4, 5])
+def test_rows_behind_the_count_and_greedy_ones_are_left_alone(count: int, *, kernel: bool) -> None:
+    logits = torch.full((5, 300), float("nan"))
+    logits[:count] = torch.randn(count, 300)
+    # Slots behind the count are no slots.
+    slots = RowList(torch.full((5,), 2**30, dtype=torch.int32), torch.tensor([count]).int())
+    slots.rows[:count] = torch.tensor([3, 0, 2, 1, 4])[:count]
+    greedy = {0, 4}
+    parameters = table(5, temperature=[0.0 if slot in greedy else 1.0 for slot in range(5)])
+    tokens = sampled(logits, slots, parameters, torch.arange(5), kernel=kernel)
+    drawn = [row < count and int(slots.rows[row]) not in greedy for row in range(5)]
+    assert [token != -1 for token in tokens] == drawn
+
+
+@either
+def test_the_draw_is_the_slots_own(*, kernel: bool) -> None:
+    """A slot gets the same token in whichever row it stands, with index of either type."""
+    logits = torch.randn(300).repeat(4, 1)
+    parameters = table(4, temperature=2.0, seed=[7, -7, 7, 2**40])
+    index = torch.tensor([3, 3, 4, 3])
+    ahead = sampled(logits, listed([0, 1, 2, 3]), parameters, index, kernel=kernel)
+    back = sampled(logits, listed([3, 2, 1, 0]), parameters, index.int(), kernel=kernel)
+    assert ahead == back[::-1]
+    assert len(set(ahead)) == 4
+
+
+@interpreted
+def test_rows_may_lie_apart() -> None:
+    wide = torch.full((4, 900), float("nan"))
+    logits = wide[:, :700]
+    logits.copy_(torch.randn(4, 700) * 5)
+    case = (listed(range(4)), table(4, top_p=0.9), torch.arange(4))
+    assert sampled(logits, *case, kernel=True) == sampled(logits, *case, kernel=False)
+
+
+def test_a_new_table_is_greedy() -> None:
+    logits, fresh = torch.randn(3, 50), SamplingTable.greedy(3, "cpu")
+    assert sampled(logits, listed([0, 1, 2]), fresh, torch.zeros(3), kernel=False) == [-1] * 3
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("index", ["i32", "i64"])
+@pytest.mark.parametrize("divisible", [(), ("vocab", "logits_row")], ids=["odd", "even"])
+@pytest.mark.parametrize(("tile", "warps"), [(8, 1), (1024, 2), (8192, 16)])
+def test_sampling_compiles(
+    compile_ahead: Compiler,
+    target: int,
+    index: str,
+    tile: int,
+    warps: int,
+    divisible: tuple[str, ...],
+) -> None:
+    types = {"logits": "*fp32", "slots": "*i32", "count": "*i32", "temperatures": "*fp32"}
+    types |= {"top_ks": "*i32", "top_ps": "*fp32", "min_ps": "*fp32", "seeds": "*i64"}
+    types |= {"index": f"*{index}", "tokens": "*i64", "vocab": "i32", "logits_row": "i32"}
+    sizes: dict[str, Any] = {"tile": tile, "coldest": 1e-30}
+    made = compile_ahead(
+        "sampling", "_sample", target, types, warps=warps, divisible=divisible, **sizes
+    )
+    assert made.shared_bytes <= SHARED_BYTES[target]
+    assert made.spills == 0
