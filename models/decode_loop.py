@@ -7,6 +7,7 @@ already under way. The host says who has which slot and learns a ride late what 
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from offramp.models.graphs import Launches, Recorder
 from offramp.models.kv_cache import KVCache
 from offramp.models.sampling_params import SamplingParams
 
+_TIMES = 3
 NEVER = 2.0
 """A threshold that no score reaches: the slot does not even ask."""
 
@@ -184,6 +186,28 @@ class DecodeLoop:
         """Start one segment of a ride."""
         limit = self._limits[bisect_left(self._limits, live)]
         self._recorded[segment, limit]()
+
+    def seconds(self, segment: int, riders: int) -> float:
+        """Time of one segment for ``riders`` at a first position; nobody may have a slot yet."""
+        states, times = self.states, []
+        for _ in range(_TIMES):
+            states.position.zero_()
+            states.end.fill_(1)
+            states.stage[:riders] = segment
+            self._wait()
+            begun = time.perf_counter()
+            with torch.inference_mode():
+                self.launch_segment(segment, riders)
+            self._wait()
+            times.append(time.perf_counter() - begun)
+            states.stage.fill_(EMPTY)
+        for each in (states.position, states.end, states.index):
+            each.zero_()
+        return min(times)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _record(self, recorder: Recorder, segment: int, limit: int) -> Launches:
         with torch.inference_mode():

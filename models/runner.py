@@ -78,7 +78,7 @@ class Runner:
         return DecodeLoop(self.exits, projections, self.cache, slots, max_blocks)
 
     def run(self, step: Step) -> StepResult:
-        """Run ``step`` and time it."""
+        """Run ``step`` and time it, to its end on the device."""
         begun = time.perf_counter()
         with torch.inference_mode():
             match step:
@@ -86,10 +86,10 @@ class Runner:
                     return self._run_segment(step, begun)
                 case RunHead():
                     tokens = tuple(self._run_head(step.work))
-                    return StepResult(time.perf_counter() - begun, token_ids=tokens)
+                    return StepResult(self._now() - begun, token_ids=tokens)
                 case FillKV():
                     self._fill(step)
-        return StepResult(time.perf_counter() - begun)
+        return StepResult(self._now() - begun)
 
     def _run_segment(self, step: RunSegment, begun: float) -> StepResult:
         model, work = self.model, step.work
@@ -102,11 +102,11 @@ class Runner:
         hidden = model.segments[step.segment](hidden, self._context_of(step.segment, work))
         self.hidden[rows] = hidden
         if step.segment == len(self.exits.heads):
-            return StepResult(time.perf_counter() - begun)
-        ran = time.perf_counter()
+            return StepResult(self._now() - begun)
+        ran = self._now()
         checked = check_slots(self.exits, step.segment, hidden, rows, work)
         left = prompt_leavers(self.exits, step.segment, hidden, work)
-        ended = time.perf_counter()
+        ended = self._now()
         return StepResult(
             ended - begun,
             tuple(token is not None for token in checked.tokens),
@@ -167,6 +167,12 @@ class Runner:
             sin,
             model.config.rms_norm_eps,
         )
+
+    def _now(self) -> float:
+        """The time when all that was asked of the device is done."""
+        if self.hidden.device.type == "cuda":
+            torch.cuda.synchronize(self.hidden.device)
+        return time.perf_counter()
 
     def _index(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self.hidden.device)

@@ -44,7 +44,7 @@ class EngineConfig(_Options):
         "Model",
         "auto",
         "Kernels on a CPU: native (C, compiled for this machine at the first start), torch's "
-        "operators, or auto (native where there is a C compiler).",
+        "operators, or auto (native where there is a C compiler). Those of a GPU are Triton's.",
     )
     weights: Weights = _option(
         "Model",
@@ -63,7 +63,20 @@ class EngineConfig(_Options):
     max_num_batched_tokens: int = _option("Scheduling", 512, "Token rows in one step.", ge=1)
     threads: int = _option("Scheduling", 0, "CPU threads of the engine; 0 takes all cores.", ge=0)
     block_size: int = _option("Cache", 32, "Tokens in a KV block.", ge=1, le=1024)
-    kv_cache_memory: float = _option("Cache", 1.0, "Memory for K and V, in GiB.", gt=0)
+    kv_cache_memory: float | None = _option(
+        "Cache",
+        None,
+        "Memory for K and V, in GiB; on a CPU 1, on a GPU what --gpu-memory-utilization leaves, if "
+        "unset.",
+        gt=0,
+    )
+    gpu_memory_utilization: float = _option(
+        "Cache",
+        0.9,
+        "Share of the GPU's memory that weights, K,V and the rest may take.",
+        gt=0,
+        le=1,
+    )
     enable_prefix_caching: bool = _option("Cache", True, "Reuse K,V of equal prompt beginnings.")
     exits: str = _option(
         "Early exit",
@@ -109,11 +122,6 @@ class EngineConfig(_Options):
     exit_max_hold_ms: float = _option(
         "Early exit", 50.0, "Longest wait of a sequence at an exit point, in ms.", ge=0
     )
-
-    @property
-    def kv_cache_bytes(self) -> int:
-        """Bytes for K and V."""
-        return int(self.kv_cache_memory * GIB)
 
 
 class ServerConfig(_Options):

@@ -210,8 +210,8 @@ class Metrics:
         self._observe_prompt(stats)
         if stats.kind == "segment":
             self._batch_size.labels(*self._who, segment).observe(rows)
-            if stats.segment == 0:
-                self.record("vllm:iteration_tokens_total", rows)
+        if stats.segment == 0 or stats.kind == "ride":
+            self.record("vllm:iteration_tokens_total", rows)
         if stats.fill_tokens:
             self._fill_tokens.labels(*self._who, stats.fill_method).inc(stats.fill_tokens)
         for index, depth in enumerate(stats.segment_queue):

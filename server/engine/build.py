@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from offramp.kernels.native import library
 from offramp.models.config import ModelConfig
+from offramp.models.decode_loop import DecodeLoop
 from offramp.models.exits.deltas import (
     apply_deltas,
     delta_paths,
@@ -25,15 +25,23 @@ from offramp.models.exits.file import (
 )
 from offramp.models.exits.shared import shared_heads
 from offramp.models.families import config_from_hf
-from offramp.models.kv_cache import KVCache, bytes_per_block
+from offramp.models.kv_cache import KVCache
 from offramp.models.loader import fingerprint, load_weights
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion
 from offramp.models.transformer import Transformer
-from offramp.models.weight_forms import choose
+from offramp.models.weight_forms import as_they_are, choose
 from offramp.server.config import EngineConfig
 from offramp.server.engine.blocks import BlockPool
 from offramp.server.engine.debt import DebtLedger, RowPool
+from offramp.server.engine.device import (
+    EngineConfigError,
+    blocks_that_fit,
+    check_shape,
+    context_length,
+    native_kernels,
+    placement,
+)
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.memory import SlotMemory
@@ -41,20 +49,19 @@ from offramp.server.engine.online import OnlineThresholds
 from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.process import keep_freed_memory, return_freed_memory
 from offramp.server.engine.request import EngineInfo
+from offramp.server.engine.rides import hold_shares
 from offramp.server.engine.scheduler import Limits, Scheduler
 from offramp.server.engine.targets import ExitTargets
 from offramp.server.engine.threads import ThreadGovernor
 from offramp.server.engine.warm_up import measure_costs
+
+__all__ = ["EngineConfigError", "build_engine"]
 
 logger = logging.getLogger("offramp.engine")
 
 # Promise to requests that name no quality, if the exits reach it.
 _DEFAULT_QUALITY = 0.98
 _SHARED = "shared:"
-
-
-class EngineConfigError(Exception):
-    """The engine cannot be built as asked; the message says what would work."""
 
 
 def build_engine(
@@ -64,29 +71,53 @@ def build_engine(
     model_name: str,
     progress: Callable[[int, int], None] | None = None,
     num_blocks: int | None = None,
+    rides: bool | None = None,
     audit: bool = False,
 ) -> Engine:
     """Load the model in ``folder`` and make it ready to serve.
 
-    ``progress`` is called with tensors loaded and total. ``num_blocks`` fixes the number of K,V
-    blocks whatever their memory, ``audit`` checks the invariants after every step (both for tests).
-    Raises EngineConfigError, or a ModelError of the loader or the exit file.
+    ``progress`` is called with tensors loaded and total. For tests: ``num_blocks`` fixes the number
+    of K,V blocks whatever their memory, ``rides`` whether decoding is decided on the device (None:
+    on a GPU), and ``audit`` checks the invariants after every step. Raises EngineConfigError, or a
+    ModelError of the loader or the exit file.
     """
+    try:
+        return _assemble(config, folder, model_name, progress, num_blocks, rides, audit=audit)
+    except torch.OutOfMemoryError as error:
+        raise EngineConfigError(
+            "the GPU's memory is used up: lower --max-num-seqs, --max-num-batched-tokens or "
+            "--gpu-memory-utilization, see what else uses the GPU, or use --device cpu"
+        ) from error
+
+
+def _assemble(
+    config: EngineConfig,
+    folder: Path,
+    model_name: str,
+    progress: Callable[[int, int], None] | None,
+    num_blocks: int | None,
+    rides: bool | None,  # noqa: FBT001 (as build_engine got it)
+    *,
+    audit: bool,
+) -> Engine:
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    device, dtype = _placement(config)
+    device, dtype = placement(config)
     shape = config_from_hf(folder)
+    check_shape(shape, device)
     weights = load_weights(folder, shape, dtype=dtype, progress=progress)
     weights, own = _tuned(config.exits, weights)
     weights = {name: tensor.to(device) for name, tensor in weights.items()}
     exits = _exits(config.exits, own, weights, shape, dtype, device)
-    max_model_len = _context(shape, config)
-    blocks = num_blocks or _num_blocks(shape, config, max_model_len, dtype)
+    max_model_len = context_length(shape, config)
+    blocks = num_blocks or blocks_that_fit(shape, config, exits.heads, max_model_len, dtype, device)
     cache = KVCache(shape, blocks, config.block_size, dtype, device)
     heads = exits.heads
     exit_layers = tuple(head.layer for head in heads)
-    recipes = choose(config.weights, weights, native=_native(config))
+    rides = device.type == "cuda" if rides is None else rides
+    recipes = choose(config.weights, weights, native=native_kernels(config))
+    recipes = as_they_are() if rides else recipes
     model = Transformer(shape, weights, exit_layers, max_model_len, recipes, consume=True)
     del weights
     return_freed_memory()
@@ -95,9 +126,23 @@ def build_engine(
     runner = Runner(model, heads, cache, num_rows, exits.vocab)
     scheduler = _scheduler(info, config, num_rows)
     measure_costs(runner, info, scheduler.policy.costs)
+    if rides:
+        scheduler.boarding.decode_on(_decode_loop(runner, info, config), scheduler.targets)
     guard = LiveGuard(scheduler.targets, config.exit_audit_rate)
-    threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
+    threads = None
+    if device.type == "cpu":
+        threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
     return Engine(info, scheduler, runner, guard, threads, audit=audit)
+
+
+def _decode_loop(runner: Runner, info: EngineInfo, config: EngineConfig) -> DecodeLoop:
+    """A loop that holds riders where that pays by the times measured here."""
+    loop = runner.decode_loop(info.max_num_seqs, -(-info.max_model_len // info.block_size))
+    segments = range(len(info.exit_layers) + 1)
+    seconds = [(loop.seconds(i, 1), loop.seconds(i, info.max_num_seqs)) for i in segments]
+    whole = sum(many for _, many in seconds)
+    loop.hold(hold_shares(seconds, config.exit_max_hold_ms / 1000 / whole))
+    return loop
 
 
 def _info(
@@ -189,27 +234,6 @@ def _targets(info: EngineInfo, config: EngineConfig) -> ExitTargets:
     return targets
 
 
-def _placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype; on a CPU fp32, since bf16 there is slower and less exact."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EngineConfigError("--device cuda: torch sees no CUDA device; use --device cpu")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    auto = torch.float32 if name == "cpu" else torch.bfloat16
-    return torch.device(name), dtypes.get(config.dtype, auto)
-
-
-def _native(config: EngineConfig) -> bool:
-    """Whether the C kernels may serve; raises EngineConfigError if they must and cannot."""
-    if config.kernels == "native" and library() is None:
-        raise EngineConfigError(
-            "--kernels native: they cannot be compiled here (see the warning); use --kernels auto"
-        )
-    return config.kernels != "torch"
-
-
 def _tuned(choice: str, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
     """The weights with the deltas beside the exit file, if there are any, and their fingerprint."""
     own = fingerprint(weights)
@@ -252,31 +276,3 @@ def _layers(choice: str) -> list[int]:
         return [int(layer) for layer in choice.removeprefix(_SHARED).split(",")]
     except ValueError:
         raise EngineConfigError(f"--exits {choice}: write layers as in shared:8,12") from None
-
-
-def _context(shape: ModelConfig, config: EngineConfig) -> int:
-    """Longest prompt plus answer in tokens."""
-    if config.max_model_len is None:
-        return shape.max_position_embeddings
-    if config.max_model_len > shape.max_position_embeddings:
-        raise EngineConfigError(
-            f"--max-model-len {config.max_model_len} is over the model's "
-            f"{shape.max_position_embeddings} positions"
-        )
-    return config.max_model_len
-
-
-def _num_blocks(
-    shape: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype
-) -> int:
-    """Blocks that fit the memory for K,V; at least one full-length request must."""
-    size = bytes_per_block(shape, config.block_size, dtype)
-    blocks = config.kv_cache_bytes // size
-    needed = -(-max_model_len // config.block_size)
-    if blocks < needed:
-        raise EngineConfigError(
-            f"K,V for one request of {max_model_len} tokens need {needed * size / 2**30:.2f} GiB, "
-            f"--kv-cache-memory gives {config.kv_cache_memory:.2f}; "
-            "raise it or lower --max-model-len"
-        )
-    return blocks

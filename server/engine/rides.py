@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
 from typing import Protocol
 
 from offramp.models.decode_loop import NEVER, Boarding, Landed, RideResult
@@ -213,19 +212,17 @@ class Rides:
         return longest - 1
 
 
-def hold_shares(
-    segments: Sequence[Sequence[float]], head: Sequence[float], rides: float
-) -> list[tuple[float, float]]:
+def hold_shares(segments: Sequence[tuple[float, float]], rides: float) -> list[tuple[float, float]]:
     """For each segment the share of ready slots for which it waits, and ``rides`` for how long.
 
-    ``segments`` and ``head`` are seconds at one row and at many. Holding n riders back while r
-    others go again saves the r a pass above, and costs both a ground step and a head, fixed part
-    once more (ExitPolicy.holds); so it pays while n / r is under the share.
+    ``segments`` are the seconds of each for one rider and for many, the last with the head.
+    Holding n riders back while r others go again saves the r a pass above, and costs all of them
+    the fixed part of a ground step and the n a whole one (ExitPolicy.holds); so it pays while n / r
+    is under the share.
     """
+    fixed, ground = segments[0]
     shares = [(0.0, 0.0)]
-    ground = segments[0][-1] + head[-1]
-    fixed = min(segments[0]) + min(head)
-    for index, _ in enumerate(pairwise(segments)):
-        above = sum(seconds[-1] for seconds in segments[index + 1 :])
+    for index in range(1, len(segments)):
+        above = sum(many for _, many in segments[index:])
         shares.append((max(0.0, above - fixed) / (ground + fixed), rides))
     return shares

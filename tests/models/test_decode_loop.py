@@ -180,6 +180,18 @@ def test_holding_riders_back_changes_no_token(model: Transformer, heads: list[Ex
     assert [found[slot] for slot in range(5)] == made
 
 
+def test_segments_are_timed_before_anybody_comes(model: Transformer, heads: list[ExitHead]) -> None:
+    """And leave nothing behind: the first requests get their own tokens."""
+    runner = Runner(model, heads, new_cache(model), 32)
+    loop = new_loop(runner)
+    assert all(loop.seconds(segment, riders) > 0 for segment in range(3) for riders in (1, 5))
+    asked = texts(runner, SPREAD)
+    made = expected(runner, asked, 4)
+    loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
+    found = ridden(loop, [0, 1, 2, 3, 4], 4)
+    assert [found[slot] for slot in range(5)] == made
+
+
 def test_slots_come_and_go_between_rides(model: Transformer, heads: list[ExitHead]) -> None:
     """A slot is taken back and given to another text while its neighbour rides on."""
     runner = Runner(model, heads, new_cache(model), 32)

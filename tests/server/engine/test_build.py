@@ -68,7 +68,7 @@ def test_both_kinds_of_kernels_give_the_same_answer(tiny_dir: Path, kernels: str
 def test_kernels_that_must_and_cannot_be_compiled_are_refused(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offramp.server.engine.build.library", lambda: None)
+    monkeypatch.setattr("offramp.server.engine.device.library", lambda: None)
     with pytest.raises(EngineConfigError, match="--kernels native: they cannot be compiled here"):
         build(tiny_dir, kernels="native")
 

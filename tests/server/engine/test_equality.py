@@ -59,8 +59,8 @@ def exits(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def build(folder: Path, exits: str, num_blocks: int) -> Engine:
-    """An engine that checks its invariants after every step."""
+def build(folder: Path, exits: str, num_blocks: int, *, rides: bool = False) -> Engine:
+    """An engine that checks its invariants after every step; ``rides`` as on a GPU."""
     config = EngineConfig(
         exits=exits,
         weights=Weights.FP32,
@@ -69,7 +69,9 @@ def build(folder: Path, exits: str, num_blocks: int) -> Engine:
         max_model_len=CONTEXT,
         max_num_seqs=16,
     )
-    return build_engine(config, folder, model_name="test", num_blocks=num_blocks, audit=True)
+    return build_engine(
+        config, folder, model_name="test", num_blocks=num_blocks, rides=rides, audit=True
+    )
 
 
 def answers(
@@ -125,6 +127,15 @@ def test_under_preemption(
     found, done = answers(engine, prompts[2::3], 16)
     assert found == reference[2::3]
     assert sum(item.stats.preemptions for item in done if item.stats is not None) > 0
+
+
+def test_decided_on_the_device(
+    smollm2_dir: Path, exits: str, prompts: list[tuple[int, ...]], reference: list[list[int]]
+) -> None:
+    """The decode loop of GPUs, by its references: mixed lengths, cut into four segments."""
+    engine = build(smollm2_dir, exits, 320, rides=True)
+    found, _ = answers(engine, prompts[1::4], 16)
+    assert found == reference[1::4]
 
 
 def test_lossless_alone_and_in_mixed_company(

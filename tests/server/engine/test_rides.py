@@ -1,0 +1,198 @@
+"""Engines whose decoding is decided on the device against engines that decide step by step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from offramp.models.exits.file import ExitFile
+from offramp.models.exits.train import TrainOptions, new_head
+from offramp.models.families import config_from_hf
+from offramp.models.loader import fingerprint, load_weights
+from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
+from offramp.models.transformer import Transformer
+from offramp.models.weight_forms import as_they_are
+from offramp.models.weights import Weights
+from offramp.server.config import EngineConfig
+from offramp.server.engine.build import build_engine
+from offramp.server.engine.bulk import Finished, run_all
+from offramp.server.engine.engine import Engine
+from offramp.server.engine.request import FinishReason, GenerationRequest
+from offramp.server.engine.rides import Rides, hold_shares
+from offramp.server.engine.slot import Place
+
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
+LEAVES = ExitSettings(ExitMode.ADAPTIVE, thresholds=(0.55, 0.45), kv_fill=KVFill.PROJECT)
+EXITS = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def exits(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Random exits whose scores spread over 0 to 1."""
+    torch.manual_seed(1)
+    config = config_from_hf(tiny_dir)
+    weights = load_weights(tiny_dir, config, dtype=torch.float32)
+    model = Transformer(config, weights, EXITS, 8, as_they_are())
+    heads = tuple(new_head(e, model, TrainOptions(width=16, router=8)) for e in EXITS)
+    for head in heads:
+        for tensor in (head.down, head.router_down, head.router_down_bias):
+            tensor.normal_()
+    path = tmp_path_factory.mktemp("exits") / "exits.safetensors"
+    ExitFile(fingerprint(weights), heads, {}, {}).save(path)
+    return str(path)
+
+
+def build(folder: Path, exits: str, *, rides: bool, num_blocks: int = 200, seqs: int = 8) -> Engine:
+    """An engine that checks its invariants after every step and lets every exit pay."""
+    config = EngineConfig(
+        exits=exits,
+        device="cpu",
+        kernels="torch",
+        weights=Weights.FP32,
+        max_model_len=128,
+        max_num_seqs=seqs,
+        block_size=8,
+        exit_audit_rate=0.0,
+    )
+    engine = build_engine(
+        config, folder, model_name="test", num_blocks=num_blocks, rides=rides, audit=True
+    )
+    policy = engine.scheduler.policy
+    object.__setattr__(policy, "asks", lambda *_: True)
+    object.__setattr__(policy, "lets_go", lambda *_: True)
+    return engine
+
+
+def requests(count: int, exits: ExitSettings = LEAVES) -> list[GenerationRequest]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    return [
+        GenerationRequest(
+            str(i),
+            tuple(torch.randint(60, 300, (length,), generator=generator).tolist()),
+            replace(GREEDY, max_tokens=3 + 4 * (i % 6)),
+            exits if i % 3 else ExitSettings(ExitMode.OFF),
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+def told(done: list[Finished]) -> list[tuple[list[int], list[int]]]:
+    return [(item.token_ids, item.exit_layers) for item in done]
+
+
+def rides_of(engine: Engine) -> Rides:
+    rides = engine.scheduler.boarding.rides
+    assert rides is not None
+    return rides
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_rides_make_the_tokens_of_the_steps(tiny_dir: Path, exits: str, concurrency: int) -> None:
+    """Token for token and layer for layer, requests that leave beside requests that do not."""
+    asked = requests(14)
+    steps = run_all(build(tiny_dir, exits, rides=False), asked, concurrency=concurrency)
+    rides = run_all(build(tiny_dir, exits, rides=True), asked, concurrency=concurrency)
+    assert told(rides) == told(steps)
+    assert {layer for item in rides for layer in item.exit_layers} == {*EXITS, 4}
+    for item in rides:
+        assert item.stats is not None
+        assert item.stats.layers_executed == sum(item.exit_layers)
+
+
+def test_too_few_blocks_for_all(tiny_dir: Path, exits: str) -> None:
+    """Some are sent back in the middle of their answer, and say the same in the end."""
+    asked = requests(10)
+    plenty = run_all(build(tiny_dir, exits, rides=True), asked, concurrency=8)
+    tight = build(tiny_dir, exits, rides=True, num_blocks=16)
+    found = run_all(tight, asked, concurrency=8)
+    off = [told([item]) for item in found[::3]]
+    assert off == [told([item]) for item in plenty[::3]]
+    assert tight.scheduler.boarding.preemptions > 0
+    assert tight.scheduler.memory.blocks.num_used == 0
+
+
+def test_what_the_device_cannot_decide_is_decided_by_steps(tiny_dir: Path, exits: str) -> None:
+    """Penalties, other fills and lossless requests share the engine with rides."""
+    engine = build(tiny_dir, exits, rides=True)
+    steps = build(tiny_dir, exits, rides=False)
+    base = requests(1)[0]
+    asked = [
+        replace(base, request_id="biased", sampling=replace(GREEDY, logit_bias=((99, 50.0),))),
+        replace(base, request_id="copied", exits=replace(LEAVES, kv_fill=KVFill.COPY)),
+        replace(base, request_id="lossless", exits=ExitSettings(ExitMode.LOSSLESS)),
+        replace(base, request_id="plain", exits=ExitSettings(ExitMode.OFF)),
+    ]
+    found = run_all(engine, asked, concurrency=4)
+    assert told(found) == told(run_all(steps, asked, concurrency=4))
+    assert found[0].token_ids == [99] * GREEDY.max_tokens
+    assert found[2].token_ids == found[3].token_ids
+
+
+def test_only_answers_ride(tiny_dir: Path, exits: str) -> None:
+    """A request comes aboard with its first token and leaves when it is aborted."""
+    engine = build(tiny_dir, exits, rides=True)
+    rides = rides_of(engine)
+    request = replace(requests(2)[1], sampling=replace(GREEDY, max_tokens=50))
+    engine.add(request, time.monotonic())
+    kinds = []
+    while not len(rides):
+        output = engine.step()
+        assert output.stats is not None
+        kinds.append(output.stats.kind)
+    assert "ride" not in kinds
+    slot = next(iter(engine.scheduler.live.values()))
+    assert slot.place is Place.ABOARD
+    outputs = [engine.step() for _ in range(6)]
+    assert [output.stats.kind for output in outputs if output.stats] == ["ride"] * 6
+    assert [len(output.events) for output in outputs] == [0, 1, 1, 1, 1, 1]
+    engine.abort(request.request_id)
+    last = engine.step()
+    assert [event.finish_reason for event in last.events] == [FinishReason.ABORT]
+    assert not len(rides)
+    assert not engine.has_work
+
+
+def test_an_answer_that_left_early_is_not_shared(tiny_dir: Path, exits: str) -> None:
+    """Its K,V are not what full depth makes, so a follow-up finds the prompt's alone."""
+    engine = build(tiny_dir, exits, rides=True)
+    prompt = tuple(range(60, 84))
+    always = replace(LEAVES, thresholds=(0.0, 0.0))
+    sampling = replace(GREEDY, max_tokens=24)
+    first = run_all(engine, [GenerationRequest("1", prompt, sampling, always)], concurrency=1)[0]
+    assert first.exit_layers == [4, *[1] * 23]
+    again = GenerationRequest("2", (*prompt, *first.token_ids), sampling, ExitSettings())
+    found = run_all(engine, [again], concurrency=1)[0]
+    assert found.stats is not None
+    assert found.stats.cached_tokens == len(prompt)
+    fresh = run_all(build(tiny_dir, exits, rides=True), [again], concurrency=1)[0]
+    assert found.token_ids == fresh.token_ids
+
+
+def test_new_thresholds_reach_those_aboard(tiny_dir: Path, exits: str) -> None:
+    """The guard closes the exits while a request that names none is on its way."""
+    engine = build(tiny_dir, exits, rides=True)
+    targets = engine.scheduler.targets
+    object.__setattr__(targets, "_default", (0.0, 0.0))
+    asked = ExitSettings(ExitMode.ADAPTIVE, kv_fill=KVFill.PROJECT)
+    sampling = replace(GREEDY, max_tokens=30)
+    engine.add(GenerationRequest("a", tuple(range(60, 70)), sampling, asked), time.monotonic())
+    layers: list[int] = []
+    while len(layers) < 8:
+        layers += [layer for event in engine.step().events for layer in event.exit_layers]
+    assert set(layers[1:]) == {1}
+    for _ in range(3):
+        targets.tighten()
+    while engine.has_work:
+        layers += [layer for event in engine.step().events for layer in event.exit_layers]
+    assert set(layers[10:]) == {4}
+
+
+def test_holding_pays_where_what_is_above_is_dear() -> None:
+    """Two of ten ready ones are kept waiting by a pass of 9 above, not by one of the ground's."""
+    assert hold_shares([(1.0, 1.0), (1.0, 1.0)], 5) == [(0.0, 0.0), (0.0, 5)]
+    assert hold_shares([(1.0, 1.0), (4.0, 5.0), (4.0, 4.0)], 2) == [(0.0, 0.0), (4.0, 2), (1.5, 2)]
