@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -29,25 +29,36 @@ def jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-_rehearsing = False
+_chosen: bool | None = None
 
 
 def uses_triton(device: torch.device) -> bool:
     """Whether tensors on ``device`` are for kernels rather than for references."""
-    return triton is not None and (device.type == "cuda" or _rehearsing)
+    if triton is None:
+        return False
+    return device.type == "cuda" if _chosen is None else _chosen
+
+
+def rehearsal() -> AbstractContextManager[None]:
+    """Kernels whatever the device: on a CPU interpreted, which is how they are tested there."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        raise RuntimeError("a rehearsal needs TRITON_INTERPRET=1, set before this import")
+    return _choose(kernels=True)
+
+
+def references() -> AbstractContextManager[None]:
+    """References whatever the device: what kernels are compared with."""
+    return _choose(kernels=False)
 
 
 @contextmanager
-def rehearsal() -> Iterator[None]:
-    """Kernels also for CPU tensors, interpreted: how what runs on GPUs is tested without one."""
-    global _rehearsing  # noqa: PLW0603 (a switch of tests, which would else patch every module)
-    if not INTERPRETED:
-        raise RuntimeError("a rehearsal needs TRITON_INTERPRET=1, set before this import")
-    _rehearsing = True
+def _choose(*, kernels: bool) -> Iterator[None]:
+    global _chosen  # noqa: PLW0603 (a switch of tests, which would else patch every module)
+    before, _chosen = _chosen, kernels
     try:
         yield
     finally:
-        _rehearsing = False
+        _chosen = before
 
 
 def next_power_of_2(number: int) -> int:

@@ -263,29 +263,29 @@ def _activated(
     """Sums with their bias and activation; ``other`` belongs to SWIGLU's second half."""
     if bias is not None:
         total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if activation == 0:
-        return total
-    gated = total * tl.sigmoid(total)
-    if activation == 1:
-        return gated
-    if bias is not None:
-        added = tl.load(bias + width + column, mask=inside, other=0.0)
-        other += added.to(tl.float32)[None, :]
-    return gated * other
+        if activation == 2:
+            added = tl.load(bias + width + column, mask=inside, other=0.0)
+            other += added.to(tl.float32)[None, :]
+    if activation != 0:
+        total *= tl.sigmoid(total)
+    if activation == 2:
+        total *= other
+    return total
 
 
 @jit
 def _scaled(added: tl.tensor, scale: tl.tensor, column: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """The residual in fp32, times its scale."""
-    if scale is None:
-        return added.to(tl.float32)
-    factor = tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
-    return added.to(tl.float32) * factor[None, :]
+    wide = added.to(tl.float32)
+    if scale is not None:
+        wide *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return wide
 
 
 @jit
 def _indexed(index: tl.tensor, row: tl.tensor, real: tl.tensor) -> tl.tensor:
     """Where the rows of a batch lie in their tensor."""
-    if index is None:
-        return row.to(tl.int64)
-    return tl.load(index + row, mask=real, other=0).to(tl.int64)
+    at = row.to(tl.int64)
+    if index is not None:
+        at = tl.load(index + row, mask=real, other=0).to(tl.int64)
+    return at

@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from offramp.kernels.backend import references
 from tests.kernels.compiler import Compiler
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where kernels of GPUs are tested: on one, or interpreted."""
 
 Make = Callable[..., Tensor]
 
@@ -34,6 +38,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         (Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def on_device() -> Iterator[None]:
+    """Tensors are made on DEVICE, and only a rehearsal takes kernels."""
+    with DEVICE, references():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,13 @@ from offramp.kernels.counted_linear import (
     Norm,
     Residual,
     Rows,
+    Tiles,
     counted_linear,
     tiles_for,
 )
-from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
+from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiled, Compiler
 
+pytestmark = pytest.mark.usefixtures("on_device")
 interpreted = pytest.mark.skipif(triton is None, reason="no triton")
 EPS = 1e-5
 UNTOUCHED = 7.0
@@ -161,6 +163,37 @@ def test_few_outputs_are_cut_finer_than_many() -> None:
     assert tiles_for(200, 576, torch.bfloat16).rows == 64
 
 
+NUMBERS = ("width", "ins", "x_row", "w_row", "base_row", "out_row")
+COMPUTE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def compiled(
+    compile_ahead: Compiler, target: int, dtype: str, tiles: Tiles, without: tuple[str, ...]
+) -> Compiled:
+    """The kernel for SwiGLU with its optional arguments but for those ``without``."""
+    types = dict.fromkeys(["x", "weight", "bias", "norm", "base", "scale", "out"], f"*{dtype}")
+    types |= dict.fromkeys(["x_index", "base_index", "out_index", "count"], "*i32")
+    types |= {"eps": "fp32"} | dict.fromkeys(NUMBERS, "i32")
+    constants = dict.fromkeys(without)
+    return compile_ahead(
+        "counted_linear",
+        "_product",
+        target,
+        {name: kind for name, kind in types.items() if name not in without},
+        warps=tiles.warps,
+        stages=tiles.stages,
+        divisible=NUMBERS,
+        **constants,
+        normed="norm" not in without,
+        activation=int(Activation.SWIGLU),
+        tile_rows=tiles.rows,
+        tile_outs=tiles.outs,
+        tile_ins=tiles.ins,
+        whole=True,
+        compute=COMPUTE[dtype],
+    )
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("outs", [576, 6144, 28_672, 128_256])
@@ -168,28 +201,22 @@ def test_few_outputs_are_cut_finer_than_many() -> None:
 def test_it_compiles(
     compile_ahead: Compiler, target: int, dtype: str, outs: int, rows: int
 ) -> None:
-    compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
-    tiles = tiles_for(rows, outs, getattr(torch, compute))
-    types = dict.fromkeys(["x", "weight", "norm", "base", "scale", "out"], f"*{dtype}")
-    types |= dict.fromkeys(["x_index", "base_index", "out_index", "count"], "*i32")
-    types |= {"eps": "fp32"}
-    types |= dict.fromkeys(["width", "ins", "x_row", "w_row", "base_row", "out_row"], "i32")
-    made = compile_ahead(
-        "counted_linear",
-        "_product",
-        target,
-        types,
-        warps=tiles.warps,
-        stages=tiles.stages,
-        divisible=("width", "ins", "x_row", "w_row", "base_row", "out_row"),
-        bias=None,
-        normed=True,
-        activation=int(Activation.SWIGLU),
-        tile_rows=tiles.rows,
-        tile_outs=tiles.outs,
-        tile_ins=tiles.ins,
-        whole=True,
-        compute=compute,
-    )
-    assert made.shared_bytes <= SHARED_BYTES[target]
+    """Loads have to be fetched ahead: four steps of them in shared memory."""
+    tiles = tiles_for(rows, outs, getattr(torch, COMPUTE[dtype]))
+    made = compiled(compile_ahead, target, dtype, tiles, ("bias",))
+    step = (tiles.rows + tiles.outs) * tiles.ins * (4 if dtype == "fp32" else 2)
+    assert 2 * step <= made.shared_bytes <= SHARED_BYTES[target]
+    assert not made.spills
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "without",
+    [(), ("norm", "scale", "x_index"), ("bias", "base", "scale", "base_index", "out_index")],
+    ids=["all", "down", "gate and up"],
+)
+def test_it_compiles_without_what_is_optional(
+    compile_ahead: Compiler, target: int, without: tuple[str, ...]
+) -> None:
+    made = compiled(compile_ahead, target, "bf16", tiles_for(1, 4096, torch.bfloat16), without)
     assert not made.spills

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from offramp.kernels.exit_gate import fused_key
 from offramp.kernels.logit_scores import LogitScores
 from offramp.kernels.riders import Riders, SlotStates
 from tests.kernels.compiler import TARGETS, Compiler
+from tests.kernels.conftest import DEVICE
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("on_device")
 STAYS = 2.0
 interpreted = pytest.mark.skipif(triton is None, reason="no triton")
 both = pytest.mark.parametrize(
@@ -27,8 +29,8 @@ class Exit:
     """Riders of segment 0 before the exit behind it; every second slot is empty."""
 
     def __init__(self, count: int, limit: int, width: int = 24) -> None:
-        self.states = SlotStates.empty(2 * limit, 2, CPU)
-        self.riders = Riders.empty(limit, CPU)
+        self.states = SlotStates.empty(2 * limit, 2, DEVICE)
+        self.riders = Riders.empty(limit, DEVICE)
         slots = 2 * torch.randperm(limit)[:count]
         self.riders.slots[:count] = slots.to(torch.int32)
         self.riders.count.fill_(count)
@@ -43,8 +45,8 @@ class Exit:
         # One column of many exits' thresholds: their stride is not 1.
         self.thresholds = torch.full((2 * limit, 3), STAYS)[:, 1]
         self.thresholds[slots] = torch.rand(count)
-        self.fired, self.leavers = Fired.empty(limit, CPU), Riders.empty(limit, CPU)
-        self.scores = LogitScores.empty(limit, CPU)
+        self.fired, self.leavers = Fired.empty(limit, DEVICE), Riders.empty(limit, DEVICE)
+        self.scores = LogitScores.empty(limit, DEVICE)
         self.tokens = torch.randint(0, 1000, (limit,))
         self.fuse: Tensor | None = torch.randn(4)
 
@@ -185,5 +187,8 @@ def test_they_compile(compile_ahead: Compiler, target: int, wide: int) -> None:
     large += ["to_positions", "to_places"]
     types = dict.fromkeys(["gates", "tops", "gaps", "fuse", "thresholds"], "*fp32")
     types |= dict.fromkeys(small, "*i32") | dict.fromkeys(large, "*i64") | {"threshold_row": "i32"}
-    made = compile_ahead("exit_decision", "_leave", target, types, edge=1e-5, depth=8, wide=wide)
+    sizes: dict[str, Any] = {"edge": 1e-5, "depth": 8, "wide": wide}
+    assert not compile_ahead("exit_decision", "_leave", target, types, **sizes).spills
+    del types["fuse"]
+    made = compile_ahead("exit_decision", "_leave", target, types, **sizes, fuse=None)
     assert not made.spills

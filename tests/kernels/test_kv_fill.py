@@ -12,7 +12,9 @@ from offramp.kernels.riders import Riders
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable, rotate
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
+from tests.kernels.conftest import DEVICE
 
+pytestmark = pytest.mark.usefixtures("on_device")
 BLOCKS, SIZE, EPS = 6, 4, 1e-5
 
 
@@ -35,7 +37,7 @@ def test_projection_equals_each_layer_by_itself(
     biases = torch.randn(layers, width) if extras else None
     key_norms = 1 + torch.randn(layers, dim) / 4 if extras else None
     places = torch.tensor([20, 2, 9])[:rows]
-    table = RotaryTable(1.0 / 50 ** (torch.arange(dim // 2) / dim), 30, 1.0, hidden.dtype, _cpu())
+    table = RotaryTable(1.0 / 50 ** (torch.arange(dim // 2) / dim), 30, 1.0, hidden.dtype, DEVICE)
     cos, sin = table.at(torch.tensor([11, 0, 29])[:rows])
     pages = empty_pages(layers, kv_heads, dim)
     folded = (weights * norms.unsqueeze(1)).view(-1, wide)
@@ -58,10 +60,6 @@ def test_copy_repeats_the_source_in_every_layer() -> None:
     for k_cache, v_cache in pages:
         _only(k_cache, places, source[0].view(-1, 2, 8)[places])
         _only(v_cache, places, source[1].view(-1, 2, 8)[places])
-
-
-def _cpu() -> torch.device:
-    return torch.device("cpu")
 
 
 def _only(cache: Tensor, places: Tensor, expected: Tensor) -> None:
@@ -87,7 +85,7 @@ class Leavers:
     ) -> None:
         layers, kv_heads, dim = heads
         limit = count + 3
-        self.riders = Riders.empty(limit, _cpu())
+        self.riders = Riders.empty(limit, DEVICE)
         self.slots = torch.randperm(limit)[:count]
         self.riders.slots[:count] = self.slots.to(torch.int32)
         self.riders.places[:count] = torch.randperm(BLOCKS * SIZE)[:count]
@@ -101,7 +99,7 @@ class Leavers:
         weight = (torch.randn(out, wide) / wide**0.5).to(dtype)
         self.projection = Projection(weight, bias, norm)
         turns = 1.0 / 50 ** (torch.arange(dim // 2) / dim)
-        self.angles = RotaryTable(turns, 30, 1.0, dtype, _cpu()).angles
+        self.angles = RotaryTable(turns, 30, 1.0, dtype, DEVICE).angles
         self.pages = empty_pages(layers, kv_heads, dim).to(dtype)
 
     def fill(self) -> Tensor:
@@ -150,8 +148,11 @@ def test_the_kernel_fills_halves(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("dim", [64, 80, 128])
-def test_the_kernel_compiles(compile_ahead: Compiler, target: int, dtype: str, dim: int) -> None:
-    names = ["hidden", "weight", "bias", "k_norm", "cos", "sin", "pages"]
+@pytest.mark.parametrize("without", [(), ("bias", "k_norm")], ids=["all", "plain"])
+def test_the_kernel_compiles(
+    compile_ahead: Compiler, target: int, dtype: str, dim: int, without: tuple[str, ...]
+) -> None:
+    names = {"hidden", "weight", "bias", "k_norm", "cos", "sin", "pages"} - set(without)
     types = dict.fromkeys(names, f"*{dtype}") | {"slots": "*i32", "count": "*i32"}
     types |= {"positions": "*i64", "places": "*i64", "eps": "fp32"}
     strides = ["ins", "hidden_row", "w_row", "layer_step", "kind_step", "place_step"]
@@ -166,6 +167,7 @@ def test_the_kernel_compiles(compile_ahead: Compiler, target: int, dtype: str, d
         types,
         divisible=strides,
         **sizes,
+        **dict.fromkeys(without),
         tile_ins=64 if dtype == "fp32" else 128,
         compute=compute,
     )

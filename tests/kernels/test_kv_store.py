@@ -15,10 +15,11 @@ from offramp.kernels.backend import rehearsal, triton
 from offramp.kernels.kv_store import rotate_and_store, store_kv
 from offramp.kernels.rotary import RotaryTable
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
+from tests.kernels.conftest import DEVICE
 
+pytestmark = pytest.mark.usefixtures("on_device")
 BLOCKS, SIZE, HEADS, DIM = 5, 3, 2, 7
 EPS = 1e-5
-CPU = torch.device("cpu")
 PLACES = [14, 0, 7, 4, 11]
 GROUPS = [(1, 1), (6, 2), (8, 2), (8, 1), (9, 3)]
 interpreted = pytest.mark.skipif(triton is None, reason="no triton")
@@ -61,7 +62,7 @@ def inputs(
     heads: tuple[int, int], dim: int, dtype: torch.dtype = torch.float32, *, normed: bool = True
 ) -> Inputs:
     """A projection's output, weights of the norms, and angles of scattered positions."""
-    table = RotaryTable(1.0 / 100 ** (torch.arange(dim // 2) / dim), 50, 0.9, dtype, CPU)
+    table = RotaryTable(1.0 / 100 ** (torch.arange(dim // 2) / dim), 50, 0.9, dtype, DEVICE)
     cos, sin = table.at(torch.tensor([0, 3, 49, 17, 4]))
     qkv = torch.randn(len(PLACES), (heads[0] + 2 * heads[1]) * dim).to(dtype)
     if not normed:

@@ -12,7 +12,9 @@ from torch import Tensor
 from offramp.kernels.backend import INTERPRETED, rehearsal, triton
 from offramp.kernels.logit_scores import LogitScores, _parts, score_logits
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
+from tests.kernels.conftest import DEVICE
 
+pytestmark = pytest.mark.usefixtures("on_device")
 interpreted = pytest.mark.skipif(triton is None or not INTERPRETED, reason="no interpreter")
 either = pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=interpreted)])
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +23,7 @@ NOBODY = float("-inf")
 
 def formulas(logits: Tensor) -> LogitScores:
     """Row by row over a softmax in float64."""
-    expected = LogitScores.empty(len(logits), "cpu")
+    expected = LogitScores.empty(len(logits), DEVICE)
     for row, values in enumerate(logits.double()):
         weights = (values - values.max()).exp()
         ranked = (weights / weights.sum()).sort(descending=True).values
@@ -35,7 +37,7 @@ def formulas(logits: Tensor) -> LogitScores:
 
 def scored(logits: Tensor, count: int | None = None, *, kernel: bool) -> LogitScores:
     """What is there after scoring the first ``count`` rows."""
-    out = LogitScores.empty(len(logits), "cpu")
+    out = LogitScores.empty(len(logits), DEVICE)
     counted = torch.tensor([len(logits) if count is None else count], dtype=torch.int32)
     if kernel:
         with rehearsal():
@@ -129,7 +131,7 @@ def test_rows_behind_the_count_are_left_alone(count: int, *, kernel: bool) -> No
     logits = torch.full((5, 2500), float("nan"))
     logits[:count] = torch.randn(count, 2500)
     out = scored(logits, count, kernel=kernel)
-    untouched = LogitScores.empty(5 - count, "cpu")
+    untouched = LogitScores.empty(5 - count, DEVICE)
     for name in ("token", "top", "gap", "entropy"):
         assert torch.equal(
             getattr(out, name)[count:].nan_to_num(-1), getattr(untouched, name).nan_to_num(-1)

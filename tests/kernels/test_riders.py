@@ -13,8 +13,9 @@ from offramp.kernels.embed_rows import embed_rows
 from offramp.kernels.riders import EMPTY, Riders, SlotStates, arrive, board
 from offramp.kernels.row_list import RowList
 from tests.kernels.compiler import TARGETS, Compiler
+from tests.kernels.conftest import DEVICE
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("on_device")
 BLOCK = 4
 NEVER = torch.tensor([[0.0, 0.0], [2.0, 1e9], [2.0, 1e9]])
 EAGER = torch.zeros(3, 2)
@@ -26,7 +27,7 @@ both = pytest.mark.parametrize(
 
 def states(stages: list[int]) -> SlotStates:
     """Slots at ``stages``, each at a position of its own under a table of its own."""
-    made = SlotStates.empty(len(stages), 5, CPU)
+    made = SlotStates.empty(len(stages), 5, DEVICE)
     made.stage.copy_(torch.tensor(stages))
     made.position.copy_(torch.randint(0, 5 * BLOCK, (len(stages),)))
     made.end.fill_(5 * BLOCK)
@@ -36,7 +37,7 @@ def states(stages: list[int]) -> SlotStates:
 
 def boarded(made: SlotStates, segment: int, holds: Tensor, *, kernels: bool) -> list[int]:
     """Slots that board, their places checked."""
-    riders = Riders.empty(len(made.stage), CPU)
+    riders = Riders.empty(len(made.stage), DEVICE)
     if kernels:
         with rehearsal():
             board(made, riders, segment, holds, block_size=BLOCK)
@@ -110,7 +111,7 @@ def test_nobody_is_held_when_nobody_is_ready(*, kernels: bool) -> None:
 def test_who_arrives_has_a_token_and_waits_at_the_ground(*, kernels: bool) -> None:
     made = states([EMPTY, 1, 1, 0])
     before = made.position.clone()
-    riders = Riders.empty(4, CPU)
+    riders = Riders.empty(4, DEVICE)
     riders.slots[:2] = torch.tensor([2, 1])
     riders.count.fill_(2)
     made.waited.fill_(5)

@@ -13,6 +13,7 @@ from offramp.kernels.backend import next_power_of_2, rehearsal, triton
 from offramp.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
 
+pytestmark = pytest.mark.usefixtures("on_device")
 EPS = 1e-5
 SHAPES = [(1, 64), (3, 576), (7, 5, 13), (2, 4096), (0, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

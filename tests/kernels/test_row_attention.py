@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from offramp.kernels.decoder import RowTable
 from offramp.kernels.row_attention import _parts, row_attention, row_attention_reference
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
 
+pytestmark = pytest.mark.usefixtures("on_device")
 interpreted = pytest.mark.skipif(triton is None, reason="no triton")
 BLOCK = 4
 HEADS = {"one": (1, 1), "three share": (6, 2), "eight share": (8, 1), "four each": (4, 4)}
@@ -152,20 +154,38 @@ def test_long_contexts_of_few_rows_are_cut(programs: int, longest: int, parts: i
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("group", "dim"), [(3, 64), (8, 128)], ids=["small", "large"])
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "all rows"])
 def test_it_compiles(
-    compile_ahead: Compiler, target: int, dtype: str, group: int, dim: int
+    compile_ahead: Compiler,
+    target: int,
+    dtype: str,
+    group: int,
+    dim: int,
+    counted: bool,  # noqa: FBT001
 ) -> None:
     types = dict.fromkeys(["q", "k", "v"], f"*{dtype}")
     types |= dict.fromkeys(["positions", "first_blocks", "blocks"], "*i64")
     types |= dict.fromkeys(["sums", "most", "total"], "*fp32")
-    types |= {"count": "*i32", "scale": "fp32", "window": "i32"}
+    types |= {"scale": "fp32", "window": "i32"}
+    optional: dict[str, Any] = {}
+    if counted:
+        types["count"] = "*i32"
+    else:
+        optional["count"] = None
     strides = ["q_row", "q_head", "kv_place", "kv_head"]
     types |= dict.fromkeys(strides, "i32")
     compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
-    sizes = {"parts": 4, "block_size": 32, "group": group, "rows_of_product": 16}
+    sizes: dict[str, Any] = {"parts": 4, "block_size": 32, "group": group, "rows_of_product": 16}
     sizes |= {"dim": dim, "wide": dim, "tile": 32}
     made = compile_ahead(
-        "row_attention", "_attend", target, types, divisible=strides, **sizes, compute=compute
+        "row_attention",
+        "_attend",
+        target,
+        types,
+        divisible=strides,
+        **sizes,
+        **optional,
+        compute=compute,
     )
     assert made.shared_bytes <= SHARED_BYTES[target]
     assert not made.spills

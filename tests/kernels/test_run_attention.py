@@ -15,11 +15,12 @@ from offramp.kernels.decoder import RowTable
 from offramp.kernels.row_attention import row_attention_reference
 from offramp.kernels.run_attention import _PRODUCT_ROWS, RunTable, _sizes, run_attention
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
+from tests.kernels.conftest import DEVICE
 
 Run = Sequence[int]
 Case = tuple[Tensor, Tensor, Tensor, RowTable, RunTable]
+pytestmark = pytest.mark.usefixtures("on_device")
 BLOCK = 4
-CPU = torch.device("cpu")
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEADS = {"one": (2, 2), "three share": (6, 2), "four share": (8, 2), "eight share": (8, 1)}
 RUNS: dict[str, list[Run]] = {
@@ -60,7 +61,7 @@ def case(
     longest = int(every.max()) + 1
     rows = RowTable(none, every, torch.tensor(starts), blocks, BLOCK, longest, none, none)
     q = torch.randn(len(every), heads[0], dim).to(dtype)
-    return q, k, v, rows, RunTable.of(runs, heads[0] // heads[1], window, CPU)
+    return q, k, v, rows, RunTable.of(runs, heads[0] // heads[1], window, DEVICE)
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_gaps_between_heads_and_places() -> None:
 def test_no_rows_need_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, rows, _ = case([[3]], (6, 2), 64)
     monkeypatch.setattr(module, "_attend_run", None)
-    none = RunTable.of([], 3, None, CPU)
+    none = RunTable.of([], 3, None, DEVICE)
     assert none.tiles.shape == (0, 2)
     assert run_attention(q[:0], k, v, rows, none, None).shape == (0, 6, 64)
 
@@ -151,7 +152,7 @@ def test_without_a_gpu_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_row_is_in_one_tile_of_its_run(
     runs: list[Run], group: int, window: int | None
 ) -> None:
-    table = RunTable.of(runs, group, window, CPU)
+    table = RunTable.of(runs, group, window, DEVICE)
     owner = [run for run, positions in enumerate(runs) for _ in positions]
     rows = [list(range(first, first + count)) for first, count in table.tiles.tolist()]
     assert sorted(row for tile in rows for row in tile) == list(range(len(owner)))
@@ -161,16 +162,16 @@ def test_every_row_is_in_one_tile_of_its_run(
 
 
 def test_tiles_with_the_longest_contexts_come_first() -> None:
-    table = RunTable.of([range(10), range(30, 60), [45]], 4, None, CPU)
+    table = RunTable.of([range(10), range(30, 60), [45]], 4, None, DEVICE)
     assert table.tiles.tolist() == [[26, 14], [40, 1], [10, 16], [0, 10]]
     assert table.widest == 16
 
 
 def test_no_tile_spans_what_a_window_hides() -> None:
     """Of span 4, a row at 9 looks back to 6: nobody sees 4 and 5."""
-    assert RunTable.of([[3, 9]], 1, 4, CPU).tiles.tolist() == [[1, 1], [0, 1]]
-    assert RunTable.of([[3, 7]], 1, 4, CPU).tiles.tolist() == [[0, 2]]
-    assert RunTable.of([[3, 9]], 1, None, CPU).tiles.tolist() == [[0, 2]]
+    assert RunTable.of([[3, 9]], 1, 4, DEVICE).tiles.tolist() == [[1, 1], [0, 1]]
+    assert RunTable.of([[3, 7]], 1, 4, DEVICE).tiles.tolist() == [[0, 2]]
+    assert RunTable.of([[3, 9]], 1, None, DEVICE).tiles.tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize("queries", [16, 64], ids=["few", "many"])

@@ -15,7 +15,9 @@ from offramp.kernels.backend import INTERPRETED, jit, rehearsal, tl, triton
 from offramp.kernels.row_list import RowList
 from offramp.kernels.sampling import SamplingTable, _uniform, sample_rows, uniform
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
+from tests.kernels.conftest import DEVICE
 
+pytestmark = pytest.mark.usefixtures("on_device")
 interpreted = pytest.mark.skipif(triton is None or not INTERPRETED, reason="no interpreter")
 either = pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=interpreted)])
 LOGITS = [1.2, -0.3, 0.0, 2.1, 1.1, -2.0, 0.4, float("-inf"), 1.9, 1.1, -0.0]
@@ -26,7 +28,7 @@ SEEDS = [0, 1, -1, -5, 12345, 2**31, 2**32 + 7, -(2**40), 2**63 - 1, 2**63, 2**6
 
 def table(slots: int, **values: Any) -> SamplingTable:
     """A table with the same, or each its own, values; temperature 1 unless told."""
-    made = SamplingTable.greedy(slots, "cpu")
+    made = SamplingTable.greedy(slots, DEVICE)
     for name, value in ({"temperature": 1.0} | values).items():
         getattr(made, name).copy_(torch.as_tensor(value))
     return made
@@ -293,7 +295,7 @@ def test_rows_may_lie_apart() -> None:
 
 
 def test_a_new_table_is_greedy() -> None:
-    logits, fresh = torch.randn(3, 50), SamplingTable.greedy(3, "cpu")
+    logits, fresh = torch.randn(3, 50), SamplingTable.greedy(3, DEVICE)
     assert sampled(logits, listed([0, 1, 2]), fresh, torch.zeros(3), kernel=False) == [-1] * 3
 
 

@@ -11,6 +11,7 @@ from offramp.kernels.backend import rehearsal, triton
 from offramp.kernels.swiglu import _COLUMNS, swiglu
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
 
+pytestmark = pytest.mark.usefixtures("on_device")
 SHAPES = [(1, 1), (1, 80), (3, 1031), (2, 2 * _COLUMNS), (0, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 interpreted = pytest.mark.skipif(triton is None, reason="no triton")

@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 import torch
 
-from offramp.kernels.backend import rehearsal, triton
+from offramp.kernels.backend import INTERPRETED, rehearsal, triton
 from offramp.models.decode_loop import NEVER, Boarding, DecodeLoop, Landed, RideResult
 from offramp.models.exit_head import ExitHead
 from offramp.models.exits.train import TrainOptions, new_head
@@ -252,7 +252,7 @@ def test_sampled_tokens_do_not_depend_on_company(model: Transformer, heads: list
     assert [found[slot] for slot in range(5)] != greedy
 
 
-@pytest.mark.skipif(triton is None, reason="no triton")
+@pytest.mark.skipif(not INTERPRETED or triton is None, reason="kernels are not interpreted")
 def test_rehearsed_with_the_kernels(model: Transformer, heads: list[ExitHead]) -> None:
     """The same with every kernel, interpreted."""
     runner = Runner(model, heads, new_cache(model), 32)

@@ -1,0 +1,281 @@
+"""The engine bench on a CPU: its traces, its simulation, and a whole run on the tiny shape."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offramp.models.decode_loop import NEVER, Landed
+from offramp.server.bench import engine_check, engine_options, engine_rides
+from offramp.server.bench.command import main
+from offramp.server.bench.engine_command import _parser
+from offramp.server.bench.engine_errors import EngineBenchError
+from offramp.server.bench.engine_options import WARM_UP, Options, default_exits, read_options
+from offramp.server.bench.engine_rides import Mode, ride
+from offramp.server.bench.engine_rig import Rig
+from offramp.server.bench.engine_simulation import Costs, Curve, simulate
+from offramp.server.bench.engine_trace import maximum_entropy, read_trace, thresholds
+from offramp.server.bench.errors import Refused
+
+SIZES = ["--model-shape", "tiny", "--device", "cpu", "--context", "40", "--tokens", "16"]
+ARGS = ["engine", *SIZES, "--batch", "1,4", "--rounds", "2", "--exit-trace", "0.6"]
+
+
+def options(*words: str) -> Options:
+    return read_options(_parser().parse_args([*SIZES, *words]))
+
+
+@pytest.mark.parametrize("mean", [8.5, 12.0, 19.2, 20.0, 30.0, 31.9])
+def test_maximum_entropy_has_the_mean_and_all_depths(mean: float) -> None:
+    depths = (8, 16, 24, 32)
+    shares = maximum_entropy(depths, mean)
+    assert sum(shares) == pytest.approx(1)
+    assert min(shares) > 0
+    assert sum(d * s for d, s in zip(depths, shares, strict=True)) == pytest.approx(mean)
+    # Of a distribution of this form the shares of evenly spaced depths are a geometric series.
+    ratios = [b / a for a, b in zip(shares, shares[1:], strict=False)]
+    assert ratios == pytest.approx([ratios[0]] * 3)
+
+
+def test_no_mean_outside_the_depths() -> None:
+    assert maximum_entropy((8, 16, 32), 8) == (1, 0, 0)
+    assert maximum_entropy((8, 16, 32), 32) == (0, 0, 1)
+    assert maximum_entropy((8, 16, 24), 16) == pytest.approx([1 / 3] * 3)
+
+
+def test_listed_shares_are_taken_as_they_are() -> None:
+    trace = read_trace("8:0.4,16:0.2,32:0.4", (8, 16, 24), 32)
+    assert trace.depths == (8, 16, 24, 32)
+    assert trace.shares == pytest.approx((0.4, 0.2, 0, 0.4))
+    assert trace.mean_depth == pytest.approx(19.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("0.1", "out of reach"),
+        ("1.1", "out of reach"),
+        ("deep", "write a mean share"),
+        ("nan", "write a mean share"),
+        ("8:0.4,32:x", "write a mean share"),
+        ("8:0.4,32:0.4", "sum to 0.8"),
+        ("9:0.4,32:0.6", "9 is neither an exit layer"),
+        ("8:0.5,8:0.5", "a second time"),
+        ("8:-0.5,32:1.5", "negative"),
+    ],
+)
+def test_a_trace_that_cannot_be_is_named(text: str, told: str) -> None:
+    with pytest.raises(EngineBenchError, match=told):
+        read_trace(text, (8, 16, 24), 32)
+
+
+def test_draws_have_the_shares_in_every_slot() -> None:
+    """Within one token of each; another seed shuffles them otherwise."""
+    trace = read_trace("8:0.4,16:0.2,32:0.4", (8, 16, 24), 32)
+    draws = trace.draw(50, 7, seed=3)
+    assert draws.shape == (50, 7)
+    for column in draws.T:
+        counts = torch.bincount(column, minlength=4).tolist()
+        assert counts == pytest.approx([20, 10, 0, 20], abs=1)
+    assert not torch.equal(draws, trace.draw(50, 7, seed=4))
+    assert not torch.equal(draws[:, 0], draws[:, 1])
+
+
+def test_thresholds_let_a_token_leave_where_it_was_drawn() -> None:
+    asked = thresholds(torch.tensor([[0, 2], [1, 0]]), 2)
+    assert asked.tolist() == [[[0, NEVER], [NEVER, NEVER]], [[NEVER, 0], [0, NEVER]]]
+
+
+def test_exits_lie_at_the_quarters() -> None:
+    assert default_exits(32) == (8, 16, 24)
+    assert default_exits(30) == (7, 15, 22)
+    assert default_exits(2) == (1,)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--exits", "1,4"], "the model has 4 layers"),
+        (["--exit-vocab", "321"], "320 tokens"),
+        (["--context", "4000"], "2048 positions"),
+        (["--model-shape", "huge"], "llama-3-8b"),
+        (["--exit-trace", "0.1"], "out of reach"),
+        (["--model-shape", "llama-3-8b", "--batch", "9999"], "GiB of memory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ARGS, *words]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("offramp bench engine: ")
+    assert captured.err.count("\n") == 1
+    assert told in captured.err
+
+
+def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineBenchError, match="use --device cpu"):
+        options("--device", "cuda")
+
+
+def test_memory_is_counted_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the 8B shape in bf16, K,V of 128 slots, fills and heads of three exits."""
+    monkeypatch.setattr(engine_options, "_check_memory", lambda _: None)
+    words = ["--model-shape", "llama-3-8b", "--dtype", "bf16", "--context", "512"]
+    large = options(*words, "--batch", "128", "--tokens", "64")
+    weights, pages = 2 * 8.03e9, 128 * 19 * 32 * 2 * 32 * 1024 * 2
+    assert 1.0 < engine_options.needed_bytes(large) / (weights + pages) < 1.15
+
+
+def flat(seconds: float) -> Curve:
+    return Curve((1,), (seconds,))
+
+
+def test_a_curve_is_linear_between_what_was_measured() -> None:
+    curve = Curve((1, 8, 32), (1.0, 1.7, 6.5))
+    assert [curve.at(rows) for rows in (0, 1, 2, 8, 20, 32, 64)] == pytest.approx(
+        [0, 1, 1.1, 1.7, 4.1, 6.5, 6.5]
+    )
+
+
+def test_simulation_without_holds_by_hand() -> None:
+    """Both slots ride at every ride; the upper segment runs where one of them goes up."""
+    draws = [[0, 0], [0, 1], [1, 1]]
+    costs = Costs((flat(2.0), flat(3.0)), (flat(0.5),))
+    found = simulate(draws, costs, [(0, 0), (0, 0)], 0, 3)
+    assert found.tokens == 6
+    # Ground and leaving; ground, leaving and above; ground and above.
+    assert found.seconds == pytest.approx(2.5 + 5.5 + 5.0)
+    behind = simulate(draws, costs, [(0, 0), (0, 0)], 2, 1)
+    assert (behind.tokens, behind.seconds) == (2, pytest.approx(5.0))
+
+
+def test_simulation_with_holds_by_hand() -> None:
+    """Slot 1 goes up and waits for company while slot 0 goes round at the ground."""
+    draws = [[0, 1], [0, 1], [1, 1]]
+    costs = Costs((flat(2.0), flat(3.0)), (flat(0.0),))
+    holds = [(0.0, 0.0), (1.5, 5.0)]
+    # Ride 1: slot 0 lands, slot 1 alone is less than 1.5 of one ready. Ride 2 the same. Ride 3:
+    # slot 0 goes up too, nobody is ready, both land.
+    found = simulate(draws, costs, holds, 0, 3)
+    assert (found.tokens, found.seconds) == (4, pytest.approx(2 + 2 + 2 + 3))
+    # With patience for one ride it goes alone in the second.
+    found = simulate(draws, costs, [(0.0, 0.0), (1.5, 1.0)], 0, 2)
+    assert (found.tokens, found.seconds) == (3, pytest.approx(2 + 2 + 3))
+
+
+@pytest.mark.parametrize(
+    "holds",
+    [
+        [(0.0, 0.0)] * 4,
+        [(0.0, 0.0), (0.75, 4.0), (0.5, 3.0), (0.25, 2.0)],
+        [(0.0, 0.0), (2.0, 2.0), (2.0, 2.0), (2.0, 2.0)],
+    ],
+)
+def test_the_simulated_policy_is_the_loops(holds: list[tuple[float, float]]) -> None:
+    """Ride by ride as many tokens."""
+    own = options("--batch", "6", "--exit-trace", "1:0.3,2:0.3,3:0.2,4:0.2")
+    rig = Rig(own)
+    draws = own.trace.draw(own.tokens, 6, 1)
+    found = ride(Mode("exits", rig.exits, draws, thresholds(draws, 3), holds), own, 6)
+    costs = Costs((flat(1.0),) * 4, (flat(0.0),) * 3)
+    assert simulate(draws.tolist(), costs, holds, WARM_UP, own.tokens).tokens == found.tokens
+    assert found.tokens == 6 * own.tokens or holds[1] != (0.0, 0.0)
+
+
+def test_a_token_that_leaves_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = options("--batch", "2")
+    rig = Rig(own)
+    draws = own.trace.draw(own.tokens, 2, 0)
+    wrong = thresholds(torch.full_like(draws, 1), 3)
+    with pytest.raises(Refused, match="was to take"):
+        ride(Mode("exits", rig.exits, draws, wrong, [(0.0, 0.0)] * 4), own, 2)
+
+
+def test_a_run_reports_speed_depth_and_bounds(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Tables, and one line of JSON last."""
+    picture = tmp_path / "tables.md"
+    assert main([*ARGS, "--markdown", str(picture)]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    modes = ("full", "nobody", "exits", "exits-no-hold")
+    rows = {(row["mode"], row["batch"]): row for row in document["rows"]}
+    assert set(rows) == {(mode, batch) for mode in modes for batch in (1, 4)}
+    for (mode, batch), row in rows.items():
+        whole = mode in {"full", "nobody"}
+        assert row["mean_depth"] == (4 if whole else pytest.approx(2.4, abs=0.2))
+        assert row["layers_executed"] <= 4 * 2 * 16 * batch
+        assert row["tokens_per_ride"] == batch or mode == "exits"
+        assert row["tokens_per_s"] > 0
+        assert row["gpu_idle_share"] is None
+        assert ("best_speed_up" in row) == (not whole)
+        assert (row.get("exit_efficiency") is None) == whole
+    check_parts(document)
+    assert picture.read_text(encoding="utf-8") in out
+    assert "| exits-no-hold |" in out
+    assert "maximum entropy" in out
+
+
+def check_parts(document: dict[str, Any]) -> None:
+    """Everything beside the rows."""
+    assert document["trace"]["mean_depth"] == pytest.approx(2.4)
+    assert document["trace"]["depths"] == [1, 2, 3, 4]
+    assert document["check"]["equal"] is True
+    assert document["check"]["depths"] == [1, 2, 3, 4]
+    parts = [(s["mode"], s["batch"], s["segment"]) for s in document["segments"]]
+    nobody = [("nobody", batch, segment) for batch in (1, 4) for segment in range(4)]
+    assert parts == [("full", 1, 0), ("full", 4, 0), *nobody]
+    assert [row["batch"] for row in document["bounds"]["rows"]] == [1, 4]
+    weights = 4 * (4 * (128 * 64 + 64 * 64 + 3 * 128 * 64) + 320 * 64)
+    assert document["bounds"]["weight_bytes"] == weights
+    # Contexts of 40 tokens, 8 rides behind them and half of those measured; K and V of 2 x 16.
+    read = weights + 4 * (40 + 8 + 8) * 2 * 4 * 32 * 4
+    assert document["bounds"]["rows"][1]["ride_mb"] == pytest.approx(read / 1e6, abs=1e-3)
+
+
+def test_without_holds_there_is_one_mode_less(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--hold", "off", "--batch", "3", "--rounds", "1", "--exit-vocab", "64"]
+    assert main([*ARGS, *words, "--exits", "2", "--exit-trace", "2:0.5,4:0.5"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["mode"] for row in document["rows"]] == ["full", "nobody", "exits"]
+    assert document["rows"][-1]["mean_depth"] == pytest.approx(3.0, abs=0.2)
+    assert document["rows"][-1]["tokens_per_ride"] == 3
+
+
+def test_a_loop_that_is_wrong_has_no_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_rides = engine_check._by_rides
+
+    def off_by_one(*args: Any) -> list[list[Landed]]:
+        made = by_rides(*args)
+        made[2][5] = replace(made[2][5], token=made[2][5].token + 1)
+        return made
+
+    monkeypatch.setattr(engine_check, "_by_rides", off_by_one)
+    assert main(ARGS) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "refused: the decode loop differs from single steps in slot 2, token 5" in captured.err
+
+
+def test_rides_that_leave_elsewhere_have_no_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise Refused("elsewhere")
+
+    monkeypatch.setattr(engine_rides, "_verify", refuse)
+    assert main(ARGS) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "refused: elsewhere" in captured.err
