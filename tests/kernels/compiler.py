@@ -1,7 +1,8 @@
 """Compile Triton kernels for GPUs that are not here.
 
 A process of its own, because under the interpreter's variable kernels are no kernels. Run as a
-program it answers a line of JSON with a line of JSON; `Compiler` is the other end.
+program it answers a line of JSON with a line of JSON; `Compiler` is the other end. What all of it
+takes of a GPU is written to the file that KERNEL_REPORT names.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 TARGETS = (80, 90)
@@ -49,10 +51,13 @@ class Compiler:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._made: dict[tuple[str, str, int], list[Compiled]] = {}
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
+        if path := os.environ.get("KERNEL_REPORT"):
+            Path(path).write_text(self._report(), encoding="utf-8")
 
     def __call__(
         self,
@@ -82,7 +87,22 @@ class Compiler:
         answer = json.loads(self._process.stdout.readline())
         if "error" in answer:
             raise CompileError(answer["error"])
-        return Compiled(**answer)
+        made = Compiled(**answer)
+        self._made.setdefault((module, kernel, target), []).append(made)
+        return made
+
+    def _report(self) -> str:
+        """A table with a line for each kernel and target."""
+        head = "| kernel | target | variants | most shared KiB | most registers | spilled bytes |"
+        lines = [head, "|---|---|---|---|---|---|"]
+        for (module, kernel, target), made in sorted(self._made.items()):
+            shared = max(each.shared_bytes for each in made) / 1024
+            registers = max(each.registers for each in made)
+            spills = max(each.spills for each in made)
+            name = f"`{module}.{kernel.removeprefix('_')}`"
+            row = (name, f"sm_{target}", len(made), f"{shared:.0f}", registers, spills)
+            lines.append("| " + " | ".join(map(str, row)) + " |")
+        return "\n".join(lines) + "\n"
 
 
 def _compile(spec: dict[str, Any]) -> dict[str, Any]:

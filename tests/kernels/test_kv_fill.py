@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -159,7 +161,13 @@ def test_the_kernel_compiles(
     types |= dict.fromkeys(strides, "i32")
     compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
     wide = {64: 32, 80: 64, 128: 64}[dim]
-    sizes = {"kv_heads": 8, "dim": dim, "wide": wide, "tile_rows": 16, "whole": True}
+    sizes: dict[str, Any] = dict.fromkeys(without) | {
+        "kv_heads": 8,
+        "dim": dim,
+        "wide": wide,
+        "tile_rows": 16,
+        "whole": True,
+    }
     made = compile_ahead(
         "kv_fill",
         "_fill",
@@ -167,7 +175,6 @@ def test_the_kernel_compiles(
         types,
         divisible=strides,
         **sizes,
-        **dict.fromkeys(without),
         tile_ins=64 if dtype == "fp32" else 128,
         compute=compute,
     )
