@@ -9,13 +9,23 @@ from a machine that is not quiet. The last line of the output is one JSON docume
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
+
+# Other benchmarks, by the first word behind ``bench``; imported only when they are chosen.
+BENCHES: Final[dict[str, str]] = {
+    "engine": "offramp.server.bench.engine.command:main",
+    "kernels": "offramp.server.bench.kernels.command:main",
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; status 1 if it refuses to report."""
+    if argv and argv[0] in BENCHES:
+        return _other(BENCHES[argv[0]])(argv[1:])
     args = _parser().parse_args(argv)
     # Imported here so that --help needs neither torch nor transformers.
     from offramp.models.errors import ModelError  # noqa: PLC0415
@@ -35,8 +45,17 @@ def main(argv: Sequence[str]) -> int:
     return 1
 
 
+def _other(target: str) -> Callable[[Sequence[str]], int]:
+    module, _, function = target.partition(":")
+    loaded: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="offramp bench", allow_abbrev=False)
+    others = ", ".join(f"offramp bench {name} --help" for name in BENCHES)
+    parser = argparse.ArgumentParser(
+        prog="offramp bench", allow_abbrev=False, epilog=f"Other benchmarks: {others}"
+    )
     _add_load(parser)
     _add_offramp(parser)
     _add_peer(parser)
@@ -78,7 +97,14 @@ def _add_offramp(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=("fp32", "fp16", "bf16", "int4", "auto"),
         default="fp32",
-        help="number format of the weights; for --url, what that server was told [fp32]",
+        help="number format of a CPU's weights; for --url, what that server was told [fp32]",
+    )
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[cpu]")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="number format of K,V and, on a GPU, of the weights [float32]",
     )
     group.add_argument("--exits", default="auto", help='exit file, "auto" or "none"')
     group.add_argument("--exit-threshold", type=float, help="score instead of the calibrated one")
@@ -103,8 +129,10 @@ def _add_peer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Peer")
     group.add_argument(
         "--peer",
-        choices=("llamacpp", "transformers"),
-        help="measure this beside Offramp; a server under --url needs --no-enable-prefix-caching",
+        choices=("llamacpp", "transformers", "transformers-batching"),
+        help="measure this beside Offramp (transformers: generate, fp32, on the CPU; "
+        "transformers-batching: its continuous batching, device and numbers as ours); a server "
+        "under --url needs --no-enable-prefix-caching",
     )
     group.add_argument("--peer-gguf", type=Path, help="its model file [the embedded model's own]")
     group.add_argument(

@@ -17,11 +17,13 @@ from offramp.server.bench.client import OverHTTP
 from offramp.server.bench.dialects import LlamaCpp, Offramp
 from offramp.server.bench.errors import LoadError
 from offramp.server.bench.load import InProcess, Target
+from offramp.server.bench.peer_batching import Batching
 from offramp.server.bench.peer_gguf import gguf
 from offramp.server.bench.peer_transformers import Transformers
 from offramp.server.bench.process import ServerProcess, serving
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
+from offramp.server.engine.device import placement
 
 OWN_MODULE = "offramp.server.bench.own_server"
 LLAMACPP_MODULE = "offramp.server.bench.peer_llamacpp"
@@ -85,6 +87,14 @@ def peer(args: argparse.Namespace, folder: Path, room: Room) -> Iterator[Side | 
     elif args.peer == "transformers":
         facts = {"version": transformers.__version__, "threads": room.threads}
         yield Side("transformers", Transformers(folder), None, facts)
+    elif args.peer == "transformers-batching":
+        device, dtype = placement(engine_config(args, room))
+        facts = {"version": transformers.__version__, "device": str(device), "dtype": str(dtype)}
+        target = Batching(folder, device, dtype, room.context)
+        try:
+            yield Side("transformers-batching", target, None, facts)
+        finally:
+            target.close()
     else:
         yield None
 
@@ -135,7 +145,7 @@ def _serve_words(args: argparse.Namespace, room: Room) -> list[str]:
     words = [args.model, "--port", "0", "--threads", str(room.threads)]
     words += ["--max-num-seqs", str(room.slots), "--max-model-len", str(room.context)]
     words += ["--exits", args.exits, "--exit-audit-rate", "0"]
-    words += ["--dtype", "float32", "--weights", args.weights]
+    words += ["--device", args.device, "--dtype", args.dtype, "--weights", _weights(args)]
     if args.exit_quality is not None:
         words += ["--exit-quality", str(args.exit_quality)]
     if not room.keep_prompts:
@@ -152,7 +162,13 @@ def engine_config(args: argparse.Namespace, room: Room) -> EngineConfig:
         exit_quality=args.exit_quality,
         exit_audit_rate=0.0,
         threads=room.threads,
-        dtype="float32",
-        weights=Weights(args.weights),
+        device=args.device,
+        dtype=args.dtype,
+        weights=_weights(args),
         enable_prefix_caching=room.keep_prompts,
     )
+
+
+def _weights(args: argparse.Namespace) -> Weights:
+    """Forms of weights are for CPUs; a GPU keeps them in its dtype."""
+    return Weights(args.weights) if args.device == "cpu" else Weights.AUTO

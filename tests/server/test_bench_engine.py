@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from offramp.kernels.backend import rehearsal, triton
 from offramp.models.decode_loop import NEVER, Landed
-from offramp.server.bench import engine_check, engine_options, engine_rides
 from offramp.server.bench.command import main
-from offramp.server.bench.engine_command import _parser
-from offramp.server.bench.engine_errors import EngineBenchError
-from offramp.server.bench.engine_options import WARM_UP, Options, default_exits, read_options
-from offramp.server.bench.engine_rides import Mode, ride
-from offramp.server.bench.engine_rig import Rig
-from offramp.server.bench.engine_simulation import Costs, Curve, simulate
-from offramp.server.bench.engine_trace import maximum_entropy, read_trace, thresholds
+from offramp.server.bench.engine import engine_options, engine_rides
+from offramp.server.bench.engine.clock import seconds
+from offramp.server.bench.engine.command import _parser
+from offramp.server.bench.engine.errors import EngineBenchError
+from offramp.server.bench.engine.options import WARM_UP, Options, default_exits, read_options
+from offramp.server.bench.engine.rides import Mode, ride
+from offramp.server.bench.engine.rig import Rig
+from offramp.server.bench.engine.simulation import Costs, Curve, simulate
+from offramp.server.bench.engine.trace import maximum_entropy, read_trace, thresholds
 from offramp.server.bench.errors import Refused
 
 SIZES = ["--model-shape", "tiny", "--device", "cpu", "--context", "40", "--tokens", "16"]
@@ -38,7 +42,7 @@ def test_maximum_entropy_has_the_mean_and_all_depths(mean: float) -> None:
     assert min(shares) > 0
     assert sum(d * s for d, s in zip(depths, shares, strict=True)) == pytest.approx(mean)
     # Of a distribution of this form the shares of evenly spaced depths are a geometric series.
-    ratios = [b / a for a, b in zip(shares, shares[1:], strict=False)]
+    ratios = [b / a for a, b in pairwise(shares)]
     assert ratios == pytest.approx([ratios[0]] * 3)
 
 
@@ -105,7 +109,7 @@ def test_exits_lie_at_the_quarters() -> None:
         (["--context", "4000"], "2048 positions"),
         (["--model-shape", "huge"], "llama-3-8b"),
         (["--exit-trace", "0.1"], "out of reach"),
-        (["--model-shape", "llama-3-8b", "--batch", "9999"], "GiB of memory"),
+        (["--model-shape", "llama-3-8b", "--batch", "999999"], "GiB of memory"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(
@@ -154,7 +158,7 @@ def test_simulation_without_holds_by_hand() -> None:
     # Ground and leaving; ground, leaving and above; ground and above.
     assert found.seconds == pytest.approx(2.5 + 5.5 + 5.0)
     behind = simulate(draws, costs, [(0, 0), (0, 0)], 2, 1)
-    assert (behind.tokens, behind.seconds) == (2, pytest.approx(5.0))
+    assert [behind.tokens, behind.seconds] == pytest.approx([2, 5.0])
 
 
 def test_simulation_with_holds_by_hand() -> None:
@@ -165,10 +169,10 @@ def test_simulation_with_holds_by_hand() -> None:
     # Ride 1: slot 0 lands, slot 1 alone is less than 1.5 of one ready. Ride 2 the same. Ride 3:
     # slot 0 goes up too, nobody is ready, both land.
     found = simulate(draws, costs, holds, 0, 3)
-    assert (found.tokens, found.seconds) == (4, pytest.approx(2 + 2 + 2 + 3))
+    assert [found.tokens, found.seconds] == pytest.approx([4, 2 + 2 + 2 + 3])
     # With patience for one ride it goes alone in the second.
     found = simulate(draws, costs, [(0.0, 0.0), (1.5, 1.0)], 0, 2)
-    assert (found.tokens, found.seconds) == (3, pytest.approx(2 + 2 + 3))
+    assert [found.tokens, found.seconds] == pytest.approx([3, 2 + 2 + 3])
 
 
 @pytest.mark.parametrize(
@@ -197,6 +201,48 @@ def test_a_token_that_leaves_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatc
     wrong = thresholds(torch.full_like(draws, 1), 3)
     with pytest.raises(Refused, match="was to take"):
         ride(Mode("exits", rig.exits, draws, wrong, [(0.0, 0.0)] * 4), own, 2)
+
+
+class FakeEvent:
+    """An event of a device that is done at once."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        assert 0 < self.at <= other.at
+        return 1000 * (other.at - self.at)
+
+
+def test_where_there_are_events_they_tell_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU adds to a run, with a GPU that is none."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    own = options("--batch", "2")
+    rig = Rig(own)
+    draws = own.trace.draw(own.tokens, 2, 0)
+    gpu = replace(own, device=torch.device("cuda"))
+    found = ride(Mode("exits", rig.exits, draws, thresholds(draws, 3), [(0.0, 0.0)] * 4), gpu, 2)
+    assert found.idle is not None
+    assert 0 < found.idle < 1
+    prepared: list[str] = []
+    taken = seconds(gpu.device, lambda: prepared.append("run"), lambda: prepared.append("before"))
+    assert taken >= 0
+    assert prepared == ["before", "run"] * (len(prepared) // 2)
+
+
+@pytest.mark.skipif(triton is None, reason="no triton")
+def test_checked_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short check, on a GPU if there is one, else with every kernel interpreted."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(engine_check, "_SLOTS", 2)
+    monkeypatch.setattr(engine_check, "_TOKENS", 2)
+    with rehearsal():
+        assert engine_check.check_loop(device, 0)["equal"] is True
 
 
 def test_a_run_reports_speed_depth_and_bounds(
@@ -237,8 +283,8 @@ def check_parts(document: dict[str, Any]) -> None:
     assert [row["batch"] for row in document["bounds"]["rows"]] == [1, 4]
     weights = 4 * (4 * (128 * 64 + 64 * 64 + 3 * 128 * 64) + 320 * 64)
     assert document["bounds"]["weight_bytes"] == weights
-    # Contexts of 40 tokens, 8 rides behind them and half of those measured; K and V of 2 x 16.
-    read = weights + 4 * (40 + 8 + 8) * 2 * 4 * 32 * 4
+    # Contexts of 40 tokens, the warm-up and half of the measured rides; K and V of 2 x 16.
+    read = weights + 4 * (40 + WARM_UP + 8) * 2 * 4 * 32 * 4
     assert document["bounds"]["rows"][1]["ride_mb"] == pytest.approx(read / 1e6, abs=1e-3)
 
 

@@ -186,6 +186,22 @@ def test_transformers_is_measured_in_batches(
     assert document["target"] == "in process"
 
 
+@pytest.mark.timeout(180)
+def test_transformers_own_batching_is_measured(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the device and in the numbers that Offramp was told."""
+    assert main(["--model", str(tiny_dir), *ARGS, "--peer", "transformers-batching"]) == 0
+    document = last_line(capsys)
+    assert {row["mode"]: row["agreement"] for row in document["rows"]} == {
+        "off": 1.0,
+        "transformers-batching": 1.0,
+    }
+    assert document["peer"]["device"] == "cpu"
+    assert document["peer"]["dtype"] == "torch.float32"
+    assert all(row["tokens_per_s"] > 0 for row in document["rows"])
+
+
 def test_padding_changes_no_answer_of_transformers(tiny_dir: Path) -> None:
     target = Transformers(tiny_dir)
     alone = target.run(PROMPTS, mode="off", concurrency=1, max_tokens=12, ignore_eos=True)

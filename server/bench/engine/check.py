@@ -1,0 +1,179 @@
+"""Whether the loop makes the tokens of the runner's steps, on the device that is measured.
+
+In fp32 on a tiny model, where rounding decides nothing: several slots at once, with thresholds of
+their own, with and without holds. A fast wrong loop has no speed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from offramp.models.decode_loop import NEVER, Boarding, DecodeLoop, Landed
+from offramp.models.exit_head import ExitHead
+from offramp.models.kv_cache import KVCache
+from offramp.models.runner import Runner
+from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
+from offramp.models.shapes import MODEL_SHAPES
+from offramp.models.step import (
+    ExitCheck,
+    FillKV,
+    HeadRow,
+    OwedRows,
+    RunHead,
+    RunSegment,
+    SlotRows,
+)
+from offramp.models.transformer import Transformer
+from offramp.models.weight_forms import as_they_are
+from offramp.server.bench.engine.model import random_heads, random_tokens, random_weights
+from offramp.server.bench.engine.options import default_exits
+from offramp.server.bench.errors import Refused
+
+_BLOCK, _BLOCKS = 4, 8
+_SLOTS, _TOKENS = 6, 10
+# Logits this much wider have top probabilities anywhere in 0 to 1, so scores meet thresholds.
+_SHARPNESS = 4.0
+_GREEDY = SamplingParams(max_tokens=_TOKENS, temperature=0.0)
+_HOLDS = ((0.0, 0.0), (0.9, 3.0), (0.9, 2.0), (0.8, 2.0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    tokens: Sequence[int]
+    table: Sequence[int]
+    thresholds: tuple[float, ...]
+
+
+def check_loop(device: torch.device, seed: int) -> dict[str, object]:
+    """What was compared; raises Refused where tokens or depths differ."""
+    runner = _runner(device, seed)
+    texts = _texts(runner, seed)
+    kept = runner.cache.pages.clone()
+    wanted = [_by_steps(runner, text) for text in texts]
+    loop = runner.decode_loop(_SLOTS, _BLOCKS)
+    segments = len(runner.exits.heads) + 1
+    for holds in (((0.0, 0.0),) * segments, _HOLDS[:segments]):
+        runner.cache.pages.copy_(kept)
+        found = _by_rides(loop, texts, holds)
+        for slot, (made, right) in enumerate(zip(found, wanted, strict=True)):
+            if made != right:
+                at = next(
+                    i for i, pair in enumerate(zip(made, right, strict=True)) if len({*pair}) > 1
+                )
+                raise Refused(
+                    f"the decode loop differs from single steps in slot {slot}, token {at}: "
+                    f"{made[at]} instead of {right[at]}"
+                )
+    depths = sorted({landed.depth for tokens in wanted for landed in tokens})
+    return {
+        "model": "tiny, fp32",
+        "slots": _SLOTS,
+        "tokens": _SLOTS * _TOKENS,
+        "depths": depths,
+        "holds": True,
+        "equal": True,
+    }
+
+
+def _runner(device: torch.device, seed: int) -> Runner:
+    # Tied, random weights repeat the token they were given.
+    config = replace(MODEL_SHAPES["tiny"], tie_word_embeddings=False)
+    weights = random_weights(config, torch.float32, device, seed)
+    weights["lm_head"] *= _SHARPNESS
+    exits = default_exits(config.num_layers)
+    model = Transformer(config, weights, exits, _BLOCK * _BLOCKS, as_they_are())
+    heads = [_keyed(head) for head in random_heads(model, 32, 16, seed)]
+    cache = KVCache(config, _SLOTS * _BLOCKS, _BLOCK, torch.float32, device)
+    # Whoever reads what nobody wrote shows it.
+    cache.pages.fill_(float("nan"))
+    return Runner(model, heads, cache, 32)
+
+
+def _keyed(head: ExitHead) -> ExitHead:
+    """Every second exit weighs gate and logits, the others take the top-2 gap."""
+    if head.layer % 2:
+        return head
+    fuse = torch.tensor([0.4, 0.6, 0.5, 1.0], device=head.scale.device)
+    return replace(head, floor=0.3, fuse=fuse)
+
+
+def _texts(runner: Runner, seed: int) -> list[_Text]:
+    """Prompts of different lengths, in the pages but for their last token."""
+    exits = len(runner.exits.heads)
+    chance = random.Random(seed)  # noqa: S311 (thresholds are no secret)
+    special = [(NEVER,) * exits, (0.0,) * exits]
+    made = []
+    for slot in range(_SLOTS):
+        blocks = range(slot * _BLOCKS, (slot + 1) * _BLOCKS)
+        asked = tuple(chance.uniform(0.1, 0.9) for _ in range(exits))
+        tokens = random_tokens(runner.model.config, 3 + 2 * slot, seed + slot)
+        text = _Text(tokens, blocks[::-1], special[slot] if slot < len(special) else asked)
+        before = range(len(tokens) - 1)
+        for segment in range(exits + 1):
+            ids = tuple(tokens[:-1]) if segment == 0 else ()
+            runner.run(RunSegment(segment, (SlotRows(before, tuple(before), text.table, ids),)))
+        made.append(text)
+    return made
+
+
+def _by_steps(runner: Runner, text: _Text) -> list[Landed]:
+    """The next tokens, one segment after another, K,V of skipped layers projected at once."""
+    tokens, made = list(text.tokens), list[Landed]()
+    for index in range(_TOKENS):
+        made.append(_step(runner, text, tokens, HeadRow(0, _GREEDY, index, (), 0)))
+        tokens.append(made[-1].token)
+    return made
+
+
+def _step(runner: Runner, text: _Text, tokens: Sequence[int], head: HeadRow) -> Landed:
+    position = len(tokens) - 1
+    for segment, exit_head in enumerate(runner.exits.heads):
+        check = ExitCheck(ExitCriterion.TWO_KEY, text.thresholds[segment], head)
+        ids = (tokens[-1],) if segment == 0 else ()
+        work = SlotRows((position,), (0,), text.table, ids, check)
+        result = runner.run(RunSegment(segment, (work,)))
+        if result.leave == (True,):
+            owed = OwedRows(segment + 1, (position,), (0,), text.table)
+            runner.run(FillKV(KVFill.PROJECT, (owed,)))
+            return Landed(result.token_ids[0], exit_head.layer)
+    top = SlotRows((position,), (0,), text.table)
+    runner.run(RunSegment(len(runner.exits.heads), (top,)))
+    token = runner.run(RunHead((head,))).token_ids[0]
+    return Landed(token, runner.model.config.num_layers)
+
+
+def _by_rides(
+    loop: DecodeLoop, texts: Sequence[_Text], holds: Sequence[tuple[float, float]]
+) -> list[list[Landed]]:
+    loop.clear(range(_SLOTS))
+    loop.hold(holds)
+    loop.board(
+        [
+            Boarding(
+                slot=slot,
+                token=text.tokens[-1],
+                position=len(text.tokens) - 1,
+                index=0,
+                table=text.table,
+                end=_BLOCK * _BLOCKS,
+                sampling=_GREEDY,
+                thresholds=text.thresholds,
+            )
+            for slot, text in enumerate(texts)
+        ]
+    )
+    made: list[list[Landed]] = [[] for _ in texts]
+    flying = loop.launch(_SLOTS)
+    # Held three rides at each of three segments, a token takes thirteen at most.
+    for _ in range(13 * _TOKENS):
+        following = loop.launch(_SLOTS)
+        for slot, landed in flying.result().landed.items():
+            made[slot].append(landed)
+        flying = following
+        if all(len(tokens) >= _TOKENS for tokens in made):
+            return [tokens[:_TOKENS] for tokens in made]
+    raise Refused(f"the decode loop made no {_TOKENS} tokens in {13 * _TOKENS} rides")
