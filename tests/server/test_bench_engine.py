@@ -15,7 +15,8 @@ import torch
 from offramp.kernels.backend import rehearsal, triton
 from offramp.models.decode_loop import NEVER, Landed
 from offramp.server.bench.command import main
-from offramp.server.bench.engine import engine_options, engine_rides
+from offramp.server.bench.engine import check, rides
+from offramp.server.bench.engine import options as options_of
 from offramp.server.bench.engine.clock import seconds
 from offramp.server.bench.engine.command import _parser
 from offramp.server.bench.engine.errors import EngineBenchError
@@ -131,11 +132,11 @@ def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_is_counted_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of the 8B shape in bf16, K,V of 128 slots, fills and heads of three exits."""
-    monkeypatch.setattr(engine_options, "_check_memory", lambda _: None)
+    monkeypatch.setattr(options_of, "_check_memory", lambda _: None)
     words = ["--model-shape", "llama-3-8b", "--dtype", "bf16", "--context", "512"]
     large = options(*words, "--batch", "128", "--tokens", "64")
     weights, pages = 2 * 8.03e9, 128 * 19 * 32 * 2 * 32 * 1024 * 2
-    assert 1.0 < engine_options.needed_bytes(large) / (weights + pages) < 1.15
+    assert 1.0 < options_of.needed_bytes(large) / (weights + pages) < 1.15
 
 
 def flat(seconds: float) -> Curve:
@@ -239,10 +240,10 @@ def test_where_there_are_events_they_tell_the_time(monkeypatch: pytest.MonkeyPat
 def test_checked_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short check, on a GPU if there is one, else with every kernel interpreted."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(engine_check, "_SLOTS", 2)
-    monkeypatch.setattr(engine_check, "_TOKENS", 2)
+    monkeypatch.setattr(check, "_SLOTS", 2)
+    monkeypatch.setattr(check, "_TOKENS", 2)
     with rehearsal():
-        assert engine_check.check_loop(device, 0)["equal"] is True
+        assert check.check_loop(device, 0)["equal"] is True
 
 
 def test_a_run_reports_speed_depth_and_bounds(
@@ -300,14 +301,14 @@ def test_without_holds_there_is_one_mode_less(capsys: pytest.CaptureFixture[str]
 def test_a_loop_that_is_wrong_has_no_speed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_rides = engine_check._by_rides
+    by_rides = check._by_rides
 
     def off_by_one(*args: Any) -> list[list[Landed]]:
         made = by_rides(*args)
         made[2][5] = replace(made[2][5], token=made[2][5].token + 1)
         return made
 
-    monkeypatch.setattr(engine_check, "_by_rides", off_by_one)
+    monkeypatch.setattr(check, "_by_rides", off_by_one)
     assert main(ARGS) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -320,7 +321,7 @@ def test_rides_that_leave_elsewhere_have_no_speed(
     def refuse(*_: object) -> None:
         raise Refused("elsewhere")
 
-    monkeypatch.setattr(engine_rides, "_verify", refuse)
+    monkeypatch.setattr(rides, "_verify", refuse)
     assert main(ARGS) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
