@@ -132,7 +132,6 @@ def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_is_counted_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of the 8B shape in bf16, K,V of 128 slots, fills and heads of three exits."""
-    monkeypatch.setattr(options_of, "_check_memory", lambda _: None)
     words = ["--model-shape", "llama-3-8b", "--dtype", "bf16", "--context", "512"]
     large = options(*words, "--batch", "128", "--tokens", "64")
     weights, pages = 2 * 8.03e9, 128 * 19 * 32 * 2 * 32 * 1024 * 2
@@ -326,3 +325,27 @@ def test_rides_that_leave_elsewhere_have_no_speed(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "refused: elsewhere" in captured.err
+
+
+def test_on_paper_one_stream_saves_all_it_skips_and_a_batch_does_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Layers of 2 bytes a weight and nothing else: the head is small, K,V are one token's."""
+    words = ["engine", "--model-shape", "llama-3-8b", "--device", "cpu", "--dtype", "bf16"]
+    words += ["--batch", "1,16", "--context", "1", "--exit-trace", "16:0.8,32:0.2", "--exits", "16"]
+    assert main([*words, "--on-paper", "4.8e12", "--tokens", "60"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    alone, many = document["rows"]
+    layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14_336)
+    weights = 2 * (32 * layer + 128_256 * 4096)
+    assert alone["full_tokens_per_s"] == pytest.approx(4.8e12 / weights, rel=1e-3)
+    head = 128_256 * 4096 / layer
+    spent = 16 + 0.2 * (16 + head)
+    assert alone["free_speed_up"] == pytest.approx((32 + head) / spent, rel=0.02)
+    assert many["free_speed_up"] < 1.1 < many["limit_speed_up"] < 1.4
+
+
+def test_a_rate_on_paper_is_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["engine", "--on-paper", "0"])
+    assert "must be positive" in capsys.readouterr().err

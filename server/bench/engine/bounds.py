@@ -9,6 +9,7 @@ import torch
 
 from offramp.server.bench.engine.clock import seconds
 from offramp.server.bench.engine.options import WARM_UP, Options
+from offramp.server.bench.engine.paper import limit
 from offramp.server.bench.engine.rig import Rig
 from offramp.server.bench.engine.segments import SegmentTime
 from offramp.server.bench.engine.simulation import Costs, Curve, Simulated, simulate
@@ -46,11 +47,13 @@ class Best:
     """Simulated speed-ups over `full`'s segment alone.
 
     ``free``: leaving costs nothing and segments take their part of full's time. ``paid``: segments
-    with their gates and leaving with its head and K,V, as measured.
+    with their gates and leaving with its head and K,V, as measured. ``limit``: as ``free``, with
+    the best of many ways of holding: what the batch itself allows.
     """
 
     free: float
     paid: float
+    limit: float
 
 
 def best(
@@ -69,7 +72,9 @@ def best(
         made: Simulated = simulate(rows, costs, holds, WARM_UP, options.tokens)
         return made.tokens_per_s / base
 
-    return Best(speed_up(_costs(exits, full)), speed_up(_costs(exits, None)))
+    free = _costs(exits, full)
+    most = limit(rows, free, options.tokens) / base
+    return Best(speed_up(free), speed_up(_costs(exits, None)), most)
 
 
 def _costs(

@@ -19,19 +19,25 @@ def main(argv: Sequence[str]) -> int:
     # Imported here so that --help needs no torch.
     from offramp.server.bench.engine.errors import EngineBenchError  # noqa: PLC0415
     from offramp.server.bench.engine.options import read_options  # noqa: PLC0415
+    from offramp.server.bench.engine.paper import paper  # noqa: PLC0415
     from offramp.server.bench.engine.report import EngineReport  # noqa: PLC0415
     from offramp.server.bench.engine.run import run  # noqa: PLC0415
     from offramp.server.bench.errors import Refused  # noqa: PLC0415
 
+    command = " ".join(("offramp bench engine", *argv))
     try:
-        findings = run(read_options(args), _say)
+        options = read_options(args)
+        if args.on_paper is not None:
+            sys.stdout.write(paper(options, args.on_paper, command))
+            return 0
+        findings = run(options, _say)
     except Refused as error:
         _say(f"refused: {error}")
         return 1
     except EngineBenchError as error:
         _say(f"offramp bench engine: {error}")
         return 1
-    report = EngineReport(findings, " ".join(("offramp bench engine", *argv)))
+    report = EngineReport(findings, command)
     sys.stdout.write(f"{report.tables()}\n{report.json()}\n")
     return 0 if args.markdown is None else _write(args.markdown, report.tables())
 
@@ -86,6 +92,12 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="let deep tokens wait for company where the measured times say it pays [auto]",
     )
+    group.add_argument(
+        "--on-paper",
+        type=_rate,
+        metavar="BYTES_PER_S",
+        help="run nothing: what exits could be worth if reading bytes at this rate were all",
+    )
     group.add_argument("--seed", type=int, default=0, help="of weights and draws [0]")
     group.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
 
@@ -103,6 +115,13 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 _positive = _at_least(1)
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -139,11 +139,10 @@ def _check(options: Options) -> None:
             f"--context {options.context} and {options.length - options.context} rides are over "
             f"the model's {config.max_position_embeddings} positions"
         )
-    _check_memory(options)
 
 
-def _check_memory(options: Options) -> None:
-    """Weights come first, so that too little memory is not met half way."""
+def check_memory(options: Options) -> None:
+    """Raise EngineBenchError before memory runs out half way: weights come first."""
     needed = needed_bytes(options)
     if options.device.type == "cuda":
         kind, free = "GPU memory", torch.cuda.mem_get_info(options.device)[0]

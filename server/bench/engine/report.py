@@ -24,6 +24,7 @@ _ROWS: tuple[Column, ...] = (
     ("x full", "speed_up", "{:.3f}"),
     ("best", "best_speed_up", "{:.3f}"),
     ("best, paid", "best_paid_speed_up", "{:.3f}"),
+    ("limit", "limit_speed_up", "{:.3f}"),
     ("ride ms", "ride_ms", "{:.3f}"),
     ("tokens/ride", "tokens_per_ride", "{:.2f}"),
     ("depth", "mean_depth", "{:.2f}"),
@@ -76,7 +77,8 @@ class EngineReport:
             f"{options.config.num_layers}\n\n"
             f"{table(self._rows, _ROWS)}\n\n"
             "best: the same policy and trace simulated with segment times as measured, no "
-            "overhead, leaving free; paid: with gates and leaving as measured\n\n"
+            "overhead, leaving free; paid: with gates and leaving as measured; limit: as best, "
+            "with the best of many ways of holding\n\n"
             f"{table(self._segments, _SEGMENTS)}\n\n"
             f"{table(self._bounds, _BOUNDS)}\n\n"
             f"bound: weights ({found.weight_bytes / 1e6:.1f} MB) and K,V of a ride at "
@@ -148,6 +150,7 @@ def _row(found: Findings, key: tuple[str, int]) -> dict[str, Any]:
     if key in found.best:
         row["best_speed_up"] = round(found.best[key].free, 4)
         row["best_paid_speed_up"] = round(found.best[key].paid, 4)
+        row["limit_speed_up"] = round(found.best[key].limit, 4)
     return row
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from offramp.server.bench.engine.bounds import Best, bandwidth, best, ride_bytes
 from offramp.server.bench.engine.check import check_loop
 from offramp.server.bench.engine.errors import EngineBenchError
-from offramp.server.bench.engine.options import Options
+from offramp.server.bench.engine.options import Options, check_memory
 from offramp.server.bench.engine.rides import Mode, Stretch, ride
 from offramp.server.bench.engine.rig import Rig
 from offramp.server.bench.engine.segments import SegmentTime, fill_seconds, segment_times
@@ -49,7 +49,8 @@ class Findings:
 
 
 def run(options: Options, say: Say) -> Findings:
-    """Check, then measure; raises Refused where the loop is wrong."""
+    """Check, then measure; raises EngineBenchError, and Refused where the loop is wrong."""
+    check_memory(options)
     say("checking the decode loop against single steps")
     checked = check_loop(options.device, options.seed)
     say(f"bandwidth of the {options.device.type}'s memory")
