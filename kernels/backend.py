@@ -67,8 +67,8 @@ def next_power_of_2(number: int) -> int:
 
 
 def compute_type(dtype: torch.dtype) -> Any:
-    """Triton's type for products of ``dtype``; fp32 in the interpreter, whose bf16 is wrong."""
-    if INTERPRETED:
+    """Triton's type for products of ``dtype``; in the interpreter, whose bf16 is wrong, fp32."""
+    if INTERPRETED and dtype is torch.bfloat16:
         return tl.float32
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
         dtype

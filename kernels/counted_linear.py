@@ -23,6 +23,8 @@ from offramp.kernels.rms_norm import rms_norm
 _PROCESSORS = 128
 _LEAST_ROWS, _MOST_ROWS = 16, 64
 _OUTS = (128, 64, 32, 16)
+# Inputs of fp16 times their norm's weight, before they are normalised, would go over its range.
+_HEADROOM = 64.0
 
 
 class Activation(IntEnum):
@@ -129,6 +131,7 @@ def counted_linear(
         tile_outs=tiles.outs,
         tile_ins=tiles.ins,
         whole=ins % tiles.ins == 0,
+        headroom=_HEADROOM if norm and weight.dtype is torch.float16 else 1.0,
         compute=compute_type(weight.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -204,6 +207,7 @@ def _product(
     tile_outs: tl.constexpr,
     tile_ins: tl.constexpr,
     whole: tl.constexpr,
+    headroom: tl.constexpr,
     compute: tl.constexpr,
 ) -> None:
     """One tile of rows and outputs over all inputs."""
@@ -230,7 +234,7 @@ def _product(
             squares += tl.sum(wide * wide, axis=1)
         if norm is not None:
             wide *= tl.load(norm + k, mask=there, other=0.0).to(tl.float32)[None, :]
-        values = wide.to(compute)
+        values = (wide / headroom).to(compute)
         seen = inside[:, None] if whole else inside[:, None] & there[None, :]
         own = tl.load(w_at + k[None, :], mask=seen, other=0.0).to(compute)
         total = tl.dot(values, tl.trans(own), total, input_precision="ieee")
@@ -238,7 +242,7 @@ def _product(
             own = tl.load(w_at + half + k[None, :], mask=seen, other=0.0).to(compute)
             other = tl.dot(values, tl.trans(own), other, input_precision="ieee")
     if normed:
-        factor = tl.rsqrt(squares / ins + eps)[:, None]
+        factor = (headroom * tl.rsqrt(squares / ins + eps))[:, None]
         total *= factor
         other *= factor
     total = _activated(total, other, bias, column, inside, width, activation)

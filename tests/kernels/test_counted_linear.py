@@ -148,6 +148,25 @@ def test_a_bare_product_may_add_to_its_own_output(
 
 
 @interpreted
+def test_large_states_stay_in_the_range_of_fp16() -> None:
+    """Some channels of a residual stream are in the ten thousands, their norm's weights over 1."""
+    x, weight, out = torch.randn(2, 64), torch.randn(8, 64) / 8, torch.empty(2, 8).half()
+    x[:, 5] = 30_000.0
+    norm = torch.full((64,), 6.0)
+    with rehearsal():
+        counted_linear(
+            Rows(x.half()),
+            weight.half(),
+            Rows(out),
+            counted(2),
+            limit=2,
+            norm=Norm(norm.half(), EPS),
+        )
+    normed = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * norm
+    torch.testing.assert_close(out.float(), normed @ weight.t(), rtol=1e-2, atol=2e-2)
+
+
+@interpreted
 def test_an_unscaled_norm() -> None:
     x, weight, out = 30 * torch.randn(2, 64), torch.randn(8, 64), torch.empty(2, 8)
     with rehearsal():
@@ -190,6 +209,7 @@ def compiled(
         tile_outs=tiles.outs,
         tile_ins=tiles.ins,
         whole=True,
+        headroom=64.0 if dtype == "fp16" else 1.0,
         compute=COMPUTE[dtype],
     )
 
