@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from offramp.server.engine.lookup import Shares
@@ -17,8 +17,9 @@ _SHARE_RENEWAL = 0.01
 # more than the estimates are off: at 1.5 times the price, exits still lost 7 % at one stream.
 _MARGIN = 2.0
 # A decision against exits is tried out anyway once in so many times: costs are only learnt from
-# steps that run, and a rule fed by stale costs could otherwise never exit again (DREX's trap).
-_PROBE_EVERY = 32
+# steps that run, and a rule fed by stale costs could otherwise never exit again (DREX's trap). Each
+# try that changes nothing makes the next one rarer, since a try costs a step what exits would.
+_PROBE_FIRST, _PROBE_RAREST = 32, 1024
 # Score no token reaches.
 NEVER = 1.01
 MAX_LOOKUP = 8
@@ -127,6 +128,25 @@ class CostModel:
         return self.above(0, rows) + self.head.at(rows)
 
 
+@dataclass(slots=True)
+class _Tries:
+    """When a decision that was refused is tried out anyway."""
+
+    refused: int = 0
+    every: int = _PROBE_FIRST
+
+    def allow(self, *, pays: bool) -> bool:
+        """Whether it pays, or is due to be tried."""
+        if pays:
+            self.refused, self.every = 0, _PROBE_FIRST
+            return True
+        self.refused += 1
+        if self.refused < self.every:
+            return False
+        self.refused, self.every = 0, min(2 * self.every, _PROBE_RAREST)
+        return True
+
+
 class ExitPolicy:
     """The choices that trade time between slots.
 
@@ -137,7 +157,7 @@ class ExitPolicy:
         self.costs = CostModel.of(num_segments)
         self._max_hold = max_hold
         # Counted apart: decisions that alternate would take each other's turns.
-        self._refusals: Counter[str] = Counter()
+        self._tries: defaultdict[str, _Tries] = defaultdict(_Tries)
         # Share of checked tokens that may leave, by segment; learnt from every check.
         self._fires = [0.3] * num_segments
         # Share of guesses made there that full depth confirmed (lossless).
@@ -164,7 +184,8 @@ class ExitPolicy:
         saved = everyone * self._saved(segment, rows, 0)
         saved += (1 - everyone) * self._saved(segment, leavers, rows - leavers)
         paid = (1 - (1 - share) ** rows) * self._payment(segment, max(1.0, leavers))
-        return saved >= _MARGIN * (paid + costs.checks[segment].at(rows)) or self._probe("ask")
+        pays = saved >= _MARGIN * (paid + costs.checks[segment].at(rows))
+        return self._tries["ask"].allow(pays=pays)
 
     def lets_go(self, segment: int, leaving: int, staying: int) -> bool:
         """Whether ``leaving`` slots gain time by leaving after ``segment``.
@@ -173,7 +194,7 @@ class ExitPolicy:
         does not pay, all stay; nobody is ever made to leave.
         """
         saved = self._saved(segment, leaving, staying)
-        return saved >= self._payment(segment, leaving) or self._probe("leave")
+        return self._tries["leave"].allow(pays=saved >= self._payment(segment, leaving))
 
     def recompute_pays(self, segment: int, riding: int, owed: int) -> bool:
         """Whether ``owed`` rows ride along from ``segment`` for less than their projection."""
@@ -189,7 +210,7 @@ class ExitPolicy:
         right = self._confirmed[segment]
         expected = self._fires[segment] * (right * gain - (1 - right) * loss)
         pays = expected > self.costs.checks[segment].at(rows) / rows
-        return loss / (gain + loss) if gain > 0 and (pays or self._probe("guess")) else NEVER
+        return loss / (gain + loss) if gain > 0 and self._tries["guess"].allow(pays=pays) else NEVER
 
     def lookup_length(self, shares: Shares, size: int, rows: int) -> int:
         """How many looked-up tokens to verify along with a slot's next one.
@@ -246,7 +267,3 @@ class ExitPolicy:
         costs = self.costs
         along = costs.above(segment + 1, 1 + leaving) - costs.above(segment + 1, 1)
         return min(costs.fill.at(leaving), along) if costs.fill.known else along
-
-    def _probe(self, decision: str) -> bool:
-        self._refusals[decision] += 1
-        return self._refusals[decision] % _PROBE_EVERY == 0

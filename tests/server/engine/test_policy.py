@@ -92,9 +92,23 @@ def test_a_refused_exit_is_tried_once_in_a_while() -> None:
     for rows in (1, 2, 3, 4):
         for _ in range(200):
             made.costs.segments[1].add(rows, 4 * MS + (0.5 * MS if rows > 1 else 0))
-    answers = [made.lets_go(0, leaving=1, staying=3) for _ in range(320)]
-    assert sum(answers) == 10
-    assert not any(answers[:10])
+    answers = [made.lets_go(0, leaving=1, staying=3) for _ in range(10_000)]
+    tries = [index + 1 for index, answer in enumerate(answers) if answer]
+    assert tries[:4] == [32, 96, 224, 480]
+    assert all(later - sooner <= 1024 for sooner, later in pairwise(tries))
+    assert tries[-1] > 8900
+
+
+def test_an_exit_that_paid_is_tried_soon_again() -> None:
+    """A try that shows that it pays starts the tries anew."""
+    made = policy(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
+    made.costs.checks[0] = measured(0.2 * MS, 0.0)
+    for _ in range(300):
+        made.observe(0, asked=8, fired=1)
+    assert sum(made.asks(0, 8) for _ in range(600)) == 4
+    assert made.asks(0, 1)
+    answers = [made.asks(0, 8) for _ in range(32)]
+    assert answers == [False] * 31 + [True]
 
 
 def test_a_thin_group_waits_for_a_crowd_below() -> None:
@@ -129,7 +143,7 @@ def test_checks_are_not_worth_it_where_rows_are_free() -> None:
     made.costs.checks[0] = measured(0.2 * MS, 0.0)
     for _ in range(300):
         made.observe(0, asked=8, fired=1)
-    assert sum(made.asks(0, 8) for _ in range(320)) == 10
+    assert sum(made.asks(0, 8) for _ in range(320)) == 3
     assert all(made.asks(0, 1) for _ in range(320))
 
 
@@ -150,14 +164,14 @@ def test_guesses_that_cost_more_than_they_gain_are_not_asked_for() -> None:
     for _ in range(400):
         made.observe_guess(0, right=False)
     bounds = [made.draft_bound(0, 1) for _ in range(320)]
-    assert sum(bound < 1 for bound in bounds) == 10
+    assert sum(bound < 1 for bound in bounds) == 3
 
 
 def test_decisions_that_alternate_do_not_take_each_others_probes() -> None:
     made = policy(segments=((2 * MS, 0.2 * MS), (2 * MS, 0.2 * MS)), head=(1 * MS, 0.1 * MS))
     made.costs.checks[0] = measured(9 * MS, 0.0)
     found = [(made.asks(0, 1), made.draft_bound(0, 1) < 1) for _ in range(320)]
-    assert [sum(kind) for kind in zip(*found, strict=True)] == [10, 10]
+    assert [sum(kind) for kind in zip(*found, strict=True)] == [3, 3]
 
 
 def test_nobody_guesses_where_every_row_costs_the_same() -> None:
