@@ -104,6 +104,25 @@ def test_rides_make_the_tokens_of_the_steps(tiny_dir: Path, exits: str, concurre
         assert item.stats.layers_executed == sum(item.exit_layers)
 
 
+def test_a_model_without_exits_rides_too(tiny_dir: Path) -> None:
+    asked = requests(5, ExitSettings())
+    steps = run_all(build(tiny_dir, "none", rides=False), asked, concurrency=4)
+    rides = run_all(build(tiny_dir, "none", rides=True), asked, concurrency=4)
+    assert told(rides) == told(steps)
+
+
+def test_sampled_answers_are_made_again_by_their_seed(tiny_dir: Path, exits: str) -> None:
+    """Whoever is beside them, and with the draws of steps where no filter reorders the tokens."""
+    warm = [
+        replace(each, sampling=replace(each.sampling, temperature=0.8, seed=7 * i))
+        for i, each in enumerate(requests(8))
+    ]
+    together = run_all(build(tiny_dir, exits, rides=True), warm, concurrency=8)
+    alone = run_all(build(tiny_dir, exits, rides=True), warm, concurrency=1)
+    steps = run_all(build(tiny_dir, exits, rides=False), warm, concurrency=8)
+    assert told(together) == told(alone) == told(steps)
+
+
 def test_too_few_blocks_for_all(tiny_dir: Path, exits: str) -> None:
     """Some are sent back in the middle of their answer, and say the same in the end."""
     asked = requests(10)
