@@ -22,13 +22,15 @@ from offramp.kernels.row_list import RowList
 class Fired:
     """Riders whose gate fired: ``rows`` among them and their ``slots``, int32 [limit].
 
-    ``gate`` fp32 [limit] are their scores; ``count`` int32 [1].
+    ``gate`` fp32 [limit] are their scores; ``count`` int32 [1]; ``total`` int64 [1] adds up the
+    counts of all exits until somebody clears it.
     """
 
     rows: Tensor
     slots: Tensor
     gate: Tensor
     count: Tensor
+    total: Tensor
 
     @classmethod
     def empty(cls, limit: int, device: torch.device) -> Fired:
@@ -36,7 +38,8 @@ class Fired:
         rows, slots, count = (
             torch.zeros(size, dtype=torch.int32, device=device) for size in (limit, limit, 1)
         )
-        return cls(rows, slots, torch.zeros(limit, device=device), count)
+        total = torch.zeros(1, dtype=torch.int64, device=device)
+        return cls(rows, slots, torch.zeros(limit, device=device), count, total)
 
     @property
     def list(self) -> RowList:
@@ -45,7 +48,8 @@ class Fired:
 
     def first(self, limit: int) -> Fired:
         """The same memory with room for ``limit``."""
-        return Fired(self.rows[:limit], self.slots[:limit], self.gate[:limit], self.count)
+        kept = self.rows[:limit], self.slots[:limit], self.gate[:limit]
+        return Fired(*kept, self.count, self.total)
 
 
 def fire(
@@ -81,6 +85,7 @@ def fire(
         fired.slots,
         fired.gate,
         fired.count,
+        fired.total,
         floor,
         inner.shape[1],
         inner.stride(0),
@@ -117,6 +122,7 @@ def fire_reference(
     fired.slots[:count] = slots[rows].to(torch.int32)
     fired.gate[:count] = gate[rows]
     fired.count.fill_(count)
+    fired.total.add_(count)
 
 
 def leave(
@@ -207,6 +213,7 @@ def _fire(
     to_slots: tl.tensor,
     to_gate: tl.tensor,
     to_count: tl.tensor,
+    to_total: tl.tensor,
     floor: tl.tensor,
     width: tl.tensor,
     inner_row: tl.tensor,
@@ -236,7 +243,9 @@ def _fire(
     tl.store(to_rows + place, row, mask=fires)
     tl.store(to_slots + place, slot, mask=fires)
     tl.store(to_gate + place, gate, mask=fires)
-    tl.store(to_count, tl.sum(fires.to(tl.int32), axis=0))
+    number = tl.sum(fires.to(tl.int32), axis=0)
+    tl.store(to_count, number)
+    tl.store(to_total, tl.load(to_total) + number)
 
 
 @jit

@@ -61,11 +61,13 @@ class Landed:
 class RideResult:
     """``landed``: what slots made; who is held or has no slot made nothing.
 
-    ``waiting`` counts for each segment the slots that wait there now.
+    ``waiting`` counts for each segment the slots that wait there now; ``head_rows`` are the rows
+    that exits' LM heads were run for.
     """
 
     landed: dict[int, Landed]
     waiting: tuple[int, ...]
+    head_rows: int
 
 
 class Ride:
@@ -76,10 +78,12 @@ class Ride:
         emitted: Tensor,
         depth: Tensor,
         stage: Tensor,
+        head_rows: Tensor,
         num_segments: int,
         ended: torch.cuda.Event | None,
     ) -> None:
         self._emitted, self._depth, self._stage = emitted, depth, stage
+        self._head_rows = head_rows
         self._num_segments = num_segments
         self._ended = ended
 
@@ -90,7 +94,8 @@ class Ride:
         depths, stages = self._depth.tolist(), Counter(self._stage.tolist())
         made = enumerate(self._emitted.tolist())
         landed = {slot: Landed(token, depths[slot]) for slot, token in made if token != EMPTY}
-        return RideResult(landed, tuple(stages[segment] for segment in range(self._num_segments)))
+        waiting = tuple(stages[segment] for segment in range(self._num_segments))
+        return RideResult(landed, waiting, int(self._head_rows))
 
 
 class DecodeLoop:
@@ -175,12 +180,12 @@ class DecodeLoop:
             for segment in range(self._num_segments):
                 self.launch_segment(segment, live)
             emitted, depth = self._to_host(self.states.emitted), self._to_host(self.states.depth)
-            stage = self._to_host(self.states.stage)
+            stage, head_rows = self._to_host(self.states.stage), self._to_host(self._pass.head_rows)
         ended = None
         if self._device.type == "cuda":
             ended = torch.cuda.Event()
             ended.record()
-        return Ride(emitted, depth, stage, self._num_segments, ended)
+        return Ride(emitted, depth, stage, head_rows, self._num_segments, ended)
 
     def launch_segment(self, segment: int, live: int) -> None:
         """Start one segment of a ride."""

@@ -74,12 +74,18 @@ class DecodePass:
         slots = len(states.stage)
         self._scratch = _Scratch(model, exits.heads, slots, len(self._exit_lm_head))
 
+    @property
+    def head_rows(self) -> Tensor:
+        """Rows int64 [1] that exits' LM heads were run for since the ground segment began."""
+        return self._scratch.fired.total
+
     def run(self, segment: int, limit: int) -> None:
         """Launch ``segment`` for all that wait there, at most ``limit`` slots."""
         states, riders = self._states, self._scratch.riders.first(limit)
         board(states, riders, segment, self._tables.holds, block_size=self._cache.block_size)
         if segment == 0:
             states.emitted.fill_(EMPTY)
+            self._scratch.fired.total.zero_()
             embed_rows(self._model.embeddings, states.token, riders.list, self._scratch.hidden)
         cos, sin = self._model.rotary.at(riders.positions)
         rows = RowTable(

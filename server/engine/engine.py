@@ -154,6 +154,7 @@ class Engine:
             decode_rows=len(landed),
             fill_tokens=left,
             fill_method=str(KVFill.PROJECT) if left else "",
+            exit_head_rows=rides.head_rows,
         )
 
     def _commit(self, plan: Plan, result: StepResult) -> None:

@@ -92,6 +92,8 @@ class Rides:
         self._flying: tuple[Flight, list[_Berth]] | None = None
         self.waiting: tuple[int, ...] = (0,) * limits.num_segments
         """Slots at each segment after the last ride."""
+        self.head_rows = 0
+        """Rows that exits' LM heads were run for in the last ride."""
 
     def __len__(self) -> int:
         return len(self._aboard)
@@ -130,6 +132,7 @@ class Rides:
         The caller must pass every landed slot to `commit`.
         """
         flying, self._flying = self._flying, None
+        self.head_rows = 0
         for berth in list(self._aboard.values()):
             if berth.slot.id in self._aboard:
                 self._make_room(berth.slot, min(len(berth.slot.tokens) + 1, self._end(berth.slot)))
@@ -139,7 +142,7 @@ class Rides:
         if flying is None:
             return []
         result = flying[0].result()
-        self.waiting = result.waiting
+        self.waiting, self.head_rows = result.waiting, result.head_rows
         return [
             (berth.slot, result.landed[berth.number])
             for berth in flying[1]

@@ -105,6 +105,7 @@ def test_a_threshold_of_nothing_asks_no_gate(*, kernels: bool) -> None:
     found = Exit(3, 3)
     found.thresholds[found.riders.slots[1].long()] = 0.0
     assert found.fire(1.01, kernels=kernels) == [1]
+    assert int(found.fired.total) == 1
 
 
 @both
@@ -179,6 +180,7 @@ def test_they_compile(compile_ahead: Compiler, target: int, wide: int) -> None:
     types = dict.fromkeys(["inner", "down", "down_bias"], "*bf16") | {"thresholds": "*fp32"}
     types |= dict.fromkeys(["stage", "waited", "slots", "count"], "*i32")
     types |= {"to_rows": "*i32", "to_slots": "*i32", "to_gate": "*fp32", "to_count": "*i32"}
+    types |= {"to_total": "*i64"}
     types |= {"floor": "fp32", "width": "i32", "inner_row": "i32", "threshold_row": "i32"}
     made = compile_ahead("exit_decision", "_fire", target, types, wide=wide, tile=columns(wide))
     assert not made.spills

@@ -180,6 +180,17 @@ def test_holding_riders_back_changes_no_token(model: Transformer, heads: list[Ex
     assert [found[slot] for slot in range(5)] == made
 
 
+def test_rows_of_exit_heads_are_counted(model: Transformer, heads: list[ExitHead]) -> None:
+    """A text that always leaves runs one, one that never asks runs none."""
+    runner = Runner(model, heads, new_cache(model), 32)
+    always, never = texts(runner, [(0.0, NEVER), (NEVER, NEVER)])
+    loop = new_loop(runner)
+    loop.board([boarding(0, always), boarding(1, never)])
+    assert [loop.launch(2).result().head_rows for _ in range(2)] == [1, 1]
+    loop.clear([0])
+    assert loop.launch(1).result().head_rows == 0
+
+
 def test_segments_are_timed_before_anybody_comes(model: Transformer, heads: list[ExitHead]) -> None:
     """And leave nothing behind: the first requests get their own tokens."""
     runner = Runner(model, heads, new_cache(model), 32)
@@ -207,7 +218,7 @@ def test_slots_come_and_go_between_rides(model: Transformer, heads: list[ExitHea
     assert [ride[0] for ride in first + second] == made[0]
     assert [ride[1] for ride in first] == made[1][:2]
     assert [ride[1] for ride in second] == made[2][:2]
-    assert loop.launch(0).result() == RideResult({}, (0, 0, 0))
+    assert loop.launch(0).result() == RideResult({}, (0, 0, 0), 0)
 
 
 def test_a_slot_waits_for_its_blocks(model: Transformer, heads: list[ExitHead]) -> None:

@@ -66,7 +66,8 @@ def leave_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     leavers, tokens = Riders.empty(rows, setup.device), setup.tokens(rows)
     order = setup.order(rows, torch.int32)
     slots = riders.slots[order.long()]
-    fired = Fired(order, slots, setup.uniform(rows), setup.count(count))
+    total = torch.zeros(1, dtype=torch.int64, device=setup.device)
+    fired = Fired(order, slots, setup.uniform(rows), setup.count(count), total)
     scores = LogitScores(tokens, *(setup.uniform(rows) for _ in range(3)))
     fuse, thresholds = setup.normal(4, dtype=torch.float32), setup.thresholds(rows)
     depth = setup.config.num_layers // 2

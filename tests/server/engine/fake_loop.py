@@ -93,7 +93,7 @@ class FakeLoop:
             if seat.position < seat.end and self._random.random() < 0.8:
                 landed[slot] = self._ride(seat)
         waiting = (len(self._seats), *([0] * (len(self._layers) - 1)))
-        return FakeFlight(RideResult(landed, waiting))
+        return FakeFlight(RideResult(landed, waiting, 0))
 
     def _ride(self, seat: _Seat) -> Landed:
         places = [self._place(seat, position) for position in range(seat.position + 1)]
