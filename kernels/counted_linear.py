@@ -229,12 +229,13 @@ def _product(
         k = start + tl.arange(0, tile_ins)
         there = k < ins
         values = tl.load(x_at + k[None, :], mask=real[:, None] & there[None, :], other=0.0)
-        wide = values.to(tl.float32)
         if normed:
+            wide = values.to(tl.float32)
             squares += tl.sum(wide * wide, axis=1)
-        if norm is not None:
-            wide *= tl.load(norm + k, mask=there, other=0.0).to(tl.float32)[None, :]
-        values = (wide / headroom).to(compute)
+            if norm is not None:
+                wide *= tl.load(norm + k, mask=there, other=0.0).to(tl.float32)[None, :]
+            values = wide / headroom
+        values = values.to(compute)
         seen = inside[:, None] if whole else inside[:, None] & there[None, :]
         own = tl.load(w_at + k[None, :], mask=seen, other=0.0).to(compute)
         total = tl.dot(values, tl.trans(own), total, input_precision="ieee")

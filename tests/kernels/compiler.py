@@ -38,6 +38,16 @@ class Compiled:
     registers: int
     spills: int
 
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether products are left to the matrix units."""
+        return "mma.sync" in self.ptx or "wgmma.mma_async" in self.ptx
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether loads go to shared memory in pieces of 16 bytes while others are worked on."""
+        return "cp.async.cg.shared.global" in self.ptx
+
 
 class Compiler:
     """The compiling process; start it once, it takes seconds."""

@@ -227,6 +227,8 @@ def test_it_compiles(
     step = (tiles.rows + tiles.outs) * tiles.ins * (4 if dtype == "fp32" else 2)
     assert 2 * step <= made.shared_bytes <= SHARED_BYTES[target]
     assert not made.spills
+    assert made.fetches_ahead
+    assert made.on_tensor_cores == (dtype != "fp32")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -180,3 +180,5 @@ def test_the_kernel_compiles(
     )
     assert made.shared_bytes <= SHARED_BYTES[target]
     assert not made.spills
+    assert made.fetches_ahead
+    assert made.on_tensor_cores == (dtype != "fp32")

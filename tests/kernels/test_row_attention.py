@@ -189,6 +189,7 @@ def test_it_compiles(
     )
     assert made.shared_bytes <= SHARED_BYTES[target]
     assert not made.spills
+    assert made.on_tensor_cores == (dtype != "fp32")
 
 
 @pytest.mark.parametrize("target", TARGETS)

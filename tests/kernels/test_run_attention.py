@@ -203,3 +203,4 @@ def test_it_compiles(
     )
     assert made.shared_bytes <= SHARED_BYTES[target]
     assert dtype == "fp32" or made.spills == 0
+    assert made.on_tensor_cores == (dtype != "fp32")
