@@ -15,7 +15,7 @@ from offramp.kernels.decoder import RowTable
 from offramp.kernels.row_list import behind
 
 _KEYS = 32
-"""Keys a program looks at in one go."""
+"""Keys a program looks at in one go; of fp32, which fills registers, half as many."""
 _PART_KEYS = 256
 """Keys for which a part of its own pays."""
 _ENOUGH_PROGRAMS = 256
@@ -63,10 +63,13 @@ def row_attention(
     kv_heads = k.shape[1]
     group = heads // kv_heads
     parts = parts or _parts(count * kv_heads, rows.longest)
-    shape = (count, heads, parts)
-    sums = torch.empty(*shape, dim, dtype=torch.float32, device=q.device)
-    most = torch.empty(shape, dtype=torch.float32, device=q.device)
-    total = torch.empty(shape, dtype=torch.float32, device=q.device)
+    out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
+    sums, most, total = out, None, None
+    if parts > 1:
+        shape = (count, heads, parts)
+        sums = torch.empty(*shape, dim, dtype=torch.float32, device=q.device)
+        most = torch.empty(shape, dtype=torch.float32, device=q.device)
+        total = torch.empty(shape, dtype=torch.float32, device=q.device)
     wide = next_power_of_2(dim)
     _attend[(count, kv_heads, parts)](
         q,
@@ -91,11 +94,11 @@ def row_attention(
         rows_of_product=max(_LEAST_QUERIES, next_power_of_2(group)),
         dim=dim,
         wide=wide,
-        tile=_KEYS,
+        tile=_KEYS // (2 if q.dtype is torch.float32 else 1),
         compute=compute_type(q.dtype),
     )
-    out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
-    _join[(count, heads)](sums, most, total, rows.count, out, parts=parts, dim=dim, wide=wide)
+    if parts > 1:
+        _join[(count, heads)](sums, most, total, rows.count, out, parts=parts, dim=dim, wide=wide)
     return out
 
 
@@ -132,7 +135,10 @@ def _attend(
     tile: tl.constexpr,
     compute: tl.constexpr,
 ) -> None:
-    """One row's queries of one K,V head against one part of its context."""
+    """One row's queries of one K,V head against one part of its context.
+
+    ``sums`` are the answers themselves where there is only one part.
+    """
     row = tl.program_id(0).to(tl.int64)
     if behind(row, count):
         return
@@ -166,9 +172,13 @@ def _attend(
         weight = weight * fade + tl.sum(share, axis=1)
         top = higher
     slot = (row * tl.num_programs(1) * group + heads) * parts + part
-    tl.store(sums + slot[:, None] * dim + columns[None, :], answer, mask=here)
-    tl.store(most + slot, top, mask=queries < group)
-    tl.store(total + slot, weight, mask=queries < group)
+    if parts == 1:
+        answer /= weight[:, None]
+    else:
+        tl.store(most + slot, top, mask=queries < group)
+        tl.store(total + slot, weight, mask=queries < group)
+    to = sums + slot[:, None] * dim + columns[None, :]
+    tl.store(to, answer.to(sums.dtype.element_ty), mask=here)
 
 
 @jit

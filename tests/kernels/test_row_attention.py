@@ -154,6 +154,7 @@ def test_long_contexts_of_few_rows_are_cut(programs: int, longest: int, parts: i
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("group", "dim"), [(3, 64), (8, 128)], ids=["small", "large"])
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("counted", [True, False], ids=["counted", "all rows"])
 def test_it_compiles(
     compile_ahead: Compiler,
@@ -162,6 +163,7 @@ def test_it_compiles(
     group: int,
     dim: int,
     counted: bool,  # noqa: FBT001
+    parts: int,
 ) -> None:
     types = dict.fromkeys(["q", "k", "v"], f"*{dtype}")
     types |= dict.fromkeys(["positions", "first_blocks", "blocks"], "*i64")
@@ -175,8 +177,18 @@ def test_it_compiles(
     strides = ["q_row", "q_head", "kv_place", "kv_head"]
     types |= dict.fromkeys(strides, "i32")
     compute = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]
-    sizes: dict[str, Any] = {"parts": 4, "block_size": 32, "group": group, "rows_of_product": 16}
-    sizes |= {"dim": dim, "wide": dim, "tile": 32}
+    if parts == 1:
+        types["sums"] = f"*{dtype}"
+        for name in ("most", "total"):
+            del types[name]
+            optional[name] = None
+    sizes: dict[str, Any] = {
+        "parts": parts,
+        "block_size": 32,
+        "group": group,
+        "rows_of_product": 16,
+    }
+    sizes |= {"dim": dim, "wide": dim, "tile": 16 if dtype == "fp32" else 32}
     made = compile_ahead(
         "row_attention",
         "_attend",
