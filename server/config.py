@@ -119,6 +119,12 @@ class EngineConfig(_Options):
         le=1,
     )
     max_exit_debt: int = _option("Early exit", 16, "Tokens a request may owe K,V for.", ge=0)
+    exit_hold: Literal["latency", "throughput"] = _option(
+        "Early exit",
+        "latency",
+        "What sequences wait at exit points for: on a GPU, throughput lets deep tokens wait for "
+        "company wherever that makes more tokens a second, at the cost of their own latency.",
+    )
     exit_max_hold_ms: float = _option(
         "Early exit", 50.0, "Longest wait of a sequence at an exit point, in ms.", ge=0
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from offramp.server.engine.asking import Limits
 from offramp.server.engine.memory import OutOfBlocks, SlotMemory
 from offramp.server.engine.queue import SlotQueue
+from offramp.server.engine.rebatching import Rebatching
 from offramp.server.engine.rides import Loop, Rides
 from offramp.server.engine.slot import Place, Slot
 from offramp.server.engine.targets import ExitTargets
@@ -62,9 +63,11 @@ class Boarding:
         aboard = (0,) * len(self._queues) if self.rides is None else self.rides.waiting
         return tuple(len(q) + more for q, more in zip(self._queues, aboard, strict=True))
 
-    def decode_on(self, loop: Loop, targets: ExitTargets) -> None:
-        """Let ``loop`` decode for those that it can decode for."""
-        self.rides = Rides(loop, self._limits, self._memory, targets, self.make_room)
+    def decode_on(
+        self, loop: Loop, targets: ExitTargets, rebatching: Rebatching | None = None
+    ) -> None:
+        """Let ``loop`` decode for those that it can decode for (see Rides)."""
+        self.rides = Rides(loop, self._limits, self._memory, targets, self.make_room, rebatching)
 
     def resume(self, slot: Slot, now: float) -> None:
         """A slot with a new token waits for its next ride, on the device where that can be."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from offramp.models.config import ModelConfig
-from offramp.models.decode_loop import DecodeLoop
 from offramp.models.exits.deltas import (
     apply_deltas,
     delta_paths,
@@ -48,6 +47,7 @@ from offramp.server.engine.memory import SlotMemory
 from offramp.server.engine.online import OnlineThresholds
 from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.process import keep_freed_memory, return_freed_memory
+from offramp.server.engine.rebatching import Rebatching
 from offramp.server.engine.request import EngineInfo
 from offramp.server.engine.rides import hold_shares
 from offramp.server.engine.scheduler import Limits, Scheduler
@@ -116,6 +116,8 @@ def _assemble(
     heads = exits.heads
     exit_layers = tuple(head.layer for head in heads)
     rides = device.type == "cuda" if rides is None else rides
+    if config.exit_hold == "throughput" and not rides:
+        raise EngineConfigError("--exit-hold throughput is for GPUs; use --exit-hold latency")
     recipes = choose(config.weights, weights, native=native_kernels(config))
     recipes = as_they_are() if rides else recipes
     model = Transformer(shape, weights, exit_layers, max_model_len, recipes, consume=True)
@@ -127,7 +129,7 @@ def _assemble(
     scheduler = _scheduler(info, config, num_rows)
     measure_costs(runner, info, scheduler.policy.costs)
     if rides:
-        scheduler.boarding.decode_on(_decode_loop(runner, info, config), scheduler.targets)
+        _decode_on_device(runner, scheduler, info, config)
     guard = LiveGuard(scheduler.targets, config.exit_audit_rate)
     threads = None
     if device.type == "cpu":
@@ -135,14 +137,21 @@ def _assemble(
     return Engine(info, scheduler, runner, guard, threads, audit=audit)
 
 
-def _decode_loop(runner: Runner, info: EngineInfo, config: EngineConfig) -> DecodeLoop:
+def _decode_on_device(
+    runner: Runner, scheduler: Scheduler, info: EngineInfo, config: EngineConfig
+) -> None:
     """A loop that holds riders where that pays by the times measured here."""
-    loop = runner.decode_loop(info.max_num_seqs, -(-info.max_model_len // info.block_size))
-    segments = range(len(info.exit_layers) + 1)
-    seconds = [(loop.seconds(i, 1), loop.seconds(i, info.max_num_seqs)) for i in segments]
-    whole = sum(many for _, many in seconds)
-    loop.hold(hold_shares(seconds, config.exit_max_hold_ms / 1000 / whole))
-    return loop
+    slots = info.max_num_seqs
+    loop = runner.decode_loop(slots, -(-info.max_model_len // info.block_size))
+    depths = (*info.exit_layers, info.num_layers)
+    seconds = [(loop.seconds(i, 1), loop.seconds(i, slots)) for i in range(len(depths))]
+    rides = config.exit_max_hold_ms / 1000 / sum(many for _, many in seconds)
+    rebatching = None
+    if config.exit_hold == "throughput":
+        rebatching = Rebatching(seconds, slots, rides, depths)
+    else:
+        loop.hold(hold_shares(seconds, rides))
+    scheduler.boarding.decode_on(loop, scheduler.targets, rebatching)
 
 
 def _info(

@@ -17,6 +17,7 @@ from offramp.models.decode_loop import NEVER, Boarding, Landed, RideResult
 from offramp.models.sampling_params import ExitCriterion, ExitMode, KVFill
 from offramp.server.engine.asking import Limits
 from offramp.server.engine.memory import SlotMemory
+from offramp.server.engine.rebatching import Holds, Rebatching
 from offramp.server.engine.slot import Place, Slot
 from offramp.server.engine.targets import ExitTargets
 
@@ -47,6 +48,10 @@ class Loop(Protocol):
         """Change the scores at which slots' tokens leave."""
         ...
 
+    def hold(self, holds: Holds) -> None:
+        """Say what riders wait for."""
+        ...
+
     def clear(self, slots: Sequence[int]) -> None:
         """Take slots back."""
         ...
@@ -68,7 +73,8 @@ class _Berth:
 class Rides:
     """Owns which request has which of the device's ``berths`` slots.
 
-    ``make_room`` grows a slot's block table to a length, at the cost of others or of itself.
+    ``make_room`` grows a slot's block table to a length, at the cost of others or of itself;
+    ``rebatching`` says what deep tokens wait for (None: what the loop was told stays).
     """
 
     def __init__(
@@ -78,12 +84,14 @@ class Rides:
         memory: SlotMemory,
         targets: ExitTargets,
         make_room: Callable[[Slot, int], object],
+        rebatching: Rebatching | None = None,
     ) -> None:
         self._loop = loop
         self._limits = limits
         self._memory = memory
         self._targets = targets
         self._make_room = make_room
+        self._rebatching = rebatching
         self._free = list(range(limits.max_num_seqs))
         heapify(self._free)
         self._aboard: dict[int, _Berth] = {}
@@ -143,6 +151,7 @@ class Rides:
             return []
         result = flying[0].result()
         self.waiting, self.head_rows = result.waiting, result.head_rows
+        self._rebatch(result)
         return [
             (berth.slot, result.landed[berth.number])
             for berth in flying[1]
@@ -159,6 +168,14 @@ class Rides:
             slot.left_early += 1
             slot.exact = position if slot.exact is None else min(slot.exact, position)
         self._memory.publish(slot)
+
+    def _rebatch(self, result: RideResult) -> None:
+        if self._rebatching is None:
+            return
+        for landed in result.landed.values():
+            self._rebatching.observe(landed.depth)
+        if self._rebatching.due() and self._aboard:
+            self._loop.hold(self._rebatching.choose(len(self._aboard)))
 
     def _tell(self) -> None:
         """Bring the device up to date."""
@@ -215,8 +232,8 @@ class Rides:
         return longest - 1
 
 
-def hold_shares(segments: Sequence[tuple[float, float]], rides: float) -> list[tuple[float, float]]:
-    """For each segment the share of ready slots for which it waits, and ``rides`` for how long.
+def hold_shares(segments: Sequence[tuple[float, float]], rides: float) -> Holds:
+    """What riders wait for such that no slot-second is lost, and at most ``rides`` rides.
 
     ``segments`` are the seconds of each for one rider and for many, the last with the head.
     Holding n riders back while r others go again saves the r a pass above, and costs all of them

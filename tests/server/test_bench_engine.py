@@ -23,9 +23,9 @@ from offramp.server.bench.engine.errors import EngineBenchError
 from offramp.server.bench.engine.options import WARM_UP, Options, default_exits, read_options
 from offramp.server.bench.engine.rides import Mode, ride
 from offramp.server.bench.engine.rig import Rig
-from offramp.server.bench.engine.simulation import Costs, Curve, simulate
 from offramp.server.bench.engine.trace import maximum_entropy, read_trace, thresholds
 from offramp.server.bench.errors import Refused
+from offramp.server.engine.rebatching import Costs, Curve, simulate
 
 SIZES = ["--model-shape", "tiny", "--device", "cpu", "--context", "40", "--tokens", "16"]
 ARGS = ["engine", *SIZES, "--batch", "1,4", "--rounds", "2", "--exit-trace", "0.6"]

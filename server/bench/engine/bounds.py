@@ -12,7 +12,7 @@ from offramp.server.bench.engine.options import WARM_UP, Options
 from offramp.server.bench.engine.paper import limit
 from offramp.server.bench.engine.rig import Rig
 from offramp.server.bench.engine.segments import SegmentTime
-from offramp.server.bench.engine.simulation import Costs, Curve, Simulated, simulate
+from offramp.server.engine.rebatching import Costs, Curve, Simulated, simulate
 
 _BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 

@@ -12,8 +12,8 @@ from itertools import pairwise, product
 
 from offramp.models.config import ModelConfig
 from offramp.server.bench.engine.options import WARM_UP, Options
-from offramp.server.bench.engine.simulation import Costs, Curve, simulate
 from offramp.server.bench.report import table
+from offramp.server.engine.rebatching import Costs, Curve, simulate
 
 # Shares of ready slots and rides to wait among which the best way of holding is looked for.
 _SHARES = (0.0, 0.5, 1.0, 2.0)

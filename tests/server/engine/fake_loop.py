@@ -50,6 +50,7 @@ class FakeLoop:
         self._seats: dict[int, _Seat] = {}
         self._random = Random(3)
         self.rides = 0
+        self.held: list[Sequence[tuple[float, float]]] = []
 
     def board(self, boardings: Sequence[Boarding]) -> None:
         """See Loop."""
@@ -78,6 +79,11 @@ class FakeLoop:
         """See Loop."""
         for slot, row in thresholds.items():
             self._seats[slot].thresholds = tuple(row)
+
+    def hold(self, holds: Sequence[tuple[float, float]]) -> None:
+        """See Loop."""
+        assert len(holds) == len(self._layers)
+        self.held.append(holds)
 
     def clear(self, slots: Sequence[int]) -> None:
         """See Loop."""

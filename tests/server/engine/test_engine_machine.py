@@ -22,6 +22,7 @@ from offramp.server.engine.engine import Engine
 from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.memory import SlotMemory
 from offramp.server.engine.policy import ExitPolicy
+from offramp.server.engine.rebatching import Rebatching
 from offramp.server.engine.request import (
     EngineInfo,
     FinishReason,
@@ -80,7 +81,9 @@ def fake_engine(
     runner = FakeRunner(segments, BLOCK, leave_share, seed)
     if rides:
         loop = FakeLoop(runner, BLOCK, exit_layers, LAYERS)
-        scheduler.boarding.decode_on(loop, targets)
+        seconds = [(1.0, 1.0)] * segments
+        chosen = Rebatching(seconds, max_num_seqs, 2.0, (*exit_layers, LAYERS))
+        scheduler.boarding.decode_on(loop, targets, chosen)
     guard = LiveGuard(targets, audit_rate)
     return Engine(info, scheduler, runner, guard, audit=True), runner
 

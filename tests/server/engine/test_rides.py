@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from offramp.models.transformer import Transformer
 from offramp.models.weight_forms import as_they_are
 from offramp.models.weights import Weights
 from offramp.server.config import EngineConfig
-from offramp.server.engine.build import build_engine
+from offramp.server.engine.build import EngineConfigError, build_engine
 from offramp.server.engine.bulk import Finished, run_all
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.rebatching import Costs, Curve, Holds
 from offramp.server.engine.request import FinishReason, GenerationRequest
 from offramp.server.engine.rides import Rides, hold_shares
 from offramp.server.engine.slot import Place
@@ -46,7 +48,9 @@ def exits(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def build(folder: Path, exits: str, *, rides: bool, num_blocks: int = 200, seqs: int = 8) -> Engine:
+def build(
+    folder: Path, exits: str, *, rides: bool, num_blocks: int = 200, **options: Any
+) -> Engine:
     """An engine that checks its invariants after every step and lets every exit pay."""
     config = EngineConfig(
         exits=exits,
@@ -54,9 +58,10 @@ def build(folder: Path, exits: str, *, rides: bool, num_blocks: int = 200, seqs:
         kernels="torch",
         weights=Weights.FP32,
         max_model_len=128,
-        max_num_seqs=seqs,
+        max_num_seqs=8,
         block_size=8,
         exit_audit_rate=0.0,
+        **options,
     )
     engine = build_engine(
         config, folder, model_name="test", num_blocks=num_blocks, rides=rides, audit=True
@@ -209,6 +214,39 @@ def test_new_thresholds_reach_those_aboard(tiny_dir: Path, exits: str) -> None:
     while engine.has_work:
         layers += [layer for event in engine.step().events for layer in event.exit_layers]
     assert set(layers[10:]) == {4}
+
+
+def test_for_throughput_deep_tokens_wait_and_say_the_same(
+    tiny_dir: Path, exits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holds are chosen anew every few hundred tokens, from the depths seen."""
+    shallow = replace(LEAVES, thresholds=(0.0, 0.0))
+    asked = [
+        replace(each, sampling=replace(GREEDY, max_tokens=70), exits=shallow if i % 4 else LEAVES)
+        for i, each in enumerate(requests(24))
+    ]
+    plain = run_all(build(tiny_dir, exits, rides=True), asked, concurrency=8)
+    engine = build(tiny_dir, exits, rides=True, exit_hold="throughput", exit_max_hold_ms=500)
+    rebatching = rides_of(engine)._rebatching
+    assert rebatching is not None
+    # Segments that cost the same for one rider as for many: company is what saves time.
+    costs = Costs((Curve((1,), (1.0,)),) * 3, (Curve((1,), (0.0,)),) * 2)
+    monkeypatch.setattr(rebatching, "_costs", costs)
+    loop, chosen = rides_of(engine)._loop, []
+    hold = loop.hold
+
+    def note(holds: Holds) -> None:
+        chosen.append(holds[1][0])
+        hold(holds)
+
+    monkeypatch.setattr(loop, "hold", note)
+    assert told(run_all(engine, asked, concurrency=8)) == told(plain)
+    assert max(chosen) > 0
+
+
+def test_throughput_is_for_gpus(tiny_dir: Path) -> None:
+    with pytest.raises(EngineConfigError, match="use --exit-hold latency"):
+        build(tiny_dir, "none", rides=False, exit_hold="throughput")
 
 
 def test_holding_pays_where_what_is_above_is_dear() -> None:
