@@ -48,7 +48,7 @@ printf '%s, %s\n\n| step | status | seconds | command |\n|---|---|---|---|\n' \
 kernels=(bench kernels --device "$device" --dtype "$dtype" --rows "$rows")
 kernels+=(--seconds "${SECONDS_EACH:-0.05}")
 engine=(bench engine --device "$device" --dtype "$dtype" --batch "$rows" --exit-trace 0.6)
-engine+=(--tokens "${TOKENS:-64}" --exit-vocab "${EXIT_VOCAB:-8192}")
+engine+=(--hold throughput --tokens "${TOKENS:-64}" --exit-vocab "${EXIT_VOCAB:-8192}")
 
 step "kernels-$large" 120 "${offramp[@]}" "${kernels[@]}" \
     --model-shape "$large" --markdown "$out/kernels-$large.md"

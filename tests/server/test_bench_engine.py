@@ -25,7 +25,7 @@ from offramp.server.bench.engine.rides import Mode, ride
 from offramp.server.bench.engine.rig import Rig
 from offramp.server.bench.engine.trace import maximum_entropy, read_trace, thresholds
 from offramp.server.bench.errors import Refused
-from offramp.server.engine.rebatching import Costs, Curve, simulate
+from offramp.server.engine.rebatching import Costs, Curve, Rebatching, simulate
 
 SIZES = ["--model-shape", "tiny", "--device", "cpu", "--context", "40", "--tokens", "16"]
 ARGS = ["engine", *SIZES, "--batch", "1,4", "--rounds", "2", "--exit-trace", "0.6"]
@@ -295,6 +295,18 @@ def test_without_holds_there_is_one_mode_less(capsys: pytest.CaptureFixture[str]
     assert [row["mode"] for row in document["rows"]] == ["full", "nobody", "exits"]
     assert document["rows"][-1]["mean_depth"] == pytest.approx(3.0, abs=0.2)
     assert document["rows"][-1]["tokens_per_ride"] == 3
+
+
+def test_for_throughput_riders_are_held_as_the_server_would(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments said to cost the same for all riders: then a few deep tokens wait."""
+    monkeypatch.setattr(Rebatching, "choose", lambda *_: [(0.0, 0.0), (0.9, 2.0)])
+    words = ["--hold", "throughput", "--batch", "4", "--rounds", "1", "--exits", "2"]
+    assert main([*ARGS, *words, "--exit-trace", "2:0.7,4:0.3"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {row["mode"]: row for row in document["rows"]}
+    assert rows["exits"]["tokens_per_ride"] < rows["exits-no-hold"]["tokens_per_ride"] == 4
 
 
 def test_a_loop_that_is_wrong_has_no_speed(

@@ -88,9 +88,9 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rounds", type=_positive, default=2, help="measured rounds [2]")
     group.add_argument(
         "--hold",
-        choices=("auto", "off"),
-        default="auto",
-        help="let deep tokens wait for company where the measured times say it pays [auto]",
+        choices=("latency", "throughput", "off"),
+        default="latency",
+        help="when deep tokens wait for company, as `offramp serve --exit-hold` [latency]",
     )
     group.add_argument(
         "--on-paper",

@@ -31,9 +31,9 @@ _NARROW = 256
 class Options:
     """All that shapes a run.
 
-    ``tokens`` are measured rides a round, so the tokens that a slot makes which nobody holds, and
-    the rows of the trace. ``width`` and ``gate`` are inner widths of an exit's adapter and gate,
-    ``vocab`` the tokens that exits tell apart (None: all).
+    ``hold`` is latency, throughput or off. ``tokens`` are measured rides a round, so the tokens that
+    a slot makes which nobody holds, and the rows of the trace. ``width`` and ``gate`` are inner
+    widths of an exit's adapter and gate, ``vocab`` the tokens that exits tell apart (None: all).
     """
 
     shape: str
@@ -46,7 +46,7 @@ class Options:
     rounds: int
     device: torch.device
     dtype: torch.dtype
-    hold: bool
+    hold: str
     seed: int
     width: int
     gate: int
@@ -89,7 +89,7 @@ def read_options(args: argparse.Namespace) -> Options:
         rounds=args.rounds,
         device=device,
         dtype=dtype,
-        hold=args.hold == "auto",
+        hold=args.hold,
         seed=args.seed,
         width=args.exit_width or (config.hidden_size // 2 if narrow else 1024),
         gate=args.exit_gate or (config.hidden_size // 4 if narrow else 256),

@@ -105,7 +105,7 @@ class EngineReport:
             "context": options.context,
             "tokens": options.tokens,
             "rounds": options.rounds,
-            "hold": "auto" if options.hold else "off",
+            "hold": options.hold,
             "rows": self._rows,
             "segments": self._segments,
             "bounds": {
@@ -183,7 +183,7 @@ def _segments(found: Findings) -> list[dict[str, Any]]:
 def _bound(found: Findings, batch: int) -> dict[str, Any]:
     """Memory's bound on a full ride, and what exits add to a ride."""
     ride = {mode: _ride(found, mode, batch) for mode in (FULL, NOBODY)}
-    leaving = _ride(found, NO_HOLD if found.options.hold else EXITS, batch)
+    leaving = _ride(found, EXITS if found.options.hold == "off" else NO_HOLD, batch)
     least = found.ride_bytes[batch] / found.bandwidth
     return {
         "batch": batch,

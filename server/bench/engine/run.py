@@ -16,11 +16,14 @@ from offramp.server.bench.engine.rides import Mode, Stretch, ride
 from offramp.server.bench.engine.rig import Rig
 from offramp.server.bench.engine.segments import SegmentTime, fill_seconds, segment_times
 from offramp.server.bench.engine.trace import thresholds
+from offramp.server.engine.rebatching import Holds, Rebatching
 from offramp.server.engine.rides import hold_shares
 
 Say = Callable[[str], None]
 # The server's default of --exit-max-hold-ms.
 _MAX_HOLD = 0.05
+# Tokens of the trace that the server is taken to have seen.
+_SEEN = 1000
 FULL, NOBODY, EXITS, NO_HOLD = "full", "nobody", "exits", "exits-no-hold"
 
 
@@ -109,18 +112,28 @@ def _modes(rig: Rig, findings: Findings, draws: Tensor, batch: int) -> list[Mode
     modes = [
         Mode(FULL, rig.full, nobody, stays, [(0.0, 0.0)]),
         Mode(NOBODY, rig.exits, nobody, stays, free),
-        Mode(EXITS, rig.exits, draws, leaves, _holds(findings, batch) if options.hold else free),
+        Mode(EXITS, rig.exits, draws, leaves, _holds(findings, batch)),
     ]
-    if options.hold:
+    if options.hold != "off":
         modes.append(Mode(NO_HOLD, rig.exits, draws, leaves, free))
     return modes
 
 
-def _holds(findings: Findings, batch: int) -> Sequence[tuple[float, float]]:
+def _holds(findings: Findings, batch: int) -> Holds:
     """As the engine would hold with these times; a longest wait in seconds becomes rides."""
+    options, trace = findings.options, findings.options.trace
     one, many = findings.exits[1], findings.exits[batch]
     pairs = [(a.riding, b.riding) for a, b in zip(one, many, strict=True)]
-    return hold_shares(pairs, _MAX_HOLD / sum(each.riding for each in many))
+    rides = _MAX_HOLD / sum(each.riding for each in many)
+    if options.hold == "latency":
+        return hold_shares(pairs, rides)
+    if options.hold == "off":
+        return [(0.0, 0.0)] * len(pairs)
+    rebatching = Rebatching(pairs, batch, rides, trace.depths)
+    for depth, share in zip(trace.depths, trace.shares, strict=True):
+        for _ in range(round(_SEEN * share)):
+            rebatching.observe(depth)
+    return rebatching.choose(batch)
 
 
 def speed_ups(findings: Findings, key: tuple[str, int]) -> list[float]:
