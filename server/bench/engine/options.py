@@ -31,9 +31,10 @@ _NARROW = 256
 class Options:
     """All that shapes a run.
 
-    ``hold`` is latency, throughput or off. ``tokens`` are measured rides a round, so the tokens that
-    a slot makes which nobody holds, and the rows of the trace. ``width`` and ``gate`` are inner
-    widths of an exit's adapter and gate, ``vocab`` the tokens that exits tell apart (None: all).
+    ``hold`` is latency, throughput or off. ``tokens`` are measured rides a round, so the tokens
+    that a slot makes which nobody holds, and the rows of the trace. ``width`` and ``gate`` are
+    inner widths of an exit's adapter and gate, ``vocab`` the tokens that exits tell apart (None:
+    all).
     """
 
     shape: str
