@@ -96,7 +96,7 @@ class Rides:
         heapify(self._free)
         self._aboard: dict[int, _Berth] = {}
         self._left: list[int] = []
-        self._told = targets.thresholds
+        self._told = self._verdict
         self._flying: tuple[Flight, list[_Berth]] | None = None
         self.waiting: tuple[int, ...] = (0,) * limits.num_segments
         """Slots at each segment after the last ride."""
@@ -192,10 +192,15 @@ class Rides:
         self._loop.grow(blocks, {berth.number: self._room(berth.slot) for berth in grown})
         for berth in (*fresh, *grown):
             berth.blocks = len(berth.slot.table)
-        if self._told != self._targets.thresholds:
-            self._told = self._targets.thresholds
+        if self._told != self._verdict:
+            self._told = self._verdict
             known = (berth for berth in self._aboard.values() if berth not in fresh)
             self._loop.ask({berth.number: self._thresholds(berth.slot) for berth in known})
+
+    @property
+    def _verdict(self) -> tuple[tuple[float, ...], int]:
+        """What moves the thresholds of requests: the server's own, and the guard's level."""
+        return self._targets.thresholds, self._targets.guard_level
 
     def _boarding(self, berth: _Berth) -> Boarding:
         slot = berth.slot

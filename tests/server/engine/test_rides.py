@@ -197,12 +197,16 @@ def test_an_answer_that_left_early_is_not_shared(tiny_dir: Path, exits: str) -> 
     assert found.token_ids == fresh.token_ids
 
 
-def test_new_thresholds_reach_those_aboard(tiny_dir: Path, exits: str) -> None:
-    """The guard closes the exits while a request that names none is on its way."""
+@pytest.mark.parametrize("own", [None, (0.0, 0.0)], ids=["the server's", "its own"])
+def test_new_thresholds_reach_those_aboard(
+    tiny_dir: Path, exits: str, own: tuple[float, ...] | None
+) -> None:
+    """The guard closes the exits while a request is on its way, whoever named its thresholds."""
     engine = build(tiny_dir, exits, rides=True)
     targets = engine.scheduler.targets
-    object.__setattr__(targets, "_default", (0.0, 0.0))
-    asked = ExitSettings(ExitMode.ADAPTIVE, kv_fill=KVFill.PROJECT)
+    # Where the server's own exits are closed already, they do not change.
+    object.__setattr__(targets, "_default", (0.0, 0.0) if own is None else (1.01, 1.01))
+    asked = ExitSettings(ExitMode.ADAPTIVE, thresholds=own, kv_fill=KVFill.PROJECT)
     sampling = replace(GREEDY, max_tokens=30)
     engine.add(GenerationRequest("a", tuple(range(60, 70)), sampling, asked), time.monotonic())
     layers: list[int] = []
