@@ -217,7 +217,7 @@ class Rides:
 
     def _thresholds(self, slot: Slot) -> tuple[float, ...]:
         exits, layers = slot.request.exits, self._limits.exit_layers
-        if not slot.exits_on:
+        if not slot.exits_on or not self._limits.max_debt:
             return (NEVER,) * len(layers)
         asked = self._targets.of(exits, late=False)
         return tuple(

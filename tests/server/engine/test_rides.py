@@ -109,6 +109,14 @@ def test_rides_make_the_tokens_of_the_steps(tiny_dir: Path, exits: str, concurre
         assert item.stats.layers_executed == sum(item.exit_layers)
 
 
+def test_where_nothing_may_be_owed_nobody_leaves(tiny_dir: Path, exits: str) -> None:
+    """As in steps: fills at once are fills, too."""
+    engine = build(tiny_dir, exits, rides=True, max_exit_debt=0)
+    always = replace(LEAVES, thresholds=(0.0, 0.0))
+    found = run_all(engine, requests(4, always), concurrency=4)
+    assert {layer for item in found for layer in item.exit_layers} == {4}
+
+
 def test_a_model_without_exits_rides_too(tiny_dir: Path) -> None:
     asked = requests(5, ExitSettings())
     steps = run_all(build(tiny_dir, "none", rides=False), asked, concurrency=4)
