@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
+import pytest
+
 from offramp.server.engine.online import OnlineThresholds
+from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.targets import ExitTargets
 
 from .test_guard import Drifting, engine_with, serve
@@ -34,8 +37,10 @@ def test_few_checks_change_nothing() -> None:
     assert online.over((0.93,)) == (0.93,)
 
 
-def test_audits_teach_it() -> None:
+def test_audits_teach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exits that are mostly wrong: audits find out, and the thresholds in force rise."""
+    for question in ("asks", "lets_go"):
+        monkeypatch.setattr(ExitPolicy, question, lambda *_, **__: True)
     engine = engine_with(wrong=0.7)
     runner = engine.runner
     assert isinstance(runner, Drifting)
