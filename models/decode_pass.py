@@ -138,10 +138,11 @@ class DecodePass:
         head, scratch, states = self._heads[point], self._scratch, self._states
         limit, eps = riders.limit, self._config.rms_norm_eps
         fired, thresholds = scratch.fired.first(limit), self._tables.thresholds[:, point]
+        inner = scratch.gate[:, : head.router_down.shape[1]]
         counted_linear(
             Rows(scratch.hidden, riders.slots),
             plain(head.products["router_up"]),
-            Rows(scratch.gate),
+            Rows(inner),
             riders.count,
             limit=limit,
             bias=head.router_up_bias,
@@ -149,7 +150,7 @@ class DecodePass:
             activation=Activation.SILU,
         )
         down = head.router_down, head.router_down_bias
-        fire(scratch.gate[:limit], *down, head.floor, thresholds, states, riders, fired)
+        fire(inner[:limit], *down, head.floor, thresholds, states, riders, fired)
         self._adapt(head, fired, limit)
         norm = Norm(head.norm, eps)
         tokens = self._choose(

@@ -45,9 +45,15 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def heads(model: Transformer) -> list[ExitHead]:
-    """Random exits whose scores spread over 0 to 1; one with a second key, one without."""
-    options = TrainOptions(width=16, router=8)
-    made = [new_head(layer, model, options) for layer in model.exit_layers]
+    """Random exits whose scores spread over 0 to 1; one with a second key, one without.
+
+    Of different sizes: each has its own part of the scratch memory.
+    """
+    sizes = (TrainOptions(width=16, router=5), TrainOptions(width=12, router=8))
+    made = [
+        new_head(layer, model, options)
+        for layer, options in zip(model.exit_layers, sizes, strict=True)
+    ]
     for head in made:
         for tensor in (head.down, head.router_down, head.router_down_bias):
             tensor.normal_()
@@ -168,13 +174,13 @@ def test_holding_riders_back_changes_no_token(model: Transformer, heads: list[Ex
     asked = texts(runner, SPREAD)
     made = expected(runner, asked, 6)
     loop = new_loop(runner)
-    loop.hold([(0.0, 0.0), (0.9, 3.0), (0.9, 2.0)])
+    loop.hold([(0.0, 0.0), (9.0, 3.0), (9.0, 2.0)])
     loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
     counts = [len(landed) for landed in islice(rides(loop, 5), 12)]
     assert sum(loop.launch(5).result().waiting) == 5
     assert min(counts) < 5
     loop = new_loop(runner)
-    loop.hold([(0.0, 0.0), (0.9, 3.0), (0.9, 2.0)])
+    loop.hold([(0.0, 0.0), (9.0, 3.0), (9.0, 2.0)])
     loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
     found = ridden(loop, [0, 1, 2, 3, 4], 6)
     assert [found[slot] for slot in range(5)] == made
