@@ -23,11 +23,9 @@ from offramp.models.decode_pass import DecodePass, SlotTables
 from offramp.models.exit_checks import Exits
 from offramp.models.graphs import Launches, Recorder
 from offramp.models.kv_cache import KVCache
-from offramp.models.sampling_params import SamplingParams
+from offramp.models.sampling_params import NEVER, SamplingParams
 
 _TIMES = 3
-NEVER = 2.0
-"""A threshold that no score reaches: the slot does not even ask."""
 
 
 @dataclass(frozen=True, slots=True)

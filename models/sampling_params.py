@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+NEVER = 1.01
+"""A threshold that no score reaches: who has it does not even ask."""
+
 
 class ExitMode(StrEnum):
     """How a request's tokens may leave the stack early."""

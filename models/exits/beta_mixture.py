@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-NEVER = 1.01
-"""A threshold no confidence reaches."""
+from offramp.models.sampling_params import NEVER
 
 # A Beta density is without bound at 0 and 1, so confidences there count as this far inside.
 _EDGE = 1e-4

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NEVER = 1.01
-"""A threshold no score reaches."""
+from offramp.models.sampling_params import NEVER
 
 _MU_LOW, _MU_HIGH, _MU_STEPS = 0.05, 1e6, 240
 _UNIFORM_STEPS = 240

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offramp.models.criteria import STATEFUL
-from offramp.models.sampling_params import ExitCriterion, KVFill
+from offramp.models.sampling_params import NEVER, ExitCriterion, KVFill
 from offramp.models.step import ExitCheck, HeadRow, SlotRows, StepResult
 from offramp.server.engine.debt import DebtLedger
-from offramp.server.engine.policy import NEVER, ExitPolicy
+from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.slot import Slot
 from offramp.server.engine.targets import ExitTargets
 

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from offramp.models.sampling_params import NEVER
 from offramp.server.engine.lookup import Shares
 
 # A new sample moves its bucket's mean by at least this share: means follow a machine whose speed
@@ -20,8 +21,6 @@ _MARGIN = 2.0
 # steps that run, and a rule fed by stale costs could otherwise never exit again (DREX's trap). Each
 # try that changes nothing makes the next one rarer, since a try costs a step what exits would.
 _PROBE_FIRST, _PROBE_RAREST = 32, 1024
-# Score no token reaches.
-NEVER = 1.01
 MAX_LOOKUP = 8
 
 

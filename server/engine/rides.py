@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
-from offramp.models.decode_loop import NEVER, Boarding, Landed, RideResult
-from offramp.models.sampling_params import ExitCriterion, ExitMode, KVFill
+from offramp.models.decode_loop import Boarding, Landed, RideResult
+from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, KVFill
 from offramp.server.engine.asking import Limits
 from offramp.server.engine.memory import SlotMemory
 from offramp.server.engine.rebatching import Holds, Rebatching
@@ -221,7 +221,7 @@ class Rides:
             return (NEVER,) * len(layers)
         asked = self._targets.of(exits, late=False)
         return tuple(
-            NEVER if layer < exits.min_layer or threshold > 1 else threshold
+            NEVER if layer < exits.min_layer else threshold
             for layer, threshold in zip(layers, asked, strict=True)
         )
 

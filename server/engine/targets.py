@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offramp.models.exits.points import OperatingPoint, point_for
-from offramp.models.sampling_params import ExitSettings
+from offramp.models.sampling_params import NEVER, ExitSettings
 from offramp.server.engine.online import OnlineThresholds
-from offramp.server.engine.policy import NEVER
 
 # Steps with a waiting line before quality falls a point, and without one before it rises again:
 # a burst that is admitted at once costs no quality, and the level does not flutter.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
+from offramp.models.sampling_params import NEVER, ExitCriterion, KVFill, SamplingParams
 from offramp.models.step import (
     ExitCheck,
     FillKV,
@@ -14,7 +14,7 @@ from offramp.models.step import (
     Step,
 )
 from offramp.server.engine.engine import StepRunner
-from offramp.server.engine.policy import NEVER, CostModel
+from offramp.server.engine.policy import CostModel
 from offramp.server.engine.request import EngineInfo
 
 _ROWS = (1, 2, 4, 8, 16)

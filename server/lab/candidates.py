@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from offramp.models.criteria import STATEFUL
 from offramp.models.exits.path import (
-    NEVER,
     Candidate,
     Scored,
     candidates,
@@ -16,7 +15,7 @@ from offramp.models.exits.path import (
     uniform_candidates,
 )
 from offramp.models.exits.states import Answer, collect
-from offramp.models.sampling_params import ExitCriterion, ExitMode, ExitSettings, KVFill
+from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.server.engine.bulk import Finished
 from offramp.server.lab.scores import score
 from offramp.server.lab.workbench import Workbench

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offramp.models.exits.points import OperatingPoint, point_for
-from offramp.models.sampling_params import ExitCriterion, ExitMode, ExitSettings, KVFill
-from offramp.server.engine.policy import NEVER
+from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.server.lab.candidates import candidates_from
 from offramp.server.lab.errors import LabError
 from offramp.server.lab.runs import Run

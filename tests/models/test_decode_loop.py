@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from offramp.kernels.backend import INTERPRETED, rehearsal, triton
-from offramp.models.decode_loop import NEVER, Boarding, DecodeLoop, Landed, RideResult
+from offramp.models.decode_loop import Boarding, DecodeLoop, Landed, RideResult
 from offramp.models.exit_head import ExitHead
 from offramp.models.exits.train import TrainOptions, new_head
 from offramp.models.runner import Runner
-from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
+from offramp.models.sampling_params import NEVER, ExitCriterion, KVFill, SamplingParams
 from offramp.models.step import (
     ExitCheck,
     FillKV,

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from offramp.models.exits.path import (
-    NEVER,
     Scored,
     candidates,
     stepwise_candidates,
@@ -16,6 +15,7 @@ from offramp.models.exits.path import (
     thresholds_at,
     uniform_candidates,
 )
+from offramp.models.sampling_params import NEVER
 
 LAYERS = (18, 22, 26)
 

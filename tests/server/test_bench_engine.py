@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from offramp.kernels.backend import rehearsal, triton
-from offramp.models.decode_loop import NEVER, Landed
+from offramp.models.decode_loop import Landed
+from offramp.models.sampling_params import NEVER
 from offramp.server.bench.command import main
 from offramp.server.bench.engine import check, rides
 from offramp.server.bench.engine import options as options_of

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offramp.models.decode_loop import NEVER, Boarding, DecodeLoop, Landed
+from offramp.models.decode_loop import Boarding, DecodeLoop, Landed
 from offramp.models.exit_head import ExitHead
 from offramp.models.kv_cache import KVCache
 from offramp.models.runner import Runner
-from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
+from offramp.models.sampling_params import NEVER, ExitCriterion, KVFill, SamplingParams
 from offramp.models.shapes import MODEL_SHAPES
 from offramp.models.step import (
     ExitCheck,

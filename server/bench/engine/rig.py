@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offramp.models.decode_loop import NEVER, Boarding, DecodeLoop
+from offramp.models.decode_loop import Boarding, DecodeLoop
 from offramp.models.graphs import Recorder
 from offramp.models.kv_cache import KVCache
 from offramp.models.runner import Runner
-from offramp.models.sampling_params import SamplingParams
+from offramp.models.sampling_params import NEVER, SamplingParams
 from offramp.models.transformer import Transformer
 from offramp.models.weight_forms import as_they_are
 from offramp.server.bench.engine.model import (

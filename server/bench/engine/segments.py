@@ -11,8 +11,8 @@ from torch import Tensor
 
 from offramp.kernels.kv_fill import Projection, fill_kv
 from offramp.kernels.riders import EMPTY, Riders
-from offramp.models.decode_loop import NEVER
 from offramp.models.graphs import Recorder
+from offramp.models.sampling_params import NEVER
 from offramp.models.transformer import kv_projection
 from offramp.server.bench.engine.clock import seconds
 from offramp.server.bench.engine.options import BLOCK

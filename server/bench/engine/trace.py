@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.models.decode_loop import NEVER
+from offramp.models.sampling_params import NEVER
 from offramp.server.bench.engine.errors import EngineBenchError
 
 _HALVINGS = 200

@@ -8,6 +8,7 @@ import pytest
 
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import (
+    NEVER,
     ExitCriterion,
     ExitMode,
     ExitSettings,
@@ -18,7 +19,6 @@ from offramp.models.step import Step, StepResult
 from offramp.server.engine.bulk import run_all
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.guard import LiveGuard
-from offramp.server.engine.policy import NEVER
 from offramp.server.engine.request import GenerationRequest
 from offramp.server.engine.slot import Slot
 from offramp.server.engine.targets import GUARD_OFF, ExitTargets

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offramp.models.sampling_params import NEVER
 from offramp.server.engine.lookup import Shares
-from offramp.server.engine.policy import MAX_LOOKUP, NEVER, ExitPolicy, StepCost
+from offramp.server.engine.policy import MAX_LOOKUP, ExitPolicy, StepCost
 
 MS = 1e-3
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from offramp.models.exits.points import OperatingPoint
-from offramp.models.sampling_params import ExitCriterion, ExitMode, ExitSettings, KVFill
-from offramp.server.engine.policy import NEVER
+from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.server.engine.targets import GUARD_OFF, ExitTargets
 
 DEFAULT = (0.9, 0.8)
