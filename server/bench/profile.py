@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,11 @@ import torch
 from offramp.kernels.native import library
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitSettings, SamplingParams
+from offramp.server.bench.bandwidth import bandwidth
 from offramp.server.bench.errors import LoadError
 from offramp.server.engine.bulk import run_all
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.request import EngineOutput, GenerationRequest
-
-_BANDWIDTH_BYTES = 512 << 20
-_REPEATS = 5
 
 
 def require_matplotlib() -> None:
@@ -43,12 +40,12 @@ def profile(
     the bandwidth that reading memory reaches here: no step at one stream can be faster.
     """
     read = _weight_bytes(engine)
-    bandwidth = _bandwidth()
+    rate = bandwidth(torch.device("cpu")).read
     rows = [_steps(engine, prompts, streams, max_tokens) for streams in concurrency]
     return {
         "weight_bytes": read,
-        "bandwidth_bytes_per_s": round(bandwidth),
-        "weights_once_ms": round(1e3 * read / bandwidth, 3),
+        "bandwidth_bytes_per_s": round(rate),
+        "weights_once_ms": round(1e3 * read / rate, 3),
         "rows": rows,
     }
 
@@ -174,14 +171,3 @@ def _weight_bytes(engine: Engine) -> int:
     runner = engine.runner
     assert isinstance(runner, Runner)
     return runner.model.weight_bytes
-
-
-def _bandwidth() -> float:
-    """Bytes a second that summing a tensor larger than most caches reads."""
-    data = torch.ones(_BANDWIDTH_BYTES // 4)
-    best = float("inf")
-    for _ in range(_REPEATS):
-        begun = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - begun)
-    return _BANDWIDTH_BYTES / best

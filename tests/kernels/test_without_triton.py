@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
+from importlib.util import find_spec
 
 SCRIPT = """
 import importlib, pkgutil, sys
@@ -31,3 +33,9 @@ def test_all_kernel_files_import_and_compute() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+def test_where_the_tests_bring_triton_it_is_there() -> None:
+    """Else all that is skipped without it would be skipped unseen."""
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        assert find_spec("triton") is not None

@@ -14,18 +14,15 @@ from offramp.models.decode_loop import Boarding, DecodeLoop, Landed, RideResult
 from offramp.models.exit_head import ExitHead
 from offramp.models.exits.train import TrainOptions, new_head
 from offramp.models.runner import Runner
-from offramp.models.sampling_params import NEVER, ExitCriterion, KVFill, SamplingParams
+from offramp.models.sampling_params import NEVER, SamplingParams
 from offramp.models.step import (
-    ExitCheck,
-    FillKV,
     HeadRow,
-    OwedRows,
-    RunHead,
     RunSegment,
     SlotRows,
 )
 from offramp.models.transformer import Transformer
 from offramp.models.weight_forms import as_they_are
+from offramp.server.bench.engine.check import next_by_steps
 
 from .small import BLOCK, EXITS, FAMILIES, LAYERS, VOCAB, make, new_cache, random_ids
 
@@ -86,24 +83,10 @@ def texts(runner: Runner, thresholds: Sequence[tuple[float, ...]]) -> list[Text]
 
 def decoded(runner: Runner, text: Text, count: int) -> list[Landed]:
     """The next tokens, one segment after another, K,V of skipped layers projected at once."""
-    tokens = list(text.tokens)
-    made = []
+    tokens, made = list(text.tokens), list[Landed]()
     for index in range(count):
-        position, head = len(tokens) - 1, HeadRow(0, text.sampling, index, (), 0)
-        for segment, layer in enumerate((*EXITS, LAYERS)):
-            check = None
-            if layer < LAYERS:
-                check = ExitCheck(ExitCriterion.TWO_KEY, text.thresholds[segment], head)
-            ids = (tokens[-1],) if segment == 0 else ()
-            work = SlotRows((position,), (0,), text.table, ids, check)
-            result = runner.run(RunSegment(segment, (work,)))
-            if result.leave == (True,):
-                owed = OwedRows(segment + 1, (position,), (0,), text.table)
-                runner.run(FillKV(KVFill.PROJECT, (owed,)))
-                made.append(Landed(result.token_ids[0], layer))
-                break
-        else:
-            made.append(Landed(runner.run(RunHead((head,))).token_ids[0], LAYERS))
+        head = HeadRow(0, text.sampling, index, (), 0)
+        made.append(next_by_steps(runner, text.table, text.thresholds, tokens, head))
         tokens.append(made[-1].token)
     return made
 

@@ -5,32 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from offramp.server.bench.engine.clock import seconds
 from offramp.server.bench.engine.options import WARM_UP, Options
 from offramp.server.bench.engine.paper import limit
 from offramp.server.bench.engine.rig import Rig
 from offramp.server.bench.engine.segments import SegmentTime
 from offramp.server.engine.rebatching import Costs, Curve, Simulated, simulate
-
-_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes a second: the better of summing a large tensor and of copying it."""
-    size = _BYTES[device.type]
-    data = torch.ones(size // 4, device=device)
-    target = torch.empty_like(data)
-    total = torch.empty((), device=device)
-
-    def add() -> None:
-        torch.sum(data, dim=0, out=total)
-
-    def copy() -> None:
-        target.copy_(data)
-
-    return max(size / seconds(device, add), 2 * size / seconds(device, copy))
 
 
 def ride_bytes(rig: Rig, batch: int) -> int:

@@ -124,23 +124,35 @@ def _by_steps(runner: Runner, text: _Text) -> list[Landed]:
     """The next tokens, one segment after another, K,V of skipped layers projected at once."""
     tokens, made = list(text.tokens), list[Landed]()
     for index in range(_TOKENS):
-        made.append(_step(runner, text, tokens, HeadRow(0, _GREEDY, index, (), 0)))
+        head = HeadRow(0, _GREEDY, index, (), 0)
+        made.append(next_by_steps(runner, text.table, text.thresholds, tokens, head))
         tokens.append(made[-1].token)
     return made
 
 
-def _step(runner: Runner, text: _Text, tokens: Sequence[int], head: HeadRow) -> Landed:
+def next_by_steps(
+    runner: Runner,
+    table: Sequence[int],
+    thresholds: Sequence[float],
+    tokens: Sequence[int],
+    head: HeadRow,
+) -> Landed:
+    """The token behind ``tokens``, whose K,V but the last one's lie in the blocks of ``table``.
+
+    It leaves where its score reaches the exit's threshold, and K,V above are projected; ``head``
+    says how it is chosen, from hidden row 0.
+    """
     position = len(tokens) - 1
     for segment, exit_head in enumerate(runner.exits.heads):
-        check = ExitCheck(ExitCriterion.TWO_KEY, text.thresholds[segment], head)
+        check = ExitCheck(ExitCriterion.TWO_KEY, thresholds[segment], head)
         ids = (tokens[-1],) if segment == 0 else ()
-        work = SlotRows((position,), (0,), text.table, ids, check)
+        work = SlotRows((position,), (0,), table, ids, check)
         result = runner.run(RunSegment(segment, (work,)))
         if result.leave == (True,):
-            owed = OwedRows(segment + 1, (position,), (0,), text.table)
+            owed = OwedRows(segment + 1, (position,), (0,), table)
             runner.run(FillKV(KVFill.PROJECT, (owed,)))
             return Landed(result.token_ids[0], exit_head.layer)
-    top = SlotRows((position,), (0,), text.table)
+    top = SlotRows((position,), (0,), table)
     runner.run(RunSegment(len(runner.exits.heads), (top,)))
     token = runner.run(RunHead((head,))).token_ids[0]
     return Landed(token, runner.model.config.num_layers)

@@ -14,13 +14,13 @@ from offramp.models.config import ModelConfig
 from offramp.models.shapes import MODEL_SHAPES
 from offramp.server.bench.engine.errors import EngineBenchError
 from offramp.server.bench.engine.trace import ExitTrace, read_trace
+from offramp.server.bench.formats import DTYPES
 
 WARM_UP = 16
 """Rides before those that are measured: until then slots have spread over the segments."""
 BLOCK = 32
 """Tokens in a K,V block, as the server has them."""
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # CUDA's libraries, recorded graphs, and what bandwidth is measured with.
 _OVERHEAD = 4 << 30
 # Models of fewer channels get exits in proportion to them.
@@ -77,7 +77,7 @@ def read_options(args: argparse.Namespace) -> Options:
         raise EngineBenchError(f"--model-shape {args.model_shape}: there are {known}")
     exits = _exits(args.exits, config.num_layers)
     device = _device(args.device)
-    dtype = _DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     narrow = config.hidden_size < _NARROW
     options = Options(
         shape=args.model_shape,

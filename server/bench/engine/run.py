@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from offramp.server.bench.engine.bounds import Best, bandwidth, best, ride_bytes
+from offramp.server.bench.bandwidth import bandwidth
+from offramp.server.bench.engine.bounds import Best, best, ride_bytes
 from offramp.server.bench.engine.check import check_loop
 from offramp.server.bench.engine.errors import EngineBenchError
 from offramp.server.bench.engine.options import Options, check_memory
@@ -57,7 +58,7 @@ def run(options: Options, say: Say) -> Findings:
     say("checking the decode loop against single steps")
     checked = check_loop(options.device, options.seed)
     say(f"bandwidth of the {options.device.type}'s memory")
-    speed = bandwidth(options.device)
+    speed = bandwidth(options.device).best
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
     say(f"making {options.shape} with random weights and recording its rides")

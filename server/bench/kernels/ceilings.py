@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from offramp.server.bench.bandwidth import bandwidth
 from offramp.server.bench.kernels.case import Work
 from offramp.server.bench.kernels.clock import Clock
 
-# Beyond any cache on a GPU; on a CPU, where it is a rehearsal, what does not take long.
-_BYTES = {"cuda": 1 << 30, "cpu": 16 << 20}
+# On a CPU, where it is a rehearsal, what does not take long.
 _EDGE = {"cuda": 8192, "cpu": 256}
 
 
@@ -35,16 +35,12 @@ class Ceilings:
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilings:
     """Best of a copy and a sum of fp32 numbers, and of a square product of ``dtype``."""
-    size, edge = _BYTES[device.type], _EDGE[device.type]
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    copied = Clock([lambda: target.copy_(source)], device).time(seconds)
-    summed = Clock([source.sum], device).time(seconds)
+    edge, memory = _EDGE[device.type], bandwidth(device, seconds)
     left, right = (torch.randn(edge, edge, dtype=dtype, device=device) for _ in range(2))
     product = torch.empty_like(left)
     multiplied = Clock([lambda: torch.mm(left, right, out=product)], device).time(seconds)
     return Ceilings(
-        copy_bytes_per_s=2 * size / copied.least,
-        read_bytes_per_s=size / summed.least,
+        copy_bytes_per_s=memory.copy,
+        read_bytes_per_s=memory.read,
         flops_per_s=2 * edge**3 / multiplied.least,
     )

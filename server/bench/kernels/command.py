@@ -75,8 +75,9 @@ def _plan(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Plan:
     import torch  # noqa: PLC0415
 
     from offramp.models.shapes import MODEL_SHAPES  # noqa: PLC0415
+    from offramp.server.bench.formats import DTYPES  # noqa: PLC0415
     from offramp.server.bench.kernels.ops import OPS  # noqa: PLC0415
-    from offramp.server.bench.kernels.plan import DTYPES, Plan  # noqa: PLC0415
+    from offramp.server.bench.kernels.plan import Plan  # noqa: PLC0415
     from offramp.server.bench.kernels.setup import Shape  # noqa: PLC0415
 
     there = torch.cuda.is_available()

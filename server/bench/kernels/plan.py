@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from offramp.kernels.backend import INTERPRETED, uses_triton
 from offramp.server.bench.kernels.setup import Copies, Setup, Shape
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Five times the L2 cache of an H100 or H200; on a CPU enough to rehearse that there are several.
 _COPIES = {"cuda": Copies(256 << 20, 512), "cpu": Copies(1 << 20, 2)}
 
