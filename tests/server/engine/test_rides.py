@@ -117,6 +117,15 @@ def test_where_nothing_may_be_owed_nobody_leaves(tiny_dir: Path, exits: str) -> 
     assert {layer for item in found for layer in item.exit_layers} == {4}
 
 
+def test_exits_that_are_the_model_itself_ride_too(tiny_dir: Path) -> None:
+    """LayerSkip's: an adapter of width one and a gate that always fires."""
+    asked = requests(6, replace(LEAVES, thresholds=(0.3, 0.3)))
+    steps = run_all(build(tiny_dir, "shared:1,3", rides=False), asked, concurrency=4)
+    rides = run_all(build(tiny_dir, "shared:1,3", rides=True), asked, concurrency=4)
+    assert told(rides) == told(steps)
+    assert {layer for item in rides for layer in item.exit_layers} > {4}
+
+
 def test_a_model_without_exits_rides_too(tiny_dir: Path) -> None:
     asked = requests(5, ExitSettings())
     steps = run_all(build(tiny_dir, "none", rides=False), asked, concurrency=4)
