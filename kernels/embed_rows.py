@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from offramp.kernels.active_rows import ActiveRows
 from offramp.kernels.backend import jit, tl, triton, uses_triton
-from offramp.kernels.row_list import RowList
 
 _TILE = 1024
 
 
-def embed_rows(table: Tensor, tokens: Tensor, slots: RowList, hidden: Tensor) -> None:
+def embed_rows(table: Tensor, tokens: Tensor, slots: ActiveRows, hidden: Tensor) -> None:
     """Write ``table`` [vocab, d] at ``tokens`` [slots] int64 into ``hidden`` [slots, d]."""
     if not uses_triton(table.device):
         chosen = slots.chosen

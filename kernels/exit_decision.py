@@ -1,7 +1,7 @@
 """Let tokens leave without asking the host: the decision of an exit, made on the device.
 
-The gate fires for some riders (`fire`), the exit's logits are made for those alone, and the second
-key lets some of them leave (`leave`).
+The gate fires for some rows (`apply_gate`), the exit's logits are computed for those alone, and the
+second key lets some of them leave (`apply_exit`).
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import ActiveRows, DecodeState, SegmentBatch, emit, emit_reference
 from offramp.kernels.backend import jit, next_power_of_2, tl, uses_triton
 from offramp.kernels.exit_gate import EDGE, fused_key
 from offramp.kernels.logit_scores import LogitScores
-from offramp.kernels.riders import Riders, SlotStates, land, land_reference
-from offramp.kernels.row_list import RowList
 
 
 @dataclass(frozen=True, slots=True)
 class Fired:
-    """Riders whose gate fired: ``rows`` among them and their ``slots``, int32 [limit].
+    """SegmentBatch whose gate fired: ``rows`` among them and their ``slots``, int32 [limit].
 
     ``gate`` fp32 [limit] are their scores; ``count`` int32 [1]; ``total`` int64 [1] adds up the
     counts of all exits until somebody clears it.
@@ -42,9 +41,9 @@ class Fired:
         return cls(rows, slots, torch.zeros(limit, device=device), count, total)
 
     @property
-    def list(self) -> RowList:
+    def list(self) -> ActiveRows:
         """The slots as rows."""
-        return RowList(self.slots, self.count)
+        return ActiveRows(self.slots, self.count)
 
     def first(self, limit: int) -> Fired:
         """The same memory with room for ``limit``."""
@@ -52,14 +51,14 @@ class Fired:
         return Fired(*kept, self.count, self.total)
 
 
-def fire(
+def apply_gate(
     inner: Tensor,
     down: Tensor,
     down_bias: Tensor,
     floor: float,
     thresholds: Tensor,
-    states: SlotStates,
-    riders: Riders,
+    states: DecodeState,
+    riders: SegmentBatch,
     fired: Fired,
 ) -> None:
     """Send all ``riders`` one stage up, and list those that may leave: gate at least ``floor``.
@@ -69,10 +68,10 @@ def fire(
     whatever the gate says.
     """
     if not uses_triton(inner.device):
-        fire_reference(inner, down, down_bias, floor, thresholds, states, riders, fired)
+        apply_gate_reference(inner, down, down_bias, floor, thresholds, states, riders, fired)
         return
     wide = next_power_of_2(riders.limit)
-    _fire[(1,)](
+    _apply_gate[(1,)](
         inner,
         down,
         down_bias,
@@ -100,17 +99,17 @@ def columns(wide: int) -> int:
     return max(4, min(64, 2048 // wide))
 
 
-def fire_reference(
+def apply_gate_reference(
     inner: Tensor,
     down: Tensor,
     down_bias: Tensor,
     floor: float,
     thresholds: Tensor,
-    states: SlotStates,
-    riders: Riders,
+    states: DecodeState,
+    riders: SegmentBatch,
     fired: Fired,
 ) -> None:
-    """See `fire`."""
+    """See `apply_gate`."""
     slots = riders.list.chosen
     states.stage[slots] += 1
     states.waited[slots] = 0
@@ -125,16 +124,16 @@ def fire_reference(
     fired.total.add_(count)
 
 
-def leave(
+def apply_exit(
     fired: Fired,
     scores: LogitScores,
     tokens: Tensor,
     fuse: Tensor | None,
     thresholds: Tensor,
     depth: int,
-    states: SlotStates,
-    riders: Riders,
-    leavers: Riders,
+    states: DecodeState,
+    riders: SegmentBatch,
+    leavers: SegmentBatch,
 ) -> None:
     """Let those of ``fired`` leave whose second key reaches their slot's threshold.
 
@@ -143,9 +142,11 @@ def leave(
     listed with the position and place their K,V are owed for.
     """
     if not uses_triton(tokens.device):
-        leave_reference(fired, scores, tokens, fuse, thresholds, depth, states, riders, leavers)
+        apply_exit_reference(
+            fired, scores, tokens, fuse, thresholds, depth, states, riders, leavers
+        )
         return
-    _leave[(1,)](
+    _apply_exit[(1,)](
         fired.rows,
         fired.slots,
         fired.gate,
@@ -175,18 +176,18 @@ def leave(
     )
 
 
-def leave_reference(
+def apply_exit_reference(
     fired: Fired,
     scores: LogitScores,
     tokens: Tensor,
     fuse: Tensor | None,
     thresholds: Tensor,
     depth: int,
-    states: SlotStates,
-    riders: Riders,
-    leavers: Riders,
+    states: DecodeState,
+    riders: SegmentBatch,
+    leavers: SegmentBatch,
 ) -> None:
-    """See `leave`."""
+    """See `apply_exit`."""
     slots = fired.list.chosen
     number = len(slots)
     score = fused_key(fuse, fired.gate[:number], scores.top[:number], scores.gap[:number])
@@ -196,11 +197,11 @@ def leave_reference(
     leavers.positions[:count] = riders.positions[rows]
     leavers.places[:count] = riders.places[rows]
     leavers.count.fill_(count)
-    land_reference(states, slots[going], tokens[going], depth)
+    emit_reference(states, slots[going], tokens[going], depth)
 
 
 @jit
-def _fire(
+def _apply_gate(
     inner: tl.tensor,
     down: tl.tensor,
     down_bias: tl.tensor,
@@ -249,7 +250,7 @@ def _fire(
 
 
 @jit
-def _leave(
+def _apply_exit(
     rows: tl.tensor,
     slots: tl.tensor,
     gates: tl.tensor,
@@ -296,7 +297,7 @@ def _leave(
     tl.store(to_places + place, tl.load(places + row, mask=going, other=0), mask=going)
     tl.store(to_count, tl.sum(going.to(tl.int32), axis=0))
     made = tl.load(tokens + item, mask=going, other=0)
-    land(stage, waited, token, position, index, emitted, depth_of, slot, made, going, depth)
+    emit(stage, waited, token, position, index, emitted, depth_of, slot, made, going, depth)
 
 
 @jit

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import SegmentBatch
 from offramp.kernels.backend import compute_type, jit, next_power_of_2, tl, triton, uses_triton
 from offramp.kernels.linear import Matrix, linear
-from offramp.kernels.riders import Riders
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
 
@@ -66,7 +66,7 @@ def project_kv(
 
 def fill_kv(
     hidden: Tensor,
-    leavers: Riders,
+    leavers: SegmentBatch,
     projection: Projection,
     pages: Tensor,
     angles: tuple[Tensor, Tensor],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import behind
 from offramp.kernels.backend import jit, next_power_of_2, tl, uses_triton
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
-from offramp.kernels.row_list import behind
 
 _HEADS_AT_ONCE = 8
 
@@ -23,7 +23,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, places: Ten
     v_cache.index_copy_(0, places, v)
 
 
-def rotate_and_store(
+def rope_and_store(
     qkv: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
@@ -46,7 +46,7 @@ def rotate_and_store(
     None: there are none) write nothing, and what is returned for them means nothing.
     """
     if not uses_triton(qkv.device):
-        return rotate_and_store_reference(
+        return rope_and_store_reference(
             qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, places, eps, heads=heads, count=count
         )
     kv_heads, dim = k_cache.shape[1:]
@@ -79,7 +79,7 @@ def rotate_and_store(
     return q
 
 
-def rotate_and_store_reference(
+def rope_and_store_reference(
     qkv: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
@@ -93,7 +93,7 @@ def rotate_and_store_reference(
     heads: int,
     count: Tensor | None = None,
 ) -> Tensor:
-    """See `rotate_and_store`."""
+    """See `rope_and_store`."""
     kv_heads, dim = k_cache.shape[1:]
     qkv = qkv.view(qkv.shape[0], heads + 2 * kv_heads, dim)
     qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]

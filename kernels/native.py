@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from offramp.kernels.cache import cache_folder
+from offramp.paths import cache_folder
 
 logger = logging.getLogger("offramp.kernels")
 

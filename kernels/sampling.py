@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import ActiveRows
 from offramp.kernels.backend import jit, next_power_of_2, tl, uses_triton
-from offramp.kernels.row_list import RowList
 
 _TILE = 8192
 """Tokens a program looks at in one go: a row has one program, which has to read fast."""
@@ -61,7 +61,7 @@ def uniform(seed: int, index: int) -> float:
 
 
 def sample_rows_reference(
-    logits: Tensor, slots: RowList, table: SamplingTable, index: Tensor, tokens: Tensor
+    logits: Tensor, slots: ActiveRows, table: SamplingTable, index: Tensor, tokens: Tensor
 ) -> None:
     """See `sample_rows`; one row after another, sorting in float64."""
     for row, slot in enumerate(slots.chosen.tolist()):
@@ -90,7 +90,7 @@ def _kept(values: Tensor, weights: Tensor, table: SamplingTable, slot: int) -> T
 
 
 def sample_rows(
-    logits: Tensor, slots: RowList, table: SamplingTable, index: Tensor, tokens: Tensor
+    logits: Tensor, slots: ActiveRows, table: SamplingTable, index: Tensor, tokens: Tensor
 ) -> None:
     """Draw ``tokens`` (int64 [n]) for those rows of ``logits`` (fp32 [n, vocab]) that are random.
 

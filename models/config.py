@@ -1,8 +1,9 @@
-"""The shape of a model, independent of where its weights came from."""
+"""The shape of a model, and the choices of ``--weights``; free of torch, so that help is quick."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +44,13 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Width of all key (or value) heads together."""
         return self.num_kv_heads * self.head_dim
+
+
+class Weights(StrEnum):
+    """Form of a model's matrices on a CPU."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT4 = "int4"

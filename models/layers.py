@@ -6,15 +6,15 @@ from torch import Tensor
 
 from offramp.kernels.backend import uses_triton
 from offramp.kernels.decoder import LayerSizes, LayerWeights
-from offramp.kernels.kv_store import rotate_and_store
+from offramp.kernels.kv_store import rope_and_store
 from offramp.kernels.linear import Linear
 from offramp.kernels.paged_attention import paged_attention
+from offramp.kernels.prefill_attention import prefill_attention
 from offramp.kernels.rms_norm import add_rms_norm, rms_norm
-from offramp.kernels.run_attention import run_attention
 from offramp.kernels.swiglu import swiglu
 from offramp.models.config import ModelConfig
-from offramp.models.context import ForwardContext
-from offramp.models.weight_forms import Forms
+from offramp.models.loading.forms import Forms
+from offramp.models.rows import ForwardContext
 
 
 class DecoderLayer:
@@ -83,7 +83,7 @@ class DecoderLayer:
     def _attend(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         config = self.config
         k_cache, v_cache = ctx.cache.layers[self.index]
-        q = rotate_and_store(
+        q = rope_and_store(
             self.qkv(x),
             self.q_norm,
             self.k_norm,
@@ -98,6 +98,6 @@ class DecoderLayer:
         if uses_triton(x.device):
             window = config.sliding_window
             return self.o(
-                run_attention(q, k_cache, v_cache, ctx.rows, ctx.tiles, window).flatten(1)
+                prefill_attention(q, k_cache, v_cache, ctx.rows, ctx.tiles, window).flatten(1)
             )
         return self.o(paged_attention(q, k_cache, v_cache, ctx.runs, ctx.windows[self.index]))

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from offramp.kernels.kv_fill import Projection, clear_kv, copy_kv, project_kv
 from offramp.kernels.linear import Linear
-from offramp.models.context import ForwardContext, Span
-from offramp.models.decode_loop import DecodeLoop
-from offramp.models.decode_pass import plain
-from offramp.models.exit_checks import Exits, check_slots, prompt_leavers
-from offramp.models.exit_head import ExitHead
+from offramp.models.device_loop import DeviceLoop
+from offramp.models.device_pass import plain
+from offramp.models.exits.checks import Exits, check_sequences, prompt_leavers
+from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
+from offramp.models.rows import ForwardContext, Span
 from offramp.models.sampler import sample
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
@@ -25,7 +25,7 @@ from offramp.models.step import (
     OwedRows,
     RunHead,
     RunSegment,
-    SlotRows,
+    SequenceRows,
     Step,
     StepResult,
 )
@@ -67,7 +67,7 @@ class Runner:
         self._context: ForwardContext | None = None
         self._projections = [self._projection(head) for head in heads]
 
-    def decode_loop(self, slots: int, max_blocks: int) -> DecodeLoop:
+    def decode_loop(self, slots: int, max_blocks: int) -> DeviceLoop:
         """A loop over the same memory; weights have to be kept as they are.
 
         ``slots`` may decode at once, each with ``max_blocks`` K,V blocks.
@@ -75,7 +75,7 @@ class Runner:
         projections = [
             Projection(plain(own.weight), own.weight.bias, own.k_norm) for own in self._projections
         ]
-        return DecodeLoop(self.exits, projections, self.cache, slots, max_blocks)
+        return DeviceLoop(self.exits, projections, self.cache, slots, max_blocks)
 
     def run(self, step: Step) -> StepResult:
         """Run ``step`` and time it, to its end on the device."""
@@ -104,7 +104,7 @@ class Runner:
         if step.segment == len(self.exits.heads):
             return StepResult(self._now() - begun)
         ran = self._now()
-        checked = check_slots(self.exits, step.segment, hidden, rows, work)
+        checked = check_sequences(self.exits, step.segment, hidden, rows, work)
         left = prompt_leavers(self.exits, step.segment, hidden, work)
         ended = self._now()
         return StepResult(
@@ -117,7 +117,7 @@ class Runner:
             checked.head_rows,
         )
 
-    def _context_of(self, segment: int, work: Sequence[SlotRows]) -> ForwardContext:
+    def _context_of(self, segment: int, work: Sequence[SequenceRows]) -> ForwardContext:
         """Positions and pages of the rows; kept while the same rows ride on to the next segment.
 
         Rows change hands only at the ground segment, so above it equal rows are the same slots'.

@@ -43,7 +43,7 @@ class ExitCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class SlotRows:
+class SequenceRows:
     """Positions of one slot, ascending, and the rows that hold them.
 
     ``table`` lists the slot's KV blocks in order of position. ``token_ids`` (ground segment only)
@@ -65,7 +65,7 @@ class RunSegment:
     """Run all layers of one segment over the rows of several slots."""
 
     segment: int
-    work: tuple[SlotRows, ...]
+    work: tuple[SequenceRows, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,45 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from offramp.kernels.decoder import NativeLayers
 from offramp.kernels.kv_fill import Projection
 from offramp.kernels.linear import Linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable
 from offramp.models.config import ModelConfig
-from offramp.models.exit_head import ExitHead
+from offramp.models.exits.head import ExitHead
 from offramp.models.layers import DecoderLayer
-from offramp.models.segment import Segment
-from offramp.models.weight_forms import Recipes
+from offramp.models.loading.forms import Recipes
+from offramp.models.rows import ForwardContext
+
+
+class Segment:
+    """Layers ``first .. last`` (half-open) of the stack."""
+
+    def __init__(self, layers: list[DecoderLayer]) -> None:
+        self.layers = layers
+        self._native = NativeLayers.of([layer.weights for layer in layers], layers[0].sizes)
+
+    @property
+    def first(self) -> int:
+        """Index of the first layer."""
+        return self.layers[0].index
+
+    @property
+    def is_native(self) -> bool:
+        """Whether one call of the C kernels runs all its layers."""
+        return self._native is not None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+        """Advance ``hidden`` [T, d] through every layer, writing the rows' K,V into the cache."""
+        if self._native is not None:
+            return self._native(hidden, ctx.rows, ctx.cache.pages)
+        for layer in self.layers:
+            hidden = layer(hidden, ctx)
+        return hidden
 
 
 class Transformer:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from offramp.models.config import Weights
 from offramp.models.sampling_params import ExitCriterion
-from offramp.models.weights import Weights
 
 GIB = 1024**3
 MIB = 1024**2

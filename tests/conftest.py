@@ -19,7 +19,7 @@ import pytest
 import torch
 from blockbuster import blockbuster_ctx
 
-from offramp.models.sources import resolve
+from offramp.models.loading.sources import resolve
 from offramp.models.tiny import write_tiny
 
 torch.set_num_threads(1)

@@ -1,101 +1,136 @@
-"""What an exit file must hold to be used; every check raises ValueError that says what is wrong."""
+"""Put the question at an exit point: which rows may leave, and with which token."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from offramp.models.config import ModelConfig
-from offramp.models.exit_head import ExitHead
-
-_PREDICTOR = ("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias")
-# Names stand for one size throughout an exit; see ExitHead.
-_SHAPES: dict[str, tuple[str | int, ...]] = {
-    "scale": ("d",),
-    "norm": ("d",),
-    "down": ("d", "width"),
-    "gate_up": ("2 * width", "d"),
-    "router_up": ("g", "d"),
-    "router_up_bias": ("g",),
-    "router_down": (1, "g"),
-    "router_down_bias": (1,),
-    "fuse": (4,),
-    "predictor_up": ("p", 12),
-    "predictor_up_bias": ("p",),
-    "predictor_down": (1, "p"),
-    "predictor_down_bias": (1,),
-    "kv_map": ("kv", "d"),
-    "kv_bias": ("kv",),
-}
+from offramp.kernels.linear import Linear
+from offramp.models.exits.criteria import CRITERIA, ExitView, Trail
+from offramp.models.exits.head import ExitHead, PackedHead
+from offramp.models.sampler import sample
+from offramp.models.sampling_params import ExitCriterion
+from offramp.models.step import HeadRow, SequenceRows
+from offramp.models.transformer import Transformer
 
 
-def is_number(value: object) -> bool:
-    """Whether a JSON value is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+class Exits:
+    """All exit heads of a model with the LM head they share.
+
+    With ``vocab`` (ascending token ids) exits tell only those tokens apart: on a small model the
+    whole LM head costs as much as several layers, and nearly all tokens that leave are frequent.
+    """
+
+    def __init__(
+        self, model: Transformer, heads: Sequence[ExitHead], num_rows: int, vocab: Tensor | None
+    ) -> None:
+        self.model = model
+        self.heads = tuple(PackedHead.of(head, model.exit_forms) for head in heads)
+        self.eps = model.config.rms_norm_eps
+        self.vocab = vocab
+        self.trail = Trail(num_rows, model.config.hidden_size, model.device)
+        self.lm_head = model.lm_head
+        if vocab is not None:
+            rows = model.head_rows(vocab)
+            self.lm_head = Linear(rows, None, model.exit_forms and model.exit_forms(rows))
+
+    def logits(self, point: int, hidden: Tensor) -> Tensor:
+        """Logits [n, vocab] (fp32) of exit states [n, d] over the exits' own vocabulary."""
+        return self.lm_head(self.heads[point].normed(hidden, self.eps)).float()
+
+    def all_logits(self, point: int, hidden: Tensor) -> Tensor:
+        """Logits [n, model's vocab] (fp32) of exit states [n, d]."""
+        return self.model.logits(self.heads[point].normed(hidden, self.eps))
 
 
-def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Types, and lists that fit together."""
-    kinds = {"operating_points": list, "metrics": dict, "data": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(metadata[key], kind)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is no {'list' if kinds[wrong[0]] is list else 'object'}")
-    layers = metadata["exit_layers"]
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise ValueError("exit_layers is no list of whole numbers")
-    for key in ("thresholds", "floors"):
-        if not isinstance(metadata[key], list) or not all(map(is_number, metadata[key])):
-            raise ValueError(f"{key} is no list of numbers")
-    counts = {len(layers), len(metadata["thresholds"]), len(metadata["floors"])}
-    if layers != sorted(set(layers)) or len(counts) != 1:
-        raise ValueError("exit layers, thresholds and floors do not fit together")
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """For each slot the exit's token if it may leave, and the score if anybody asked."""
+
+    tokens: tuple[int | None, ...]
+    scores: tuple[float | None, ...]
+    head_rows: int
 
 
-def check_tensors(layer: int, tensors: Mapping[str, Tensor], hidden_size: int) -> None:
-    """Shapes of the exit after ``layer``, whose required tensors are all there."""
-    known = set(_PREDICTOR) & set(tensors)
-    if known and known != set(_PREDICTOR):
-        raise ValueError(f"exit {layer} has a part of a predictor: {', '.join(sorted(known))}")
-    sizes: dict[str | int, int] = {
-        "d": hidden_size,
-        "2 * width": 2 * sum(tensors["down"].shape[1:]),
-    }
-    for name, pattern in _SHAPES.items():
-        if name not in tensors:
-            continue
-        found = tuple(tensors[name].shape)
-        # The first tensor with a name says what it stands for.
-        sizes |= {s: n for s, n in zip(pattern, found, strict=False) if s not in sizes}
-        wanted = tuple(s if isinstance(s, int) else sizes.get(s, s) for s in pattern)
-        if found != wanted:
-            raise ValueError(f"tensor {layer}.{name} has the shape {found}, not {wanted}")
-
-
-def check_vocab(vocab: Tensor) -> None:
-    """Token ids that an exit can be asked for."""
-    if vocab.dim() != 1 or vocab.is_floating_point() or not len(vocab):
-        raise ValueError("vocab is no list of token ids")
-    if int(vocab[0]) < 0 or not (vocab.diff() > 0).all():
-        raise ValueError("vocab is not ascending from 0 or above")
-
-
-def check_model(heads: Sequence[ExitHead], vocab: Tensor | None, shape: ModelConfig) -> None:
-    """Exits that fit into the model of this ``shape``."""
-    for head in heads:
-        if not 0 < head.layer < shape.num_layers:
-            raise ValueError(
-                f"exit {head.layer} is not inside the model; its layers are 1 to "
-                f"{shape.num_layers - 1}"
-            )
-        rows = (shape.num_layers - head.layer) * 2 * shape.kv_size
-        if head.kv_map is not None and len(head.kv_map) != rows:
-            raise ValueError(
-                f"tensor {head.layer}.kv_map has {len(head.kv_map)} rows; this model needs {rows}"
-            )
-    if vocab is not None and int(vocab[-1]) >= shape.vocab_size:
-        raise ValueError(
-            f"vocab has the token {int(vocab[-1])}; this model has {shape.vocab_size} tokens"
+def check_sequences(
+    exits: Exits, point: int, hidden: Tensor, rows: Tensor, work: Sequence[SequenceRows]
+) -> Checked:
+    """Score the last row of each slot that asks; ``hidden`` [T, d] and ``rows`` [T] of all work."""
+    last: dict[ExitCriterion, list[tuple[int, int]]] = {}
+    end = 0
+    for index, item in enumerate(work):
+        end += len(item.rows)
+        if item.check is not None:
+            last.setdefault(item.check.criterion, []).append((index, end - 1))
+    tokens: list[int | None] = [None] * len(work)
+    scores: list[float | None] = [None] * len(work)
+    head_rows = 0
+    for criterion, asked in last.items():
+        at = torch.tensor([row for _, row in asked], device=hidden.device)
+        view = ExitView(
+            exits.heads[point],
+            hidden[at],
+            lambda states: exits.logits(point, states),
+            eps=exits.eps,
+            index=point,
+            num_exits=len(exits.heads),
+            rows=rows[at],
+            trail=exits.trail,
         )
+        found = CRITERIA[criterion].score(view).tolist()
+        leaving: list[tuple[int, HeadRow]] = []
+        for position, (index, _) in enumerate(asked):
+            check = work[index].check
+            assert check is not None
+            scores[index] = found[position]
+            if found[position] >= check.threshold:
+                leaving.append((position, check.head))
+        chosen = _choose(exits, point, view, leaving)
+        for (position, _), token in zip(leaving, chosen, strict=True):
+            tokens[asked[position][0]] = token
+        head_rows += view.num_logits
+    return Checked(tuple(tokens), tuple(scores), head_rows)
+
+
+def prompt_leavers(
+    exits: Exits, point: int, hidden: Tensor, work: Sequence[SequenceRows]
+) -> tuple[tuple[int, ...], ...]:
+    """For each slot the indices of prompt rows whose gate score reaches its prompt threshold.
+
+    Prompt tokens need no token of their own, so the gate alone decides (ADEPT, arXiv 2601.03700).
+    Empty when no slot asks.
+    """
+    if all(item.prompt_threshold is None for item in work):
+        return ()
+    left: list[tuple[int, ...]] = []
+    first = 0
+    for item in work:
+        gone: tuple[int, ...] = ()
+        if item.prompt_threshold is not None and item.prompt_rows:
+            states = hidden[first : first + item.prompt_rows]
+            fired = exits.heads[point].score(states, exits.eps) >= item.prompt_threshold
+            gone = tuple(fired.nonzero().squeeze(-1).tolist())
+        left.append(gone)
+        first += len(item.rows)
+    return tuple(left)
+
+
+def _choose(
+    exits: Exits, point: int, view: ExitView, leaving: Sequence[tuple[int, HeadRow]]
+) -> list[int]:
+    """The exit's token for each leaving row."""
+    if not leaving:
+        return []
+    at = torch.tensor([position for position, _ in leaving], device=view.hidden.device)
+    heads = [head for _, head in leaving]
+    if exits.vocab is None:
+        return sample(view.logits(at).clone(), heads)
+    # Biases and penalties name tokens by their ids in the whole vocabulary.
+    if any(head.sampling.adjusts_logits for head in heads):
+        return sample(exits.all_logits(point, view.hidden[at]), heads)
+    places = sample(view.logits(at).clone(), heads)
+    chosen: list[int] = exits.vocab[torch.tensor(places, device=at.device)].tolist()
+    return chosen

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
-from offramp.models.exits.canonical import sort_header
+from offramp.models.exits.safetensors_io import sort_header
 
 FORMAT = "offramp-deltas-1"
 PART_BYTES = 16 * 2**20

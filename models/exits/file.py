@@ -25,15 +25,15 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
-from offramp.models.exit_head import ExitHead
-from offramp.models.exits.canonical import sort_header
-from offramp.models.exits.checks import (
+from offramp.models.exits.head import ExitHead
+from offramp.models.exits.points import OperatingPoint
+from offramp.models.exits.safetensors_io import sort_header
+from offramp.models.exits.validation import (
     check_metadata,
     check_model,
     check_tensors,
     check_vocab,
 )
-from offramp.models.exits.points import OperatingPoint
 
 FORMAT = "offramp-exits-2"
 _NUMBERS = ("layer", "threshold", "floor")

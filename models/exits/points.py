@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from offramp.models.exits.checks import is_number
+from offramp.models.exits.validation import is_number
 from offramp.models.sampling_params import ExitCriterion, KVFill
 
 _NUMBERS = (

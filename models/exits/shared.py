@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import UnsupportedModel
-from offramp.models.exit_head import ExitHead
+from offramp.models.exits.head import ExitHead
 
 # Far enough up the sigmoid that fp16, bf16 and fp32 all round it to 1.
 _CERTAIN = 20.0

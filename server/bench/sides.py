@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 
 from offramp import __version__
-from offramp.models.weights import Weights
+from offramp.models.config import Weights
 from offramp.server.bench.client import OverHTTP
 from offramp.server.bench.dialects import LlamaCpp, Offramp
 from offramp.server.bench.errors import LoadError

@@ -19,20 +19,20 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError, UnsupportedModel
-from offramp.models.exits.answers import AnswerLog, read_answers, write_answers
 from offramp.models.exits.file import ExitFile
-from offramp.models.exits.kv_map import fit_kv_maps
-from offramp.models.exits.pipeline import train_exits
-from offramp.models.exits.plot import check_plot, plot_curves
-from offramp.models.exits.states import Answer, collect_shards
-from offramp.models.exits.train import Objective, Report, TrainOptions
-from offramp.models.exits.tune import Curriculum, TuneOptions
-from offramp.models.exits.work import Part, Work
+from offramp.models.exits.training.answers import AnswerLog, read_answers, write_answers
+from offramp.models.exits.training.checkpoints import Part, Work
+from offramp.models.exits.training.hidden_states import Answer, collect_shards
+from offramp.models.exits.training.kv_map import fit_kv_maps
+from offramp.models.exits.training.pipeline import train_exits
+from offramp.models.exits.training.plot import check_plot, plot_curves
+from offramp.models.exits.training.train import Objective, Report, TrainOptions
+from offramp.models.exits.training.tune import Curriculum, TuneOptions
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import bytes_per_block
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.safetensors import fingerprint, load_weights
+from offramp.models.loading.sources import resolve
 from offramp.models.sampling_params import SamplingParams
-from offramp.models.sources import resolve
 from offramp.models.transformer import Transformer
 from offramp.server.bench.prompts import read_prompts
 from offramp.server.commands.tune_backbone import (

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
-from offramp.models.exit_head import ExitHead
 from offramp.models.exits.deltas import (
     Deltas,
     apply_deltas,
@@ -21,14 +20,15 @@ from offramp.models.exits.deltas import (
     save_deltas,
     tuned_fingerprint,
 )
-from offramp.models.exits.dense import DenseModel
-from offramp.models.exits.pipeline import ADAPTER, split_answers
-from offramp.models.exits.states import Answer
-from offramp.models.exits.train import Report, TrainOptions, plain_head
-from offramp.models.exits.tune import TuneOptions, Tuner
-from offramp.models.exits.tune_report import compare
-from offramp.models.exits.work import Part, Work
-from offramp.models.loader import fingerprint
+from offramp.models.exits.head import ExitHead
+from offramp.models.exits.training.checkpoints import Part, Work
+from offramp.models.exits.training.hidden_states import Answer
+from offramp.models.exits.training.pipeline import ADAPTER, split_answers
+from offramp.models.exits.training.train import Report, TrainOptions, plain_head
+from offramp.models.exits.training.training_model import DenseModel
+from offramp.models.exits.training.tune import TuneOptions, Tuner
+from offramp.models.exits.training.tune_report import compare
+from offramp.models.loading.safetensors import fingerprint
 
 
 class PlacementError(ModelError):

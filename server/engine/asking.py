@@ -6,9 +6,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offramp.models.criteria import STATEFUL
+from offramp.models.exits.criteria import STATEFUL
 from offramp.models.sampling_params import NEVER, ExitCriterion, KVFill
-from offramp.models.step import ExitCheck, HeadRow, SlotRows, StepResult
+from offramp.models.step import ExitCheck, HeadRow, SequenceRows, StepResult
 from offramp.server.engine.debt import DebtLedger
 from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.slot import Slot
@@ -93,7 +93,7 @@ class Asking:
         return bisect_left(slot.ride, slot.num_prompt - 1)
 
     def verdict(
-        self, segment: int, slots: Sequence[Slot], work: Sequence[SlotRows], result: StepResult
+        self, segment: int, slots: Sequence[Slot], work: Sequence[SequenceRows], result: StepResult
     ) -> list[bool]:
         """Who leaves after ``segment``: allowed by the score, and worth it."""
         asked = sum(item.check is not None for item in work)

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from offramp.server.engine.asking import Limits
-from offramp.server.engine.memory import OutOfBlocks, SlotMemory
-from offramp.server.engine.queue import SlotQueue
+from offramp.server.engine.memory import OutOfBlocks, SequenceMemory
+from offramp.server.engine.queue import SequenceQueue
 from offramp.server.engine.rebatching import Rebatching
 from offramp.server.engine.rides import Loop, Rides
 from offramp.server.engine.slot import Place, Slot
@@ -26,9 +26,9 @@ class Boarding:
     def __init__(
         self,
         limits: Limits,
-        memory: SlotMemory,
-        queues: Sequence[SlotQueue],
-        head: SlotQueue,
+        memory: SequenceMemory,
+        queues: Sequence[SequenceQueue],
+        head: SequenceQueue,
         live: dict[int, Slot],
     ) -> None:
         self.waiting: deque[Slot] = deque()

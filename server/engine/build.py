@@ -25,11 +25,11 @@ from offramp.models.exits.file import (
 from offramp.models.exits.shared import shared_heads
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.forms import as_they_are, choose
+from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion
 from offramp.models.transformer import Transformer
-from offramp.models.weight_forms import as_they_are, choose
 from offramp.server.config import EngineConfig
 from offramp.server.engine.blocks import BlockPool
 from offramp.server.engine.debt import DebtLedger, RowPool
@@ -43,7 +43,7 @@ from offramp.server.engine.device import (
 )
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.guard import LiveGuard
-from offramp.server.engine.memory import SlotMemory
+from offramp.server.engine.memory import SequenceMemory
 from offramp.server.engine.online import OnlineThresholds
 from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.process import keep_freed_memory, return_freed_memory
@@ -198,7 +198,7 @@ def _scheduler(info: EngineInfo, config: EngineConfig, num_rows: int) -> Schedul
         info.max_model_len,
     )
     rows = RowPool(num_rows)
-    memory = SlotMemory(
+    memory = SequenceMemory(
         BlockPool(info.num_blocks, config.block_size),
         rows,
         DebtLedger(rows, limits.num_segments),

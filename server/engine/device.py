@@ -9,7 +9,7 @@ import torch
 from offramp.kernels.backend import triton
 from offramp.kernels.native import library
 from offramp.models.config import ModelConfig
-from offramp.models.exit_head import ExitHead
+from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import bytes_per_block
 from offramp.server.config import GIB, EngineConfig
 

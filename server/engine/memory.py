@@ -10,10 +10,10 @@ from offramp.server.engine.debt import DebtLedger, RowPool
 from offramp.server.engine.slot import Slot
 from offramp.server.errors import BugError
 
-__all__ = ["OutOfBlocks", "SlotMemory"]
+__all__ = ["OutOfBlocks", "SequenceMemory"]
 
 
-class SlotMemory:
+class SequenceMemory:
     """Owner of the block pool, the hidden rows and the debt ledger."""
 
     def __init__(

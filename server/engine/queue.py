@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from offramp.server.engine.slot import Place, Slot
 
 
-class SlotQueue:
+class SequenceQueue:
     """FIFO of slots waiting for the same thing; stamps each with its place and arrival."""
 
     def __init__(self, place: Place, segment: int = 0) -> None:

@@ -81,7 +81,7 @@ def simulate(
     """Ride ``rides`` times behind a warm-up.
 
     ``draws[token][slot]`` is the segment behind which the token leaves, the last one for those that
-    take all layers; after the last row the first follows. ``holds`` as in DecodeLoop.hold.
+    take all layers; after the last row the first follows. ``holds`` as in DeviceLoop.hold.
     """
     train = _Train(draws, costs, holds)
     for _ in range(warm_up):

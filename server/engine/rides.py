@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
-from offramp.models.decode_loop import Boarding, Landed, RideResult
+from offramp.models.device_loop import Boarding, DeviceToken, LaunchResult
 from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, KVFill
 from offramp.server.engine.asking import Limits
-from offramp.server.engine.memory import SlotMemory
+from offramp.server.engine.memory import SequenceMemory
 from offramp.server.engine.rebatching import Holds, Rebatching
 from offramp.server.engine.slot import Place, Slot
 from offramp.server.engine.targets import ExitTargets
@@ -28,13 +28,13 @@ _FILLS = frozenset({KVFill.AUTO, KVFill.PROJECT})
 class Flight(Protocol):
     """A ride under way."""
 
-    def result(self) -> RideResult:
+    def result(self) -> LaunchResult:
         """Wait for its end."""
         ...
 
 
 class Loop(Protocol):
-    """What rides: models.decode_loop.DecodeLoop, or a fake in tests."""
+    """What rides: models.device_loop.DeviceLoop, or a fake in tests."""
 
     def board(self, boardings: Sequence[Boarding]) -> None:
         """Give slots to requests."""
@@ -81,7 +81,7 @@ class Rides:
         self,
         loop: Loop,
         limits: Limits,
-        memory: SlotMemory,
+        memory: SequenceMemory,
         targets: ExitTargets,
         make_room: Callable[[Slot, int], object],
         rebatching: Rebatching | None = None,
@@ -134,7 +134,7 @@ class Rides:
         if not self._aboard:
             self.waiting = (0,) * self._limits.num_segments
 
-    def fly(self) -> list[tuple[Slot, Landed]]:
+    def fly(self) -> list[tuple[Slot, DeviceToken]]:
         """Start a ride for all aboard, then wait for the one before: what it made.
 
         The caller must pass every landed slot to `commit`.
@@ -158,7 +158,7 @@ class Rides:
             if berth.number in result.landed and self._aboard.get(berth.slot.id) is berth
         ]
 
-    def commit(self, slot: Slot, landed: Landed) -> None:
+    def commit(self, slot: Slot, landed: DeviceToken) -> None:
         """The slot's token has been made, and K,V of the position before in all layers."""
         slot.tokens.append(landed.token)
         position = len(slot.tokens) - 2
@@ -169,7 +169,7 @@ class Rides:
             slot.exact = position if slot.exact is None else min(slot.exact, position)
         self._memory.publish(slot)
 
-    def _rebatch(self, result: RideResult) -> None:
+    def _rebatch(self, result: LaunchResult) -> None:
         if self._rebatching is None:
             return
         for landed in result.landed.values():

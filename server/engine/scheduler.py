@@ -19,16 +19,16 @@ from offramp.models.step import (
     OwedRows,
     RunHead,
     RunSegment,
-    SlotRows,
+    SequenceRows,
     Step,
     StepResult,
 )
 from offramp.server.engine.asking import Asking, Limits
 from offramp.server.engine.boarding import Boarding
 from offramp.server.engine.debt import Owed
-from offramp.server.engine.memory import SlotMemory
+from offramp.server.engine.memory import SequenceMemory
 from offramp.server.engine.policy import ExitPolicy
-from offramp.server.engine.queue import SlotQueue
+from offramp.server.engine.queue import SequenceQueue
 from offramp.server.engine.rides import Rides
 from offramp.server.engine.slot import Place, Slot
 from offramp.server.engine.targets import ExitTargets
@@ -57,15 +57,15 @@ class Scheduler:
     """Owns every slot and queue."""
 
     def __init__(
-        self, limits: Limits, memory: SlotMemory, policy: ExitPolicy, targets: ExitTargets
+        self, limits: Limits, memory: SequenceMemory, policy: ExitPolicy, targets: ExitTargets
     ) -> None:
         self.limits = limits
         self.memory = memory
         self.policy = policy
         self.targets = targets
         self.asking = Asking(limits, policy, targets, memory.ledger)
-        self.queues = [SlotQueue(Place.SEGMENT, i) for i in range(limits.num_segments)]
-        self.head = SlotQueue(Place.HEAD)
+        self.queues = [SequenceQueue(Place.SEGMENT, i) for i in range(limits.num_segments)]
+        self.head = SequenceQueue(Place.HEAD)
         self.live: dict[int, Slot] = {}
         self.boarding = Boarding(limits, memory, self.queues, self.head, self.live)
         self.recomputed = 0
@@ -198,7 +198,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Audit: every slot in exactly one place, memory accounted for. Between steps only."""
-        homes: list[SlotQueue | Rides] = [*self.queues, self.head]
+        homes: list[SequenceQueue | Rides] = [*self.queues, self.head]
         if self.boarding.rides is not None:
             homes.append(self.boarding.rides)
         for slot in self.live.values():
@@ -257,13 +257,13 @@ class Scheduler:
         )
         return Plan(FillKV(method, work), tuple(slots))
 
-    def _work(self, slot: Slot, segment: int, now: float) -> SlotRows:
+    def _work(self, slot: Slot, segment: int, now: float) -> SequenceRows:
         """The slot's rows for a segment: positions it owes there (recompute), then its ride."""
         owed = self.memory.ledger.lacking(slot.id, segment)
         positions = [*(debt.position for debt in owed), *slot.ride]
         if positions[0] != slot.computed[segment] and slot.exact is None:
             raise BugError(f"Slot {slot.id} would skip positions in segment {segment}.")
-        return SlotRows(
+        return SequenceRows(
             positions,
             (*(debt.row for debt in owed), *slot.ride_rows),
             slot.table,
@@ -289,8 +289,8 @@ class Scheduler:
         work = tuple(self._ground_work(slot, now) for slot in chosen)
         return Plan(RunSegment(0, work), tuple(chosen))
 
-    def _ground_work(self, slot: Slot, now: float) -> SlotRows:
-        return SlotRows(
+    def _ground_work(self, slot: Slot, now: float) -> SequenceRows:
+        return SequenceRows(
             slot.ride,
             tuple(slot.ride_rows),
             slot.table,
@@ -300,7 +300,7 @@ class Scheduler:
             self.asking.prompt_rows(slot),
         )
 
-    def _ran(self, slot: Slot, segment: int, work: SlotRows) -> None:
+    def _ran(self, slot: Slot, segment: int, work: SequenceRows) -> None:
         # Above the ground, what left the ride on the way has its K,V by now.
         slot.computed[segment] = slot.computed[0] if segment else work.positions[-1] + 1
         if slot.lossless and segment + 1 == self.limits.num_segments:

@@ -10,7 +10,7 @@ from offramp.models.step import (
     OwedRows,
     RunHead,
     RunSegment,
-    SlotRows,
+    SequenceRows,
     Step,
 )
 from offramp.server.engine.engine import StepRunner
@@ -47,7 +47,7 @@ def _steps(count: int, exits: int) -> list[Step]:
     steps: list[Step] = []
     for segment in range(exits + 1):
         work = tuple(
-            SlotRows(
+            SequenceRows(
                 (0,),
                 (row,),
                 (row,),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from offramp.models.criteria import STATEFUL
-from offramp.models.exits.path import (
+from offramp.models.exits.calibration.threshold_search import (
     Candidate,
     Scored,
     candidates,
@@ -14,7 +13,8 @@ from offramp.models.exits.path import (
     teacher_forced,
     uniform_candidates,
 )
-from offramp.models.exits.states import Answer, collect
+from offramp.models.exits.criteria import STATEFUL
+from offramp.models.exits.training.hidden_states import Answer, collect
 from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.server.engine.bulk import Finished
 from offramp.server.lab.scores import score

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from offramp.models.exits.file import ExitFile, load_exits, read_metadata
 from offramp.models.families import config_from_hf
+from offramp.models.loading.sources import resolve
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitSettings
-from offramp.models.sources import resolve
 from offramp.models.transformer import Transformer
 from offramp.server.bench.prompts import read_prompts
 from offramp.server.config import EngineConfig

@@ -11,10 +11,10 @@ from torch import Tensor
 from offramp.kernels.native import library
 from offramp.kernels.packed import WeightForm
 from offramp.models.config import ModelConfig
-from offramp.models.context import ForwardContext, Span
 from offramp.models.kv_cache import KVCache
+from offramp.models.loading.forms import Recipes
+from offramp.models.rows import ForwardContext, Span
 from offramp.models.transformer import Transformer
-from offramp.models.weight_forms import Recipes
 from tests.kernels.test_packed import MAKE
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C kernels on this machine")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import DecodeState, SegmentBatch
 from offramp.kernels.backend import rehearsal, triton
-from offramp.kernels.exit_decision import Fired, columns, fire, leave
+from offramp.kernels.exit_decision import Fired, apply_exit, apply_gate, columns
 from offramp.kernels.exit_gate import fused_key
 from offramp.kernels.logit_scores import LogitScores
-from offramp.kernels.riders import Riders, SlotStates
 from tests.kernels.compiler import TARGETS, Compiler
 from tests.kernels.conftest import DEVICE
 
@@ -26,11 +26,11 @@ both = pytest.mark.parametrize(
 
 
 class Exit:
-    """Riders of segment 0 before the exit behind it; every second slot is empty."""
+    """SegmentBatch of segment 0 before the exit behind it; every second slot is empty."""
 
     def __init__(self, count: int, limit: int, width: int = 24) -> None:
-        self.states = SlotStates.empty(2 * limit, 2, DEVICE)
-        self.riders = Riders.empty(limit, DEVICE)
+        self.states = DecodeState.empty(2 * limit, 2, DEVICE)
+        self.riders = SegmentBatch.empty(limit, DEVICE)
         slots = 2 * torch.randperm(limit)[:count]
         self.riders.slots[:count] = slots.to(torch.int32)
         self.riders.count.fill_(count)
@@ -45,19 +45,19 @@ class Exit:
         # One column of many exits' thresholds: their stride is not 1.
         self.thresholds = torch.full((2 * limit, 3), STAYS)[:, 1]
         self.thresholds[slots] = torch.rand(count)
-        self.fired, self.leavers = Fired.empty(limit, DEVICE), Riders.empty(limit, DEVICE)
+        self.fired, self.leavers = Fired.empty(limit, DEVICE), SegmentBatch.empty(limit, DEVICE)
         self.scores = LogitScores.empty(limit, DEVICE)
         self.tokens = torch.randint(0, 1000, (limit,))
         self.fuse: Tensor | None = torch.randn(4)
 
-    def fire(self, floor: float, *, kernels: bool) -> list[int]:
+    def apply_gate(self, floor: float, *, kernels: bool) -> list[int]:
         """Rows that fire."""
         given = (self.inner, self.down, self.down_bias, floor, self.thresholds)
         if kernels:
             with rehearsal():
-                fire(*given, self.states, self.riders, self.fired)
+                apply_gate(*given, self.states, self.riders, self.fired)
         else:
-            fire(*given, self.states, self.riders, self.fired)
+            apply_gate(*given, self.states, self.riders, self.fired)
         rows: list[int] = self.fired.rows[: int(self.fired.count)].tolist()
         assert self.fired.list.chosen.tolist() == [int(self.riders.slots[row]) for row in rows]
         return rows
@@ -67,14 +67,14 @@ class Exit:
         self.scores.top[: len(top)] = torch.tensor(top)
         self.scores.gap[: len(gap)] = torch.tensor(gap)
 
-    def leave(self, *, kernels: bool) -> list[int]:
+    def apply_exit(self, *, kernels: bool) -> list[int]:
         """Slots that leave."""
         given = (self.fired, self.scores, self.tokens, self.fuse, self.thresholds, 8)
         if kernels:
             with rehearsal():
-                leave(*given, self.states, self.riders, self.leavers)
+                apply_exit(*given, self.states, self.riders, self.leavers)
         else:
-            leave(*given, self.states, self.riders, self.leavers)
+            apply_exit(*given, self.states, self.riders, self.leavers)
         return self.leavers.list.chosen.tolist()
 
     @property
@@ -91,7 +91,7 @@ def test_all_go_up_and_those_whose_gate_fires_are_listed(*, kernels: bool) -> No
     floor = float(found.gates[order[2]])
     asleep = int(found.riders.slots[order[4]])
     found.thresholds[asleep] = STAYS
-    assert found.fire(floor - 1e-4, kernels=kernels) == sorted(order[2:4])
+    assert found.apply_gate(floor - 1e-4, kernels=kernels) == sorted(order[2:4])
     slots = found.riders.list.chosen
     assert found.states.stage[slots].tolist() == [1] * 5
     assert found.states.waited[slots].tolist() == [0] * 5
@@ -104,15 +104,15 @@ def test_all_go_up_and_those_whose_gate_fires_are_listed(*, kernels: bool) -> No
 def test_a_threshold_of_nothing_asks_no_gate(*, kernels: bool) -> None:
     found = Exit(3, 3)
     found.thresholds[found.riders.slots[1].long()] = 0.0
-    assert found.fire(1.01, kernels=kernels) == [1]
+    assert found.apply_gate(1.01, kernels=kernels) == [1]
     assert int(found.fired.total) == 1
 
 
 @both
 def test_without_riders_nobody_fires(*, kernels: bool) -> None:
     found = Exit(0, 3)
-    assert found.fire(0.0, kernels=kernels) == []
-    assert found.leave(kernels=kernels) == []
+    assert found.apply_gate(0.0, kernels=kernels) == []
+    assert found.apply_exit(kernels=kernels) == []
 
 
 @both
@@ -120,13 +120,13 @@ def test_who_reaches_its_own_threshold_leaves(*, kernels: bool) -> None:
     """Without weights the gap is the score; a score at the threshold is enough."""
     found = Exit(4, 4)
     found.fuse = None
-    rows = found.fire(0.0, kernels=kernels)
+    rows = found.apply_gate(0.0, kernels=kernels)
     slots = [int(found.riders.slots[row]) for row in rows]
     for slot, threshold in zip(slots, (0.5, 0.5, 0.9, 0.1), strict=True):
         found.thresholds[slot] = threshold
     found.show([0.9] * 4, [0.5, 0.49, 0.95, 0.05])
     before = found.states.position.clone()
-    assert found.leave(kernels=kernels) == [slots[0], slots[2]]
+    assert found.apply_exit(kernels=kernels) == [slots[0], slots[2]]
     assert found.leavers.positions[:2].tolist() == found.riders.positions[rows][[0, 2]].tolist()
     assert found.leavers.places[:2].tolist() == found.riders.places[rows][[0, 2]].tolist()
     gone, kept = [slots[0], slots[2]], [slots[1], slots[3]]
@@ -143,14 +143,14 @@ def test_who_reaches_its_own_threshold_leaves(*, kernels: bool) -> None:
 @both
 def test_the_second_key_weighs_gate_top_and_gap(*, kernels: bool) -> None:
     found = Exit(3, 3)
-    rows = found.fire(0.0, kernels=kernels)
+    rows = found.apply_gate(0.0, kernels=kernels)
     top, gap = [0.3, 0.999999999, 0.7], [0.1, 0.999999999, 0.0]
     found.show(top, gap)
     assert found.fuse is not None
     scores = fused_key(found.fuse, found.gates[rows].float(), torch.tensor(top), torch.tensor(gap))
     slots = found.riders.slots[rows].long()
     found.thresholds[slots] = scores + torch.tensor([1e-3, -1e-3, -1e-3])
-    assert found.leave(kernels=kernels) == slots[1:].tolist()
+    assert found.apply_exit(kernels=kernels) == slots[1:].tolist()
 
 
 @interpreted
@@ -163,12 +163,12 @@ def test_the_kernels_are_the_references(count: int, limit: int, width: int) -> N
     for name in ("states", "riders"):
         old = getattr(found, name)
         setattr(twin, name, type(old)(*(getattr(old, f.name).clone() for f in fields(old))))
-    assert found.fire(0.4, kernels=True) == twin.fire(0.4, kernels=False)
+    assert found.apply_gate(0.4, kernels=True) == twin.apply_gate(0.4, kernels=False)
     number = int(found.fired.count)
     top, gap = torch.rand(2, number).tolist()
     for each in (found, twin):
         each.show(top, gap)
-    assert found.leave(kernels=True) == twin.leave(kernels=False)
+    assert found.apply_exit(kernels=True) == twin.apply_exit(kernels=False)
     for field in fields(found.states):
         name = field.name
         assert torch.equal(getattr(found.states, name), getattr(twin.states, name)), name

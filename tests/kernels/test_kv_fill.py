@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import SegmentBatch
 from offramp.kernels.backend import rehearsal, triton
 from offramp.kernels.kv_fill import Projection, copy_kv, fill_kv, project_kv
-from offramp.kernels.riders import Riders
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable, rotate
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
@@ -87,7 +87,7 @@ class Leavers:
     ) -> None:
         layers, kv_heads, dim = heads
         limit = count + 3
-        self.riders = Riders.empty(limit, DEVICE)
+        self.riders = SegmentBatch.empty(limit, DEVICE)
         self.slots = torch.randperm(limit)[:count]
         self.riders.slots[:count] = self.slots.to(torch.int32)
         self.riders.places[:count] = torch.randperm(BLOCKS * SIZE)[:count]

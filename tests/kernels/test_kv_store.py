@@ -1,4 +1,4 @@
-"""store_kv and rotate_and_store write their places and nothing else."""
+"""store_kv and rope_and_store write their places and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offramp.kernels import kv_store as module
 from offramp.kernels.backend import rehearsal, triton
-from offramp.kernels.kv_store import rotate_and_store, store_kv
+from offramp.kernels.kv_store import rope_and_store, store_kv
 from offramp.kernels.rotary import RotaryTable
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
 from tests.kernels.conftest import DEVICE
@@ -77,7 +77,7 @@ def new_caches(kv_heads: int, dim: int, dtype: torch.dtype = torch.float32) -> T
 def run(given: Inputs, caches: Tensor, heads: int, places: Sequence[int] = PLACES) -> Tensor:
     """The wrapper's call."""
     k_cache, v_cache = caches
-    return rotate_and_store(*given, k_cache, v_cache, long(places), EPS, heads=heads)
+    return rope_and_store(*given, k_cache, v_cache, long(places), EPS, heads=heads)
 
 
 def long(numbers: Sequence[int]) -> Tensor:
@@ -185,7 +185,7 @@ def test_rows_behind_the_count_are_left_alone(
     places = long(PLACES[:kept] + [1 << 40] * (len(PLACES) - kept))
     count = torch.tensor([kept], dtype=torch.int32)
     with device():
-        q = rotate_and_store(*given, k_cache, v_cache, places, EPS, heads=6, count=count)
+        q = rope_and_store(*given, k_cache, v_cache, places, EPS, heads=6, count=count)
     assert q.shape == (len(PLACES), 6, 64)
     expected_q, expected_k, expected_v = formula(given, 6, 64)
     torch.testing.assert_close(q[:kept], expected_q[:kept].float())

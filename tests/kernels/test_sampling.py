@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import ActiveRows
 from offramp.kernels.backend import INTERPRETED, jit, rehearsal, tl, triton
-from offramp.kernels.row_list import RowList
 from offramp.kernels.sampling import SamplingTable, _uniform, sample_rows, uniform
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
 from tests.kernels.conftest import DEVICE
@@ -34,13 +34,15 @@ def table(slots: int, **values: Any) -> SamplingTable:
     return made
 
 
-def listed(rows: Sequence[int], count: int | None = None) -> RowList:
+def listed(rows: Sequence[int], count: int | None = None) -> ActiveRows:
     number = len(rows) if count is None else count
-    return RowList(torch.tensor(rows, dtype=torch.int32), torch.tensor([number], dtype=torch.int32))
+    return ActiveRows(
+        torch.tensor(rows, dtype=torch.int32), torch.tensor([number], dtype=torch.int32)
+    )
 
 
 def sampled(
-    logits: Tensor, slots: RowList, parameters: SamplingTable, index: Tensor, *, kernel: bool
+    logits: Tensor, slots: ActiveRows, parameters: SamplingTable, index: Tensor, *, kernel: bool
 ) -> list[int]:
     """Tokens where there were minus ones."""
     tokens = torch.full((len(logits),), -1)
@@ -264,7 +266,7 @@ def test_rows_behind_the_count_and_greedy_ones_are_left_alone(count: int, *, ker
     logits = torch.full((5, 300), float("nan"))
     logits[:count] = torch.randn(count, 300)
     # Slots behind the count are no slots.
-    slots = RowList(torch.full((5,), 2**30, dtype=torch.int32), torch.tensor([count]).int())
+    slots = ActiveRows(torch.full((5,), 2**30, dtype=torch.int32), torch.tensor([count]).int())
     slots.rows[:count] = torch.tensor([3, 0, 2, 1, 4])[:count]
     greedy = {0, 4}
     parameters = table(5, temperature=[0.0 if slot in greedy else 1.0 for slot in range(5)])

@@ -16,12 +16,12 @@ names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
 for name in names:
     importlib.import_module(f"offramp.kernels.{name}")
 from offramp.kernels.backend import jit, triton, uses_triton
-from offramp.kernels.counted_linear import Rows, counted_linear
+from offramp.kernels.masked_linear import Rows, masked_linear
 assert triton is None and jit(len) is len
 assert not uses_triton(torch.device("cuda"))
 out = torch.zeros(2, 3)
 count = torch.tensor([1], dtype=torch.int32)
-counted_linear(Rows(torch.ones(2, 4)), torch.ones(3, 4), Rows(out), count, limit=2)
+masked_linear(Rows(torch.ones(2, 4)), torch.ones(3, 4), Rows(out), count, limit=2)
 assert out.tolist() == [[4.0] * 3, [0.0] * 3]
 print(len(names))
 """

@@ -17,12 +17,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from offramp.models.context import ForwardContext, Span
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
-from offramp.models.loader import load_weights
+from offramp.models.loading.forms import Recipes
+from offramp.models.loading.safetensors import load_weights
+from offramp.models.rows import ForwardContext, Span
 from offramp.models.transformer import Transformer
-from offramp.models.weight_forms import Recipes
 
 LAYERS = 6
 EXITS = (2, 4)

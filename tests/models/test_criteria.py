@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.models.criteria import (
+from offramp.models.exits.criteria import (
     CRITERIA,
     STATEFUL,
     ExitView,
@@ -19,7 +19,7 @@ from offramp.models.criteria import (
     predictor_features,
     second_key,
 )
-from offramp.models.exit_head import ExitHead
+from offramp.models.exits.head import ExitHead
 from offramp.models.sampling_params import ExitCriterion
 
 WIDTH, VOCAB, ROWS = 8, 6, 16

@@ -24,7 +24,7 @@ from offramp.models.exits.deltas import (
     tuned_fingerprint,
 )
 from offramp.models.families import config_from_hf
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.safetensors import fingerprint, load_weights
 
 OWN = "a" * 32
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import pytest
 from safetensors import SafetensorError
 
-from offramp.models import embedded
-from offramp.models.embedded import Carrier, pull
 from offramp.models.errors import PullError
+from offramp.models.loading import embedded
+from offramp.models.loading.embedded import Carrier, pull
 
 NAME = "fake-1m"
 WHEEL = "fake_model-1.0-py3-none-any.whl"

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from offramp.models.exit_head import ExitHead
 from offramp.models.exits.file import (
     FORMAT,
     ExitFile,
@@ -22,10 +21,11 @@ from offramp.models.exits.file import (
     read_metadata,
     shipped_exits,
 )
-from offramp.models.exits.pipeline import Judged, judge, split_answers, train_exits
+from offramp.models.exits.head import ExitHead
 from offramp.models.exits.points import OperatingPoint
-from offramp.models.exits.states import Answer, States, collect
-from offramp.models.exits.train import (
+from offramp.models.exits.training.hidden_states import Answer, States, collect
+from offramp.models.exits.training.pipeline import Judged, judge, split_answers, train_exits
+from offramp.models.exits.training.train import (
     Objective,
     TrainOptions,
     exit_scores,
@@ -35,7 +35,7 @@ from offramp.models.exits.train import (
     train_adapter,
 )
 from offramp.models.families import config_from_hf
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.models.transformer import Transformer
 

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 from offramp.kernels.rms_norm import rms_norm
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
-from offramp.models.loader import load_weights
+from offramp.models.loading.safetensors import load_weights
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import FillKV, OwedRows
 from offramp.models.transformer import Transformer
 
-from .rides import FULL, Ride, new_runner
+from .passes import FULL, Pass, new_runner
 from .small import EXITS, FAMILIES, LAYERS, make, random_ids
 
 TABLE = [5, 1, 2, 9, 0, 7]
@@ -41,9 +41,9 @@ def kv_at(cache: KVCache, layer: int, positions: range) -> KV:
     return k, v
 
 
-def never_skipped(model: Transformer, ids: list[int]) -> Ride:
+def never_skipped(model: Transformer, ids: list[int]) -> Pass:
     """The whole text at full depth in one go."""
-    ride = Ride(new_runner(model), ids, TABLE)
+    ride = Pass(new_runner(model), ids, TABLE)
     ride.leave_after(FULL, len(ids))
     return ride
 
@@ -55,7 +55,7 @@ def test_recompute_at_any_later_time_equals_never_skipped(
 ) -> None:
     """Each token leaves where it likes; who goes deeper first pays what is owed there."""
     ids = torch.randint(3, 90, (prompt + len(exits) + 1,)).tolist()
-    ride = Ride(new_runner(model), ids, TABLE)
+    ride = Pass(new_runner(model), ids, TABLE)
     ride.leave_after(FULL, prompt)
     for end, segment in enumerate([*exits, FULL], start=prompt + 1):
         ride.leave_after(segment, end)
@@ -73,16 +73,16 @@ def test_recompute_at_any_later_time_equals_never_skipped(
     )
 
 
-def owing(model: Transformer) -> Ride:
+def owing(model: Transformer) -> Pass:
     """Positions 0 .. 6 at full depth, 6 left after segment 1, then 7 and 8 after segment 0."""
-    ride = Ride(new_runner(model), random_ids(9), TABLE)
+    ride = Pass(new_runner(model), random_ids(9), TABLE)
     ride.leave_after(FULL, 6)
     ride.leave_after(1, 7)
     ride.leave_after(0, 9)
     return ride
 
 
-def debts_of(ride: Ride) -> tuple[OwedRows, ...]:
+def debts_of(ride: Pass) -> tuple[OwedRows, ...]:
     return (OwedRows(2, (6,), (6,), ride.table), OwedRows(1, (7, 8), (7, 8), ride.table))
 
 
@@ -105,7 +105,7 @@ def by_hand(model: Transformer, layer: int, state: Tensor, position: int) -> KV:
     return rotated, v
 
 
-def filled(ride: Ride, method: KVFill, expected: Callable[[int, int, int], KV]) -> None:
+def filled(ride: Pass, method: KVFill, expected: Callable[[int, int, int], KV]) -> None:
     """Fill all debts; compare each skipped layer, and see that nothing else moved.
 
     ``expected`` maps a layer, a position and the first skipped layer to K and V.
@@ -195,7 +195,7 @@ def _errors(
     model: Transformer, ids: list[int], owed: range, method: KVFill, exact: Runner, segment: int
 ) -> list[tuple[float, float]]:
     """Relative errors of K and V in every layer from ``segment`` up."""
-    ride = Ride(new_runner(model), ids, TABLE)
+    ride = Pass(new_runner(model), ids, TABLE)
     ride.leave_after(segment - 1, len(ids))
     debt = OwedRows(segment, owed, tuple(owed), TABLE)
     ride.runner.run(FillKV(method, (debt,)))

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from offramp.kernels.rms_norm import rms_norm
 from offramp.models.exits.file import ExitFile, load_exits
-from offramp.models.exits.kv_map import fit_kv_maps
-from offramp.models.exits.states import Answer, lay_out
-from offramp.models.exits.train import TrainOptions, new_head
+from offramp.models.exits.training.hidden_states import Answer, lay_out
+from offramp.models.exits.training.kv_map import fit_kv_maps
+from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
-from offramp.models.loader import load_weights
+from offramp.models.loading.safetensors import load_weights
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import FillKV, OwedRows

@@ -18,7 +18,7 @@ from transformers import (
 
 from offramp.models.errors import CheckpointError, UnsupportedModel
 from offramp.models.families import config_from_hf
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.safetensors import fingerprint, load_weights
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from offramp.models.exits.risk import (
+from offramp.models.exits.calibration.risk import (
     answers_needed,
     betting_p_value,
     fixed_sequence,

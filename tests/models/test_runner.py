@@ -7,10 +7,10 @@ import torch
 
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion, SamplingParams
-from offramp.models.step import ExitCheck, HeadRow, RunHead, RunSegment, SlotRows, StepResult
+from offramp.models.step import ExitCheck, HeadRow, RunHead, RunSegment, SequenceRows, StepResult
 from offramp.models.transformer import Transformer
 
-from .rides import new_runner
+from .passes import new_runner
 from .small import EXITS, FAMILIES, VOCAB, make, new_cache, random_ids
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -34,7 +34,7 @@ def ground(
         if threshold is not None:
             check = ExitCheck(criterion, threshold, HeadRow(rows[-1], GREEDY, 0, (1,), 1))
         ids = tuple(random_ids(count))
-        work.append(SlotRows(range(count), rows, [index], ids, check))
+        work.append(SequenceRows(range(count), rows, [index], ids, check))
     return runner.run(RunSegment(0, tuple(work)))
 
 
@@ -96,7 +96,7 @@ def test_a_biased_token_is_chosen_from_the_whole_vocabulary(model: Transformer) 
     runner = new_runner(model, vocab=torch.arange(0, VOCAB, 2))
     sampling = SamplingParams(max_tokens=1, temperature=0.0, logit_bias=((7, 1000.0),))
     check = ExitCheck(ExitCriterion.FIXED, 1.0, HeadRow(0, sampling, 0, (1,), 1))
-    work = SlotRows((0,), (0,), [0], (3,), check)
+    work = SequenceRows((0,), (0,), [0], (3,), check)
     assert runner.run(RunSegment(0, (work,))).token_ids == (7,)
 
 
@@ -104,10 +104,10 @@ def test_prompt_rows_leave_by_their_own_gates(model: Transformer) -> None:
     runner = new_runner(model)
     ids = tuple(random_ids(6))
     eps = model.config.rms_norm_eps
-    runner.run(RunSegment(0, (SlotRows(range(6), tuple(range(6)), [0, 1], ids),)))
+    runner.run(RunSegment(0, (SequenceRows(range(6), tuple(range(6)), [0, 1], ids),)))
     scores = runner.exits.heads[0].score(runner.hidden[:6], eps)
     bound = float(scores[:4].sort().values[1:3].mean())
-    work = SlotRows(range(6), tuple(range(6)), [0, 1], ids, None, bound, 4)
+    work = SequenceRows(range(6), tuple(range(6)), [0, 1], ids, None, bound, 4)
     result = runner.run(RunSegment(0, (work,)))
     expected = tuple((scores[:4] >= bound).nonzero().squeeze(-1).tolist())
     assert result.prompt_left == (expected,)
@@ -131,7 +131,7 @@ def test_a_segment_above_the_ground_reads_its_rows(model: Transformer) -> None:
     results = []
     for rows in ((1, 2, 3), (40, 9, 22)):
         runner.hidden[list(rows)] = states
-        runner.run(RunSegment(1, (SlotRows(range(3), rows, [4]),)))
+        runner.run(RunSegment(1, (SequenceRows(range(3), rows, [4]),)))
         results.append(runner.hidden[list(rows)].clone())
     assert results[0].equal(results[1])
     assert not results[0].equal(states)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.backend import INTERPRETED, rehearsal, triton
-from offramp.models.context import ForwardContext, Span
-from offramp.models.loader import load_weights
+from offramp.models.loading.safetensors import load_weights
+from offramp.models.rows import ForwardContext, Span
 from offramp.models.transformer import Transformer
 
 from .small import (

@@ -12,9 +12,9 @@ from torch import Tensor
 from offramp.models.config import ModelConfig
 from offramp.models.errors import UnsupportedModel
 from offramp.models.exits.shared import shared_heads
-from offramp.models.exits.states import Answer, lay_out
+from offramp.models.exits.training.hidden_states import Answer, lay_out
 from offramp.models.families import config_from_hf
-from offramp.models.loader import load_weights
+from offramp.models.loading.safetensors import load_weights
 from offramp.models.transformer import Transformer
 
 LAYERS = (1, 3)

@@ -8,10 +8,10 @@ import pytest
 import requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from offramp.kernels.cache import cache_folder
-from offramp.models import sources
 from offramp.models.errors import ModelNotAvailable
-from offramp.models.sources import resolve
+from offramp.models.loading import sources
+from offramp.models.loading.sources import resolve
+from offramp.paths import cache_folder
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "SmolLM2-135M-Instruct", "SMOLLM2-135M"])

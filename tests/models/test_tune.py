@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from offramp.models.config import ModelConfig
-from offramp.models.exit_head import ExitHead
-from offramp.models.exits import tune
 from offramp.models.exits.deltas import Deltas, new_deltas
-from offramp.models.exits.dense import DenseModel
-from offramp.models.exits.states import Answer
-from offramp.models.exits.train import TrainOptions, plain_head
-from offramp.models.exits.tune import (
+from offramp.models.exits.head import ExitHead
+from offramp.models.exits.training import tune
+from offramp.models.exits.training.hidden_states import Answer
+from offramp.models.exits.training.train import TrainOptions, plain_head
+from offramp.models.exits.training.training_model import DenseModel
+from offramp.models.exits.training.tune import (
     Curriculum,
     TuneOptions,
     Tuner,
@@ -29,9 +29,9 @@ from offramp.models.exits.tune import (
     exit_weights,
     make_batches,
 )
-from offramp.models.exits.tune_report import compare
+from offramp.models.exits.training.tune_report import compare
 from offramp.models.families import config_from_hf
-from offramp.models.loader import load_weights
+from offramp.models.loading.safetensors import load_weights
 
 EXITS = (2, 3)
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.packed import WeightForm, available
-from offramp.models import weight_forms
-from offramp.models.weight_forms import WeightFormError, choose
-from offramp.models.weights import Weights
+from offramp.models.config import Weights
+from offramp.models.loading import forms as weight_forms
+from offramp.models.loading.forms import WeightFormError, choose
 from tests.kernels.test_packed import eight_bit, four_bit
 
 

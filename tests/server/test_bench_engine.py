@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from offramp.kernels.backend import rehearsal, triton
-from offramp.models.decode_loop import Landed
+from offramp.models.device_loop import DeviceToken
 from offramp.models.sampling_params import NEVER
 from offramp.server.bench.command import main
 from offramp.server.bench.engine import check, rides
@@ -316,7 +316,7 @@ def test_a_loop_that_is_wrong_has_no_speed(
 ) -> None:
     by_rides = check._by_rides
 
-    def off_by_one(*args: Any) -> list[list[Landed]]:
+    def off_by_one(*args: Any) -> list[list[DeviceToken]]:
         made = by_rides(*args)
         made[2][5] = replace(made[2][5], token=made[2][5].token + 1)
         return made

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.backend import INTERPRETED, rehearsal, triton
-from offramp.kernels.counted_linear import Rows, Tiles, counted_linear, tiles_for
+from offramp.kernels.masked_linear import Rows, Tiles, masked_linear, tiles_for
 from offramp.models.shapes import MODEL_SHAPES
 from offramp.server.bench.command import main
 from offramp.server.bench.errors import Refused
@@ -50,7 +50,7 @@ BY_HAND = {
         ((64 + 2) * 1024 * 4, 2 * 64 * 4, 2 * 2 * 1024 * 64),
         ((320 + 2) * 64 * 4, 2 * 320 * 4, 2 * 2 * 64 * 320),
     ],
-    "counted_linear": [
+    "masked_linear": [
         # The weight, the norm, two rows, two places, the count.
         (32768 + 256 + 512 + 8 + 4, 1024, 32768),
         # The weight, two rows, two of the residual, four places, the count.
@@ -66,11 +66,11 @@ BY_HAND = {
         (81920 + 256 + 512 + 8 + 4, 2560, 81920),
     ],
     # All heads, two angles of 16, a place; the count. Six heads of each row are turned.
-    "rotate_and_store": [(2 * (512 + 128 + 8) + 4, 2 * 512, 3 * 2 * 6 * 16)],
+    "rope_and_store": [(2 * (512 + 128 + 8) + 4, 2 * 512, 3 * 2 * 6 * 16)],
     # Queries; K and V of 33 tokens a text; position, begin and two blocks each; the count.
-    "row_attention": [(512 + 2 * 66 * 128 + 8 * (2 + 2 + 4) + 4, 512, 4 * 66 * 64)],
+    "decode_attention": [(512 + 2 * 66 * 128 + 8 * (2 + 2 + 4) + 4, 512, 4 * 66 * 64)],
     # K and V of one text, and one tile; the first row sees 32 tokens, the second 33.
-    "run_attention": [(512 + 2 * 33 * 128 + 8 * (2 + 2 + 2) + 8, 512, 4 * 65 * 64)],
+    "prefill_attention": [(512 + 2 * 33 * 128 + 8 * (2 + 2 + 2) + 8, 512, 4 * 65 * 64)],
     # Two layers' K and V are 128 rows of weight.
     "fill_kv": [(32768 + 2 * (256 + 128 + 4 + 8 + 8) + 4, 2 * 512, 2 * 2 * 64 * 128)],
     "embed_rows": [(2 * (256 + 4 + 8) + 4, 512, 0)],
@@ -107,7 +107,7 @@ def test_only_counted_rows_are_work(name: str) -> None:
 def test_a_product_in_bf16_reads_half() -> None:
     """All but places and the count; logits stay fp32."""
     setup = Setup(replace(TINY, dtype=torch.bfloat16))
-    work = [case.work for case in OPS["counted_linear"](setup, 2, 2)]
+    work = [case.work for case in OPS["masked_linear"](setup, 2, 2)]
     assert work[0] == Work((32768 + 256 + 512) // 2 + 12, 512, 32768)
     assert work[4].written == 2560
 
@@ -118,9 +118,9 @@ def test_copies_are_read_in_turn() -> None:
     ((first,), *others) = setup.copied(setup.weight(128, 64))
     assert len(others) == 3
     assert len({first.data_ptr(), *(each.data_ptr() for (each,) in others)}) == 4
-    qkv = cases("counted_linear", copies=Copies(100_000, 512))[0]
+    qkv = cases("masked_linear", copies=Copies(100_000, 512))[0]
     assert (len(qkv.launches), qkv.cold) == (4, 4 * 32768)
-    attention = cases("row_attention", copies=Copies(100_000, 2))[0]
+    attention = cases("decode_attention", copies=Copies(100_000, 2))[0]
     # Four blocks of 32 places, K and V of 32 numbers each.
     assert (len(attention.launches), attention.cold) == (2, 2 * 2 * 128 * 128)
 
@@ -129,7 +129,7 @@ def test_copies_are_read_in_turn() -> None:
 def test_an_emptied_case_changes_nothing(name: str) -> None:
     """What its launches write afterwards is for nobody."""
     for case in cases(name, rows=3, count=2):
-        if case.empty is None or name in {"rotate_and_store", "row_attention"}:
+        if case.empty is None or name in {"rope_and_store", "decode_attention"}:
             continue  # The host counts the rows, or what is returned means nothing.
         case.launches[0]()
         case.empty()
@@ -221,7 +221,7 @@ def test_a_run_ends_with_a_line_of_json(tmp_path: Path, capsys: pytest.CaptureFi
     written = page.read_text(encoding="utf-8")
     assert document["command"] in written
     assert document["date"][:10] in written
-    assert " row_attention |" in written
+    assert " decode_attention |" in written
 
 
 def test_only_the_ops_asked_for_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,11 +292,11 @@ def test_a_row_behind_the_count_may_not_be_written(monkeypatch: pytest.MonkeyPat
     """The check leaves a quarter of the rows out and looks at them too."""
 
     def eager(x: Rows, weight: Tensor, out: Rows, _: Tensor, **rest: Any) -> None:
-        counted_linear(x, weight, out, torch.tensor([8], dtype=torch.int32), **rest)
+        masked_linear(x, weight, out, torch.tensor([8], dtype=torch.int32), **rest)
 
-    monkeypatch.setattr(products, "counted_linear", eager)
-    with pytest.raises(Refused, match="counted_linear, qkv 128x64, 6 of 8 rows"):
-        check("counted_linear", OPS["counted_linear"], TINY, 8)
+    monkeypatch.setattr(products, "masked_linear", eager)
+    with pytest.raises(Refused, match="masked_linear, qkv 128x64, 6 of 8 rows"):
+        check("masked_linear", OPS["masked_linear"], TINY, 8)
 
 
 def test_distances_beyond_rounding_are_told() -> None:
@@ -332,12 +332,12 @@ def test_cuts_that_fail_are_skipped_and_named(
     def picky(*args: Any, tiles: Tiles | None = None, **rest: Any) -> None:
         if tiles is not None and tiles.outs == 32:
             raise RuntimeError("out of resource: shared memory\nand more")
-        counted_linear(*args, tiles=tiles, **rest)
+        masked_linear(*args, tiles=tiles, **rest)
         if tiles is not None and tiles.stages == 2:
             args[2].data.add_(1)
 
-    monkeypatch.setattr(products, "counted_linear", picky)
-    command = [*ARGS, "--rows", "2", "--ops", "counted_linear", "--device", "cpu", "--tiles"]
+    monkeypatch.setattr(products, "masked_linear", picky)
+    command = [*ARGS, "--rows", "2", "--ops", "masked_linear", "--device", "cpu", "--tiles"]
     assert main(command) == 0
     out = capsys.readouterr().out
     rows = json.loads(out.splitlines()[-1])["tiles"]
@@ -360,7 +360,7 @@ def test_cuts_that_fail_are_skipped_and_named(
 @interpreted
 def test_kernels_are_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
     """All but the products, which take the interpreter long."""
-    others = ",".join(name for name in OPS if name != "counted_linear")
+    others = ",".join(name for name in OPS if name != "masked_linear")
     with rehearsal():
         assert main([*ARGS, "--rows", "2", "--ops", others, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -372,4 +372,4 @@ def test_kernels_are_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_are_checked_in_the_interpreter(dtype: torch.dtype) -> None:
     with rehearsal():
-        check("counted_linear", OPS["counted_linear"], replace(TINY, dtype=dtype), 5)
+        check("masked_linear", OPS["masked_linear"], replace(TINY, dtype=dtype), 5)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from offramp.models import embedded
+from offramp.models.config import Weights
 from offramp.models.errors import PullError
-from offramp.models.weights import Weights
+from offramp.models.loading import embedded
 from offramp.server.bench import peer_gguf, quiet, sides
 from offramp.server.bench.client import OverHTTP
 from offramp.server.bench.command import _parser, main

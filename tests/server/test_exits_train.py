@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from offramp.models.exits import pipeline
-from offramp.models.exits.answers import AnswerLog
-from offramp.models.exits.canonical import sort_header
 from offramp.models.exits.file import load_exits, read_metadata
-from offramp.models.exits.states import Answer
-from offramp.models.exits.train import train_adapter, train_gate
+from offramp.models.exits.safetensors_io import sort_header
+from offramp.models.exits.training import pipeline
+from offramp.models.exits.training.answers import AnswerLog
+from offramp.models.exits.training.hidden_states import Answer
+from offramp.models.exits.training.train import train_adapter, train_gate
 from offramp.models.families import config_from_hf
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.server.commands import exits
 from offramp.server.commands.exits import main
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.models.exits import pipeline
 from offramp.models.exits.deltas import (
     apply_deltas,
     delta_paths,
@@ -22,10 +21,11 @@ from offramp.models.exits.deltas import (
     tuned_fingerprint,
 )
 from offramp.models.exits.file import load_exits, read_metadata
-from offramp.models.exits.train import train_gate
-from offramp.models.exits.tune import Tuner
+from offramp.models.exits.training import pipeline
+from offramp.models.exits.training.train import train_gate
+from offramp.models.exits.training.tune import Tuner
 from offramp.models.families import config_from_hf
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.server.commands import tune_backbone
 from offramp.server.commands.exits import main
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offramp.models.decode_loop import Boarding, DecodeLoop, Landed
-from offramp.models.exit_head import ExitHead
+from offramp.models.device_loop import Boarding, DeviceLoop, DeviceToken
+from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
+from offramp.models.loading.forms import as_they_are
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import NEVER, ExitCriterion, KVFill, SamplingParams
 from offramp.models.shapes import MODEL_SHAPES
@@ -25,10 +26,9 @@ from offramp.models.step import (
     OwedRows,
     RunHead,
     RunSegment,
-    SlotRows,
+    SequenceRows,
 )
 from offramp.models.transformer import Transformer
-from offramp.models.weight_forms import as_they_are
 from offramp.server.bench.engine.model import random_heads, random_tokens, random_weights
 from offramp.server.bench.engine.options import default_exits
 from offramp.server.bench.errors import Refused
@@ -115,14 +115,14 @@ def _texts(runner: Runner, seed: int) -> list[_Text]:
         before = range(len(tokens) - 1)
         for segment in range(exits + 1):
             ids = tuple(tokens[:-1]) if segment == 0 else ()
-            runner.run(RunSegment(segment, (SlotRows(before, tuple(before), text.table, ids),)))
+            runner.run(RunSegment(segment, (SequenceRows(before, tuple(before), text.table, ids),)))
         made.append(text)
     return made
 
 
-def _by_steps(runner: Runner, text: _Text) -> list[Landed]:
+def _by_steps(runner: Runner, text: _Text) -> list[DeviceToken]:
     """The next tokens, one segment after another, K,V of skipped layers projected at once."""
-    tokens, made = list(text.tokens), list[Landed]()
+    tokens, made = list(text.tokens), list[DeviceToken]()
     for index in range(_TOKENS):
         head = HeadRow(0, _GREEDY, index, (), 0)
         made.append(next_by_steps(runner, text.table, text.thresholds, tokens, head))
@@ -136,7 +136,7 @@ def next_by_steps(
     thresholds: Sequence[float],
     tokens: Sequence[int],
     head: HeadRow,
-) -> Landed:
+) -> DeviceToken:
     """The token behind ``tokens``, whose K,V but the last one's lie in the blocks of ``table``.
 
     It leaves where its score reaches the exit's threshold, and K,V above are projected; ``head``
@@ -146,21 +146,21 @@ def next_by_steps(
     for segment, exit_head in enumerate(runner.exits.heads):
         check = ExitCheck(ExitCriterion.TWO_KEY, thresholds[segment], head)
         ids = (tokens[-1],) if segment == 0 else ()
-        work = SlotRows((position,), (0,), table, ids, check)
+        work = SequenceRows((position,), (0,), table, ids, check)
         result = runner.run(RunSegment(segment, (work,)))
         if result.leave == (True,):
             owed = OwedRows(segment + 1, (position,), (0,), table)
             runner.run(FillKV(KVFill.PROJECT, (owed,)))
-            return Landed(result.token_ids[0], exit_head.layer)
-    top = SlotRows((position,), (0,), table)
+            return DeviceToken(result.token_ids[0], exit_head.layer)
+    top = SequenceRows((position,), (0,), table)
     runner.run(RunSegment(len(runner.exits.heads), (top,)))
     token = runner.run(RunHead((head,))).token_ids[0]
-    return Landed(token, runner.model.config.num_layers)
+    return DeviceToken(token, runner.model.config.num_layers)
 
 
 def _by_rides(
-    loop: DecodeLoop, texts: Sequence[_Text], holds: Sequence[tuple[float, float]]
-) -> list[list[Landed]]:
+    loop: DeviceLoop, texts: Sequence[_Text], holds: Sequence[tuple[float, float]]
+) -> list[list[DeviceToken]]:
     loop.clear(range(_SLOTS))
     loop.hold(holds)
     loop.board(
@@ -178,7 +178,7 @@ def _by_rides(
             for slot, text in enumerate(texts)
         ]
     )
-    made: list[list[Landed]] = [[] for _ in texts]
+    made: list[list[DeviceToken]] = [[] for _ in texts]
     flying = loop.launch(_SLOTS)
     # Held three rides at each of three segments, a token takes thirteen at most.
     for _ in range(13 * _TOKENS):

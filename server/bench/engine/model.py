@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from offramp.models.config import ModelConfig
-from offramp.models.exit_head import ExitHead
-from offramp.models.exits.train import TrainOptions, new_head
+from offramp.models.exits.head import ExitHead
+from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.transformer import Transformer
 
 # Gate scores then spread over 0 to 1 instead of lying around a half.

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from offramp.models.decode_loop import Landed, Ride
+from offramp.models.device_loop import DeviceToken, Ride
 from offramp.server.bench.engine.clock import synchronise
 from offramp.server.bench.engine.options import WARM_UP, Options
 from offramp.server.bench.engine.rig import Seat
@@ -23,7 +23,7 @@ class Mode:
 
     ``draws`` int64 [tokens, slots] are the depths that tokens take, as ExitTrace.draw gives them,
     ``trace`` fp32 [tokens, slots, exits] the thresholds for that, on the device; ``holds`` as in
-    DecodeLoop.hold.
+    DeviceLoop.hold.
     """
 
     name: str
@@ -118,7 +118,7 @@ class _Measurement:
         self._marks.append(mark)
         return ride
 
-    def _note(self, landed: dict[int, Landed]) -> None:
+    def _note(self, landed: dict[int, DeviceToken]) -> None:
         for slot, each in landed.items():
             self._landed[slot].append(each.depth)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offramp.models.decode_loop import Boarding, DecodeLoop
-from offramp.models.graphs import Recorder
+from offramp.models.device_loop import Boarding, DeviceLoop, Recorder
 from offramp.models.kv_cache import KVCache
+from offramp.models.loading.forms import as_they_are
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import NEVER, SamplingParams
 from offramp.models.transformer import Transformer
-from offramp.models.weight_forms import as_they_are
 from offramp.server.bench.engine.model import (
     exit_vocab,
     random_heads,
@@ -51,7 +50,7 @@ class Rig:
 class Seat:
     """A loop with the trace its tokens follow, and the way back to where a ride began."""
 
-    def __init__(self, loop: DecodeLoop, rig: Rig) -> None:
+    def __init__(self, loop: DeviceLoop, rig: Rig) -> None:
         options = rig.options
         self.loop = loop
         self._blocks = rig.blocks

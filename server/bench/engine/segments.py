@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import EMPTY, SegmentBatch
 from offramp.kernels.kv_fill import Projection, fill_kv
-from offramp.kernels.riders import EMPTY, Riders
-from offramp.models.graphs import Recorder
+from offramp.models.device_loop import Recorder
 from offramp.models.sampling_params import NEVER
 from offramp.models.transformer import kv_projection
 from offramp.server.bench.engine.clock import seconds
@@ -88,7 +88,7 @@ def fill_seconds(rig: Rig, draws: Tensor, batch: int) -> float:
 
 
 def _fills(
-    rig: Rig, hidden: Tensor, leavers: list[Riders], projection: Projection, depth: int
+    rig: Rig, hidden: Tensor, leavers: list[SegmentBatch], projection: Projection, depth: int
 ) -> Callable[[], None]:
     pages, angles = rig.cache.pages[depth:], rig.model.rotary.angles
     eps = rig.options.config.rms_norm_eps
@@ -100,10 +100,10 @@ def _fills(
     return launch
 
 
-def _leavers(rig: Rig, slots: list[int], batch: int) -> Riders:
+def _leavers(rig: Rig, slots: list[int], batch: int) -> SegmentBatch:
     """``slots`` as the leavers of a ride at the end of their contexts."""
     options, position = rig.options, rig.options.context
-    leavers = Riders.empty(1 << (batch - 1).bit_length(), options.device)
+    leavers = SegmentBatch.empty(1 << (batch - 1).bit_length(), options.device)
     places = [rig.blocks[slot][position // BLOCK] * BLOCK + position % BLOCK for slot in slots]
     count = len(slots)
     leavers.slots[:count] = torch.tensor(slots, dtype=torch.int32, device=options.device)

@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
-from offramp.kernels.row_attention import row_attention, row_attention_reference
-from offramp.kernels.run_attention import RunTable, run_attention
+from offramp.kernels.decode_attention import decode_attention, decode_attention_reference
+from offramp.kernels.prefill_attention import RunTable, prefill_attention
 from offramp.server.bench.kernels import texts
 from offramp.server.bench.kernels.case import Case, Work
 from offramp.server.bench.kernels.setup import BLOCK, Setup, cold_bytes
@@ -16,7 +16,7 @@ from offramp.server.bench.kernels.setup import BLOCK, Setup, cold_bytes
 _LONG, _SHORT = 8, 4
 
 
-def row_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
+def decode_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """The newest token of each of ``rows`` texts against all before it."""
     config, found = setup.config, {}
     made = texts.newest(setup, rows, count)
@@ -25,10 +25,10 @@ def row_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     window = config.sliding_window
 
     def launch(k: Tensor, v: Tensor) -> None:
-        found["out"] = row_attention(q, k, v, made.rows, window)
+        found["out"] = decode_attention(q, k, v, made.rows, window)
 
     def reference() -> None:
-        found["out"] = row_attention_reference(q, made.k, made.v, made.rows, window)
+        found["out"] = decode_attention_reference(q, made.k, made.v, made.rows, window)
 
     assert made.rows.count is not None
     spans = [position + 1 for position in made.positions]
@@ -36,7 +36,7 @@ def row_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     pairs = sum(spans)
     work = _work(setup, count, pairs, pairs, _LONG * (2 * count + blocks) + _SHORT)
     yield Case(
-        op="row_attention",
+        op="decode_attention",
         what=f"{config.num_heads}/{config.num_kv_heads} heads, {setup.context} tokens",
         rows=rows,
         work=work,
@@ -48,7 +48,7 @@ def row_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     )
 
 
-def run_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
+def prefill_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """The last rows of one prompt against all before them; the number of rows is the host's."""
     config, found = setup.config, {}
     made = texts.run(setup, count)
@@ -58,16 +58,16 @@ def run_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     tiles = RunTable.of([made.positions], group, window, setup.device)
 
     def launch(k: Tensor, v: Tensor) -> None:
-        found["out"] = run_attention(q, k, v, made.rows, tiles, window)
+        found["out"] = prefill_attention(q, k, v, made.rows, tiles, window)
 
     def reference() -> None:
-        found["out"] = row_attention_reference(q, made.k, made.v, made.rows, window)
+        found["out"] = decode_attention_reference(q, made.k, made.v, made.rows, window)
 
     keys = made.positions[-1] + 1
     pairs = sum(position + 1 for position in made.positions)
     tables = _LONG * (2 * count + -(-keys // BLOCK)) + 2 * _SHORT * len(tiles.tiles)
     yield Case(
-        op="run_attention",
+        op="prefill_attention",
         what=f"{config.num_heads}/{config.num_kv_heads} heads, {keys} tokens",
         rows=rows,
         work=_work(setup, count, keys, pairs, tables),

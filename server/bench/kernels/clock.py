@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offramp.models.graphs import Recorder
+from offramp.models.device_loop import Recorder
 from offramp.server.bench.kernels.case import Launch
 
 _ROW_SECONDS = 2e-3

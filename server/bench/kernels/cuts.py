@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.kernels.counted_linear import Tiles, tiles_for
+from offramp.kernels.masked_linear import Tiles, tiles_for
 from offramp.server.bench.kernels.check import distance
 from offramp.server.bench.kernels.clock import Clock
 from offramp.server.bench.kernels.products import Inputs, Product, label, products

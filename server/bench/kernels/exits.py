@@ -6,10 +6,16 @@ from collections.abc import Iterator
 
 import torch
 
-from offramp.kernels.exit_decision import Fired, fire, fire_reference, leave, leave_reference
+from offramp.kernels.active_rows import SegmentBatch
+from offramp.kernels.exit_decision import (
+    Fired,
+    apply_exit,
+    apply_exit_reference,
+    apply_gate,
+    apply_gate_reference,
+)
 from offramp.kernels.logit_scores import LogitScores
-from offramp.kernels.riders import Riders
-from offramp.models.exits.train import TrainOptions
+from offramp.models.exits.training.train import TrainOptions
 from offramp.server.bench.kernels.case import Case, Work
 from offramp.server.bench.kernels.setup import Setup
 from offramp.server.bench.kernels.slots import LANDED, changed, riders_of, states_of
@@ -19,7 +25,7 @@ _FLOOR = 0.5
 
 
 def fire_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
-    """The gate's last layer and the list of those that may leave, which are all."""
+    """The gate's last layer and the list of those that may apply_exit, which are all."""
     width, size = TrainOptions().router, setup.dtype.itemsize
     states = states_of(setup, rows, count, 0)
     riders, fired = riders_of(setup, states, count), Fired.empty(rows, setup.device)
@@ -27,10 +33,10 @@ def fire_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     given = (inner, setup.weight(1, width), setup.normal(1), _FLOOR, thresholds)
 
     def launch() -> None:
-        fire(*given, states, riders, fired)
+        apply_gate(*given, states, riders, fired)
 
     def reference() -> None:
-        fire_reference(*given, states, riders, fired)
+        apply_gate_reference(*given, states, riders, fired)
 
     yield Case(
         op="fire",
@@ -63,7 +69,7 @@ def leave_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """The second key, which lets all leave that fired: all riders."""
     states = states_of(setup, rows, count, 1)
     riders = riders_of(setup, states, count)
-    leavers, tokens = Riders.empty(rows, setup.device), setup.tokens(rows)
+    leavers, tokens = SegmentBatch.empty(rows, setup.device), setup.tokens(rows)
     order = setup.order(rows, torch.int32)
     slots = riders.slots[order.long()]
     total = torch.zeros(1, dtype=torch.int64, device=setup.device)
@@ -74,10 +80,10 @@ def leave_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     given = (fired, scores, tokens, fuse, thresholds, depth, states, riders, leavers)
 
     def launch() -> None:
-        leave(*given)
+        apply_exit(*given)
 
     def reference() -> None:
-        leave_reference(*given)
+        apply_exit_reference(*given)
 
     yield Case(
         op="leave",

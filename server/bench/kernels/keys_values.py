@@ -8,16 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import SegmentBatch
 from offramp.kernels.kv_fill import Projection, fill_kv, project_kv
-from offramp.kernels.kv_store import rotate_and_store, rotate_and_store_reference
-from offramp.kernels.riders import Riders
+from offramp.kernels.kv_store import rope_and_store, rope_and_store_reference
 from offramp.server.bench.kernels.case import Case, Work
 from offramp.server.bench.kernels.setup import BLOCK, Setup, cold_bytes
 
 _LONG, _SHORT = 8, 4
 
 
-def rotate_and_store_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
+def rope_and_store_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """What the fused projection gave, split, rotated and put to its places."""
     config, size, found = setup.config, setup.dtype.itemsize, {}
     width = config.query_size + 2 * config.kv_size
@@ -30,14 +30,14 @@ def rotate_and_store_cases(setup: Setup, rows: int, count: int) -> Iterator[Case
     rest = (qkv, None, None, *angles, k, v, places, config.rms_norm_eps)
 
     def launch() -> None:
-        found["q"] = rotate_and_store(*rest, heads=config.num_heads, count=number)
+        found["q"] = rope_and_store(*rest, heads=config.num_heads, count=number)
 
     def reference() -> None:
-        found["q"] = rotate_and_store_reference(*rest, heads=config.num_heads, count=number)
+        found["q"] = rope_and_store_reference(*rest, heads=config.num_heads, count=number)
 
     rotated = config.query_size + config.kv_size
     yield Case(
-        op="rotate_and_store",
+        op="rope_and_store",
         what=f"{config.num_heads}+2x{config.num_kv_heads} heads of {config.head_dim}",
         rows=rows,
         work=Work(
@@ -97,8 +97,8 @@ def _fill_work(setup: Setup, rows: int, outs: int) -> Work:
     )
 
 
-def _leavers(setup: Setup, rows: int, count: int) -> Riders:
-    leavers = Riders.empty(rows, setup.device)
+def _leavers(setup: Setup, rows: int, count: int) -> SegmentBatch:
+    leavers = SegmentBatch.empty(rows, setup.device)
     leavers.slots.copy_(setup.order(rows))
     leavers.positions.copy_(torch.tensor(setup.positions(rows)))
     leavers.places.copy_(setup.order(_places(rows))[:rows])

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-from offramp.server.bench.kernels.attention import row_attention_cases, run_attention_cases
+from offramp.server.bench.kernels.attention import decode_attention_cases, prefill_attention_cases
 from offramp.server.bench.kernels.case import Case
 from offramp.server.bench.kernels.exits import fire_cases, leave_cases
-from offramp.server.bench.kernels.keys_values import fill_kv_cases, rotate_and_store_cases
+from offramp.server.bench.kernels.keys_values import fill_kv_cases, rope_and_store_cases
 from offramp.server.bench.kernels.pointwise import (
     add_rms_norm_cases,
     rms_norm_cases,
     swiglu_cases,
 )
-from offramp.server.bench.kernels.products import counted_linear_cases, linear_cases
+from offramp.server.bench.kernels.products import linear_cases, masked_linear_cases
 from offramp.server.bench.kernels.setup import Setup
 from offramp.server.bench.kernels.slots import arrive_cases, board_cases
 from offramp.server.bench.kernels.vocabulary import (
@@ -32,10 +32,10 @@ OPS: Mapping[str, Maker] = MappingProxyType(
         "add_rms_norm": add_rms_norm_cases,
         "swiglu": swiglu_cases,
         "linear": linear_cases,
-        "counted_linear": counted_linear_cases,
-        "rotate_and_store": rotate_and_store_cases,
-        "row_attention": row_attention_cases,
-        "run_attention": run_attention_cases,
+        "masked_linear": masked_linear_cases,
+        "rope_and_store": rope_and_store_cases,
+        "decode_attention": decode_attention_cases,
+        "prefill_attention": prefill_attention_cases,
         "fill_kv": fill_kv_cases,
         "embed_rows": embed_rows_cases,
         "board": board_cases,

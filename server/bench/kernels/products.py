@@ -9,18 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from offramp.kernels.counted_linear import (
+from offramp.kernels.linear import linear
+from offramp.kernels.masked_linear import (
     Activation,
     Norm,
     Residual,
     Rows,
     Tiles,
-    counted_linear,
-    counted_linear_reference,
+    masked_linear,
+    masked_linear_reference,
 )
-from offramp.kernels.linear import linear
 from offramp.models.config import ModelConfig
-from offramp.models.exits.train import TrainOptions
+from offramp.models.exits.training.train import TrainOptions
 from offramp.server.bench.kernels.case import Case, Launch, Work
 from offramp.server.bench.kernels.setup import Setup, cold_bytes
 
@@ -118,7 +118,7 @@ class Inputs:
     def reference(self) -> None:
         """The product in plain operators."""
         ((weight,), *_) = self.weights
-        counted_linear_reference(
+        masked_linear_reference(
             self._x,
             weight,
             self._out,
@@ -134,7 +134,7 @@ class Inputs:
         return {"out": self._out.data}
 
     def _launch(self, weight: Tensor, tiles: Tiles | None) -> None:
-        counted_linear(
+        masked_linear(
             self._x,
             weight,
             self._out,
@@ -148,12 +148,12 @@ class Inputs:
         )
 
 
-def counted_linear_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
+def masked_linear_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """Each product with its norm, activation or residual."""
     for product in products(setup.config):
         inputs = Inputs(setup, product, rows, count)
         yield Case(
-            op="counted_linear",
+            op="masked_linear",
             what=label(product),
             rows=rows,
             work=product.work(count, setup.dtype),

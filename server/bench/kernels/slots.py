@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from offramp.kernels.riders import (
+from offramp.kernels.active_rows import (
     EMPTY,
-    Riders,
-    SlotStates,
-    arrive,
-    arrive_reference,
-    board,
-    board_reference,
+    DecodeState,
+    SegmentBatch,
+    finish_rows,
+    finish_rows_reference,
+    gather_rows,
+    gather_rows_reference,
 )
 from offramp.server.bench.kernels.case import Case, Work
 from offramp.server.bench.kernels.setup import BLOCK, Setup
@@ -26,10 +26,10 @@ _UPPER = 1
 """An upper segment, which may be held; the ground never is."""
 
 
-def states_of(setup: Setup, rows: int, count: int, stage: int) -> SlotStates:
+def states_of(setup: Setup, rows: int, count: int, stage: int) -> DecodeState:
     """``rows`` slots, ``count`` of them at ``stage`` with a block for their next token."""
     blocks = -(-setup.context // BLOCK)
-    states = SlotStates.empty(rows, blocks, setup.device)
+    states = DecodeState.empty(rows, blocks, setup.device)
     chosen = setup.order(rows)[:count]
     states.stage[chosen] = stage
     states.position.copy_(torch.tensor(setup.positions(rows)))
@@ -38,10 +38,10 @@ def states_of(setup: Setup, rows: int, count: int, stage: int) -> SlotStates:
     return states
 
 
-def riders_of(setup: Setup, states: SlotStates, count: int) -> Riders:
+def riders_of(setup: Setup, states: DecodeState, count: int) -> SegmentBatch:
     """``count`` riders in any of the slots."""
     rows = len(states.stage)
-    riders = Riders.empty(rows, setup.device)
+    riders = SegmentBatch.empty(rows, setup.device)
     riders.slots.copy_(setup.order(rows))
     riders.positions.copy_(states.position[riders.slots.long()])
     riders.places.copy_(setup.order(rows))
@@ -49,7 +49,7 @@ def riders_of(setup: Setup, states: SlotStates, count: int) -> Riders:
     return riders
 
 
-def changed(states: SlotStates) -> Mapping[str, Tensor]:
+def changed(states: DecodeState) -> Mapping[str, Tensor]:
     """What rides change of slots."""
     names = ("stage", "waited", "token", "position", "index", "emitted", "depth")
     return {name: getattr(states, name) for name in names}
@@ -58,14 +58,14 @@ def changed(states: SlotStates) -> Mapping[str, Tensor]:
 def board_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """All slots wait at an upper segment, and all may ride."""
     states = states_of(setup, rows, count, _UPPER)
-    riders = Riders.empty(rows, setup.device)
+    riders = SegmentBatch.empty(rows, setup.device)
     holds = torch.tensor([[0.0, 0.0], [0.5, 4.0]], device=setup.device)
 
     def launch() -> None:
-        board(states, riders, _UPPER, holds, block_size=BLOCK)
+        gather_rows(states, riders, _UPPER, holds, block_size=BLOCK)
 
     def reference() -> None:
-        board_reference(states, riders, _UPPER, holds, block_size=BLOCK)
+        gather_rows_reference(states, riders, _UPPER, holds, block_size=BLOCK)
 
     def empty() -> None:
         states.stage.fill_(EMPTY)
@@ -101,10 +101,10 @@ def arrive_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     depth = setup.config.num_layers
 
     def launch() -> None:
-        arrive(states, riders, tokens, depth)
+        finish_rows(states, riders, tokens, depth)
 
     def reference() -> None:
-        arrive_reference(states, riders, tokens, depth)
+        finish_rows_reference(states, riders, tokens, depth)
 
     yield Case(
         op="arrive",

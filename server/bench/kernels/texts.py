@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.kernels.decoder import RowTable
+from offramp.kernels.rows import RowTable
 from offramp.server.bench.kernels.setup import BLOCK, Setup
 
 

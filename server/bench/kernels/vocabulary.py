@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from offramp.kernels.active_rows import ActiveRows
 from offramp.kernels.embed_rows import embed_rows
 from offramp.kernels.logit_scores import LogitScores, score_logits, score_logits_reference
-from offramp.kernels.row_list import RowList
 from offramp.kernels.sampling import SamplingTable, sample_rows, sample_rows_reference
 from offramp.server.bench.kernels.case import Case, Work
 from offramp.server.bench.kernels.setup import Setup, cold_bytes, size_of
@@ -28,7 +28,7 @@ def embed_rows_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """Embeddings of other tokens every time."""
     config, size = setup.config, setup.dtype.itemsize
     table = setup.normal(config.vocab_size, config.hidden_size)
-    slots = RowList(setup.order(rows, torch.int32), setup.count(count))
+    slots = ActiveRows(setup.order(rows, torch.int32), setup.count(count))
     hidden = setup.zeros(rows, config.hidden_size)
     row = config.hidden_size * size
     sets = [setup.tokens(rows) for _ in range(setup.copies.of(count * row))]
@@ -95,7 +95,7 @@ def sample_rows_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
 def _sample_case(setup: Setup, what: str, table: SamplingTable, rows: int, count: int) -> Case:
     vocab = setup.config.vocab_size
     logits = _logits(setup, rows)
-    slots = RowList(setup.order(rows, torch.int32), setup.count(count))
+    slots = ActiveRows(setup.order(rows, torch.int32), setup.count(count))
     index, tokens = setup.order(rows), setup.zeros(rows, dtype=torch.int64)
 
     def launch(values: Tensor) -> None:

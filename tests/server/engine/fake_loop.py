@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from offramp.models.decode_loop import Boarding, Landed, RideResult
+from offramp.models.device_loop import Boarding, DeviceToken, LaunchResult
 from tests.server.engine.fake_runner import MUST_BE_EXACT, Cell, FakeRunner, link, token_after
 
 
@@ -26,10 +26,10 @@ class _Seat:
 class FakeFlight:
     """Results of a ride, read later."""
 
-    def __init__(self, result: RideResult) -> None:
+    def __init__(self, result: LaunchResult) -> None:
         self._result = result
 
-    def result(self) -> RideResult:
+    def result(self) -> LaunchResult:
         """See Flight."""
         return self._result
 
@@ -99,9 +99,9 @@ class FakeLoop:
             if seat.position < seat.end and self._random.random() < 0.8:
                 landed[slot] = self._ride(seat)
         waiting = (len(self._seats), *([0] * (len(self._layers) - 1)))
-        return FakeFlight(RideResult(landed, waiting, 0))
+        return FakeFlight(LaunchResult(landed, waiting, 0))
 
-    def _ride(self, seat: _Seat) -> Landed:
+    def _ride(self, seat: _Seat) -> DeviceToken:
         places = [self._place(seat, position) for position in range(seat.position + 1)]
         pages, segments = self._runner.pages, len(self._layers)
         earlier = [[pages[segment, place] for place in places[:-1]] for segment in range(segments)]
@@ -114,7 +114,7 @@ class FakeLoop:
         seat.token = token_after(content)
         seat.position += 1
         seat.index += 1
-        return Landed(seat.token, self._layers[exit_point])
+        return DeviceToken(seat.token, self._layers[exit_point])
 
     def _exit(self, seat: _Seat) -> int:
         for point, threshold in enumerate(seat.thresholds):

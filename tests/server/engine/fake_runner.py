@@ -19,7 +19,7 @@ from offramp.models.step import (
     OwedRows,
     RunHead,
     RunSegment,
-    SlotRows,
+    SequenceRows,
     Step,
     StepResult,
 )
@@ -95,7 +95,7 @@ class FakeRunner:
     def _place(self, table: Sequence[int], position: int) -> int:
         return table[position // self._block_size] * self._block_size + position % self._block_size
 
-    def _run_slot(self, segment: int, item: SlotRows) -> None:
+    def _run_slot(self, segment: int, item: SequenceRows) -> None:
         for index, (position, row) in enumerate(zip(item.positions, item.rows, strict=True)):
             earlier = [self.pages[segment, self._place(item.table, p)] for p in range(position)]
             if segment == 0:
@@ -107,7 +107,7 @@ class FakeRunner:
             self.rows[row] = Cell(cell.content, exact)
             self.pages[segment, self._place(item.table, position)] = self.rows[row]
 
-    def _check(self, item: SlotRows) -> int | None:
+    def _check(self, item: SequenceRows) -> int | None:
         """The token the slot's last row leaves with, None if it stays."""
         if item.check is None or item.check.threshold > 1:
             return None
@@ -117,7 +117,7 @@ class FakeRunner:
         wrong = item.check.head.sampling.seed == MAY_GUESS and self._random.random() < 0.4
         return (token + 1) % VOCAB if wrong else token
 
-    def _prompt_left(self, item: SlotRows) -> tuple[int, ...]:
+    def _prompt_left(self, item: SequenceRows) -> tuple[int, ...]:
         if item.prompt_threshold is None:
             return ()
         share = self._leave_share

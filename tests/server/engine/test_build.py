@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from offramp.kernels.native import library
+from offramp.models.config import Weights
 from offramp.models.exits.file import ExitFileError
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
-from offramp.models.weights import Weights
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import EngineConfigError, _targets, build_engine
 from offramp.server.engine.bulk import run_all

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from offramp.models.config import ModelConfig
-from offramp.models.exits.train import TrainOptions, new_head
+from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache, bytes_per_block
-from offramp.models.loader import load_weights
+from offramp.models.loading.forms import as_they_are
+from offramp.models.loading.safetensors import load_weights
 from offramp.models.runner import Runner
 from offramp.models.transformer import Transformer
-from offramp.models.weight_forms import as_they_are
 from offramp.server.config import GIB, EngineConfig
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.device import (

@@ -20,7 +20,7 @@ from offramp.server.engine.blocks import BlockPool
 from offramp.server.engine.debt import DebtLedger, RowPool
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.guard import LiveGuard
-from offramp.server.engine.memory import SlotMemory
+from offramp.server.engine.memory import SequenceMemory
 from offramp.server.engine.policy import ExitPolicy
 from offramp.server.engine.rebatching import Rebatching
 from offramp.server.engine.request import (
@@ -61,7 +61,7 @@ def fake_engine(
     thresholds = (0.5,) * len(exit_layers)
     limits = Limits(LAYERS, exit_layers, max_num_seqs, max_batched, max_debt, CONTEXT)
     rows = RowPool(max_num_seqs * (1 + max_debt) + max_batched)
-    memory = SlotMemory(
+    memory = SequenceMemory(
         BlockPool(num_blocks, BLOCK), rows, DebtLedger(rows, segments), prefix_caching=caching
     )
     targets = ExitTargets(thresholds)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from offramp.models.config import Weights
 from offramp.models.exits.file import ExitFile
-from offramp.models.exits.train import TrainOptions, new_head
+from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.families import config_from_hf
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.sampling_params import ExitMode, ExitSettings, SamplingParams
 from offramp.models.transformer import Transformer
-from offramp.models.weights import Weights
 from offramp.server.bench.reference import transformers_answers
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from offramp.models.config import Weights
 from offramp.models.exits.file import ExitFile
-from offramp.models.exits.train import TrainOptions, new_head
+from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.families import config_from_hf
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.forms import as_they_are
+from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
 from offramp.models.transformer import Transformer
-from offramp.models.weight_forms import as_they_are
-from offramp.models.weights import Weights
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import EngineConfigError, build_engine
 from offramp.server.engine.bulk import Finished, run_all

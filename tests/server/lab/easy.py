@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offramp.models.exits.file import ExitFile
-from offramp.models.exits.train import TrainOptions, new_head
+from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.families import config_from_hf
-from offramp.models.loader import fingerprint, load_weights
+from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.transformer import Transformer
 
 EXITS = (2, 3)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from offramp.models.criteria import CRITERIA
+from offramp.models.exits.calibration.threshold_search import teacher_forced
+from offramp.models.exits.criteria import CRITERIA
 from offramp.models.exits.deltas import delta_paths
-from offramp.models.exits.path import teacher_forced
-from offramp.models.exits.states import Answer, collect
-from offramp.models.exits.train import exit_scores, exit_tokens
+from offramp.models.exits.training.hidden_states import Answer, collect
+from offramp.models.exits.training.train import exit_scores, exit_tokens
 from offramp.models.sampling_params import ExitCriterion, ExitSettings
 from offramp.server.engine.bulk import Finished
 from offramp.server.engine.request import GenerationRequest, RequestStats, StepStats

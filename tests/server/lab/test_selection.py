@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from offramp.models.exits.path import Candidate
+from offramp.models.exits.calibration.risk import betting_p_value, upper_bound
+from offramp.models.exits.calibration.threshold_search import Candidate
 from offramp.models.exits.points import OperatingPoint
-from offramp.models.exits.risk import betting_p_value, upper_bound
 from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.server.lab.selection import (
     Choice,

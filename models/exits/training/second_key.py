@@ -1,0 +1,123 @@
+"""Fit an exit's second key and the gate's floor from what the exits say of known positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from offramp.models.exits.criteria import predictor_features, second_key
+from offramp.models.exits.head import ExitHead
+from offramp.models.exits.training.hidden_states import States
+from offramp.models.exits.training.reduced_vocabulary import Draft
+from offramp.models.transformer import Transformer
+
+# Full-depth tokens outside the draft vocabulary have no probability at an exit; this stands in.
+_LOWEST_LOG_PROB = -20.0
+_CHUNK = 512
+# Weak: four weights against thousands of positions, but agreement that is the same for all
+# positions must not send them to infinity.
+_L2 = 1e-4
+# The floor may cost few of the tokens that the second key would be sure of.
+_SURE = 0.9
+_LOST_AT_FLOOR = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one exit says of n positions, over the draft vocabulary.
+
+    ``agrees`` [n] whether its token is the full-depth token, ``log_prob`` [n] what it gives that
+    token (nats), ``best`` [n, 2] its two highest probabilities, ``features`` [n, 12] those of the
+    predictor.
+    """
+
+    agrees: Tensor
+    log_prob: Tensor
+    best: Tensor
+    features: Tensor
+
+
+@torch.no_grad()
+def observe(heads: Sequence[ExitHead], states: States, draft: Draft) -> list[Sight]:
+    """What each of ``heads`` (bottom up) says of all positions; some hundred at a time."""
+    chunks: list[list[Sight]] = [[] for _ in heads]
+    for index in torch.arange(len(states.labels)).split(_CHUNK):
+        earlier: Tensor | None = None
+        places, known = draft.places(states.labels[index].to(draft.weight.device))
+        for head, seen in zip(heads, chunks, strict=True):
+            logits = draft.logits(head, states.at[head.layer][index])
+            before = torch.zeros_like(logits) if earlier is None else earlier
+            seen.append(_sight(logits, before, places, known))
+            earlier = logits
+    return [_joined(seen) for seen in chunks]
+
+
+def _sight(logits: Tensor, earlier: Tensor, places: Tensor, known: Tensor) -> Sight:
+    log_probs = logits.log_softmax(dim=-1)
+    own = log_probs.gather(1, places.unsqueeze(1)).squeeze(1).clamp_min(_LOWEST_LOG_PROB)
+    return Sight(
+        agrees=((logits.argmax(dim=-1) == places) & known).cpu(),
+        log_prob=own.masked_fill(~known, _LOWEST_LOG_PROB).cpu(),
+        best=log_probs.topk(2, dim=-1).values.exp().cpu(),
+        features=predictor_features(logits, earlier).cpu(),
+    )
+
+
+def _joined(parts: Sequence[Sight]) -> Sight:
+    names = ("agrees", "log_prob", "best", "features")
+    return Sight(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+@torch.no_grad()
+def full_log_prob(model: Transformer, states: States) -> Tensor:
+    """Log-probabilities [n] (nats), on the CPU, that the full depth gives its own choices."""
+    device, dtype = model.device, model.dtype
+    parts = []
+    for index in torch.arange(len(states.labels)).split(_CHUNK // 2):
+        logits = model.logits(states.top[index].to(device, dtype))
+        labels = states.labels[index].to(device).unsqueeze(1)
+        parts.append(logits.log_softmax(dim=-1).gather(1, labels).squeeze(1).cpu())
+    return torch.cat(parts)
+
+
+def fit_fuse(gate: Tensor, best: Tensor, agrees: Tensor) -> Tensor:
+    """Weights [4] of the second key, rounded to what an exit file stores.
+
+    Logistic regression of ``agrees`` [n] on ``gate`` scores [n] and the exit's two ``best``
+    probabilities [n, 2], by L-BFGS in float64. The positions must not be those of the gate's
+    training, whose scores are too sure of them.
+    """
+    fuse = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    scores, probs, target = gate.double(), best.double(), agrees.double()
+    optimizer = torch.optim.LBFGS([fuse], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        own = second_key(fuse, scores, probs)
+        loss = F.binary_cross_entropy(own, target) + _L2 * fuse.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return fuse.detach().half().float()
+
+
+def floor_for(gate: Tensor, second: Tensor) -> float:
+    """Gate score below which only 3 % of the tokens lie that the second key is sure of.
+
+    ``gate`` and ``second`` [n] are the scores of both keys; sure is 0.9. 0.0 if there are none.
+    """
+    sure = gate[second >= _SURE].sort().values
+    if not len(sure):
+        return 0.0
+    return float(sure[int(_LOST_AT_FLOOR * len(sure))])
+
+
+def two_key_scores(head: ExitHead, gate: Tensor, best: Tensor) -> Tensor:
+    """Scores [n] of `criteria.TwoKey` from ``gate`` scores [n] and ``best`` two probabilities."""
+    fuse = None if head.fuse is None else head.fuse.to(gate.device)
+    return second_key(fuse, gate, best).masked_fill(gate < head.floor, 0.0)
