@@ -1,9 +1,10 @@
-"""Who rides which segment, decided on the device: dynamic rebatching without the host.
+"""Which rows run which segment, decided on the device: dynamic rebatching without the host.
 
-Every slot has a *stage*: the segment it waits at, or none. Boarding a segment gathers the slots
-that wait there into a compact list, or keeps them waiting while too few have come (DREX, arXiv
-2512.15705); leaving and arriving write the new token into the slot and send it back to the ground.
-Each step is one program over all slots, so counts never travel to the host.
+Every sequence has a *stage*: the segment it waits at, or none. Before a segment runs, the sequences
+that wait there are gathered into a compact list, or held while too few have come (DREX, arXiv
+2512.15705). A token that leaves or reaches the top is written into the sequence's state, which
+sends it back to the first segment. Each step is one program over all sequences, so counts never
+travel to the host.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from offramp.kernels.backend import jit, next_power_of_2, tl, uses_triton
 
 EMPTY = -1
-"""Stage of a slot that nobody has, and token of one that made none."""
+"""Stage of a row that is free, and token of one that made none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,13 @@ def behind(row: tl.tensor, count: tl.tensor | None) -> tl.tensor:
 
 @dataclass(frozen=True, slots=True)
 class DecodeState:
-    """What the device knows of every slot; tensors [slots] unless said otherwise.
+    """State of the sequences that decode on the device, a row each; tensors [sequences].
 
-    ``stage`` int32; ``waited`` int32, rides passed by since the slot came to its stage; ``token``
-    int64, the newest, at ``position`` int64; from position ``end`` int64 on nobody rides, since
-    there are no blocks for it yet or nobody wants it; ``index`` int64 counts the answer's tokens;
-    ``table`` int64 [slots, blocks] lists the slot's K,V blocks. ``emitted`` int64 and ``depth``
-    int32 are the token that the last ride made, and the layers it took (EMPTY: none).
+    ``stage`` int32; ``waited`` int32, passes since the sequence came to its stage; ``token`` int64,
+    the newest, at ``position`` int64; from position ``end`` int64 on it does not run, since there
+    are no blocks for it yet or the answer has ended; ``index`` int64 counts the answer's tokens;
+    ``table`` int64 [sequences, blocks] lists the sequence's K,V blocks. ``emitted`` int64 and
+    ``depth`` int32 are the token that the last pass made, and the layers it took (EMPTY: none).
     """
 
     stage: Tensor
@@ -67,11 +68,11 @@ class DecodeState:
     depth: Tensor
 
     @classmethod
-    def empty(cls, slots: int, blocks: int, device: torch.device) -> DecodeState:
-        """Nobody has any of the slots."""
+    def empty(cls, seqs: int, blocks: int, device: torch.device) -> DecodeState:
+        """All rows are free."""
 
         def numbers(dtype: torch.dtype, value: int, *sizes: int) -> Tensor:
-            return torch.full((slots, *sizes), value, dtype=dtype, device=device)
+            return torch.full((seqs, *sizes), value, dtype=dtype, device=device)
 
         return cls(
             stage=numbers(torch.int32, EMPTY),
@@ -88,13 +89,13 @@ class DecodeState:
 
 @dataclass(frozen=True, slots=True)
 class SegmentBatch:
-    """The slots on a segment's ride, ``limit`` at most; what lies behind ``count`` means nothing.
+    """The sequences that run a segment, ``limit`` at most; entries behind ``count`` are undefined.
 
-    ``slots`` int32; ``positions``, ``places`` (in the pages) and ``first_blocks`` (in the flattened
+    ``seqs`` int32; ``positions``, ``places`` (in the pages) and ``first_blocks`` (in the flattened
     block table) int64, each [limit]; ``count`` int32 [1].
     """
 
-    slots: Tensor
+    seqs: Tensor
     positions: Tensor
     places: Tensor
     first_blocks: Tensor
@@ -102,13 +103,13 @@ class SegmentBatch:
 
     @classmethod
     def empty(cls, limit: int, device: torch.device) -> SegmentBatch:
-        """Room for ``limit`` riders; all zeros, so that what means nothing may still be read."""
+        """Room for ``limit`` sequences; all zeros, so that undefined entries may be read."""
 
         def zeros(dtype: torch.dtype, size: int = limit) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
         return cls(
-            slots=zeros(torch.int32),
+            seqs=zeros(torch.int32),
             positions=zeros(torch.int64),
             places=zeros(torch.int64),
             first_blocks=zeros(torch.int64),
@@ -118,17 +119,17 @@ class SegmentBatch:
     @property
     def limit(self) -> int:
         """SegmentBatch that there is room for."""
-        return len(self.slots)
+        return len(self.seqs)
 
     @property
     def list(self) -> ActiveRows:
-        """The slots as rows."""
-        return ActiveRows(self.slots, self.count)
+        """The sequences as rows."""
+        return ActiveRows(self.seqs, self.count)
 
     def first(self, limit: int) -> SegmentBatch:
         """The same memory with room for ``limit``."""
         return SegmentBatch(
-            self.slots[:limit],
+            self.seqs[:limit],
             self.positions[:limit],
             self.places[:limit],
             self.first_blocks[:limit],
@@ -137,40 +138,40 @@ class SegmentBatch:
 
 
 def gather_rows(
-    states: DecodeState, riders: SegmentBatch, segment: int, holds: Tensor, *, block_size: int
+    states: DecodeState, active: SegmentBatch, segment: int, holds: Tensor, *, block_size: int
 ) -> None:
-    """Gather the slots that wait at ``segment``; none while holding them pays.
+    """Gather the sequences that wait at ``segment``; none while holding them pays.
 
-    ``holds`` fp32 [segments, 2]: the share of the slots ready at the ground that must have come
-    before an upper segment is run, and the rides after which the longest wait ends anyway. The
-    batch must have room for all. The ground is never held.
+    ``holds`` fp32 [segments, 2]: the share of the sequences ready at the first segment that must
+    have come before an upper segment is run, and the passes after which the longest wait ends
+    anyway. The batch must have room for all. The first segment is never held.
     """
     if not uses_triton(states.stage.device):
-        gather_rows_reference(states, riders, segment, holds, block_size=block_size)
+        gather_rows_reference(states, active, segment, holds, block_size=block_size)
         return
-    slots, blocks = states.table.shape
+    seqs, blocks = states.table.shape
     _gather_rows[(1,)](
         states.stage,
         states.waited,
         states.position,
         states.end,
         states.table,
-        riders.slots,
-        riders.positions,
-        riders.places,
-        riders.first_blocks,
-        riders.count,
+        active.seqs,
+        active.positions,
+        active.places,
+        active.first_blocks,
+        active.count,
         holds,
-        slots,
+        seqs,
         blocks,
         segment=segment,
         block_size=block_size,
-        wide=next_power_of_2(slots),
+        wide=next_power_of_2(seqs),
     )
 
 
 def gather_rows_reference(
-    states: DecodeState, riders: SegmentBatch, segment: int, holds: Tensor, *, block_size: int
+    states: DecodeState, active: SegmentBatch, segment: int, holds: Tensor, *, block_size: int
 ) -> None:
     """See `gather_rows`."""
     able = states.position < states.end
@@ -180,22 +181,22 @@ def gather_rows_reference(
     waited = int(states.waited[here].max()) if len(here) else 0
     if segment and len(here) < share * ready and waited < patience:
         states.waited[here] += 1
-        riders.count.zero_()
+        active.count.zero_()
         return
     count = len(here)
     positions = states.position[here]
     blocks = states.table[here, positions // block_size]
-    riders.slots[:count] = here.to(torch.int32)
-    riders.positions[:count] = positions
-    riders.places[:count] = blocks * block_size + positions % block_size
-    riders.first_blocks[:count] = here * states.table.shape[1]
-    riders.count.fill_(count)
+    active.seqs[:count] = here.to(torch.int32)
+    active.positions[:count] = positions
+    active.places[:count] = blocks * block_size + positions % block_size
+    active.first_blocks[:count] = here * states.table.shape[1]
+    active.count.fill_(count)
 
 
-def finish_rows(states: DecodeState, riders: SegmentBatch, tokens: Tensor, depth: int) -> None:
-    """All ``riders`` got their token, ``tokens`` [limit] int64, from ``depth`` layers."""
+def finish_rows(states: DecodeState, active: SegmentBatch, tokens: Tensor, depth: int) -> None:
+    """All ``active`` got their token, ``tokens`` [limit] int64, from ``depth`` layers."""
     if not uses_triton(states.stage.device):
-        finish_rows_reference(states, riders, tokens, depth)
+        finish_rows_reference(states, active, tokens, depth)
         return
     _finish_rows[(1,)](
         states.stage,
@@ -205,31 +206,31 @@ def finish_rows(states: DecodeState, riders: SegmentBatch, tokens: Tensor, depth
         states.index,
         states.emitted,
         states.depth,
-        riders.slots,
-        riders.count,
+        active.seqs,
+        active.count,
         tokens,
         depth=depth,
-        wide=next_power_of_2(riders.limit),
+        wide=next_power_of_2(active.limit),
     )
 
 
 def finish_rows_reference(
-    states: DecodeState, riders: SegmentBatch, tokens: Tensor, depth: int
+    states: DecodeState, active: SegmentBatch, tokens: Tensor, depth: int
 ) -> None:
     """See `finish_rows`."""
-    slots = riders.list.chosen
-    emit_reference(states, slots, tokens[: len(slots)], depth)
+    seqs = active.list.chosen
+    emit_reference(states, seqs, tokens[: len(seqs)], depth)
 
 
-def emit_reference(states: DecodeState, slots: Tensor, tokens: Tensor, depth: int) -> None:
-    """Slots [n] got ``tokens`` [n] from ``depth`` layers and wait at the ground again."""
-    states.stage[slots] = 0
-    states.waited[slots] = 0
-    states.token[slots] = tokens
-    states.position[slots] += 1
-    states.index[slots] += 1
-    states.emitted[slots] = tokens
-    states.depth[slots] = depth
+def emit_reference(states: DecodeState, seqs: Tensor, tokens: Tensor, depth: int) -> None:
+    """Sequences [n] got ``tokens`` [n] from ``depth`` layers and are back at the first segment."""
+    states.stage[seqs] = 0
+    states.waited[seqs] = 0
+    states.token[seqs] = tokens
+    states.position[seqs] += 1
+    states.index[seqs] += 1
+    states.emitted[seqs] = tokens
+    states.depth[seqs] = depth
 
 
 @jit
@@ -239,39 +240,39 @@ def _gather_rows(
     position: tl.tensor,
     end: tl.tensor,
     table: tl.tensor,
-    to_slots: tl.tensor,
+    to_seqs: tl.tensor,
     to_positions: tl.tensor,
     to_places: tl.tensor,
     to_first_blocks: tl.tensor,
     to_count: tl.tensor,
     holds: tl.tensor,
-    slots: tl.tensor,
+    seqs: tl.tensor,
     blocks: tl.tensor,
     segment: tl.constexpr,
     block_size: tl.constexpr,
     wide: tl.constexpr,
 ) -> None:
-    """One program looks at all slots."""
-    slot = tl.arange(0, wide)
-    real = slot < slots
-    at = tl.load(stage + slot, mask=real, other=-1)
-    now = tl.load(position + slot, mask=real, other=0)
-    able = now < tl.load(end + slot, mask=real, other=0)
+    """One program looks at all sequences."""
+    seq = tl.arange(0, wide)
+    real = seq < seqs
+    at = tl.load(stage + seq, mask=real, other=-1)
+    now = tl.load(position + seq, mask=real, other=0)
+    able = now < tl.load(end + seq, mask=real, other=0)
     here = able & (at == segment)
     count = tl.sum(here.to(tl.int32), axis=0)
     if segment > 0:
         ready = tl.sum((able & (at == 0)).to(tl.int32), axis=0).to(tl.float32)
-        since = tl.load(waited + slot, mask=here, other=0)
+        since = tl.load(waited + seq, mask=here, other=0)
         few = count.to(tl.float32) < tl.load(holds + segment * 2) * ready
         fresh = tl.max(since, axis=0).to(tl.float32) < tl.load(holds + segment * 2 + 1)
         if few & fresh:
-            tl.store(waited + slot, since + 1, mask=here)
+            tl.store(waited + seq, since + 1, mask=here)
             tl.store(to_count, 0)
             return
     place = tl.cumsum(here.to(tl.int32), axis=0) - 1
-    first = slot.to(tl.int64) * blocks
+    first = seq.to(tl.int64) * blocks
     block = tl.load(table + first + now // block_size, mask=here, other=0)
-    tl.store(to_slots + place, slot, mask=here)
+    tl.store(to_seqs + place, seq, mask=here)
     tl.store(to_positions + place, now, mask=here)
     tl.store(to_places + place, block * block_size + now % block_size, mask=here)
     tl.store(to_first_blocks + place, first, mask=here)
@@ -287,7 +288,7 @@ def _finish_rows(
     index: tl.tensor,
     emitted: tl.tensor,
     depth_of: tl.tensor,
-    slots: tl.tensor,
+    seqs: tl.tensor,
     count: tl.tensor,
     tokens: tl.tensor,
     depth: tl.constexpr,
@@ -295,9 +296,9 @@ def _finish_rows(
 ) -> None:
     row = tl.arange(0, wide)
     real = row < tl.load(count)
-    slot = tl.load(slots + row, mask=real, other=0)
+    seq = tl.load(seqs + row, mask=real, other=0)
     made = tl.load(tokens + row, mask=real, other=0)
-    emit(stage, waited, token, position, index, emitted, depth_of, slot, made, real, depth)
+    emit(stage, waited, token, position, index, emitted, depth_of, seq, made, real, depth)
 
 
 @jit
@@ -309,16 +310,16 @@ def emit(
     index: tl.tensor,
     emitted: tl.tensor,
     depth_of: tl.tensor,
-    slot: tl.tensor,
+    seq: tl.tensor,
     made: tl.tensor,
     real: tl.tensor,
     depth: tl.constexpr,
 ) -> None:
-    """Slots got a token and wait at the ground again (`emit_reference`)."""
-    tl.store(stage + slot, 0, mask=real)
-    tl.store(waited + slot, 0, mask=real)
-    tl.store(token + slot, made, mask=real)
-    tl.store(position + slot, tl.load(position + slot, mask=real, other=0) + 1, mask=real)
-    tl.store(index + slot, tl.load(index + slot, mask=real, other=0) + 1, mask=real)
-    tl.store(emitted + slot, made, mask=real)
-    tl.store(depth_of + slot, depth, mask=real)
+    """Sequences got a token and wait at the first segment again (`emit_reference`)."""
+    tl.store(stage + seq, 0, mask=real)
+    tl.store(waited + seq, 0, mask=real)
+    tl.store(token + seq, made, mask=real)
+    tl.store(position + seq, tl.load(position + seq, mask=real, other=0) + 1, mask=real)
+    tl.store(index + seq, tl.load(index + seq, mask=real, other=0) + 1, mask=real)
+    tl.store(emitted + seq, made, mask=real)
+    tl.store(depth_of + seq, depth, mask=real)

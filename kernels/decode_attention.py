@@ -171,13 +171,13 @@ def _attend(
         answer = tl.dot(share.to(compute), value, answer * fade[:, None], input_precision="ieee")
         weight = weight * fade + tl.sum(share, axis=1)
         top = higher
-    slot = (row * tl.num_programs(1) * group + heads) * parts + part
+    out_at = (row * tl.num_programs(1) * group + heads) * parts + part
     if parts == 1:
         answer /= weight[:, None]
     else:
-        tl.store(most + slot, top, mask=queries < group)
-        tl.store(total + slot, weight, mask=queries < group)
-    to = sums + slot[:, None] * dim + columns[None, :]
+        tl.store(most + out_at, top, mask=queries < group)
+        tl.store(total + out_at, weight, mask=queries < group)
+    to = sums + out_at[:, None] * dim + columns[None, :]
     tl.store(to, answer.to(sums.dtype.element_ty), mask=here)
 
 
@@ -215,17 +215,17 @@ def _join(
     """Put the parts of one row and head together."""
     if behind(tl.program_id(0), count):
         return
-    slot = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    out_at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     columns = tl.arange(0, wide)
     inside = columns < dim
-    top = tl.load(most + slot * parts)
+    top = tl.load(most + out_at * parts)
     for part in tl.static_range(1, parts):
-        top = tl.maximum(top, tl.load(most + slot * parts + part))
+        top = tl.maximum(top, tl.load(most + out_at * parts + part))
     weight = 0.0
     answer = tl.zeros([wide], tl.float32)
     for part in tl.static_range(parts):
-        at = slot * parts + part
+        at = out_at * parts + part
         fade = tl.exp(tl.load(most + at) - top)
         weight += tl.load(total + at) * fade
         answer += tl.load(sums + at * dim + columns, mask=inside, other=0.0) * fade
-    tl.store(out + slot * dim + columns, (answer / weight).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + out_at * dim + columns, (answer / weight).to(out.dtype.element_ty), mask=inside)

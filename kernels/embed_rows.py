@@ -1,4 +1,4 @@
-"""Put embeddings of the riders' tokens where their hidden states live."""
+"""Write the embeddings of active sequences' tokens into their hidden states."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from offramp.kernels.backend import jit, tl, triton, uses_triton
 _TILE = 1024
 
 
-def embed_rows(table: Tensor, tokens: Tensor, slots: ActiveRows, hidden: Tensor) -> None:
-    """Write ``table`` [vocab, d] at ``tokens`` [slots] int64 into ``hidden`` [slots, d]."""
+def embed_rows(table: Tensor, tokens: Tensor, seqs: ActiveRows, hidden: Tensor) -> None:
+    """Write ``table`` [vocab, d] at ``tokens`` [sequences] int64 into ``hidden`` [sequences, d]."""
     if not uses_triton(table.device):
-        chosen = slots.chosen
+        chosen = seqs.chosen
         hidden[chosen] = table[tokens[chosen]]
         return
     width = table.shape[1]
-    _embed[(len(slots.rows), triton.cdiv(width, _TILE))](
+    _embed[(len(seqs.rows), triton.cdiv(width, _TILE))](
         table,
         tokens,
-        slots.rows,
-        slots.count,
+        seqs.rows,
+        seqs.count,
         hidden,
         width,
         table.stride(0),
@@ -34,7 +34,7 @@ def embed_rows(table: Tensor, tokens: Tensor, slots: ActiveRows, hidden: Tensor)
 def _embed(
     table: tl.tensor,
     tokens: tl.tensor,
-    slots: tl.tensor,
+    seqs: tl.tensor,
     count: tl.tensor,
     hidden: tl.tensor,
     width: tl.tensor,
@@ -45,8 +45,8 @@ def _embed(
     row = tl.program_id(0)
     if row >= tl.load(count):
         return
-    slot = tl.load(slots + row).to(tl.int64)
+    seq = tl.load(seqs + row).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = column < width
-    values = tl.load(table + tl.load(tokens + slot) * table_row + column, mask=inside, other=0.0)
-    tl.store(hidden + slot * hidden_row + column, values, mask=inside)
+    values = tl.load(table + tl.load(tokens + seq) * table_row + column, mask=inside, other=0.0)
+    tl.store(hidden + seq * hidden_row + column, values, mask=inside)

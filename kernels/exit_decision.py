@@ -1,4 +1,4 @@
-"""Let tokens leave without asking the host: the decision of an exit, made on the device.
+"""The decision of an exit, made on the device: which tokens leave, without the host.
 
 The gate fires for some rows (`apply_gate`), the exit's logits are computed for those alone, and the
 second key lets some of them leave (`apply_exit`).
@@ -19,14 +19,14 @@ from offramp.kernels.logit_scores import LogitScores
 
 @dataclass(frozen=True, slots=True)
 class Fired:
-    """SegmentBatch whose gate fired: ``rows`` among them and their ``slots``, int32 [limit].
+    """Entries of a batch whose gate fired: ``rows`` of the batch and their ``seqs``, int32 [limit].
 
     ``gate`` fp32 [limit] are their scores; ``count`` int32 [1]; ``total`` int64 [1] adds up the
-    counts of all exits until somebody clears it.
+    counts of all exits until it is cleared.
     """
 
     rows: Tensor
-    slots: Tensor
+    seqs: Tensor
     gate: Tensor
     count: Tensor
     total: Tensor
@@ -34,20 +34,20 @@ class Fired:
     @classmethod
     def empty(cls, limit: int, device: torch.device) -> Fired:
         """Room for ``limit``."""
-        rows, slots, count = (
+        rows, seqs, count = (
             torch.zeros(size, dtype=torch.int32, device=device) for size in (limit, limit, 1)
         )
         total = torch.zeros(1, dtype=torch.int64, device=device)
-        return cls(rows, slots, torch.zeros(limit, device=device), count, total)
+        return cls(rows, seqs, torch.zeros(limit, device=device), count, total)
 
     @property
     def list(self) -> ActiveRows:
-        """The slots as rows."""
-        return ActiveRows(self.slots, self.count)
+        """The sequences as rows."""
+        return ActiveRows(self.seqs, self.count)
 
     def first(self, limit: int) -> Fired:
         """The same memory with room for ``limit``."""
-        kept = self.rows[:limit], self.slots[:limit], self.gate[:limit]
+        kept = self.rows[:limit], self.seqs[:limit], self.gate[:limit]
         return Fired(*kept, self.count, self.total)
 
 
@@ -58,19 +58,19 @@ def apply_gate(
     floor: float,
     thresholds: Tensor,
     states: DecodeState,
-    riders: SegmentBatch,
+    active: SegmentBatch,
     fired: Fired,
 ) -> None:
-    """Send all ``riders`` one stage up, and list those that may leave: gate at least ``floor``.
+    """Send all ``active`` one stage up, and list those that may leave: gate at least ``floor``.
 
     ``inner`` [limit, g] is the gate's hidden layer; ``down`` [1, g], ``down_bias`` [1].
-    ``thresholds`` fp32 [slots] are those of this exit; above 1 a slot does not ask, at 0 it leaves
-    whatever the gate says.
+    ``thresholds`` fp32 [sequences] are those of this exit; above 1 a sequence is not
+    checked, at 0 it leaves whatever the gate says.
     """
     if not uses_triton(inner.device):
-        apply_gate_reference(inner, down, down_bias, floor, thresholds, states, riders, fired)
+        apply_gate_reference(inner, down, down_bias, floor, thresholds, states, active, fired)
         return
-    wide = next_power_of_2(riders.limit)
+    wide = next_power_of_2(active.limit)
     _apply_gate[(1,)](
         inner,
         down,
@@ -78,10 +78,10 @@ def apply_gate(
         thresholds,
         states.stage,
         states.waited,
-        riders.slots,
-        riders.count,
+        active.seqs,
+        active.count,
         fired.rows,
-        fired.slots,
+        fired.seqs,
         fired.gate,
         fired.count,
         fired.total,
@@ -95,7 +95,7 @@ def apply_gate(
 
 
 def columns(wide: int) -> int:
-    """Columns of the gate's hidden layer in one step of ``wide`` riders: what registers hold."""
+    """Columns of the gate's hidden layer in one step of ``wide`` rows: what registers hold."""
     return max(4, min(64, 2048 // wide))
 
 
@@ -106,19 +106,19 @@ def apply_gate_reference(
     floor: float,
     thresholds: Tensor,
     states: DecodeState,
-    riders: SegmentBatch,
+    active: SegmentBatch,
     fired: Fired,
 ) -> None:
     """See `apply_gate`."""
-    slots = riders.list.chosen
-    states.stage[slots] += 1
-    states.waited[slots] = 0
-    gate = torch.sigmoid((inner[: len(slots)].float() * down.float()).sum(-1) + down_bias.float())
-    asked = thresholds[slots]
+    seqs = active.list.chosen
+    states.stage[seqs] += 1
+    states.waited[seqs] = 0
+    gate = torch.sigmoid((inner[: len(seqs)].float() * down.float()).sum(-1) + down_bias.float())
+    asked = thresholds[seqs]
     rows = (((gate >= floor) | (asked <= 0)) & (asked <= 1)).nonzero().squeeze(-1)
     count = len(rows)
     fired.rows[:count] = rows.to(torch.int32)
-    fired.slots[:count] = slots[rows].to(torch.int32)
+    fired.seqs[:count] = seqs[rows].to(torch.int32)
     fired.gate[:count] = gate[rows]
     fired.count.fill_(count)
     fired.total.add_(count)
@@ -132,23 +132,21 @@ def apply_exit(
     thresholds: Tensor,
     depth: int,
     states: DecodeState,
-    riders: SegmentBatch,
-    leavers: SegmentBatch,
+    active: SegmentBatch,
+    exited: SegmentBatch,
 ) -> None:
-    """Let those of ``fired`` leave whose second key reaches their slot's threshold.
+    """Let those of ``fired`` leave whose second key reaches their sequence's threshold.
 
     ``scores`` and ``tokens`` [limit] int64 are in the order of ``fired``, ``fuse`` [4] or None as
-    in `fused_key`. Leavers get their token from ``depth`` layers, go back to the ground, and are
-    listed with the position and place their K,V are owed for.
+    in `fused_key`. Sequences that leave get their token from ``depth`` layers, go back to the first
+    segment, and are listed with the position and place their K,V are owed for.
     """
     if not uses_triton(tokens.device):
-        apply_exit_reference(
-            fired, scores, tokens, fuse, thresholds, depth, states, riders, leavers
-        )
+        apply_exit_reference(fired, scores, tokens, fuse, thresholds, depth, states, active, exited)
         return
     _apply_exit[(1,)](
         fired.rows,
-        fired.slots,
+        fired.seqs,
         fired.gate,
         fired.count,
         scores.top,
@@ -163,16 +161,16 @@ def apply_exit(
         states.index,
         states.emitted,
         states.depth,
-        riders.positions,
-        riders.places,
-        leavers.slots,
-        leavers.positions,
-        leavers.places,
-        leavers.count,
+        active.positions,
+        active.places,
+        exited.seqs,
+        exited.positions,
+        exited.places,
+        exited.count,
         thresholds.stride(0),
         edge=EDGE,
         depth=depth,
-        wide=next_power_of_2(leavers.limit),
+        wide=next_power_of_2(exited.limit),
     )
 
 
@@ -184,20 +182,20 @@ def apply_exit_reference(
     thresholds: Tensor,
     depth: int,
     states: DecodeState,
-    riders: SegmentBatch,
-    leavers: SegmentBatch,
+    active: SegmentBatch,
+    exited: SegmentBatch,
 ) -> None:
     """See `apply_exit`."""
-    slots = fired.list.chosen
-    number = len(slots)
+    seqs = fired.list.chosen
+    number = len(seqs)
     score = fused_key(fuse, fired.gate[:number], scores.top[:number], scores.gap[:number])
-    going = (score >= thresholds[slots]).nonzero().squeeze(-1)
+    going = (score >= thresholds[seqs]).nonzero().squeeze(-1)
     rows, count = fired.rows[going].long(), len(going)
-    leavers.slots[:count] = slots[going].to(torch.int32)
-    leavers.positions[:count] = riders.positions[rows]
-    leavers.places[:count] = riders.places[rows]
-    leavers.count.fill_(count)
-    emit_reference(states, slots[going], tokens[going], depth)
+    exited.seqs[:count] = seqs[going].to(torch.int32)
+    exited.positions[:count] = active.positions[rows]
+    exited.places[:count] = active.places[rows]
+    exited.count.fill_(count)
+    emit_reference(states, seqs[going], tokens[going], depth)
 
 
 @jit
@@ -208,10 +206,10 @@ def _apply_gate(
     thresholds: tl.tensor,
     stage: tl.tensor,
     waited: tl.tensor,
-    slots: tl.tensor,
+    seqs: tl.tensor,
     count: tl.tensor,
     to_rows: tl.tensor,
-    to_slots: tl.tensor,
+    to_seqs: tl.tensor,
     to_gate: tl.tensor,
     to_count: tl.tensor,
     to_total: tl.tensor,
@@ -222,13 +220,13 @@ def _apply_gate(
     wide: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """One program looks at all riders."""
+    """One program looks at all active rows."""
     row = tl.arange(0, wide)
     real = row < tl.load(count)
-    slot = tl.load(slots + row, mask=real, other=0)
-    here = tl.load(stage + slot, mask=real, other=0)
-    tl.store(stage + slot, here + 1, mask=real)
-    tl.store(waited + slot, 0, mask=real)
+    seq = tl.load(seqs + row, mask=real, other=0)
+    here = tl.load(stage + seq, mask=real, other=0)
+    tl.store(stage + seq, here + 1, mask=real)
+    tl.store(waited + seq, 0, mask=real)
     total = tl.zeros([wide], tl.float32)
     for start in range(0, width, tile):
         k = start + tl.arange(0, tile)
@@ -238,11 +236,11 @@ def _apply_gate(
         weight = tl.load(down + k, mask=there, other=0.0).to(tl.float32)
         total += tl.sum(values * weight[None, :], axis=1)
     gate = tl.sigmoid(total + tl.load(down_bias).to(tl.float32))
-    threshold = tl.load(thresholds + slot * threshold_row, mask=real, other=2.0)
+    threshold = tl.load(thresholds + seq * threshold_row, mask=real, other=2.0)
     fires = real & ((gate >= floor) | (threshold <= 0.0)) & (threshold <= 1.0)
     place = tl.cumsum(fires.to(tl.int32), axis=0) - 1
     tl.store(to_rows + place, row, mask=fires)
-    tl.store(to_slots + place, slot, mask=fires)
+    tl.store(to_seqs + place, seq, mask=fires)
     tl.store(to_gate + place, gate, mask=fires)
     number = tl.sum(fires.to(tl.int32), axis=0)
     tl.store(to_count, number)
@@ -252,7 +250,7 @@ def _apply_gate(
 @jit
 def _apply_exit(
     rows: tl.tensor,
-    slots: tl.tensor,
+    seqs: tl.tensor,
     gates: tl.tensor,
     count: tl.tensor,
     tops: tl.tensor,
@@ -269,7 +267,7 @@ def _apply_exit(
     depth_of: tl.tensor,
     positions: tl.tensor,
     places: tl.tensor,
-    to_slots: tl.tensor,
+    to_seqs: tl.tensor,
     to_positions: tl.tensor,
     to_places: tl.tensor,
     to_count: tl.tensor,
@@ -282,22 +280,22 @@ def _apply_exit(
     item = tl.arange(0, wide)
     real = item < tl.load(count)
     row = tl.load(rows + item, mask=real, other=0)
-    slot = tl.load(slots + item, mask=real, other=0)
+    seq = tl.load(seqs + item, mask=real, other=0)
     score = tl.load(gaps + item, mask=real, other=0.0)
     if fuse is not None:
         gate = tl.load(gates + item, mask=real, other=0.5)
         top = tl.load(tops + item, mask=real, other=0.5)
         total = _logit(gate, edge) * tl.load(fuse) + _logit(top, edge) * tl.load(fuse + 1)
         score = tl.sigmoid(total + _logit(score, edge) * tl.load(fuse + 2) + tl.load(fuse + 3))
-    threshold = tl.load(thresholds + slot * threshold_row, mask=real, other=2.0)
+    threshold = tl.load(thresholds + seq * threshold_row, mask=real, other=2.0)
     going = real & (score >= threshold)
     place = tl.cumsum(going.to(tl.int32), axis=0) - 1
-    tl.store(to_slots + place, slot, mask=going)
+    tl.store(to_seqs + place, seq, mask=going)
     tl.store(to_positions + place, tl.load(positions + row, mask=going, other=0), mask=going)
     tl.store(to_places + place, tl.load(places + row, mask=going, other=0), mask=going)
     tl.store(to_count, tl.sum(going.to(tl.int32), axis=0))
     made = tl.load(tokens + item, mask=going, other=0)
-    emit(stage, waited, token, position, index, emitted, depth_of, slot, made, going, depth)
+    emit(stage, waited, token, position, index, emitted, depth_of, seq, made, going, depth)
 
 
 @jit

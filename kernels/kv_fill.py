@@ -66,29 +66,29 @@ def project_kv(
 
 def fill_kv(
     hidden: Tensor,
-    leavers: SegmentBatch,
+    exited: SegmentBatch,
     projection: Projection,
     pages: Tensor,
     angles: tuple[Tensor, Tensor],
     eps: float,
 ) -> None:
-    """The same for slots that left on the device, all layers in one launch.
+    """The same for sequences that left on the device, all layers in one launch.
 
-    ``hidden`` [slots, d]; ``angles`` cos and sin of all positions, [length, 1, head_dim] each.
+    ``hidden`` [sequences, d]; ``angles`` cos and sin of all positions, [length, 1, head_dim] each.
     One program makes one head of K or V: its product, norm, rotation and scatter.
     """
     cos, sin = angles
     if not uses_triton(hidden.device):
-        slots = leavers.list.chosen
-        places, positions = leavers.places[: len(slots)], leavers.positions[: len(slots)]
+        seqs = exited.list.chosen
+        places, positions = exited.places[: len(seqs)], exited.positions[: len(seqs)]
         weight, bias, k_norm = projection.weight, projection.bias, projection.k_norm
         at = cos[positions], sin[positions]
-        project_kv(hidden[slots], weight, bias, k_norm, pages, places, *at, eps)
+        project_kv(hidden[seqs], weight, bias, k_norm, pages, places, *at, eps)
         return
     layers, _, _, _, kv_heads, dim = pages.shape
     ins = hidden.shape[1]
     tile_ins = _INS * 2 // projection.weight.dtype.itemsize
-    _fill[(layers * 2 * kv_heads, triton.cdiv(leavers.limit, _ROWS))](
+    _fill[(layers * 2 * kv_heads, triton.cdiv(exited.limit, _ROWS))](
         hidden,
         projection.weight,
         projection.bias,
@@ -96,10 +96,10 @@ def fill_kv(
         cos,
         sin,
         pages,
-        leavers.slots,
-        leavers.positions,
-        leavers.places,
-        leavers.count,
+        exited.seqs,
+        exited.positions,
+        exited.places,
+        exited.count,
         eps,
         ins,
         hidden.stride(0),
@@ -152,7 +152,7 @@ def _fill(
     cos: tl.tensor,
     sin: tl.tensor,
     pages: tl.tensor,
-    slots: tl.tensor,
+    seqs: tl.tensor,
     positions: tl.tensor,
     places: tl.tensor,
     count: tl.tensor,
@@ -184,7 +184,7 @@ def _fill(
     inside = column < half
     start_row = (head * dim + column).to(tl.int64)
     low, high, squares = _halves(
-        hidden + tl.load(slots + row, mask=real, other=0).to(tl.int64)[:, None] * hidden_row,
+        hidden + tl.load(seqs + row, mask=real, other=0).to(tl.int64)[:, None] * hidden_row,
         weight + start_row[:, None] * w_row,
         half * w_row,
         ins,

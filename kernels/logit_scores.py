@@ -133,12 +133,12 @@ def _score(
         token = tl.where(rises, here, token)
         top = tl.maximum(top, value)
     token, top, second, weight, moment = _reduce(token, top, second, weight, moment)
-    slot = row * parts + part
-    tl.store(tokens + slot, token)
-    tl.store(tops + slot, top)
-    tl.store(seconds + slot, second)
-    tl.store(weights + slot, weight)
-    tl.store(moments + slot, moment)
+    out_at = row * parts + part
+    tl.store(tokens + out_at, token)
+    tl.store(tops + out_at, top)
+    tl.store(seconds + out_at, second)
+    tl.store(weights + out_at, weight)
+    tl.store(moments + out_at, moment)
 
 
 @jit
@@ -159,13 +159,13 @@ def _join(
     row = tl.program_id(0).to(tl.int64)
     if row >= tl.load(count):
         return
-    slot = row * parts + tl.arange(0, parts)
+    out_at = row * parts + tl.arange(0, parts)
     token, top, second, weight, moment = _reduce(
-        tl.load(tokens + slot),
-        tl.load(tops + slot),
-        tl.load(seconds + slot),
-        tl.load(weights + slot),
-        tl.load(moments + slot),
+        tl.load(tokens + out_at),
+        tl.load(tops + out_at),
+        tl.load(seconds + out_at),
+        tl.load(weights + out_at),
+        tl.load(moments + out_at),
     )
     fade = _fade(top - second)[1]
     tl.store(best + row, token.to(tl.int64))

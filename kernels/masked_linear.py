@@ -1,8 +1,8 @@
-"""Products of as many rows as the device chose, with what surrounds them in a decoder layer.
+"""Matrix products of as many rows as the device chose, fused with what surrounds them in a layer.
 
 One launch is a whole product: rows are read through a list and written through one, RMSNorm comes
-before and SwiGLU or the residual sum behind, so a token's state never moves and a segment that
-nobody rides costs its launches only. Made for decoding, where a product takes the time that reading
+before and SwiGLU or the residual sum behind, so a token's state never moves and a segment without
+active rows costs its launches only. Made for decoding, where a product takes the time that reading
 its weight takes; many rows of a prompt are better off with the library's products.
 """
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class QueryRun:
-    """Queries of one slot.
+    """Queries of one sequence.
 
     They are rows ``first .. first + count`` of the batch, the last one at position ``context - 1``.
     ``spans`` are the half-open ranges of flat cache places (block * block_size +
@@ -68,7 +68,7 @@ def query_run(
 
 
 Window = tuple[Tensor, Tensor]
-"""K and V of one slot in one layer, each [1, kv_heads, context, head_dim], without a copy."""
+"""K and V of one sequence in one layer, each [1, kv_heads, context, head_dim], without a copy."""
 
 
 def windows_of(pages: Tensor, run: QueryRun) -> tuple[Window, ...] | None:
@@ -85,7 +85,7 @@ def windows_of(pages: Tensor, run: QueryRun) -> tuple[Window, ...] | None:
 
 
 def _gathered(cache: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    """K or V of one slot, [1, kv_heads, context, head_dim]."""
+    """K or V of one sequence, [1, kv_heads, context, head_dim]."""
     rows = torch.cat([cache[begin:end] for begin, end in spans])
     return rows.transpose(0, 1).unsqueeze(0)
 

@@ -190,8 +190,8 @@ def _attend_run(
         answer = tl.dot(share.to(compute), value, answer * fade[:, None], input_precision="ieee")
         weight = weight * fade + tl.sum(share, axis=1)
     answer = (answer / weight[:, None]).to(out.dtype.element_ty)
-    slot = (row * tl.num_programs(0) * group + head)[:, None] * dim + columns[None, :]
-    tl.store(out + slot, answer, mask=(index < count * group)[:, None] & inside)
+    out_at = (row * tl.num_programs(0) * group + head)[:, None] * dim + columns[None, :]
+    tl.store(out + out_at, answer, mask=(index < count * group)[:, None] & inside)
 
 
 @jit

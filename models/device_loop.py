@@ -1,8 +1,9 @@
-"""Decoding of many slots at once, one ride after another, without waiting for the host.
+"""Decoding of many sequences at once, one pass after another, without waiting for the host.
 
-A ride runs every segment once, from the ground to the head: riders gather, leave and are held on
-the device (decode_pass.py), and what they made comes back in pinned memory while the next ride is
-already under way. The host says who has which slot and learns a ride late what became of them.
+A pass runs every segment once, from the first to the head. Which rows run, leave or are held is
+decided on the device (device_pass.py), and the tokens come back in pinned memory while the next
+pass is already under way. Each sequence has a row of the device's state; the host gives rows out
+and learns of their tokens one pass late.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from offramp.kernels.active_rows import EMPTY, DecodeState
 from offramp.kernels.kv_fill import Projection
 from offramp.kernels.sampling import SamplingTable
+from offramp.models.costs import CostModel
 from offramp.models.device_pass import DecodeParams, DevicePass
 from offramp.models.exits.checks import Exits
 from offramp.models.kv_cache import KVCache
@@ -28,15 +30,15 @@ _TIMES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Boarding:
-    """A request takes ``slot``: its newest ``token``, not yet run, stands at ``position``.
+class NewRow:
+    """A sequence takes ``row``: its newest ``token``, not yet run, stands at ``position``.
 
     The next token made has number ``index`` in the answer. ``table`` lists the K,V blocks; from
     position ``end`` on nothing is run. ``thresholds`` are the scores at which a token leaves each
     exit.
     """
 
-    slot: int
+    row: int
     token: int
     position: int
     index: int
@@ -48,7 +50,7 @@ class Boarding:
 
 @dataclass(frozen=True, slots=True)
 class DeviceToken:
-    """A slot's new token, from ``depth`` layers."""
+    """A row's new token, after ``depth`` layers."""
 
     token: int
     depth: int
@@ -56,19 +58,19 @@ class DeviceToken:
 
 @dataclass(frozen=True, slots=True)
 class LaunchResult:
-    """``landed``: what slots made; who is held or has no slot made nothing.
+    """``tokens`` of a pass by row; rows that are held or free made none.
 
-    ``waiting`` counts for each segment the slots that wait there now; ``head_rows`` are the rows
+    ``waiting`` counts for each segment the rows that wait there now; ``head_rows`` are the rows
     that exits' LM heads were run for.
     """
 
-    landed: dict[int, DeviceToken]
+    tokens: dict[int, DeviceToken]
     waiting: tuple[int, ...]
     head_rows: int
 
 
-class Ride:
-    """A ride under way; the tensors are its results, on their way to the host."""
+class PendingLaunch:
+    """A pass under way; the tensors are its results, on their way to the host."""
 
     def __init__(
         self,
@@ -85,14 +87,14 @@ class Ride:
         self._ended = ended
 
     def result(self) -> LaunchResult:
-        """Wait for the ride's end."""
+        """Wait for the end of the pass."""
         if self._ended is not None:
             self._ended.synchronize()
         depths, stages = self._depth.tolist(), Counter(self._stage.tolist())
         made = enumerate(self._emitted.tolist())
-        landed = {slot: DeviceToken(token, depths[slot]) for slot, token in made if token != EMPTY}
+        tokens = {row: DeviceToken(token, depths[row]) for row, token in made if token != EMPTY}
         waiting = tuple(stages[segment] for segment in range(self._num_segments))
-        return LaunchResult(landed, waiting, int(self._head_rows))
+        return LaunchResult(tokens, waiting, int(self._head_rows))
 
 
 Launches = Callable[[], None]
@@ -125,10 +127,10 @@ class Recorder:
 
 
 class DeviceLoop:
-    """Owns the slots' states on the device.
+    """Owns the state of the sequences that decode on the device.
 
-    ``slots`` is the most requests that may decode at once, ``max_blocks`` the K,V blocks of the
-    longest of them. Rides are recorded for powers of two of live slots.
+    ``rows`` is the most of them at once, ``max_blocks`` the K,V blocks of the longest. Passes are
+    recorded for powers of two of live rows.
     """
 
     def __init__(
@@ -136,20 +138,20 @@ class DeviceLoop:
         exits: Exits,
         projections: Sequence[Projection],
         cache: KVCache,
-        slots: int,
+        rows: int,
         max_blocks: int,
     ) -> None:
         device = exits.model.device
         self._device = device
         self._num_segments = len(exits.heads) + 1
-        self.states = DecodeState.empty(slots, max_blocks, device)
-        sampling = SamplingTable.greedy(slots, device)
-        thresholds = torch.full((slots, len(exits.heads)), NEVER, device=device)
+        self.state = DecodeState.empty(rows, max_blocks, device)
+        sampling = SamplingTable.greedy(rows, device)
+        thresholds = torch.full((rows, len(exits.heads)), NEVER, device=device)
         holds = torch.zeros(self._num_segments, 2, device=device)
-        self.tables = DecodeParams(sampling, thresholds, holds)
-        self._pass = DevicePass(exits, projections, cache, self.states, self.tables)
-        self._limits = [*_powers_below(slots), slots]
-        # All of them now, while nobody has a slot: recording runs what it records.
+        self.params = DecodeParams(sampling, thresholds, holds)
+        self._pass = DevicePass(exits, projections, cache, self.state, self.params)
+        self._limits = [*_powers_below(rows), rows]
+        # All of them now, while no row is taken: recording runs what it records.
         recorder = Recorder(device)
         self._recorded = {
             (segment, limit): self._record(recorder, segment, limit)
@@ -157,82 +159,87 @@ class DeviceLoop:
             for segment in range(self._num_segments)
         }
 
-    def board(self, boardings: Sequence[Boarding]) -> None:
-        """Give slots to requests; they ride from the next launch on."""
-        if not boardings:
+    def add(self, new: Sequence[NewRow]) -> None:
+        """Give rows to sequences; they run from the next launch on."""
+        if not new:
             return
-        states, sampling = self.states, self.tables.sampling
-        slots = self._index([each.slot for each in boardings])
-        numbers = [(each.token, each.position, each.index) for each in boardings]
-        states.token[slots], states.position[slots], states.index[slots] = self._index(numbers).T
-        params = [each.sampling for each in boardings]
-        sampling.temperature[slots] = self._reals([each.temperature for each in params])
-        sampling.top_p[slots] = self._reals([each.top_p for each in params])
-        sampling.min_p[slots] = self._reals([each.min_p for each in params])
-        sampling.top_k[slots] = self._index([each.top_k for each in params]).to(torch.int32)
-        sampling.seed[slots] = self._index([_signed(each.seed) for each in params])
-        self.tables.thresholds[slots] = self._reals([list(each.thresholds) for each in boardings])
-        blocks = {(each.slot, i): b for each in boardings for i, b in enumerate(each.table)}
-        self.grow(blocks, {each.slot: each.end for each in boardings})
-        states.waited.index_fill_(0, slots, 0)
-        states.stage.index_fill_(0, slots, 0)
+        state, sampling = self.state, self.params.sampling
+        rows = self._index([each.row for each in new])
+        numbers = [(each.token, each.position, each.index) for each in new]
+        state.token[rows], state.position[rows], state.index[rows] = self._index(numbers).T
+        wanted = [each.sampling for each in new]
+        sampling.temperature[rows] = self._reals([each.temperature for each in wanted])
+        sampling.top_p[rows] = self._reals([each.top_p for each in wanted])
+        sampling.min_p[rows] = self._reals([each.min_p for each in wanted])
+        sampling.top_k[rows] = self._index([each.top_k for each in wanted]).to(torch.int32)
+        sampling.seed[rows] = self._index([_signed(each.seed) for each in wanted])
+        self.params.thresholds[rows] = self._reals([list(each.thresholds) for each in new])
+        blocks = {(each.row, i): block for each in new for i, block in enumerate(each.table)}
+        self.grow(blocks, {each.row: each.end for each in new})
+        state.waited.index_fill_(0, rows, 0)
+        state.stage.index_fill_(0, rows, 0)
 
     def grow(self, blocks: Mapping[tuple[int, int], int], ends: Mapping[int, int]) -> None:
-        """Write K,V blocks, by slot and place in its table, and slots' new ends."""
+        """Write K,V blocks, by row and index in its table, and rows' new ends."""
         if blocks:
-            slots, places = self._index(list(blocks)).T
-            self.states.table[slots, places] = self._index(list(blocks.values()))
+            rows, places = self._index(list(blocks)).T
+            self.state.table[rows, places] = self._index(list(blocks.values()))
         if ends:
-            self.states.end[self._index(list(ends))] = self._index(list(ends.values()))
+            self.state.end[self._index(list(ends))] = self._index(list(ends.values()))
 
-    def ask(self, thresholds: Mapping[int, Sequence[float]]) -> None:
-        """Change the scores at which slots' tokens leave."""
+    def set_thresholds(self, thresholds: Mapping[int, Sequence[float]]) -> None:
+        """Change the scores at which rows' tokens leave."""
         if thresholds:
-            rows = self._reals([list(row) for row in thresholds.values()])
-            self.tables.thresholds[self._index(list(thresholds))] = rows
+            values = self._reals([list(row) for row in thresholds.values()])
+            self.params.thresholds[self._index(list(thresholds))] = values
 
     def hold(self, holds: Sequence[tuple[float, float]]) -> None:
-        """For each segment the share of ready slots to wait for, and the rides to wait at most."""
-        self.tables.holds.copy_(self._reals([list(pair) for pair in holds]), non_blocking=True)
+        """For each segment the share of ready rows to wait for, and the passes to wait at most."""
+        self.params.holds.copy_(self._reals([list(pair) for pair in holds]), non_blocking=True)
 
-    def clear(self, slots: Sequence[int]) -> None:
-        """Take slots back; a ride under way may still make a token for them."""
-        if slots:
-            self.states.stage.index_fill_(0, self._index(slots), EMPTY)
+    def clear(self, rows: Sequence[int]) -> None:
+        """Free rows; a pass under way may still make a token for them."""
+        if rows:
+            self.state.stage.index_fill_(0, self._index(rows), EMPTY)
 
-    def launch(self, live: int) -> Ride:
-        """Start a ride for the slots given out, ``live`` in all."""
+    def launch(self, live: int) -> PendingLaunch:
+        """Start a pass for the rows given out, ``live`` in all."""
         with torch.inference_mode():
             for segment in range(self._num_segments):
                 self.launch_segment(segment, live)
-            emitted, depth = self._to_host(self.states.emitted), self._to_host(self.states.depth)
-            stage, head_rows = self._to_host(self.states.stage), self._to_host(self._pass.head_rows)
+            emitted, depth = self._to_host(self.state.emitted), self._to_host(self.state.depth)
+            stage, head_rows = self._to_host(self.state.stage), self._to_host(self._pass.head_rows)
         ended = None
         if self._device.type == "cuda":
             ended = torch.cuda.Event()
             ended.record()
-        return Ride(emitted, depth, stage, head_rows, self._num_segments, ended)
+        return PendingLaunch(emitted, depth, stage, head_rows, self._num_segments, ended)
 
     def launch_segment(self, segment: int, live: int) -> None:
-        """Start one segment of a ride."""
+        """Start one segment of a pass."""
         limit = self._limits[bisect_left(self._limits, live)]
         self._recorded[segment, limit]()
 
-    def seconds(self, segment: int, riders: int) -> float:
-        """Time of one segment for ``riders`` at a first position; nobody may have a slot yet."""
-        states, times = self.states, []
+    def seconds(self, segment: int, rows: int, *, leaving: bool = False) -> float:
+        """Time of one segment for ``rows`` rows at a first position; no row may be given out yet.
+
+        With ``leaving`` all of them leave at its end, so their exit head and K,V are included.
+        """
+        state, times = self.state, []
         for _ in range(_TIMES):
-            states.position.zero_()
-            states.end.fill_(1)
-            states.stage[:riders] = segment
+            state.position.zero_()
+            state.end.fill_(1)
+            state.stage[:rows] = segment
+            self.params.thresholds.fill_(0.0 if leaving else NEVER)
             self._wait()
             begun = time.perf_counter()
             with torch.inference_mode():
-                self.launch_segment(segment, riders)
+                self.launch_segment(segment, rows)
             self._wait()
             times.append(time.perf_counter() - begun)
-            states.stage.fill_(EMPTY)
-        for each in (states.position, states.end, states.index):
+            state.stage.fill_(EMPTY)
+        self.params.thresholds.fill_(NEVER)
+        for each in (state.position, state.end, state.index):
             each.zero_()
         return min(times)
 
@@ -253,7 +260,7 @@ class DeviceLoop:
     def _to_device(self, values: Tensor) -> Tensor:
         if self._device.type != "cuda":
             return values
-        # Pinned, so that the copy is in line behind the ride under way instead of waiting for it.
+        # Pinned, so that the copy is in line behind the pass under way instead of waiting for it.
         return values.pin_memory().to(self._device, non_blocking=True)
 
     def _to_host(self, values: Tensor) -> Tensor:
@@ -273,3 +280,22 @@ def _powers_below(number: int) -> Iterator[int]:
 def _signed(seed: int) -> int:
     """The same 64 bits as a signed number."""
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def profile_device(loop: DeviceLoop, num_segments: int, rows: int) -> CostModel:
+    """Costs of segments for one row and for ``rows``, before any row is given out.
+
+    The last segment includes the LM head. The cost of a check is what tokens that leave add: the
+    exit's head and the K,V of the layers above, which are made in the same pass, so that no later
+    fill is to be paid.
+    """
+    costs = CostModel.of(num_segments)
+    for count in sorted({1, rows}):
+        for segment in range(num_segments):
+            seconds = loop.seconds(segment, count)
+            costs.segments[segment].add(count, seconds)
+            if segment + 1 < num_segments:
+                leaving = loop.seconds(segment, count, leaving=True)
+                costs.checks[segment].add(count, max(0.0, leaving - seconds))
+        costs.fill.add(count, 0.0)
+    return costs

@@ -1,8 +1,8 @@
-"""One segment's ride of decode tokens, in launches that know nothing of how many ride.
+"""One segment's pass over decode tokens, in launches that do not depend on how many there are.
 
-Who rides, who leaves and what they owe is decided on the device (kernels/riders.py,
-exit_decision.py), so the same launches serve any number of riders up to a limit, and a CUDA graph
-can hold them. A token's hidden state stays in its slot's row from embedding to head.
+Which sequences run, which leave and what they owe is decided on the device (kernels/active_rows.py,
+exit_decision.py), so the same launches serve any number up to a limit, and a CUDA graph can hold
+them. A token's hidden state stays in its sequence's row from embedding to head.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from offramp.models.transformer import Transformer
 
 @dataclass(frozen=True, slots=True)
 class DecodeParams:
-    """What the host tells the device of every slot.
+    """What the host sets for every sequence on the device.
 
-    ``thresholds`` fp32 [slots, exits], above 1 where a token may not leave; ``holds`` fp32
+    ``thresholds`` fp32 [sequences, exits], above 1 where a token may not leave; ``holds`` fp32
     [segments, 2] as in `gather_rows`.
     """
 
@@ -52,7 +52,7 @@ class DecodeParams:
 
 
 class DevicePass:
-    """Runs segments for slots at the newest token of their answer.
+    """Runs segments for sequences at the newest token of their answer.
 
     Needs a model, exits and ``projections`` (one an exit, see kv_fill) whose weights are kept as
     they are.
@@ -78,45 +78,45 @@ class DevicePass:
         self._lm_head = plain(model.lm_head)
         self._exit_lm_head = plain(exits.lm_head)
         self._projections = projections
-        slots = len(states.stage)
-        self._scratch = _Scratch(model, exits.heads, slots, len(self._exit_lm_head))
+        seqs = len(states.stage)
+        self._scratch = _Scratch(model, exits.heads, seqs, len(self._exit_lm_head))
 
     @property
     def head_rows(self) -> Tensor:
-        """Rows int64 [1] that exits' LM heads were run for since the ground segment began."""
+        """Rows int64 [1] that exits' LM heads were run for since the first segment began."""
         return self._scratch.fired.total
 
     def run(self, segment: int, limit: int) -> None:
-        """Launch ``segment`` for all that wait there, at most ``limit`` slots."""
-        states, riders = self._states, self._scratch.riders.first(limit)
-        gather_rows(states, riders, segment, self._tables.holds, block_size=self._cache.block_size)
+        """Launch ``segment`` for all that wait there, at most ``limit`` sequences."""
+        states, active = self._states, self._scratch.active.first(limit)
+        gather_rows(states, active, segment, self._tables.holds, block_size=self._cache.block_size)
         if segment == 0:
             states.emitted.fill_(EMPTY)
             self._scratch.fired.total.zero_()
-            embed_rows(self._model.embeddings, states.token, riders.list, self._scratch.hidden)
-        cos, sin = self._model.rotary.at(riders.positions)
+            embed_rows(self._model.embeddings, states.token, active.list, self._scratch.hidden)
+        cos, sin = self._model.rotary.at(active.positions)
         rows = RowTable(
-            places=riders.places,
-            positions=riders.positions,
-            first_blocks=riders.first_blocks,
+            places=active.places,
+            positions=active.positions,
+            first_blocks=active.first_blocks,
             blocks=states.table.view(-1),
             block_size=self._cache.block_size,
             longest=states.table.shape[1] * self._cache.block_size,
             cos=cos,
             sin=sin,
-            count=riders.count,
+            count=active.count,
         )
         bounds = (0, *self._model.exit_layers, self._config.num_layers)
         for layer in self._layers[bounds[segment] : bounds[segment + 1]]:
-            self._layer(layer, riders, rows)
+            self._layer(layer, active, rows)
         if segment < len(self._heads):
-            self._exit(segment, riders)
+            self._exit(segment, active)
         else:
-            self._head(riders)
+            self._head(active)
 
-    def _layer(self, layer: LayerWeights, riders: SegmentBatch, rows: RowTable) -> None:
-        config, scratch, count, limit = self._config, self._scratch, riders.count, riders.limit
-        state = Rows(scratch.hidden, riders.slots)
+    def _layer(self, layer: LayerWeights, active: SegmentBatch, rows: RowTable) -> None:
+        config, scratch, count, limit = self._config, self._scratch, active.count, active.limit
+        state = Rows(scratch.hidden, active.seqs)
         k_cache, v_cache = self._cache.layers[layer.index]
         norm = Norm(layer.attn_norm, config.rms_norm_eps)
         _product(state, layer.qkv, Rows(scratch.qkv), count, limit, norm=norm)
@@ -140,24 +140,24 @@ class DevicePass:
         _product(state, layer.gate_up, inner, count, limit, norm, Activation.SWIGLU)
         _product(inner, layer.down, state, count, limit, residual=Residual(state))
 
-    def _exit(self, point: int, riders: SegmentBatch) -> None:
+    def _exit(self, point: int, active: SegmentBatch) -> None:
         """Gate for all, logits for those whose gate fires, K,V above for those that leave."""
         head, scratch, states = self._heads[point], self._scratch, self._states
-        limit, eps = riders.limit, self._config.rms_norm_eps
+        limit, eps = active.limit, self._config.rms_norm_eps
         fired, thresholds = scratch.fired.first(limit), self._tables.thresholds[:, point]
         inner = scratch.gate[:, : head.router_down.shape[1]]
         masked_linear(
-            Rows(scratch.hidden, riders.slots),
+            Rows(scratch.hidden, active.seqs),
             plain(head.products["router_up"]),
             Rows(inner),
-            riders.count,
+            active.count,
             limit=limit,
             bias=head.router_up_bias,
             norm=Norm(None, eps),
             activation=Activation.SILU,
         )
         down = head.router_down, head.router_down_bias
-        apply_gate(inner[:limit], *down, head.floor, thresholds, states, riders, fired)
+        apply_gate(inner[:limit], *down, head.floor, thresholds, states, active, fired)
         self._adapt(head, fired, limit)
         norm = Norm(head.norm, eps)
         tokens = self._choose(
@@ -170,7 +170,7 @@ class DevicePass:
         )
         if self._vocab is not None:
             tokens = self._vocab[tokens]
-        leavers = scratch.leavers.first(limit)
+        exited = scratch.exited.first(limit)
         depth = head.layer
         apply_exit(
             fired,
@@ -180,50 +180,50 @@ class DevicePass:
             thresholds,
             depth,
             states,
-            riders,
-            leavers,
+            active,
+            exited,
         )
         pages, angles = self._cache.pages[depth:], self._model.rotary.angles
-        fill_kv(scratch.hidden, leavers, self._projections[point], pages, angles, eps)
+        fill_kv(scratch.hidden, exited, self._projections[point], pages, angles, eps)
 
     def _adapt(self, head: PackedHead, fired: Fired, limit: int) -> None:
         """The exit's own state for those that fired, in the order of the list."""
         scratch, count = self._scratch, fired.count
         gate_up, down = head.products["gate_up"], head.products["down"]
-        state, inner = Rows(scratch.hidden, fired.slots), Rows(scratch.adapter[:, : down.shape[1]])
+        state, inner = Rows(scratch.hidden, fired.seqs), Rows(scratch.adapter[:, : down.shape[1]])
         norm = Norm(None, self._config.rms_norm_eps)
         _product(state, gate_up, inner, count, limit, norm, Activation.SWIGLU)
         residual = Residual(state, head.scale)
         _product(inner, down, Rows(scratch.state), count, limit, residual=residual)
 
-    def _head(self, riders: SegmentBatch) -> None:
+    def _head(self, active: SegmentBatch) -> None:
         """Full depth's tokens."""
         model, scratch = self._model, self._scratch
         tokens = self._choose(
-            Rows(scratch.hidden, riders.slots),
+            Rows(scratch.hidden, active.seqs),
             self._lm_head,
-            scratch.logits[: riders.limit],
-            riders.list,
+            scratch.logits[: active.limit],
+            active.list,
             Norm(model.final_norm, self._config.rms_norm_eps),
             scratch.scores,
         )
-        finish_rows(self._states, riders, tokens, self._config.num_layers)
+        finish_rows(self._states, active, tokens, self._config.num_layers)
 
     def _choose(
         self,
         state: Rows,
         lm_head: Tensor,
         logits: Tensor,
-        slots: ActiveRows,
+        seqs: ActiveRows,
         norm: Norm,
         scores: LogitScores,
     ) -> Tensor:
-        """Tokens [limit] of ``slots`` as their sampling says, with the scores of the logits."""
+        """Tokens [limit] of ``seqs`` as their sampling says, with the scores of the logits."""
         limit = len(logits)
-        masked_linear(state, lm_head, Rows(logits), slots.count, limit=limit, norm=norm)
-        score_logits(logits, slots.count, scores)
+        masked_linear(state, lm_head, Rows(logits), seqs.count, limit=limit, norm=norm)
+        score_logits(logits, seqs.count, scores)
         tokens = scores.token[:limit]
-        sample_rows(logits, slots, self._tables.sampling, self._states.index, tokens)
+        sample_rows(logits, seqs, self._tables.sampling, self._states.index, tokens)
         return tokens
 
 
@@ -231,34 +231,34 @@ class _Scratch:
     """Memory between launches; that of logits and inner states is shared by all layers."""
 
     def __init__(
-        self, model: Transformer, heads: Sequence[PackedHead], slots: int, exit_vocab: int
+        self, model: Transformer, heads: Sequence[PackedHead], seqs: int, exit_vocab: int
     ) -> None:
         config, device = model.config, model.device
 
         def zeros(width: int, dtype: torch.dtype = model.dtype) -> Tensor:
-            return torch.zeros(slots, width, dtype=dtype, device=device)
+            return torch.zeros(seqs, width, dtype=dtype, device=device)
 
         self.hidden = zeros(config.hidden_size)
         self.qkv = zeros(config.query_size + 2 * config.kv_size)
         self.inner = zeros(config.intermediate_size)
         self.logits = zeros(config.vocab_size, torch.float32)
-        self.riders, self.leavers = (
-            SegmentBatch.empty(slots, device),
-            SegmentBatch.empty(slots, device),
+        self.active, self.exited = (
+            SegmentBatch.empty(seqs, device),
+            SegmentBatch.empty(seqs, device),
         )
-        self.scores = _no_scores(slots, device)
+        self.scores = _no_scores(seqs, device)
         self.state = zeros(config.hidden_size)
         self.gate = zeros(max((head.router_down.shape[1] for head in heads), default=0))
         inner = [head.products["down"].shape[1] for head in heads]
         self.adapter = zeros(max(inner, default=0))
         self.exit_logits = zeros(exit_vocab if heads else 0, torch.float32)
-        self.exit_scores = _no_scores(slots, device)
-        self.fired = Fired.empty(slots, device)
+        self.exit_scores = _no_scores(seqs, device)
+        self.fired = Fired.empty(seqs, device)
 
 
-def _no_scores(slots: int, device: torch.device) -> LogitScores:
-    """Scores whose tokens are real ones from the start: rows that nobody fills are looked up."""
-    scores = LogitScores.empty(slots, device)
+def _no_scores(seqs: int, device: torch.device) -> LogitScores:
+    """Scores whose tokens are valid from the start: rows that are never filled are looked up."""
+    scores = LogitScores.empty(seqs, device)
     scores.token.zero_()
     return scores
 

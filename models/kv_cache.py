@@ -13,7 +13,7 @@ from offramp.models.config import ModelConfig
 class KVCache:
     """K and V pages: one tensor [layers, 2, blocks, block_size, kv_heads, head_dim].
 
-    A block id names the same page in every layer. Which slot owns which block is the engine's
+    A block id names the same page in every layer. Which sequence owns which block is the engine's
     business; this class only holds memory.
     """
 

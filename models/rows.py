@@ -18,7 +18,7 @@ from offramp.models.kv_cache import KVCache
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Ascending positions of one slot under its block table."""
+    """Ascending positions of one sequence under its block table."""
 
     positions: Sequence[int]
     table: Sequence[int]
@@ -45,7 +45,7 @@ class ForwardContext:
 
     @functools.cached_property
     def runs(self) -> tuple[QueryRun, ...]:
-        """The slots' consecutive rows."""
+        """The sequences' consecutive rows."""
         config = self._config
         runs: list[QueryRun] = []
         first = 0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offramp.kernels.kv_fill import Projection, clear_kv, copy_kv, project_kv
 from offramp.kernels.linear import Linear
+from offramp.models.cpu import ThreadGovernor
 from offramp.models.device_loop import DeviceLoop
 from offramp.models.device_pass import plain
 from offramp.models.exits.checks import Exits, check_sequences, prompt_leavers
@@ -44,7 +45,7 @@ class Runner:
     """Owns the device side: weights, K,V pages and the hidden buffer [rows, d].
 
     ``heads`` are the exit heads, one for each of the model's exit layers; ``vocab`` the token ids
-    they tell apart (None: all).
+    they tell apart (None: all). ``threads`` chooses how many a step takes (None: torch's number).
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Runner:
         cache: KVCache,
         num_rows: int,
         vocab: Tensor | None = None,
+        threads: ThreadGovernor | None = None,
     ) -> None:
         if tuple(head.layer for head in heads) != model.exit_layers:
             raise ValueError("each exit layer of the model needs its exit head")
@@ -63,32 +65,39 @@ class Runner:
         self.hidden = torch.zeros(
             num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device
         )
-        self._riding: list[tuple[Sequence[int], tuple[int, ...]]] = []
+        self._threads = threads
+        self._running: list[tuple[Sequence[int], tuple[int, ...]]] = []
         self._context: ForwardContext | None = None
         self._projections = [self._projection(head) for head in heads]
 
-    def decode_loop(self, slots: int, max_blocks: int) -> DeviceLoop:
-        """A loop over the same memory; weights have to be kept as they are.
+    def device_loop(self, rows: int, max_blocks: int) -> DeviceLoop:
+        """A device loop over the same memory; weights have to be kept as they are.
 
-        ``slots`` may decode at once, each with ``max_blocks`` K,V blocks.
+        ``rows`` sequences may decode at once, each with ``max_blocks`` K,V blocks.
         """
         projections = [
             Projection(plain(own.weight), own.weight.bias, own.k_norm) for own in self._projections
         ]
-        return DeviceLoop(self.exits, projections, self.cache, slots, max_blocks)
+        return DeviceLoop(self.exits, projections, self.cache, rows, max_blocks)
 
     def run(self, step: Step) -> StepResult:
         """Run ``step`` and time it, to its end on the device."""
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         with torch.inference_mode():
-            match step:
-                case RunSegment():
-                    return self._run_segment(step, begun)
-                case RunHead():
-                    tokens = tuple(self._run_head(step.work))
-                    return StepResult(self._now() - begun, token_ids=tokens)
-                case FillKV():
-                    self._fill(step)
+            result = self._run(step, begun)
+        if self._threads is not None:
+            self._threads.observe(time.perf_counter() - begun, time.process_time() - used)
+        return result
+
+    def _run(self, step: Step, begun: float) -> StepResult:
+        match step:
+            case RunSegment():
+                return self._run_segment(step, begun)
+            case RunHead():
+                tokens = tuple(self._run_head(step.work))
+                return StepResult(self._now() - begun, token_ids=tokens)
+            case FillKV():
+                self._fill(step)
         return StepResult(self._now() - begun)
 
     def _run_segment(self, step: RunSegment, begun: float) -> StepResult:
@@ -118,15 +127,15 @@ class Runner:
         )
 
     def _context_of(self, segment: int, work: Sequence[SequenceRows]) -> ForwardContext:
-        """Positions and pages of the rows; kept while the same rows ride on to the next segment.
+        """Positions and pages of the rows; kept while the same rows go on to the next segment.
 
-        Rows change hands only at the ground segment, so above it equal rows are the same slots'.
+        Rows change owners only at the first segment, so above it equal rows are of equal sequences.
         """
-        riding = [(item.positions, item.rows) for item in work]
-        if self._context is None or segment == 0 or riding != self._riding:
+        running = [(item.positions, item.rows) for item in work]
+        if self._context is None or segment == 0 or running != self._running:
             spans = [Span(item.positions, item.table) for item in work]
             self._context = ForwardContext(spans, self.model.config, self.cache, self.model.rotary)
-            self._riding = riding
+            self._running = running
         return self._context
 
     def _run_head(self, work: Sequence[HeadRow]) -> list[int]:
@@ -169,7 +178,7 @@ class Runner:
         )
 
     def _now(self) -> float:
-        """The time when all that was asked of the device is done."""
+        """The time when all work launched on the device is done."""
         if self.hidden.device.type == "cuda":
             torch.cuda.synchronize(self.hidden.device)
         return time.perf_counter()

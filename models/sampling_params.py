@@ -1,4 +1,4 @@
-"""What a client asked of one generation, as plain data shared by the engine and the sampler."""
+"""What a client wants of one generation, as plain data shared by the engine and the sampler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 NEVER = 1.01
-"""A threshold that no score reaches: who has it does not even ask."""
+"""A threshold that no score reaches: with it no check is made."""
 
 
 class ExitMode(StrEnum):
@@ -32,6 +32,10 @@ class ExitCriterion(StrEnum):
     PREDICTOR = "predictor"
     FIXED = "fixed"
     PROMPT_DEPTH = "prompt_depth"
+
+
+DEFAULT_CRITERION = ExitCriterion.TWO_KEY
+"""The rule that the exit file's own thresholds are for, and the one that GPUs decide by."""
 
 
 class KVFill(StrEnum):

@@ -1,16 +1,17 @@
 """One step of the engine as plain data: what to run and what came of it.
 
-The scheduler writes steps, the runner carries them out. Nothing here holds a tensor, so a step can
-be made, checked and replayed without torch.
+A decoder writes steps, the runner carries them out. Nothing here holds a tensor, so a step can be
+made, checked and replayed without torch.
 
-A *row* is an index into the runner's hidden buffer: the hidden state of one position of one slot
-while that position is inside the stack, or owes layers.
+A *row* is an index into the runner's hidden buffer: the hidden state of one position of one
+sequence while that position is inside the stack, or owes layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
 
@@ -32,7 +33,7 @@ class HeadRow:
 
 @dataclass(frozen=True, slots=True)
 class ExitCheck:
-    """Whether a slot's last row may leave after a segment: where its score reaches ``threshold``.
+    """A sequence's last row may leave after a segment where its score reaches ``threshold``.
 
     ``head`` says how the exit's token is chosen then.
     """
@@ -44,11 +45,11 @@ class ExitCheck:
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """Positions of one slot, ascending, and the rows that hold them.
+    """Ascending positions of one sequence and the rows that hold them.
 
-    ``table`` lists the slot's KV blocks in order of position. ``token_ids`` (ground segment only)
-    are the tokens to embed. ``check`` asks about the last row. ``prompt_threshold`` is the gate
-    score at which any of the first ``prompt_rows`` rows, all prompt, leave.
+    ``table`` lists the sequence's K,V blocks in order of position. ``token_ids`` (first segment
+    only) are the tokens to embed. ``check`` concerns the last row. ``prompt_threshold`` is the gate
+    score at which any of the first ``prompt_rows`` rows, all of the prompt, leave.
     """
 
     positions: Sequence[int]
@@ -62,7 +63,7 @@ class SequenceRows:
 
 @dataclass(frozen=True, slots=True)
 class RunSegment:
-    """Run all layers of one segment over the rows of several slots."""
+    """Run all layers of one segment over the rows of several sequences."""
 
     segment: int
     work: tuple[SequenceRows, ...]
@@ -70,7 +71,7 @@ class RunSegment:
 
 @dataclass(frozen=True, slots=True)
 class OwedRows:
-    """Debts of a slot at ``positions``.
+    """Debts of one sequence at ``positions``.
 
     They left after segment ``segment - 1``, so they lack K,V from segment ``segment`` up.
     """
@@ -104,10 +105,11 @@ class StepResult:
     """Outcome of a step.
 
     ``seconds`` is time on the device, ``check_seconds`` the part of it spent on exit checks.
-    ``leave`` (segments): for each slot whether its last row's score reached the threshold, and
-    ``scores`` that score (None where nobody asked). ``prompt_left`` (segments): for each slot the
-    indices of its prompt rows that left. ``token_ids``: one token a row of a head; for a segment
-    one a slot, -1 where it does not leave. ``head_rows`` are rows an exit's LM head was run for.
+    ``leave`` (segments): for each sequence whether its last row's score reached the threshold, and
+    ``scores`` that score (None without a check). ``prompt_left`` (segments): for each sequence the
+    indices of its prompt rows that left. ``token_ids``: one token per row of a head; of a segment
+    one per sequence, -1 where it does not leave. ``head_rows`` are rows an exit's LM head was run
+    for.
     """
 
     seconds: float
@@ -117,3 +119,11 @@ class StepResult:
     prompt_left: tuple[tuple[int, ...], ...] = ()
     check_seconds: float = 0.0
     head_rows: int = 0
+
+
+class StepRunner(Protocol):
+    """What carries steps out: models.runner.Runner, or a fake in tests."""
+
+    def run(self, step: Step) -> StepResult:
+        """Run one step to its end."""
+        ...

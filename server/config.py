@@ -1,7 +1,6 @@
 """Every option of the server, each declared once.
 
-Flags, environment names, help text and the README's table are derived from these fields
-(see options.py).
+Flags, environment names, help text and docs/options.md are derived from these fields (options.py).
 """
 
 from __future__ import annotations
@@ -23,6 +22,10 @@ def _option(section: str, default: object, description: str, **bounds: Any) -> A
     return Field(
         default=default, description=description, json_schema_extra={"section": section}, **bounds
     )
+
+
+class EngineConfigError(Exception):
+    """The engine cannot be built as configured; the message says to the user what would work."""
 
 
 class _Options(BaseModel):
@@ -50,7 +53,7 @@ class EngineConfig(_Options):
         "Model",
         Weights.AUTO,
         "Form of weights on a CPU: fp32 (exact), fp16, bf16, int4 (models published in Q4_1), or "
-        "the faster of fp32 and fp16.",
+        "auto: for each matrix the smallest that loses nothing, else fp16.",
     )
     max_model_len: int | None = _option(
         "Model",

@@ -210,7 +210,7 @@ class Metrics:
         self._observe_prompt(stats)
         if stats.kind == "segment":
             self._batch_size.labels(*self._who, segment).observe(rows)
-        if stats.segment == 0 or stats.kind == "ride":
+        if stats.segment == 0 or stats.kind == "device":
             self.record("vllm:iteration_tokens_total", rows)
         if stats.fill_tokens:
             self._fill_tokens.labels(*self._who, stats.fill_method).inc(stats.fill_tokens)
@@ -233,9 +233,9 @@ class Metrics:
             depth = self._exit_layer.labels(*self._who, "prompt")
             for _ in range(stats.prompt_left):
                 depth.observe(self._exit_layers[stats.segment])
-        if stats.prompt_risen:
+        if stats.prompt_full:
             depth = self._exit_layer.labels(*self._who, "prompt")
-            for _ in range(stats.prompt_risen):
+            for _ in range(stats.prompt_full):
                 depth.observe(self._num_layers)
 
     def _set_thresholds(self, thresholds: Sequence[float]) -> None:

@@ -27,11 +27,10 @@ from offramp.server import logs
 from offramp.server.api.context import Context
 from offramp.server.api.exits import default_fault
 from offramp.server.app import create_app
-from offramp.server.config import ServerConfig
+from offramp.server.config import EngineConfigError, ServerConfig
 from offramp.server.engine.driver import (
     EngineDriver,
     EngineProtocol,
-    EngineRefused,
     EngineState,
 )
 from offramp.server.engine.request import EngineInfo, EngineOutput
@@ -162,9 +161,9 @@ class Service:
         return resolve(self._config.engine.model, revision=self._config.engine.revision)
 
     def _build(self) -> EngineProtocol:
-        """Make the engine; runs on the engine's thread. Raises EngineRefused."""
+        """Make the engine; runs on the engine's thread. Raises EngineConfigError."""
         from offramp.models.errors import ModelError  # noqa: PLC0415
-        from offramp.server.engine.build import EngineConfigError, build_engine  # noqa: PLC0415
+        from offramp.server.engine.build import build_engine  # noqa: PLC0415
 
         try:
             with bar("loading weights") as progress:
@@ -174,11 +173,11 @@ class Service:
                     model_name=self._config.engine.model,
                     progress=progress,
                 )
-        except (ModelError, EngineConfigError) as error:
-            raise EngineRefused(str(error)) from error
+        except ModelError as error:
+            raise EngineConfigError(str(error)) from error
         fault = default_fault(self._config, engine.info)
         if fault is not None:
-            raise EngineRefused(fault)
+            raise EngineConfigError(fault)
         return engine
 
     def _observe(self, output: EngineOutput) -> None:

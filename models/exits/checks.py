@@ -1,4 +1,4 @@
-"""Put the question at an exit point: which rows may leave, and with which token."""
+"""Exit checks: which rows may leave at an exit point, and with which token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Exits:
         self.heads = tuple(PackedHead.of(head, model.exit_forms) for head in heads)
         self.eps = model.config.rms_norm_eps
         self.vocab = vocab
-        self.trail = Trail(num_rows, model.config.hidden_size, model.device)
+        self.trail = Trail(num_rows, model.device)
         self.lm_head = model.lm_head
         if vocab is not None:
             rows = model.head_rows(vocab)
@@ -48,7 +48,7 @@ class Exits:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """For each slot the exit's token if it may leave, and the score if anybody asked."""
+    """For each sequence the exit's token if it may leave, and the score if it was checked."""
 
     tokens: tuple[int | None, ...]
     scores: tuple[float | None, ...]
@@ -58,7 +58,7 @@ class Checked:
 def check_sequences(
     exits: Exits, point: int, hidden: Tensor, rows: Tensor, work: Sequence[SequenceRows]
 ) -> Checked:
-    """Score the last row of each slot that asks; ``hidden`` [T, d] and ``rows`` [T] of all work."""
+    """Score the last row of each sequence with a check; ``hidden`` [T, d], ``rows`` [T] of all."""
     last: dict[ExitCriterion, list[tuple[int, int]]] = {}
     end = 0
     for index, item in enumerate(work):
@@ -68,8 +68,8 @@ def check_sequences(
     tokens: list[int | None] = [None] * len(work)
     scores: list[float | None] = [None] * len(work)
     head_rows = 0
-    for criterion, asked in last.items():
-        at = torch.tensor([row for _, row in asked], device=hidden.device)
+    for criterion, checked in last.items():
+        at = torch.tensor([row for _, row in checked], device=hidden.device)
         view = ExitView(
             exits.heads[point],
             hidden[at],
@@ -82,7 +82,7 @@ def check_sequences(
         )
         found = CRITERIA[criterion].score(view).tolist()
         leaving: list[tuple[int, HeadRow]] = []
-        for position, (index, _) in enumerate(asked):
+        for position, (index, _) in enumerate(checked):
             check = work[index].check
             assert check is not None
             scores[index] = found[position]
@@ -90,7 +90,7 @@ def check_sequences(
                 leaving.append((position, check.head))
         chosen = _choose(exits, point, view, leaving)
         for (position, _), token in zip(leaving, chosen, strict=True):
-            tokens[asked[position][0]] = token
+            tokens[checked[position][0]] = token
         head_rows += view.num_logits
     return Checked(tuple(tokens), tuple(scores), head_rows)
 
@@ -98,10 +98,10 @@ def check_sequences(
 def prompt_leavers(
     exits: Exits, point: int, hidden: Tensor, work: Sequence[SequenceRows]
 ) -> tuple[tuple[int, ...], ...]:
-    """For each slot the indices of prompt rows whose gate score reaches its prompt threshold.
+    """For each sequence the indices of prompt rows whose gate score reaches its prompt threshold.
 
     Prompt tokens need no token of their own, so the gate alone decides (ADEPT, arXiv 2601.03700).
-    Empty when no slot asks.
+    Empty when no prompt rows may leave.
     """
     if all(item.prompt_threshold is None for item in work):
         return ()

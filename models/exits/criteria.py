@@ -1,16 +1,17 @@
-"""When a token may leave: exit criteria, each one method from what an exit sees to a score.
+"""When a token may leave: exit criteria, each a class that turns what an exit sees into a score.
 
 A score lies in 0 .. 1 and is compared with a threshold; higher means readier to leave. Whether
-leaving also pays in time is the scheduler's business.
+leaving also pays in time is the governor's business. A criterion declares beside its score what
+the rest of the project must know of it and registers under its name; no other module knows it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
-from types import MappingProxyType
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,26 +28,23 @@ PREDICTOR_TOKENS = 4
 
 
 class Trail:
-    """What rows showed at the exits below, by hidden row; only some criteria write or read it."""
+    """What rows showed at the exits below, by hidden row; a criterion names the memory it needs."""
 
-    def __init__(self, num_rows: int, hidden_size: int, device: torch.device) -> None:
-        self.hidden = torch.zeros(num_rows, hidden_size, device=device)
-        self.entropy = torch.zeros(num_rows, device=device)
-        self.token = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self.streak = torch.zeros(num_rows, device=device)
-        self.survival = torch.ones(num_rows, device=device)
-        self.logits: Tensor | None = None
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self._num_rows = num_rows
+        self._device = device
+        self._memory: dict[str, Tensor] = {}
 
-    def logits_of(self, vocab: int) -> Tensor:
-        """Logits [rows, vocab] at the exit below; made when first asked for."""
-        if self.logits is None:
-            rows, device = len(self.entropy), self.entropy.device
-            self.logits = torch.zeros(rows, vocab, device=device)
-        return self.logits
+    def of(self, name: str, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory [rows, *sizes] under a name, zeros when first used."""
+        if name not in self._memory:
+            shape = (self._num_rows, *sizes)
+            self._memory[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+        return self._memory[name]
 
 
 class ExitView:
-    """n rows at one exit point, as a criterion sees them; gate and logits are made when asked for.
+    """n rows at one exit point, as a criterion sees them; gate and logits are computed when used.
 
     ``hidden`` [n, d] are the rows' states, ``rows`` [n] their places in ``trail``; ``index`` counts
     the ``num_exits`` exit points from below. ``logits_of`` runs the exit's adapter and LM head.
@@ -103,15 +101,37 @@ class ExitView:
         return int(self._have.sum())
 
 
-class Criterion(Protocol):
+class Criterion(ABC):
     """A rule by which tokens leave."""
 
+    compares_exits: ClassVar[bool] = False
+    """Whether it compares with the exits below, so that it must see every exit."""
+    decides_for_answer: ClassVar[bool] = False
+    """Whether the prompt's last row chooses one depth for the whole answer."""
+    needs_threshold: ClassVar[bool] = True
+    """Whether there is a score to compare; without, all leave at the first exit allowed."""
+    calibrated: ClassVar[bool] = True
+    """Whether the score estimates P(right), so that one price of errors sets all thresholds."""
+
+    @abstractmethod
     def score(self, view: ExitView) -> Tensor:
         """Scores [n], 0 (stay) to 1 (leave)."""
-        ...
 
 
-class Gate:
+CRITERIA: dict[ExitCriterion, Criterion] = {}
+"""Every criterion under its name."""
+
+
+def _register(name: ExitCriterion) -> Callable[[type[Criterion]], type[Criterion]]:
+    def add(kind: type[Criterion]) -> type[Criterion]:
+        CRITERIA[name] = kind()
+        return kind
+
+    return add
+
+
+@_register(ExitCriterion.GATE)
+class Gate(Criterion):
     """The learned gate alone (ADEPT, arXiv 2601.03700: a policy on the hidden state)."""
 
     def score(self, view: ExitView) -> Tensor:
@@ -119,7 +139,8 @@ class Gate:
         return view.gate
 
 
-class TwoKey:
+@_register(ExitCriterion.TWO_KEY)
+class TwoKey(Criterion):
     """Gate first, then the logits: the LM head runs only for rows whose gate fires.
 
     The second key weighs gate, top probability and top-2 gap into one estimate of
@@ -137,7 +158,8 @@ class TwoKey:
         return scores
 
 
-class MaxProb:
+@_register(ExitCriterion.MAX_PROB)
+class MaxProb(Criterion):
     """Highest softmax probability (CALM, arXiv 2207.07061; EE-LLM, arXiv 2312.04916)."""
 
     def score(self, view: ExitView) -> Tensor:
@@ -145,7 +167,12 @@ class MaxProb:
         return _probs(view).amax(dim=-1)
 
 
-class Top2Gap:
+PROFILED = ExitCriterion.MAX_PROB
+"""It runs the exit's LM head for every row, so a cost profile sees the whole price of a check."""
+
+
+@_register(ExitCriterion.TOP2_GAP)
+class Top2Gap(Criterion):
     """Difference of the two highest probabilities (CALM, 2207.07061; FREE, 2310.05424)."""
 
     def score(self, view: ExitView) -> Tensor:
@@ -154,7 +181,8 @@ class Top2Gap:
         return best[:, 0] - best[:, 1]
 
 
-class Entropy:
+@_register(ExitCriterion.ENTROPY)
+class Entropy(Criterion):
     """One minus the entropy as a share of the highest possible (DeeBERT, arXiv 2004.12993)."""
 
     def score(self, view: ExitView) -> Tensor:
@@ -163,79 +191,104 @@ class Entropy:
         return (1 - _entropy(probs) / math.log(probs.shape[-1])).clamp(0, 1)
 
 
-class EntropyDrop:
+@_register(ExitCriterion.ENTROPY_DROP)
+class EntropyDrop(Criterion):
     """How little the entropy still falls from exit to exit (BEExformer, arXiv 2412.05225).
 
     The score is one minus the fractional reduction since the exit below; a rise counts as no
-    reduction. The first exit has nothing to compare with, so nobody leaves there.
+    reduction. The first exit has nothing to compare with, so no token leaves there.
     """
+
+    compares_exits = True
+    calibrated = False
 
     def score(self, view: ExitView) -> Tensor:
         """See Criterion."""
-        now, earlier = _entropy(_probs(view)), view.trail.entropy[view.rows]
-        view.trail.entropy[view.rows] = now
+        memory = view.trail.of("entropy")
+        now, earlier = _entropy(_probs(view)), memory[view.rows]
+        memory[view.rows] = now
         if view.index == 0:
             return torch.zeros_like(now)
         return 1 - ((earlier - now) / earlier.clamp_min(_EDGE)).clamp(0, 1)
 
 
-class Saturation:
+@_register(ExitCriterion.SATURATION)
+class Saturation(Criterion):
     """Cosine of the states at this exit and the one below (CALM, 2207.07061; MuE, 2211.11152)."""
+
+    compares_exits = True
+    calibrated = False
 
     def score(self, view: ExitView) -> Tensor:
         """See Criterion."""
-        now, earlier = view.hidden.float(), view.trail.hidden[view.rows]
-        view.trail.hidden[view.rows] = now
+        now = view.hidden.float()
+        memory = view.trail.of("hidden", now.shape[1])
+        earlier = memory[view.rows]
+        memory[view.rows] = now
         if view.index == 0:
             return torch.zeros(len(now), device=now.device)
         return F.cosine_similarity(now, earlier, dim=-1).clamp(0, 1)
 
 
-class Patience:
+@_register(ExitCriterion.PATIENCE)
+class Patience(Criterion):
     """Exits in a row with the same best token (PABEE, arXiv 2006.04152).
 
     The score is the number of exits directly below that agree with this one, as a share of the
     most there can be: with k exits a threshold of t / (k - 1) is a patience of t.
     """
 
+    compares_exits = True
+    calibrated = False
+
     def score(self, view: ExitView) -> Tensor:
         """See Criterion."""
+        tokens, streaks = view.trail.of("token", dtype=torch.long), view.trail.of("streak")
         token = view.logits(view.everyone).argmax(dim=-1)
-        same = token == view.trail.token[view.rows]
-        streak = torch.where(same, view.trail.streak[view.rows] + 1, 0.0)
+        same = token == tokens[view.rows]
+        streak = torch.where(same, streaks[view.rows] + 1, 0.0)
         if view.index == 0:
             streak = torch.zeros_like(streak)
-        view.trail.token[view.rows], view.trail.streak[view.rows] = token, streak
+        tokens[view.rows], streaks[view.rows] = token, streak
         return streak / max(1, view.num_exits - 1)
 
 
-class QExit:
+@_register(ExitCriterion.Q_EXIT)
+class QExit(Criterion):
     """Cumulative exit posterior (PALBERT's Q-exit, arXiv 2204.03276).
 
     With the gate as halting probability l_i, the score is 1 - prod (1 - l_j) over the exits up to
     this one; a token leaves where it passes the quantile q.
     """
 
+    compares_exits = True
+    calibrated = False
+
     def score(self, view: ExitView) -> Tensor:
         """See Criterion."""
-        below = view.trail.survival[view.rows] if view.index else torch.ones_like(view.gate)
+        memory = view.trail.of("survival")
+        below = memory[view.rows] if view.index else torch.ones_like(view.gate)
         survival = below * (1 - view.gate)
-        view.trail.survival[view.rows] = survival
+        memory[view.rows] = survival
         return 1 - survival
 
 
-class Predictor:
+@_register(ExitCriterion.PREDICTOR)
+class Predictor(Criterion):
     """A small network on a few candidate tokens' logits (SpecEE, arXiv 2504.08850).
 
     The features of the candidates, the exit's own best few over its reduced vocabulary, are their
     logits, their probabilities among themselves, and how those changed since the exit below.
     """
 
+    compares_exits = True
+    calibrated = False
+
     def score(self, view: ExitView) -> Tensor:
-        """See Criterion; an exit without a trained predictor lets nobody leave."""
+        """See Criterion; at an exit without a trained predictor no token leaves."""
         head, everyone = view.head, view.everyone
         logits = view.logits(everyone)
-        memory = view.trail.logits_of(logits.shape[1])
+        memory = view.trail.of("logits", logits.shape[1])
         earlier = memory[view.rows] if view.index else torch.zeros_like(logits)
         features = predictor_features(logits, earlier)
         memory[view.rows] = logits
@@ -247,39 +300,24 @@ class Predictor:
         return torch.sigmoid(out).squeeze(-1)
 
 
-class Fixed:
-    """Everyone leaves at the first exit allowed (LayerSkip, arXiv 2404.16710)."""
+@_register(ExitCriterion.FIXED)
+class Fixed(Criterion):
+    """Every token leaves at the first exit allowed (LayerSkip, arXiv 2404.16710)."""
+
+    needs_threshold = False
+    calibrated = False
 
     def score(self, view: ExitView) -> Tensor:
         """See Criterion."""
         return torch.ones(len(view.hidden), device=view.hidden.device)
 
 
-CRITERIA: Mapping[ExitCriterion, Criterion] = MappingProxyType(
-    {
-        ExitCriterion.TWO_KEY: TwoKey(),
-        ExitCriterion.GATE: Gate(),
-        ExitCriterion.MAX_PROB: MaxProb(),
-        ExitCriterion.TOP2_GAP: Top2Gap(),
-        ExitCriterion.ENTROPY: Entropy(),
-        ExitCriterion.ENTROPY_DROP: EntropyDrop(),
-        ExitCriterion.SATURATION: Saturation(),
-        ExitCriterion.PATIENCE: Patience(),
-        ExitCriterion.Q_EXIT: QExit(),
-        ExitCriterion.PREDICTOR: Predictor(),
-        ExitCriterion.FIXED: Fixed(),
-        # The scheduler turns the gates' verdict on the prompt into one depth for the whole answer
-        # (FiRST, arXiv 2410.12513).
-        ExitCriterion.PROMPT_DEPTH: Gate(),
-    }
-)
-# Criteria that compare with the exits below have to see every exit, also where nobody may leave.
-STATEFUL = frozenset(
-    {
-        *(ExitCriterion.ENTROPY_DROP, ExitCriterion.SATURATION, ExitCriterion.PATIENCE),
-        *(ExitCriterion.Q_EXIT, ExitCriterion.PREDICTOR),
-    }
-)
+@_register(ExitCriterion.PROMPT_DEPTH)
+class PromptDepth(Gate):
+    """One depth for the whole answer, from the gates on the prompt (FiRST, arXiv 2410.12513)."""
+
+    decides_for_answer = True
+    calibrated = False
 
 
 def second_key(fuse: Tensor | None, gate: Tensor, probs: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from offramp.server.commands.tune_backbone import (
 )
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
-from offramp.server.engine.bulk import run_all
+from offramp.server.engine.offline import run_all
 from offramp.server.engine.request import EngineOutput, GenerationRequest
 from offramp.server.text.tokenizer import Tokenizer
 

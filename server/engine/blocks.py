@@ -1,12 +1,14 @@
-"""Host accounting of K,V pages: who holds which block, and which full blocks can be shared."""
+"""K,V blocks: which are free, which can be shared by prefix, and what each sequence holds."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import OrderedDict, abc
 
+from offramp.server.engine.kv_debt import DebtLedger, RowPool
+from offramp.server.engine.sequence import Sequence
 from offramp.server.errors import BugError
 
 
@@ -15,11 +17,11 @@ class OutOfBlocks(Exception):
 
 
 def block_hashes(
-    tokens: Sequence[int], block_size: int, known: Sequence[bytes] = ()
+    tokens: abc.Sequence[int], block_size: int, known: abc.Sequence[bytes] = ()
 ) -> list[bytes]:
     """Chained hashes of the full blocks of ``tokens``; ``known`` are those of its first blocks.
 
-    SHA-256, so that nobody can craft a prompt that collides with another client's.
+    SHA-256, so that no client can craft a prompt that collides with another's.
     """
     hashes = list(known)
     for index in range(len(hashes), len(tokens) // block_size):
@@ -58,8 +60,8 @@ class BlockPool:
     def allocate(self, count: int, after: int) -> list[int]:
         """Take ``count`` free blocks, first those next to block ``after``.
 
-        Neighbours let attention read a slot's context without gathering it; they are not worth
-        findable content. Raises OutOfBlocks.
+        Neighbours let attention read a context without gathering it; findable content is not
+        given up for them. Raises OutOfBlocks.
         """
         if count > len(self._free):
             raise OutOfBlocks
@@ -70,7 +72,7 @@ class BlockPool:
         rest = [self._take(next(iter(self._free))) for _ in range(count - len(taken))]
         return taken + sorted(rest)
 
-    def share(self, hashes: Sequence[bytes]) -> list[int]:
+    def share(self, hashes: abc.Sequence[bytes]) -> list[int]:
         """Hold the cached blocks that match a prefix of ``hashes``; returns them in order."""
         shared: list[int] = []
         for digest in hashes:
@@ -88,7 +90,7 @@ class BlockPool:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
-    def release(self, table: Sequence[int]) -> None:
+    def release(self, table: abc.Sequence[int]) -> None:
         """Give up one hold on each block; tails become free before heads, so prefixes live on."""
         for block in reversed(table):
             self._holders[block] -= 1
@@ -99,7 +101,7 @@ class BlockPool:
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)
 
-    def check(self, tables: Sequence[Sequence[int]]) -> None:
+    def check(self, tables: abc.Sequence[abc.Sequence[int]]) -> None:
         """Audit: the holders are exactly ``tables``, and free + used == total."""
         expected = [0] * self.num_blocks
         for table in tables:
@@ -117,3 +119,121 @@ class BlockPool:
             del self._block_of[digest]
         self._holders[block] = 1
         return block
+
+
+class SequenceMemory:
+    """All that sequences hold on the device: K,V blocks, hidden rows and debts."""
+
+    def __init__(
+        self, blocks: BlockPool, rows: RowPool, ledger: DebtLedger, *, prefix_caching: bool
+    ) -> None:
+        self.blocks = blocks
+        self.rows = rows
+        self.ledger = ledger
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._prefix_caching = prefix_caching
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Take blocks for all the sequence's tokens, cached ones first; False if they do not fit.
+
+        At least the last token is left to compute, since its logits are wanted; of an audit, every
+        position that makes a token of the answer.
+        """
+        size = self.blocks.block_size
+        shared: list[int] = []
+        if self._prefix_caching:
+            sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes)
+            wanted = sequence.num_prompt if sequence.audit else len(sequence.tokens)
+            shared = self.blocks.share(sequence.hashes[: (wanted - 1) // size])
+        missing = -(-len(sequence.tokens) // size) - len(shared)
+        home = sequence.id * 7919 % self.blocks.num_blocks
+        try:
+            sequence.table = shared + self.blocks.allocate(missing, shared[-1] if shared else home)
+        except OutOfBlocks:
+            self.blocks.release(shared)
+            return False
+        cached = len(shared) * size
+        sequence.computed = [cached] * sequence.num_segments
+        if self._prefix_caching:
+            self.prefix_queries += len(sequence.tokens)
+            self.prefix_hits += cached
+        if sequence.admitted_at is None:
+            sequence.cached_tokens = min(cached, sequence.num_prompt)
+        return True
+
+    def grow(self, sequence: Sequence, length: int) -> None:
+        """Make room for ``length`` positions; raises OutOfBlocks."""
+        missing = -(-length // self.blocks.block_size) - len(sequence.table)
+        if missing > 0:
+            sequence.table += self.blocks.allocate(
+                missing, sequence.table[-1] if sequence.table else -1
+            )
+
+    def start_chunk(self, sequence: Sequence, count: int) -> None:
+        """Make the next ``count`` positions the sequence's chunk, with hidden rows."""
+        start = sequence.computed[0]
+        sequence.chunk = list(range(start, start + count))
+        sequence.chunk_rows = self.rows.take(count)
+        sequence.filled.clear()
+
+    def free_chunk(self, sequence: Sequence, keep_from: int | None = None) -> None:
+        """Free the chunk's rows, but not those of positions ``keep_from`` and up."""
+        first = len(sequence.chunk)
+        if keep_from is not None:
+            first = bisect_left(sequence.chunk, keep_from)
+        self.rows.give(sequence.chunk_rows[:first])
+        sequence.chunk = sequence.chunk[first:]
+        sequence.chunk_rows = sequence.chunk_rows[first:]
+
+    def rejoin(self, sequence: Sequence) -> None:
+        """Put positions that left early back into the chunk: their debts ran every segment."""
+        debts = self.ledger.withdraw(sequence.id)
+        sequence.chunk = [debt.position for debt in debts] + sequence.chunk
+        sequence.chunk_rows = [debt.row for debt in debts] + sequence.chunk_rows
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make blocks whose K,V are complete and exact findable by other requests."""
+        if not self._prefix_caching:
+            return
+        size = self.blocks.block_size
+        whole = min(sequence.computed[-1], sequence.verified)
+        if sequence.exact is not None:
+            whole = min(whole, sequence.exact)
+        if whole // size > len(sequence.hashes):
+            sequence.hashes = block_hashes(
+                sequence.tokens[: whole // size * size], size, sequence.hashes
+            )
+        for index in range(sequence.published, whole // size):
+            self.blocks.register(sequence.table[index], sequence.hashes[index])
+        sequence.published = max(sequence.published, whole // size)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back everything the sequence holds."""
+        self.free_chunk(sequence)
+        self.ledger.settle(sequence.id)
+        self.blocks.release(sequence.table)
+        sequence.table = []
+
+    def check(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Audit blocks, rows and debts against the live sequences."""
+        live = {sequence.id: sequence for sequence in sequences}
+        self.blocks.check([sequence.table for sequence in live.values()])
+        if not self.ledger.sequences <= live.keys():
+            raise BugError("A released sequence is still in debt.")
+        held = self.ledger.total + sum(len(sequence.chunk_rows) for sequence in live.values())
+        if held + self.rows.num_free != self.rows.num_rows:
+            raise BugError("Held and free hidden rows do not add up.")
+        for sequence in live.values():
+            self._check_debts(sequence)
+
+    def _check_debts(self, sequence: Sequence) -> None:
+        """What segment i lacks of the positions the first segment ran is in the stack or owed."""
+        running = sequence.filled.union(sequence.chunk)
+        for segment, computed in enumerate(sequence.computed):
+            owed = [debt.position for debt in self.ledger.lacking(sequence.id, segment)]
+            lacking = [p for p in range(computed, sequence.computed[0]) if p not in running]
+            if owed != lacking:
+                raise BugError(
+                    f"Sequence {sequence.id} lacks K,V in segment {segment} without a debt."
+                )

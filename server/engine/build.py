@@ -1,4 +1,4 @@
-"""Put an engine together: weights, exits, memory, scheduler."""
+"""Put an engine together: weights, exits, memory, decoders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 
 from offramp.models.config import ModelConfig
+from offramp.models.costs import CostModel, profile_costs
+from offramp.models.cpu import ThreadGovernor, keep_freed_memory, return_freed_memory
+from offramp.models.device_loop import DeviceLoop, profile_device
+from offramp.models.exits.calibration.beta_mixture import OnlineThresholds
 from offramp.models.exits.deltas import (
     apply_deltas,
     delta_paths,
@@ -28,34 +32,29 @@ from offramp.models.kv_cache import KVCache
 from offramp.models.loading.forms import as_they_are, choose
 from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.runner import Runner
-from offramp.models.sampling_params import ExitCriterion
+from offramp.models.sampling_params import DEFAULT_CRITERION
+from offramp.models.step import StepRunner
 from offramp.models.transformer import Transformer
-from offramp.server.config import EngineConfig
-from offramp.server.engine.blocks import BlockPool
-from offramp.server.engine.debt import DebtLedger, RowPool
+from offramp.server.config import EngineConfig, EngineConfigError
+from offramp.server.engine.admission import Admission
+from offramp.server.engine.batch_delay import BatchDelay
+from offramp.server.engine.blocks import BlockPool, SequenceMemory
+from offramp.server.engine.decoder import Decoder
 from offramp.server.engine.device import (
-    EngineConfigError,
     blocks_that_fit,
     check_shape,
     context_length,
     native_kernels,
     placement,
 )
+from offramp.server.engine.device_decoder import DeviceDecoder
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.governor import ExitGovernor, device_patience
 from offramp.server.engine.guard import LiveGuard
-from offramp.server.engine.memory import SequenceMemory
-from offramp.server.engine.online import OnlineThresholds
-from offramp.server.engine.policy import ExitPolicy
-from offramp.server.engine.process import keep_freed_memory, return_freed_memory
-from offramp.server.engine.rebatching import Rebatching
+from offramp.server.engine.host_decoder import HostDecoder
+from offramp.server.engine.kv_debt import DebtLedger, RowPool
 from offramp.server.engine.request import EngineInfo
-from offramp.server.engine.rides import hold_shares
-from offramp.server.engine.scheduler import Limits, Scheduler
-from offramp.server.engine.targets import ExitTargets
-from offramp.server.engine.threads import ThreadGovernor
-from offramp.server.engine.warm_up import measure_costs
-
-__all__ = ["EngineConfigError", "build_engine"]
+from offramp.server.engine.thresholds import ExitThresholds
 
 logger = logging.getLogger("offramp.engine")
 
@@ -71,146 +70,76 @@ def build_engine(
     model_name: str,
     progress: Callable[[int, int], None] | None = None,
     num_blocks: int | None = None,
-    rides: bool | None = None,
-    audit: bool = False,
+    on_device: bool | None = None,
+    every_exit: bool = False,
+    check_invariants: bool = False,
 ) -> Engine:
     """Load the model in ``folder`` and make it ready to serve.
 
-    ``progress`` is called with tensors loaded and total. For tests: ``num_blocks`` fixes the number
-    of K,V blocks whatever their memory, ``rides`` whether decoding is decided on the device (None:
-    on a GPU), and ``audit`` checks the invariants after every step. Raises EngineConfigError, or a
-    ModelError of the loader or the exit file.
+    ``progress`` is called with tensors loaded and total. ``every_exit`` lets tokens leave wherever
+    their score allows it, whether or not that pays, so that quality can be judged apart from speed.
+    For tests: ``num_blocks`` fixes the number of K,V blocks whatever their memory, ``on_device``
+    whether decoding is decided on the device (None: on a GPU), and ``check_invariants`` checks them
+    after every step.
+    Raises EngineConfigError, or a ModelError of the loader or the exit file.
     """
     try:
-        return _assemble(config, folder, model_name, progress, num_blocks, rides, audit=audit)
+        runner, info = _load(config, folder, model_name, progress, num_blocks, on_device=on_device)
+        loop = None
+        if _decides_on_device(runner.model.device, on_device=on_device):
+            loop = runner.device_loop(info.max_num_seqs, -(-info.max_model_len // info.block_size))
+        thresholds = exit_thresholds(info, config)
+        made = assemble(config, info, runner, thresholds, loop, every_exit=every_exit)
     except torch.OutOfMemoryError as error:
         raise EngineConfigError(
             "the GPU's memory is used up: lower --max-num-seqs, --max-num-batched-tokens or "
             "--gpu-memory-utilization, see what else uses the GPU, or use --device cpu"
         ) from error
+    made.check_invariants = check_invariants
+    return made
 
 
-def _assemble(
+def assemble(
     config: EngineConfig,
-    folder: Path,
-    model_name: str,
-    progress: Callable[[int, int], None] | None,
-    num_blocks: int | None,
-    rides: bool | None,  # noqa: FBT001 (as build_engine got it)
+    info: EngineInfo,
+    runner: StepRunner,
+    thresholds: ExitThresholds,
+    loop: DeviceLoop | None = None,
     *,
-    audit: bool,
+    every_exit: bool = False,
 ) -> Engine:
-    keep_freed_memory()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device, dtype = placement(config)
-    shape = config_from_hf(folder)
-    check_shape(shape, device)
-    weights = load_weights(folder, shape, dtype=dtype, progress=progress)
-    weights, own = _tuned(config.exits, weights)
-    weights = {name: tensor.to(device) for name, tensor in weights.items()}
-    exits = _exits(config.exits, own, weights, shape, dtype, device)
-    max_model_len = context_length(shape, config)
-    blocks = num_blocks or blocks_that_fit(shape, config, exits.heads, max_model_len, dtype, device)
-    cache = KVCache(shape, blocks, config.block_size, dtype, device)
-    heads = exits.heads
-    exit_layers = tuple(head.layer for head in heads)
-    rides = device.type == "cuda" if rides is None else rides
-    if config.exit_hold == "throughput" and not rides:
-        raise EngineConfigError("--exit-hold throughput is for GPUs; use --exit-hold latency")
-    recipes = choose(config.weights, weights, native=native_kernels(config))
-    recipes = as_they_are() if rides else recipes
-    model = Transformer(shape, weights, exit_layers, max_model_len, recipes, consume=True)
-    del weights
-    return_freed_memory()
-    num_rows = config.max_num_seqs * (1 + config.max_exit_debt) + config.max_num_batched_tokens
-    info = _info(model_name, config, model, exits, cache, max_model_len)
-    runner = Runner(model, heads, cache, num_rows, exits.vocab)
-    scheduler = _scheduler(info, config, num_rows)
-    measure_costs(runner, info, scheduler.policy.costs)
-    if rides:
-        _decode_on_device(runner, scheduler, info, config)
-    guard = LiveGuard(scheduler.targets, config.exit_audit_rate)
-    threads = None
-    if device.type == "cpu":
-        threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
-    return Engine(info, scheduler, runner, guard, threads, audit=audit)
-
-
-def _decode_on_device(
-    runner: Runner, scheduler: Scheduler, info: EngineInfo, config: EngineConfig
-) -> None:
-    """A loop that holds riders where that pays by the times measured here."""
-    slots = info.max_num_seqs
-    loop = runner.decode_loop(slots, -(-info.max_model_len // info.block_size))
-    depths = (*info.exit_layers, info.num_layers)
-    seconds = [(loop.seconds(i, 1), loop.seconds(i, slots)) for i in range(len(depths))]
-    rides = config.exit_max_hold_ms / 1000 / sum(many for _, many in seconds)
-    rebatching = None
-    if config.exit_hold == "throughput":
-        rebatching = Rebatching(seconds, slots, rides, depths)
-    else:
-        loop.hold(hold_shares(seconds, rides))
-    scheduler.boarding.decode_on(loop, scheduler.targets, rebatching)
-
-
-def _info(
-    model_name: str,
-    config: EngineConfig,
-    model: Transformer,
-    exits: ExitFile,
-    cache: KVCache,
-    max_model_len: int,
-) -> EngineInfo:
-    return EngineInfo(
-        model_name=model_name,
-        num_layers=model.config.num_layers,
-        exit_layers=model.exit_layers,
-        exit_thresholds=tuple(head.threshold for head in exits.heads),
-        vocab_size=model.config.vocab_size,
-        max_model_len=max_model_len,
-        block_size=cache.block_size,
-        num_blocks=cache.num_blocks,
-        max_num_seqs=config.max_num_seqs,
-        dtype=str(model.dtype).removeprefix("torch."),
-        eos_token_ids=model.config.eos_token_ids,
-        points=exits.points,
-        prompt_threshold=_prompt_threshold(config, exits),
-        quality_floor=config.quality_floor,
-    )
-
-
-def _prompt_threshold(config: EngineConfig, exits: ExitFile) -> float | None:
-    """Gate score at which prompt tokens may leave, None if nobody said."""
-    if config.exit_prefill_threshold is not None:
-        return config.exit_prefill_threshold
-    found = [p.prefill_threshold for p in exits.points if p.prefill_threshold is not None]
-    return max(found, default=None)
-
-
-def _scheduler(info: EngineInfo, config: EngineConfig, num_rows: int) -> Scheduler:
-    limits = Limits(
-        info.num_layers,
-        info.exit_layers,
-        config.max_num_seqs,
-        config.max_num_batched_tokens,
-        config.max_exit_debt,
-        info.max_model_len,
-    )
-    rows = RowPool(num_rows)
+    """The engine over a runner and, where decoding is decided on the device, a device loop."""
+    rows = RowPool(hidden_rows(info))
     memory = SequenceMemory(
-        BlockPool(info.num_blocks, config.block_size),
+        BlockPool(info.num_blocks, info.block_size),
         rows,
-        DebtLedger(rows, limits.num_segments),
+        DebtLedger(rows, info.num_segments),
         prefix_caching=config.enable_prefix_caching,
     )
-    policy = ExitPolicy(limits.num_segments, config.exit_max_hold_ms / 1000)
-    return Scheduler(limits, memory, policy, _targets(info, config))
+    admission = Admission(info, memory)
+    max_hold = config.exit_max_hold_ms / 1000
+    costs = profile_costs(runner, info.num_segments, min(info.max_num_seqs, info.num_blocks))
+    governor = ExitGovernor(costs, thresholds, max_hold, every_exit=every_exit)
+    decoders: list[Decoder] = [HostDecoder(info, admission, memory, governor, runner)]
+    if loop is not None:
+        costs = profile_device(loop, info.num_segments, info.max_num_seqs)
+        delay = None
+        if config.exit_hold == "throughput":
+            delay = _batch_delay(info, costs, max_hold)
+        governor = ExitGovernor(costs, thresholds, max_hold, delay, every_exit=every_exit)
+        decoders.insert(0, DeviceDecoder(info, admission, memory, governor, loop))
+    guard = LiveGuard(thresholds, config.exit_audit_rate)
+    return Engine(info, admission, memory, decoders, guard)
 
 
-def _targets(info: EngineInfo, config: EngineConfig) -> ExitTargets:
+def hidden_rows(info: EngineInfo) -> int:
+    """Rows of the hidden buffer: a step's, and those that sequences owe layers."""
+    return info.max_num_seqs * (1 + info.max_exit_debt) + info.max_num_batched_tokens
+
+
+def exit_thresholds(info: EngineInfo, config: EngineConfig) -> ExitThresholds:
     """Thresholds for requests that name none; raises EngineConfigError for an empty promise."""
-    points = [p for p in info.points if p.criterion is ExitCriterion.TWO_KEY]
+    points = [p for p in info.points if p.criterion is DEFAULT_CRITERION]
     best = max((point.quality for point in points), default=None)
     quality = config.exit_quality
     for flag, wish in (("--exit-quality", quality), ("--quality-floor", config.quality_floor)):
@@ -234,13 +163,86 @@ def _targets(info: EngineInfo, config: EngineConfig) -> ExitTargets:
         online = OnlineThresholds(len(info.exit_layers), config.exit_online_quality)
         quality = None
     floor = config.quality_floor
-    targets = ExitTargets(info.exit_thresholds, points, quality, floor, online)
-    if floor is not None and targets.quality is not None and floor > targets.quality:
+    thresholds = ExitThresholds(info.exit_thresholds, points, quality, floor, online)
+    if floor is not None and thresholds.quality is not None and floor > thresholds.quality:
         raise EngineConfigError(
-            f"--quality-floor {floor:g} is above the quality served, {targets.quality:g}; "
+            f"--quality-floor {floor:g} is above the quality served, {thresholds.quality:g}; "
             "lower it or raise --exit-quality"
         )
-    return targets
+    return thresholds
+
+
+def _load(
+    config: EngineConfig,
+    folder: Path,
+    model_name: str,
+    progress: Callable[[int, int], None] | None,
+    num_blocks: int | None,
+    *,
+    on_device: bool | None,
+) -> tuple[Runner, EngineInfo]:
+    """Weights, exits and K,V pages in place."""
+    keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device, dtype = placement(config)
+    shape = config_from_hf(folder)
+    check_shape(shape, device)
+    weights = load_weights(folder, shape, dtype=dtype, progress=progress)
+    weights, own = _tuned(config.exits, weights)
+    weights = {name: tensor.to(device) for name, tensor in weights.items()}
+    exits = _exits(config.exits, own, weights, shape, dtype, device)
+    heads, max_len = exits.heads, context_length(shape, config)
+    blocks = num_blocks or blocks_that_fit(shape, config, heads, max_len, dtype, device)
+    cache = KVCache(shape, blocks, config.block_size, dtype, device)
+    on_device = _decides_on_device(device, on_device=on_device)
+    if config.exit_hold == "throughput" and not on_device:
+        raise EngineConfigError("--exit-hold throughput is for GPUs; use --exit-hold latency")
+    recipes = choose(config.weights, weights, native=native_kernels(config))
+    recipes = as_they_are() if on_device else recipes
+    layers = tuple(head.layer for head in heads)
+    model = Transformer(shape, weights, layers, max_len, recipes, consume=True)
+    del weights
+    return_freed_memory()
+    info = EngineInfo(
+        model_name=model_name,
+        num_layers=shape.num_layers,
+        exit_layers=layers,
+        exit_thresholds=tuple(head.threshold for head in heads),
+        vocab_size=shape.vocab_size,
+        max_model_len=max_len,
+        block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_exit_debt=config.max_exit_debt,
+        eos_token_ids=shape.eos_token_ids,
+        points=exits.points,
+        prompt_threshold=_prompt_threshold(config, exits),
+        quality_floor=config.quality_floor,
+    )
+    threads = None
+    if device.type == "cpu":
+        threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
+    return Runner(model, heads, cache, hidden_rows(info), exits.vocab, threads), info
+
+
+def _decides_on_device(device: torch.device, *, on_device: bool | None) -> bool:
+    return device.type == "cuda" if on_device is None else on_device
+
+
+def _batch_delay(info: EngineInfo, costs: CostModel, max_hold: float) -> BatchDelay:
+    patience = device_patience(costs, info.max_num_seqs, max_hold)
+    return BatchDelay(costs, patience, (*info.exit_layers, info.num_layers))
+
+
+def _prompt_threshold(config: EngineConfig, exits: ExitFile) -> float | None:
+    """Gate score at which prompt tokens may leave, None without one."""
+    if config.exit_prefill_threshold is not None:
+        return config.exit_prefill_threshold
+    found = [p.prefill_threshold for p in exits.points if p.prefill_threshold is not None]
+    return max(found, default=None)
 
 
 def _tuned(choice: str, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:

@@ -11,7 +11,7 @@ from offramp.kernels.native import library
 from offramp.models.config import ModelConfig
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import bytes_per_block
-from offramp.server.config import GIB, EngineConfig
+from offramp.server.config import GIB, EngineConfig, EngineConfigError
 
 # What CUDA, its libraries and recorded graphs take beside the tensors counted here.
 _OVERHEAD = GIB
@@ -23,10 +23,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
-class EngineConfigError(Exception):
-    """The engine cannot be built as asked; the message says what would work."""
 
 
 def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
@@ -104,15 +100,15 @@ def blocks_that_fit(
 
 
 def decode_bytes(
-    shape: ModelConfig, heads: Sequence[ExitHead], slots: int, dtype: torch.dtype
+    shape: ModelConfig, heads: Sequence[ExitHead], rows: int, dtype: torch.dtype
 ) -> int:
-    """What decoding ``slots`` at once holds beside weights and K,V (models/decode_pass.py)."""
+    """Bytes that decoding ``rows`` sequences at once holds beside weights and K,V (DevicePass)."""
     wide = shape.hidden_size * 2 + shape.query_size + 2 * shape.kv_size + shape.intermediate_size
     logits = 4 * shape.vocab_size * (2 if heads else 1)
     maps = [
         2 * (shape.num_layers - head.layer) * shape.kv_size * shape.hidden_size for head in heads
     ]
-    return slots * (wide * dtype.itemsize + logits) + sum(maps) * dtype.itemsize
+    return rows * (wide * dtype.itemsize + logits) + sum(maps) * dtype.itemsize
 
 
 def _spare(

@@ -1,6 +1,6 @@
 """The thread that owns the engine, and the only way to reach it from the event loop.
 
-Public methods are called on the event loop. They never touch slots, queues or blocks: requests
+Public methods are called on the event loop. They never touch sequences, queues or blocks: requests
 and aborts go into an inbox the engine thread empties between steps, and each step's output comes
 back with one `call_soon_threadsafe`.
 """
@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from enum import StrEnum
 from typing import Protocol, Self
 
+from offramp.server.config import EngineConfigError
 from offramp.server.engine.request import (
     EngineInfo,
     EngineOutput,
@@ -53,10 +54,6 @@ class EngineProtocol(Protocol):
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
         ...
-
-
-class EngineRefused(Exception):
-    """The engine cannot be made as asked; the message says to the user what would work."""
 
 
 class EngineState(StrEnum):
@@ -279,8 +276,8 @@ class EngineDriver:
                 if outputs[-1].events or len(outputs) >= _MAX_OUTPUTS or not engine.has_work:
                     self._call(self._deliver, outputs)
                     outputs = []
-        except EngineRefused as error:
-            # Nothing of ours is broken, so where it was noticed helps nobody.
+        except EngineConfigError as error:
+            # The configuration is at fault, so a traceback would not help.
             logger.debug("engine refused", exc_info=error)
             self._call(self._became_failed, str(error))
         except Exception as error:

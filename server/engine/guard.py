@@ -13,8 +13,8 @@ from collections import deque
 
 from offramp.models.exits.calibration.risk import betting_p_value
 from offramp.models.sampling_params import ExitMode
-from offramp.server.engine.slot import Slot
-from offramp.server.engine.targets import GUARD_OFF, ExitTargets
+from offramp.server.engine.sequence import Sequence
+from offramp.server.engine.thresholds import GUARD_OFF, ExitThresholds
 
 logger = logging.getLogger("offramp.guard")
 
@@ -31,17 +31,17 @@ class LiveGuard:
     ``rate`` is the share of eligible answers audited (0: none).
     """
 
-    def __init__(self, targets: ExitTargets, rate: float) -> None:
-        self._targets = targets
+    def __init__(self, thresholds: ExitThresholds, rate: float) -> None:
+        self.thresholds = thresholds
         self._rate = rate
         self._due = 0.0
         self._excess: deque[float] = deque(maxlen=_WINDOW)
         self.audited = 0
         self.disagreements = 0
 
-    def wants(self, slot: Slot, pending: int) -> bool:
-        """Whether this finished slot's answer is to be audited; ``pending`` audits wait already."""
-        if slot.request.exits.mode is not ExitMode.ADAPTIVE or not slot.left_early:
+    def wants(self, sequence: Sequence, pending: int) -> bool:
+        """Whether a finished answer is to be audited; ``pending`` audits wait already."""
+        if sequence.request.exits.mode is not ExitMode.ADAPTIVE or not sequence.left_early:
             return False
         if pending >= _MAX_PENDING:
             return False
@@ -52,19 +52,19 @@ class LiveGuard:
         self._due -= 1
         return True
 
-    def record(self, slot: Slot, disagreements: int) -> None:
+    def record(self, sequence: Sequence, disagreements: int) -> None:
         """An audit ended: ``disagreements`` of the answer's tokens are not full depth's."""
-        total = len(slot.tokens) - slot.num_prompt
+        total = len(sequence.tokens) - sequence.num_prompt
         self.audited += total
         self.disagreements += disagreements
-        promise = slot.request.exits.quality or self._targets.quality
-        if promise is None or self._targets.guard_level >= GUARD_OFF:
+        promise = sequence.request.exits.quality or self.thresholds.quality
+        if promise is None or self.thresholds.guard_level >= GUARD_OFF:
             return
         self._excess.append(disagreements / total - (1 - promise))
         if len(self._excess) >= _FEWEST and self._broken():
             self._excess.clear()
-            self._targets.tighten()
-            self._say()
+            self.thresholds.tighten()
+            self._log()
 
     def _broken(self) -> bool:
         """Whether answers disagree with full depth more than promised, beyond chance.
@@ -75,7 +75,7 @@ class LiveGuard:
         mirrored = [(1 - value) / 2 for value in self._excess]
         return betting_p_value(mirrored, 0.5) < _ALPHA
 
-    def _say(self) -> None:
-        level = self._targets.guard_level
+    def _log(self) -> None:
+        level = self.thresholds.guard_level
         action = "early exits are off" if level >= GUARD_OFF else "thresholds were tightened"
         logger.warning("answers agree with full depth less than promised; %s (%d)", action, level)

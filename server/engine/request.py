@@ -35,7 +35,7 @@ class RequestStats:
     ``layers_executed`` counts layers really run for the generated tokens, recomputed debts
     included; ``cached_tokens`` is the part of the prompt found in the prefix cache; ``stayed``
     counts tokens whose score would have let them leave but that were kept in the stack.
-    ``prompt_layers_skipped`` are layers prompt tokens did not run. ``drafted`` guesses were made
+    ``prompt_layers_skipped`` are layers prompt tokens did not run. ``drafted`` tokens were guessed
     in lossless mode, of which full depth ``accepted`` some and ``rejected`` others; those behind a
     rejected one are neither.
     """
@@ -76,26 +76,20 @@ class TokenEvent:
 class StepStats:
     """What one engine step did and the state it left behind, for metrics and logs.
 
-    ``kind`` is ``segment``, ``head`` or ``fill``; ``rows`` are token rows of that step.
-    Gauges (running to debt_tokens, thresholds, guard_level, quality_target) are values after the
-    step, the rest are increments. ``exit_head_rows`` are rows an exit's LM head ran for,
-    ``prompt_left`` prompt tokens that left after this segment, ``prompt_risen`` those that might
-    have and ran the whole stack.
+    ``kind`` is ``segment``, ``head``, ``fill`` or ``device`` (a pass of all segments, decided on
+    the device); ``rows`` are token rows of that step. Fields up to ``disagreements`` are
+    increments, the rest are values after the step. ``exit_head_rows`` are rows an exit's LM head
+    ran for, ``prompt_left`` prompt tokens that left after this segment, ``prompt_full`` those that
+    might have left and ran the whole stack.
     """
 
     kind: str
     segment: int
-    seconds: float
-    host_seconds: float
-    prefill_rows: int
-    decode_rows: int
-    layers_executed: int
-    running: int
-    waiting: int
-    kv_used_blocks: int
-    kv_total_blocks: int
-    debt_tokens: int
-    segment_queue: tuple[int, ...]
+    seconds: float = 0.0
+    host_seconds: float = 0.0
+    prefill_rows: int = 0
+    decode_rows: int = 0
+    layers_executed: int = 0
     fill_tokens: int = 0
     fill_method: str = ""
     preemptions: int = 0
@@ -104,11 +98,17 @@ class StepStats:
     stayed: int = 0
     drafted: int = 0
     accepted: int = 0
-    audited: int = 0
-    disagreements: int = 0
     exit_head_rows: int = 0
     prompt_left: int = 0
-    prompt_risen: int = 0
+    prompt_full: int = 0
+    audited: int = 0
+    disagreements: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_used_blocks: int = 0
+    kv_total_blocks: int = 0
+    debt_tokens: int = 0
+    segment_queue: tuple[int, ...] = ()
     thresholds: tuple[float, ...] = ()
     guard_level: int = 0
     quality_target: float = 0.0
@@ -124,7 +124,12 @@ class EngineOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Facts about a loaded engine that the front needs; constant while it lives."""
+    """Facts about a loaded engine; constant while it lives.
+
+    ``exit_layers`` are the exit points, ascending; they cut the ``num_layers`` layers into
+    segments. ``max_num_batched_tokens`` bounds the rows of one step, ``max_exit_debt`` the
+    positions that one sequence may owe.
+    """
 
     model_name: str
     num_layers: int
@@ -136,7 +141,19 @@ class EngineInfo:
     num_blocks: int
     max_num_seqs: int
     dtype: str
+    max_num_batched_tokens: int = 512
+    max_exit_debt: int = 16
     eos_token_ids: tuple[int, ...] = field(default=())
     points: tuple[OperatingPoint, ...] = ()
     prompt_threshold: float | None = None
     quality_floor: float | None = None
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the stack."""
+        return len(self.exit_layers) + 1
+
+    def layers_of(self, segment: int) -> int:
+        """Layers of one segment."""
+        bounds = (0, *self.exit_layers, self.num_layers)
+        return bounds[segment + 1] - bounds[segment]

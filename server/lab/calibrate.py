@@ -20,7 +20,7 @@ from offramp.server.lab.tables import table
 
 if TYPE_CHECKING:
     from offramp.models.exits.calibration.threshold_search import Candidate
-    from offramp.server.engine.bulk import Finished
+    from offramp.server.engine.offline import Finished
     from offramp.server.lab.runs import Run
     from offramp.server.lab.selection import Choice, Trial
     from offramp.server.lab.workbench import Workbench

@@ -16,7 +16,7 @@ from offramp.models.exits.calibration.threshold_search import (
 from offramp.models.exits.criteria import STATEFUL
 from offramp.models.exits.training.hidden_states import Answer, collect
 from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
-from offramp.server.engine.bulk import Finished
+from offramp.server.engine.offline import Finished
 from offramp.server.lab.scores import score
 from offramp.server.lab.workbench import Workbench
 

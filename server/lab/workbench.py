@@ -17,9 +17,9 @@ from offramp.models.transformer import Transformer
 from offramp.server.bench.prompts import read_prompts
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
-from offramp.server.engine.bulk import Finished
+from offramp.server.engine.offline import Finished
 from offramp.server.engine.engine import Engine
-from offramp.server.engine.policy import ExitPolicy
+from offramp.server.engine.policy import ExitGovernor
 from offramp.server.engine.scheduler import Scheduler
 from offramp.server.lab.errors import LabError
 from offramp.server.lab.prices import StepLog
@@ -84,13 +84,13 @@ class Workbench:
         return fitting
 
 
-class EveryExit(ExitPolicy):
+class EveryExit(ExitGovernor):
     """Asks at every exit and lets everyone go whose score allows it, whether it pays or not.
 
     What calibration promises must not lean on exits that this machine happened to refuse.
     """
 
-    def asks(self, segment: int, rows: int) -> bool:  # noqa: ARG002 (as ExitPolicy has it)
+    def asks(self, segment: int, rows: int) -> bool:  # noqa: ARG002 (as ExitGovernor has it)
         """Always."""
         return True
 

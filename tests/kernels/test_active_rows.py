@@ -32,7 +32,7 @@ both = pytest.mark.parametrize(
 
 
 def states(stages: list[int]) -> DecodeState:
-    """Slots at ``stages``, each at a position of its own under a table of its own."""
+    """Sequences at ``stages``, each at a position of its own under a table of its own."""
     made = DecodeState.empty(len(stages), 5, DEVICE)
     made.stage.copy_(torch.tensor(stages))
     made.position.copy_(torch.randint(0, 5 * BLOCK, (len(stages),)))
@@ -42,22 +42,22 @@ def states(stages: list[int]) -> DecodeState:
 
 
 def boarded(made: DecodeState, segment: int, holds: Tensor, *, kernels: bool) -> list[int]:
-    """Slots that gather_rows, their places checked."""
-    riders = SegmentBatch.empty(len(made.stage), DEVICE)
+    """Sequences that gather_rows, their places checked."""
+    active = SegmentBatch.empty(len(made.stage), DEVICE)
     if kernels:
         with rehearsal():
-            gather_rows(made, riders, segment, holds, block_size=BLOCK)
+            gather_rows(made, active, segment, holds, block_size=BLOCK)
     else:
-        gather_rows(made, riders, segment, holds, block_size=BLOCK)
-    slots: list[int] = riders.list.chosen.tolist()
-    for row, slot in enumerate(slots):
-        position = int(made.position[slot])
-        block = int(made.table[slot, position // BLOCK])
-        assert int(riders.positions[row]) == position
-        assert int(riders.places[row]) == block * BLOCK + position % BLOCK
-        assert int(riders.first_blocks[row]) == slot * made.table.shape[1]
-    assert not riders.slots[len(slots) :].any()
-    return slots
+        gather_rows(made, active, segment, holds, block_size=BLOCK)
+    seqs: list[int] = active.list.chosen.tolist()
+    for row, seq in enumerate(seqs):
+        position = int(made.position[seq])
+        block = int(made.table[seq, position // BLOCK])
+        assert int(active.positions[row]) == position
+        assert int(active.places[row]) == block * BLOCK + position % BLOCK
+        assert int(active.first_blocks[row]) == seq * made.table.shape[1]
+    assert not active.seqs[len(seqs) :].any()
+    return seqs
 
 
 @both
@@ -117,16 +117,16 @@ def test_nobody_is_held_when_nobody_is_ready(*, kernels: bool) -> None:
 def test_who_arrives_has_a_token_and_waits_at_the_ground(*, kernels: bool) -> None:
     made = states([EMPTY, 1, 1, 0])
     before = made.position.clone()
-    riders = SegmentBatch.empty(4, DEVICE)
-    riders.slots[:2] = torch.tensor([2, 1])
-    riders.count.fill_(2)
+    active = SegmentBatch.empty(4, DEVICE)
+    active.seqs[:2] = torch.tensor([2, 1])
+    active.count.fill_(2)
     made.waited.fill_(5)
     tokens = torch.tensor([70, 80, -5, -5])
     if kernels:
         with rehearsal():
-            finish_rows(made, riders, tokens, 12)
+            finish_rows(made, active, tokens, 12)
     else:
-        finish_rows(made, riders, tokens, 12)
+        finish_rows(made, active, tokens, 12)
     assert made.stage.tolist() == [EMPTY, 0, 0, 0]
     assert made.waited.tolist() == [5, 0, 0, 5]
     assert made.token.tolist() == [0, 80, 70, 0]
@@ -137,11 +137,11 @@ def test_who_arrives_has_a_token_and_waits_at_the_ground(*, kernels: bool) -> No
 
 
 @interpreted
-@pytest.mark.parametrize("slots", [1, 7, 64, 131])
-def test_the_kernel_is_the_reference(slots: int) -> None:
+@pytest.mark.parametrize("seqs", [1, 7, 64, 131])
+def test_the_kernel_is_the_reference(seqs: int) -> None:
     """Random stages and waits; every tensor afterwards is the same."""
-    made = states(torch.randint(-1, 3, (slots,)).tolist())
-    made.waited.copy_(torch.randint(0, 4, (slots,)))
+    made = states(torch.randint(-1, 3, (seqs,)).tolist())
+    made.waited.copy_(torch.randint(0, 4, (seqs,)))
     holds = torch.tensor([[0.0, 0.0], [0.7, 3.0], [1.5, 2.0]])
     other = DecodeState(*(getattr(made, field.name).clone() for field in fields(made)))
     for segment in range(3):
@@ -155,36 +155,40 @@ def test_the_kernel_is_the_reference(slots: int) -> None:
 @pytest.mark.parametrize(("count", "width"), [(0, 3), (2, 576), (3, 1025)])
 def test_embeddings_lie_where_their_slots_are(count: int, width: int, *, kernels: bool) -> None:
     table, hidden = torch.randn(11, width), torch.full((5, width), 7.0)
-    slots = ActiveRows(torch.tensor([4, 0, 3], dtype=torch.int32), torch.tensor([count]).int())
+    seqs = ActiveRows(torch.tensor([4, 0, 3], dtype=torch.int32), torch.tensor([count]).int())
     tokens = torch.tensor([10, -1, -1, 2, 5])
     expected = hidden.clone()
-    for slot in [4, 0, 3][:count]:
-        expected[slot] = table[tokens[slot]]
+    for seq in [4, 0, 3][:count]:
+        expected[seq] = table[tokens[seq]]
     if kernels:
         with rehearsal():
-            embed_rows(table, tokens, slots, hidden)
+            embed_rows(table, tokens, seqs, hidden)
     else:
-        embed_rows(table, tokens, slots, hidden)
+        embed_rows(table, tokens, seqs, hidden)
     assert torch.equal(hidden, expected)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("wide", [1, 64, 512])
 def test_they_compile(compile_ahead: Compiler, target: int, wide: int) -> None:
-    small = ["stage", "waited", "to_slots", "to_count"]
+    small = ["stage", "waited", "to_seqs", "to_count"]
     large = ["position", "end", "table", "to_positions", "to_places", "to_first_blocks"]
     types = dict.fromkeys(small, "*i32") | dict.fromkeys(large, "*i64") | {"holds": "*fp32"}
-    types |= {"slots": "i32", "blocks": "i32"}
-    made = compile_ahead("riders", "_board", target, types, segment=1, block_size=16, wide=wide)
+    types |= {"seqs": "i32", "blocks": "i32"}
+    made = compile_ahead(
+        "active_rows", "_gather_rows", target, types, segment=1, block_size=16, wide=wide
+    )
     assert not made.spills
-    small = ["stage", "waited", "depth_of", "slots", "count"]
+    small = ["stage", "waited", "depth_of", "seqs", "count"]
     large = ["token", "position", "index", "emitted", "tokens"]
     types = dict.fromkeys(small, "*i32") | dict.fromkeys(large, "*i64")
-    assert not compile_ahead("riders", "_arrive", target, types, depth=30, wide=wide).spills
+    assert not compile_ahead(
+        "active_rows", "_finish_rows", target, types, depth=30, wide=wide
+    ).spills
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_embedding_compiles(compile_ahead: Compiler, target: int) -> None:
-    types = {"table": "*bf16", "hidden": "*bf16", "tokens": "*i64", "slots": "*i32"}
+    types = {"table": "*bf16", "hidden": "*bf16", "tokens": "*i64", "seqs": "*i32"}
     types |= {"count": "*i32", "width": "i32", "table_row": "i32", "hidden_row": "i32"}
     assert not compile_ahead("embed_rows", "_embed", target, types, tile=1024).spills

@@ -26,26 +26,26 @@ both = pytest.mark.parametrize(
 
 
 class Exit:
-    """SegmentBatch of segment 0 before the exit behind it; every second slot is empty."""
+    """SegmentBatch of segment 0 before the exit behind it; every second sequence is empty."""
 
     def __init__(self, count: int, limit: int, width: int = 24) -> None:
         self.states = DecodeState.empty(2 * limit, 2, DEVICE)
-        self.riders = SegmentBatch.empty(limit, DEVICE)
-        slots = 2 * torch.randperm(limit)[:count]
-        self.riders.slots[:count] = slots.to(torch.int32)
-        self.riders.count.fill_(count)
-        self.riders.positions.copy_(torch.randint(0, 90, (limit,)))
-        self.riders.places.copy_(torch.randperm(1000)[:limit])
-        self.states.stage[slots] = 0
-        self.states.position[slots] = self.riders.positions[:count]
-        self.states.waited[slots] = 3
+        self.active = SegmentBatch.empty(limit, DEVICE)
+        seqs = 2 * torch.randperm(limit)[:count]
+        self.active.seqs[:count] = seqs.to(torch.int32)
+        self.active.count.fill_(count)
+        self.active.positions.copy_(torch.randint(0, 90, (limit,)))
+        self.active.places.copy_(torch.randperm(1000)[:limit])
+        self.states.stage[seqs] = 0
+        self.states.position[seqs] = self.active.positions[:count]
+        self.states.waited[seqs] = 3
         self.inner = torch.full((limit, width), float("nan"))
         self.inner[:count] = torch.randn(count, width)
         self.down, self.down_bias = torch.randn(1, width), torch.randn(1)
         # One column of many exits' thresholds: their stride is not 1.
         self.thresholds = torch.full((2 * limit, 3), STAYS)[:, 1]
-        self.thresholds[slots] = torch.rand(count)
-        self.fired, self.leavers = Fired.empty(limit, DEVICE), SegmentBatch.empty(limit, DEVICE)
+        self.thresholds[seqs] = torch.rand(count)
+        self.fired, self.exited = Fired.empty(limit, DEVICE), SegmentBatch.empty(limit, DEVICE)
         self.scores = LogitScores.empty(limit, DEVICE)
         self.tokens = torch.randint(0, 1000, (limit,))
         self.fuse: Tensor | None = torch.randn(4)
@@ -55,11 +55,11 @@ class Exit:
         given = (self.inner, self.down, self.down_bias, floor, self.thresholds)
         if kernels:
             with rehearsal():
-                apply_gate(*given, self.states, self.riders, self.fired)
+                apply_gate(*given, self.states, self.active, self.fired)
         else:
-            apply_gate(*given, self.states, self.riders, self.fired)
+            apply_gate(*given, self.states, self.active, self.fired)
         rows: list[int] = self.fired.rows[: int(self.fired.count)].tolist()
-        assert self.fired.list.chosen.tolist() == [int(self.riders.slots[row]) for row in rows]
+        assert self.fired.list.chosen.tolist() == [int(self.active.seqs[row]) for row in rows]
         return rows
 
     def show(self, top: list[float], gap: list[float]) -> None:
@@ -68,19 +68,19 @@ class Exit:
         self.scores.gap[: len(gap)] = torch.tensor(gap)
 
     def apply_exit(self, *, kernels: bool) -> list[int]:
-        """Slots that leave."""
+        """Sequences that leave."""
         given = (self.fired, self.scores, self.tokens, self.fuse, self.thresholds, 8)
         if kernels:
             with rehearsal():
-                apply_exit(*given, self.states, self.riders, self.leavers)
+                apply_exit(*given, self.states, self.active, self.exited)
         else:
-            apply_exit(*given, self.states, self.riders, self.leavers)
-        return self.leavers.list.chosen.tolist()
+            apply_exit(*given, self.states, self.active, self.exited)
+        return self.exited.list.chosen.tolist()
 
     @property
     def gates(self) -> Tensor:
-        """Gate scores of the riders, in float64."""
-        inner = self.inner[: int(self.riders.count)].double()
+        """Gate scores of the active rows, in float64."""
+        inner = self.inner[: int(self.active.count)].double()
         return torch.sigmoid(inner @ self.down[0].double() + self.down_bias.double())
 
 
@@ -89,12 +89,12 @@ def test_all_go_up_and_those_whose_gate_fires_are_listed(*, kernels: bool) -> No
     found = Exit(5, 7)
     order = found.gates.argsort().tolist()
     floor = float(found.gates[order[2]])
-    asleep = int(found.riders.slots[order[4]])
+    asleep = int(found.active.seqs[order[4]])
     found.thresholds[asleep] = STAYS
     assert found.apply_gate(floor - 1e-4, kernels=kernels) == sorted(order[2:4])
-    slots = found.riders.list.chosen
-    assert found.states.stage[slots].tolist() == [1] * 5
-    assert found.states.waited[slots].tolist() == [0] * 5
+    seqs = found.active.list.chosen
+    assert found.states.stage[seqs].tolist() == [1] * 5
+    assert found.states.waited[seqs].tolist() == [0] * 5
     assert int((found.states.stage == 1).sum()) == 5
     gate = found.fired.gate[:2].double()
     torch.testing.assert_close(gate, found.gates[sorted(order[2:4])], rtol=0, atol=1e-5)
@@ -103,7 +103,7 @@ def test_all_go_up_and_those_whose_gate_fires_are_listed(*, kernels: bool) -> No
 @both
 def test_a_threshold_of_nothing_asks_no_gate(*, kernels: bool) -> None:
     found = Exit(3, 3)
-    found.thresholds[found.riders.slots[1].long()] = 0.0
+    found.thresholds[found.active.seqs[1].long()] = 0.0
     assert found.apply_gate(1.01, kernels=kernels) == [1]
     assert int(found.fired.total) == 1
 
@@ -121,15 +121,15 @@ def test_who_reaches_its_own_threshold_leaves(*, kernels: bool) -> None:
     found = Exit(4, 4)
     found.fuse = None
     rows = found.apply_gate(0.0, kernels=kernels)
-    slots = [int(found.riders.slots[row]) for row in rows]
-    for slot, threshold in zip(slots, (0.5, 0.5, 0.9, 0.1), strict=True):
-        found.thresholds[slot] = threshold
+    seqs = [int(found.active.seqs[row]) for row in rows]
+    for seq, threshold in zip(seqs, (0.5, 0.5, 0.9, 0.1), strict=True):
+        found.thresholds[seq] = threshold
     found.show([0.9] * 4, [0.5, 0.49, 0.95, 0.05])
     before = found.states.position.clone()
-    assert found.apply_exit(kernels=kernels) == [slots[0], slots[2]]
-    assert found.leavers.positions[:2].tolist() == found.riders.positions[rows][[0, 2]].tolist()
-    assert found.leavers.places[:2].tolist() == found.riders.places[rows][[0, 2]].tolist()
-    gone, kept = [slots[0], slots[2]], [slots[1], slots[3]]
+    assert found.apply_exit(kernels=kernels) == [seqs[0], seqs[2]]
+    assert found.exited.positions[:2].tolist() == found.active.positions[rows][[0, 2]].tolist()
+    assert found.exited.places[:2].tolist() == found.active.places[rows][[0, 2]].tolist()
+    gone, kept = [seqs[0], seqs[2]], [seqs[1], seqs[3]]
     assert found.states.stage[gone].tolist() == [0, 0]
     assert found.states.stage[kept].tolist() == [1, 1]
     assert found.states.token[gone].tolist() == found.tokens[[0, 2]].tolist()
@@ -148,9 +148,9 @@ def test_the_second_key_weighs_gate_top_and_gap(*, kernels: bool) -> None:
     found.show(top, gap)
     assert found.fuse is not None
     scores = fused_key(found.fuse, found.gates[rows].float(), torch.tensor(top), torch.tensor(gap))
-    slots = found.riders.slots[rows].long()
-    found.thresholds[slots] = scores + torch.tensor([1e-3, -1e-3, -1e-3])
-    assert found.apply_exit(kernels=kernels) == slots[1:].tolist()
+    seqs = found.active.seqs[rows].long()
+    found.thresholds[seqs] = scores + torch.tensor([1e-3, -1e-3, -1e-3])
+    assert found.apply_exit(kernels=kernels) == seqs[1:].tolist()
 
 
 @interpreted
@@ -160,7 +160,7 @@ def test_the_kernels_are_the_references(count: int, limit: int, width: int) -> N
     twin = Exit(count, limit, width)
     for name in ("inner", "down", "down_bias", "thresholds", "tokens", "fuse"):
         setattr(twin, name, getattr(found, name))
-    for name in ("states", "riders"):
+    for name in ("states", "active"):
         old = getattr(found, name)
         setattr(twin, name, type(old)(*(getattr(old, f.name).clone() for f in fields(old))))
     assert found.apply_gate(0.4, kernels=True) == twin.apply_gate(0.4, kernels=False)
@@ -178,19 +178,21 @@ def test_the_kernels_are_the_references(count: int, limit: int, width: int) -> N
 @pytest.mark.parametrize("wide", [1, 64, 256, 512])
 def test_they_compile(compile_ahead: Compiler, target: int, wide: int) -> None:
     types = dict.fromkeys(["inner", "down", "down_bias"], "*bf16") | {"thresholds": "*fp32"}
-    types |= dict.fromkeys(["stage", "waited", "slots", "count"], "*i32")
-    types |= {"to_rows": "*i32", "to_slots": "*i32", "to_gate": "*fp32", "to_count": "*i32"}
+    types |= dict.fromkeys(["stage", "waited", "seqs", "count"], "*i32")
+    types |= {"to_rows": "*i32", "to_seqs": "*i32", "to_gate": "*fp32", "to_count": "*i32"}
     types |= {"to_total": "*i64"}
     types |= {"floor": "fp32", "width": "i32", "inner_row": "i32", "threshold_row": "i32"}
-    made = compile_ahead("exit_decision", "_fire", target, types, wide=wide, tile=columns(wide))
+    made = compile_ahead(
+        "exit_decision", "_apply_gate", target, types, wide=wide, tile=columns(wide)
+    )
     assert not made.spills
-    small = ["rows", "slots", "count", "stage", "waited", "depth_of", "to_slots", "to_count"]
+    small = ["rows", "seqs", "count", "stage", "waited", "depth_of", "to_seqs", "to_count"]
     large = ["tokens", "token", "position", "index", "emitted", "positions", "places"]
     large += ["to_positions", "to_places"]
     types = dict.fromkeys(["gates", "tops", "gaps", "fuse", "thresholds"], "*fp32")
     types |= dict.fromkeys(small, "*i32") | dict.fromkeys(large, "*i64") | {"threshold_row": "i32"}
     sizes: dict[str, Any] = {"edge": 1e-5, "depth": 8, "wide": wide}
-    assert not compile_ahead("exit_decision", "_leave", target, types, **sizes).spills
+    assert not compile_ahead("exit_decision", "_apply_exit", target, types, **sizes).spills
     del types["fuse"]
-    made = compile_ahead("exit_decision", "_leave", target, types, **sizes, fuse=None)
+    made = compile_ahead("exit_decision", "_apply_exit", target, types, **sizes, fuse=None)
     assert not made.spills

@@ -74,7 +74,7 @@ def _only(cache: Tensor, places: Tensor, expected: Tensor) -> None:
 
 
 class Leavers:
-    """Slots that left on the device: scattered hidden rows, NaN in all others."""
+    """Sequences that left on the device: scattered hidden rows, NaN in all others."""
 
     def __init__(
         self,
@@ -87,14 +87,14 @@ class Leavers:
     ) -> None:
         layers, kv_heads, dim = heads
         limit = count + 3
-        self.riders = SegmentBatch.empty(limit, DEVICE)
-        self.slots = torch.randperm(limit)[:count]
-        self.riders.slots[:count] = self.slots.to(torch.int32)
-        self.riders.places[:count] = torch.randperm(BLOCKS * SIZE)[:count]
-        self.riders.positions[:count] = torch.randint(0, 30, (count,))
-        self.riders.count.fill_(count)
+        self.active = SegmentBatch.empty(limit, DEVICE)
+        self.seqs = torch.randperm(limit)[:count]
+        self.active.seqs[:count] = self.seqs.to(torch.int32)
+        self.active.places[:count] = torch.randperm(BLOCKS * SIZE)[:count]
+        self.active.positions[:count] = torch.randint(0, 30, (count,))
+        self.active.count.fill_(count)
         self.hidden = torch.full((limit, wide), float("nan"), dtype=dtype)
-        self.hidden[self.slots] = (3 * torch.randn(count, wide)).to(dtype)
+        self.hidden[self.seqs] = (3 * torch.randn(count, wide)).to(dtype)
         out = 2 * layers * kv_heads * dim
         bias = torch.randn(out).to(dtype) if extras else None
         norm = torch.randn(layers, dim).to(dtype) if extras else None
@@ -106,7 +106,7 @@ class Leavers:
 
     def fill(self) -> Tensor:
         pages = self.pages.clone()
-        fill_kv(self.hidden, self.riders, self.projection, pages, self.angles, EPS)
+        fill_kv(self.hidden, self.active, self.projection, pages, self.angles, EPS)
         return pages
 
 
@@ -155,7 +155,7 @@ def test_the_kernel_compiles(
     compile_ahead: Compiler, target: int, dtype: str, dim: int, without: tuple[str, ...]
 ) -> None:
     names = {"hidden", "weight", "bias", "k_norm", "cos", "sin", "pages"} - set(without)
-    types = dict.fromkeys(names, f"*{dtype}") | {"slots": "*i32", "count": "*i32"}
+    types = dict.fromkeys(names, f"*{dtype}") | {"seqs": "*i32", "count": "*i32"}
     types |= {"positions": "*i64", "places": "*i64", "eps": "fp32"}
     strides = ["ins", "hidden_row", "w_row", "layer_step", "kind_step", "place_step"]
     types |= dict.fromkeys(strides, "i32")

@@ -26,9 +26,9 @@ NEAR = 1e-5
 SEEDS = [0, 1, -1, -5, 12345, 2**31, 2**32 + 7, -(2**40), 2**63 - 1, 2**63, 2**64 - 1]
 
 
-def table(slots: int, **values: Any) -> SamplingTable:
+def table(seqs: int, **values: Any) -> SamplingTable:
     """A table with the same, or each its own, values; temperature 1 unless told."""
-    made = SamplingTable.greedy(slots, DEVICE)
+    made = SamplingTable.greedy(seqs, DEVICE)
     for name, value in ({"temperature": 1.0} | values).items():
         getattr(made, name).copy_(torch.as_tensor(value))
     return made
@@ -42,15 +42,15 @@ def listed(rows: Sequence[int], count: int | None = None) -> ActiveRows:
 
 
 def sampled(
-    logits: Tensor, slots: ActiveRows, parameters: SamplingTable, index: Tensor, *, kernel: bool
+    logits: Tensor, seqs: ActiveRows, parameters: SamplingTable, index: Tensor, *, kernel: bool
 ) -> list[int]:
     """Tokens where there were minus ones."""
     tokens = torch.full((len(logits),), -1)
     if kernel:
         with rehearsal():
-            sample_rows(logits, slots, parameters, index, tokens)
+            sample_rows(logits, seqs, parameters, index, tokens)
     else:
-        sample_rows(logits, slots, parameters, index, tokens)
+        sample_rows(logits, seqs, parameters, index, tokens)
     return tokens.tolist()
 
 
@@ -141,12 +141,12 @@ def test_the_kernels_draws_are_the_samplers_bit_for_bit(dtype: torch.dtype) -> N
     assert out.tolist() == [uniform(seed, index) for seed, index in cases]
 
 
-def boundaries(logits: Tensor, parameters: SamplingTable, slot: int, draw: float) -> list[float]:
+def boundaries(logits: Tensor, parameters: SamplingTable, seq: int, draw: float) -> list[float]:
     """How far, as shares of the mass, a row's choices are from falling to the other side."""
     values = logits.double()
-    weights = ((values - values.max()) / float(parameters.temperature[slot])).exp()
-    top_k, top_p = int(parameters.top_k[slot]), float(parameters.top_p[slot])
-    min_p = float(parameters.min_p[slot])
+    weights = ((values - values.max()) / float(parameters.temperature[seq])).exp()
+    top_k, top_p = int(parameters.top_k[seq]), float(parameters.top_p[seq])
+    min_p = float(parameters.min_p[seq])
     ranked, order = values.sort(descending=True)
     last = ranked[min(top_k, len(values)) - 1] if top_k else -math.inf
     weights = torch.where(values >= last, weights, 0.0)
@@ -163,11 +163,11 @@ def boundaries(logits: Tensor, parameters: SamplingTable, slot: int, draw: float
     return [*found, float((mass[:-1] - draw).abs().min())]
 
 
-def choices(rng: random.Random, slots: int) -> SamplingTable:
+def choices(rng: random.Random, seqs: int) -> SamplingTable:
     """Filters on and off in every combination."""
-    draws = range(slots)
+    draws = range(seqs)
     return table(
-        slots,
+        seqs,
         temperature=[rng.choice([0.0, 0.3, 0.8, 1.0, 1.5]) for _ in draws],
         top_k=[rng.choice([0, 0, 1, 5, 40, 5000]) for _ in draws],
         top_p=[rng.choice([1.0, 1.0, 0.3, 0.9, 0.99]) for _ in draws],
@@ -184,16 +184,16 @@ def test_the_kernel_is_the_reference(rows: int, vocab: int) -> None:
     rng = random.Random(rows + vocab)
     parameters = choices(rng, rows + 5)
     parameters.temperature[0] = 0.9
-    slots = [0, *rng.sample(range(1, rows + 5), rows - 1)]
+    seqs = [0, *rng.sample(range(1, rows + 5), rows - 1)]
     index = torch.tensor([rng.randrange(4000) for _ in range(rows + 5)])
     logits = torch.randn(rows, vocab) * torch.linspace(6, 3, rows)[:, None]
-    expected = sampled(logits, listed(slots), parameters, index, kernel=False)
-    got = sampled(logits, listed(slots), parameters, index, kernel=True)
+    expected = sampled(logits, listed(seqs), parameters, index, kernel=False)
+    got = sampled(logits, listed(seqs), parameters, index, kernel=True)
     compared = 0
-    for row, slot in enumerate(slots):
-        random_row = float(parameters.temperature[slot]) > 0
-        draw = uniform(int(parameters.seed[slot]), int(index[slot]))
-        if random_row and min(boundaries(logits[row], parameters, slot, draw)) < NEAR:
+    for row, seq in enumerate(seqs):
+        random_row = float(parameters.temperature[seq]) > 0
+        draw = uniform(int(parameters.seed[seq]), int(index[seq]))
+        if random_row and min(boundaries(logits[row], parameters, seq, draw)) < NEAR:
             continue
         compared += 1
         assert got[row] == expected[row]
@@ -265,19 +265,19 @@ def test_tiny_temperatures_are_greedy(
 def test_rows_behind_the_count_and_greedy_ones_are_left_alone(count: int, *, kernel: bool) -> None:
     logits = torch.full((5, 300), float("nan"))
     logits[:count] = torch.randn(count, 300)
-    # Slots behind the count are no slots.
-    slots = ActiveRows(torch.full((5,), 2**30, dtype=torch.int32), torch.tensor([count]).int())
-    slots.rows[:count] = torch.tensor([3, 0, 2, 1, 4])[:count]
+    # Sequences behind the count are no sequences.
+    seqs = ActiveRows(torch.full((5,), 2**30, dtype=torch.int32), torch.tensor([count]).int())
+    seqs.rows[:count] = torch.tensor([3, 0, 2, 1, 4])[:count]
     greedy = {0, 4}
-    parameters = table(5, temperature=[0.0 if slot in greedy else 1.0 for slot in range(5)])
-    tokens = sampled(logits, slots, parameters, torch.arange(5), kernel=kernel)
-    drawn = [row < count and int(slots.rows[row]) not in greedy for row in range(5)]
+    parameters = table(5, temperature=[0.0 if seq in greedy else 1.0 for seq in range(5)])
+    tokens = sampled(logits, seqs, parameters, torch.arange(5), kernel=kernel)
+    drawn = [row < count and int(seqs.rows[row]) not in greedy for row in range(5)]
     assert [token != -1 for token in tokens] == drawn
 
 
 @either
 def test_the_draw_is_the_slots_own(*, kernel: bool) -> None:
-    """A slot gets the same token in whichever row it stands, with index of either type."""
+    """A sequence gets the same token in whichever row it stands, with index of either type."""
     logits = torch.randn(300).repeat(4, 1)
     parameters = table(4, temperature=2.0, seed=[7, -7, 7, 2**40])
     index = torch.tensor([3, 3, 4, 3])
@@ -313,7 +313,7 @@ def test_sampling_compiles(
     warps: int,
     divisible: tuple[str, ...],
 ) -> None:
-    types = {"logits": "*fp32", "slots": "*i32", "count": "*i32", "temperatures": "*fp32"}
+    types = {"logits": "*fp32", "seqs": "*i32", "count": "*i32", "temperatures": "*fp32"}
     types |= {"top_ks": "*i32", "top_ps": "*fp32", "min_ps": "*fp32", "seeds": "*i64"}
     types |= {"index": f"*{index}", "tokens": "*i64", "vocab": "i32", "logits_row": "i32"}
     sizes: dict[str, Any] = {"tile": tile, "coldest": 1e-30}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from offramp.models.exits.criteria import (
     CRITERIA,
-    STATEFUL,
     ExitView,
     Trail,
     predictor_features,
@@ -47,7 +46,7 @@ class Stack:
 
     def __init__(self, exits: int = 3) -> None:
         self.exits = exits
-        self.trail = Trail(ROWS, WIDTH, torch.device("cpu"))
+        self.trail = Trail(ROWS, torch.device("cpu"))
         self.asked: list[int] = []
 
     def view(
@@ -191,7 +190,7 @@ def test_patience_counts_exits_that_agree() -> None:
 
 def test_memory_of_an_earlier_token_in_the_same_row_is_forgotten() -> None:
     """Rows change hands; the first exit starts over."""
-    for criterion in STATEFUL:
+    for criterion in [name for name, each in CRITERIA.items() if each.compares_exits]:
         stack, fresh = Stack(), Stack()
         for index in range(3):
             stack.view(index, [SURE])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 import torch
 
 from offramp.kernels.backend import INTERPRETED, rehearsal, triton
-from offramp.models.device_loop import Boarding, DeviceLoop, DeviceToken, LaunchResult
+from offramp.models.device_loop import DeviceLoop, DeviceToken, LaunchResult, NewRow
 from offramp.models.exits.head import ExitHead
 from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.loading.forms import as_they_are
@@ -59,7 +59,7 @@ def heads(model: Transformer) -> list[ExitHead]:
 
 @dataclass
 class Text:
-    """A prompt in the pages, and what its tokens ask at the exits."""
+    """A prompt in the pages, and the thresholds of its tokens."""
 
     tokens: list[int]
     table: list[int]
@@ -92,33 +92,33 @@ def decoded(runner: Runner, text: Text, count: int) -> list[DeviceToken]:
 
 
 def new_loop(runner: Runner) -> DeviceLoop:
-    return runner.decode_loop(5, MAX_BLOCKS)
+    return runner.device_loop(5, MAX_BLOCKS)
 
 
-def boarding(slot: int, text: Text) -> Boarding:
+def new_row(row: int, text: Text) -> NewRow:
     last = len(text.tokens) - 1
     token = text.tokens[-1]
     end = len(text.table) * BLOCK
-    return Boarding(slot, token, last, 0, text.table, end, text.sampling, text.thresholds)
+    return NewRow(row, token, last, 0, text.table, end, text.sampling, text.thresholds)
 
 
-def rides(loop: DeviceLoop, live: int) -> Iterator[dict[int, DeviceToken]]:
-    """Rides one behind the other, each read when the next is under way."""
-    flying = loop.launch(live)
+def passes(loop: DeviceLoop, live: int) -> Iterator[dict[int, DeviceToken]]:
+    """Passes one after the other, each read when the next is under way."""
+    pending = loop.launch(live)
     while True:
         following = loop.launch(live)
-        yield flying.result().landed
-        flying = following
+        yield pending.result().tokens
+        pending = following
 
 
-def ridden(loop: DeviceLoop, slots: list[int], count: int) -> dict[int, list[DeviceToken]]:
-    """The first ``count`` tokens of every slot."""
-    made: dict[int, list[DeviceToken]] = {slot: [] for slot in slots}
-    for number, landed in enumerate(rides(loop, len(slots))):
-        for slot, token in landed.items():
-            made[slot].append(token)
+def decode(loop: DeviceLoop, rows: list[int], count: int) -> dict[int, list[DeviceToken]]:
+    """The first ``count`` tokens of every row."""
+    made: dict[int, list[DeviceToken]] = {row: [] for row in rows}
+    for number, tokens in enumerate(passes(loop, len(rows))):
+        for row, token in tokens.items():
+            made[row].append(token)
         if all(len(tokens) >= count for tokens in made.values()):
-            return {slot: tokens[:count] for slot, tokens in made.items()}
+            return {row: tokens[:count] for row, tokens in made.items()}
         assert number < 20 * count
     raise AssertionError
 
@@ -138,100 +138,103 @@ SPREAD = [(0.5, 0.5), (NEVER, NEVER), (0.0, NEVER), (NEVER, 0.2), (0.65, 0.1)]
 def test_the_loop_makes_the_tokens_of_the_steps(
     model: Transformer, heads: list[ExitHead], vocab: torch.Tensor | None
 ) -> None:
-    """Five texts at once, in slots of no order, each with thresholds of its own."""
+    """Five texts at once, in rows of no order, each with thresholds of its own."""
     runner = Runner(model, heads, new_cache(model), 32, vocab)
     asked = texts(runner, SPREAD)
     made = expected(runner, asked, 8)
     loop = new_loop(runner)
-    slots = [3, 0, 4, 1, 2]
-    loop.board([boarding(slot, text) for slot, text in zip(slots, asked, strict=True)])
-    found = ridden(loop, slots, 8)
-    assert [found[slot] for slot in slots] == made
-    depths = {landed.depth for tokens in made for landed in tokens}
+    rows = [3, 0, 4, 1, 2]
+    loop.add([new_row(row, text) for row, text in zip(rows, asked, strict=True)])
+    found = decode(loop, rows, 8)
+    assert [found[row] for row in rows] == made
+    depths = {token.depth for tokens in made for token in tokens}
     assert depths == {*EXITS, LAYERS}
 
 
-def test_holding_riders_back_changes_no_token(model: Transformer, heads: list[ExitHead]) -> None:
-    """Only when they come: a token that waits above has its slot wait, and nobody else's."""
+def test_holding_rows_back_changes_no_token(model: Transformer, heads: list[ExitHead]) -> None:
+    """Only when they come: a token that waits above has its row wait, and no other."""
     runner = Runner(model, heads, new_cache(model), 32)
     asked = texts(runner, SPREAD)
     made = expected(runner, asked, 6)
     loop = new_loop(runner)
     loop.hold([(0.0, 0.0), (9.0, 3.0), (9.0, 2.0)])
-    loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
-    counts = [len(landed) for landed in islice(rides(loop, 5), 12)]
+    loop.add([new_row(row, text) for row, text in enumerate(asked)])
+    counts = [len(tokens) for tokens in islice(passes(loop, 5), 12)]
     assert sum(loop.launch(5).result().waiting) == 5
     assert min(counts) < 5
     loop = new_loop(runner)
     loop.hold([(0.0, 0.0), (9.0, 3.0), (9.0, 2.0)])
-    loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
-    found = ridden(loop, [0, 1, 2, 3, 4], 6)
-    assert [found[slot] for slot in range(5)] == made
+    loop.add([new_row(row, text) for row, text in enumerate(asked)])
+    found = decode(loop, [0, 1, 2, 3, 4], 6)
+    assert [found[row] for row in range(5)] == made
 
 
 def test_rows_of_exit_heads_are_counted(model: Transformer, heads: list[ExitHead]) -> None:
-    """A text that always leaves runs one, one that never asks runs none."""
+    """A text that always leaves runs one, one that is never checked runs none."""
     runner = Runner(model, heads, new_cache(model), 32)
     always, never = texts(runner, [(0.0, NEVER), (NEVER, NEVER)])
     loop = new_loop(runner)
-    loop.board([boarding(0, always), boarding(1, never)])
+    loop.add([new_row(0, always), new_row(1, never)])
     assert [loop.launch(2).result().head_rows for _ in range(2)] == [1, 1]
     loop.clear([0])
     assert loop.launch(1).result().head_rows == 0
 
 
-def test_segments_are_timed_before_anybody_comes(model: Transformer, heads: list[ExitHead]) -> None:
+def test_segments_are_timed_before_any_row_is_taken(
+    model: Transformer, heads: list[ExitHead]
+) -> None:
     """And leave nothing behind: the first requests get their own tokens."""
     runner = Runner(model, heads, new_cache(model), 32)
     loop = new_loop(runner)
-    assert all(loop.seconds(segment, riders) > 0 for segment in range(3) for riders in (1, 5))
+    for segment, count, leaving in product(range(3), (1, 5), (False, True)):
+        assert loop.seconds(segment, count, leaving=leaving) > 0
     asked = texts(runner, SPREAD)
     made = expected(runner, asked, 4)
-    loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
-    found = ridden(loop, [0, 1, 2, 3, 4], 4)
-    assert [found[slot] for slot in range(5)] == made
+    loop.add([new_row(row, text) for row, text in enumerate(asked)])
+    found = decode(loop, [0, 1, 2, 3, 4], 4)
+    assert [found[row] for row in range(5)] == made
 
 
-def test_slots_come_and_go_between_rides(model: Transformer, heads: list[ExitHead]) -> None:
-    """A slot is taken back and given to another text while its neighbour rides on."""
+def test_rows_come_and_go_between_passes(model: Transformer, heads: list[ExitHead]) -> None:
+    """A row is freed and given to another text while its neighbour goes on."""
     runner = Runner(model, heads, new_cache(model), 32)
     asked = texts(runner, SPREAD[:3])
     made = expected(runner, asked, 4)
     loop = new_loop(runner)
-    loop.board([boarding(0, asked[0]), boarding(1, asked[1])])
-    first = [loop.launch(2).result().landed for _ in range(2)]
+    loop.add([new_row(0, asked[0]), new_row(1, asked[1])])
+    first = [loop.launch(2).result().tokens for _ in range(2)]
     loop.clear([1])
-    loop.board([boarding(1, asked[2])])
-    second = [loop.launch(2).result().landed for _ in range(2)]
+    loop.add([new_row(1, asked[2])])
+    second = [loop.launch(2).result().tokens for _ in range(2)]
     loop.clear([0, 1])
-    assert [ride[0] for ride in first + second] == made[0]
-    assert [ride[1] for ride in first] == made[1][:2]
-    assert [ride[1] for ride in second] == made[2][:2]
+    assert [tokens[0] for tokens in first + second] == made[0]
+    assert [tokens[1] for tokens in first] == made[1][:2]
+    assert [tokens[1] for tokens in second] == made[2][:2]
     assert loop.launch(0).result() == LaunchResult({}, (0, 0, 0), 0)
 
 
-def test_a_slot_waits_for_its_blocks(model: Transformer, heads: list[ExitHead]) -> None:
-    """It rides no further than its end; thresholds may change on the way."""
+def test_a_row_waits_for_its_blocks(model: Transformer, heads: list[ExitHead]) -> None:
+    """It runs no further than its end; thresholds may change on the way."""
     runner = Runner(model, heads, new_cache(model), 32)
     text = texts(runner, [(NEVER, NEVER)])[0]
     made = expected(runner, [text], 2 * BLOCK)[0]
     loop = new_loop(runner)
     have = len(text.tokens) // BLOCK + 1
-    loop.board([replace(boarding(2, text), table=text.table[:have], end=have * BLOCK)])
+    loop.add([replace(new_row(2, text), table=text.table[:have], end=have * BLOCK)])
     found = []
     for _ in range(4 * BLOCK):
-        landed = loop.launch(1).result().landed
-        if landed:
-            found.append(landed[2])
+        made_now = loop.launch(1).result().tokens
+        if made_now:
+            found.append(made_now[2])
             continue
         assert (len(text.tokens) + len(found) - 1) % BLOCK == 0
         loop.grow({(2, have): text.table[have]}, {2: (have + 1) * BLOCK})
         have += 1
     assert found[: len(made)] == made
     assert len(found) >= len(made)
-    loop.ask({2: (0.0, 0.0)})
+    loop.set_thresholds({2: (0.0, 0.0)})
     loop.grow({(2, have): text.table[have]}, {2: (have + 1) * BLOCK})
-    assert loop.launch(1).result().landed[2].depth in EXITS
+    assert loop.launch(1).result().tokens[2].depth in EXITS
 
 
 def test_sampled_tokens_do_not_depend_on_company(model: Transformer, heads: list[ExitHead]) -> None:
@@ -241,15 +244,15 @@ def test_sampled_tokens_do_not_depend_on_company(model: Transformer, heads: list
     warm = [replace(text, sampling=replace(HOT, seed=i - 2)) for i, text in enumerate(asked)]
     together = new_loop(runner)
     kept = runner.cache.pages.clone()
-    together.board([boarding(slot, text) for slot, text in enumerate(warm)])
-    found = ridden(together, [0, 1, 2, 3, 4], 5)
+    together.add([new_row(row, text) for row, text in enumerate(warm)])
+    found = decode(together, [0, 1, 2, 3, 4], 5)
     for text in warm:
         runner.cache.pages.copy_(kept)
         alone = new_loop(runner)
-        alone.board([boarding(3, text)])
-        assert ridden(alone, [3], 5)[3] == found[warm.index(text)]
+        alone.add([new_row(3, text)])
+        assert decode(alone, [3], 5)[3] == found[warm.index(text)]
     greedy = expected(runner, asked, 5)
-    assert [found[slot] for slot in range(5)] != greedy
+    assert [found[row] for row in range(5)] != greedy
 
 
 @pytest.mark.skipif(not INTERPRETED or triton is None, reason="kernels are not interpreted")
@@ -260,6 +263,6 @@ def test_rehearsed_with_the_kernels(model: Transformer, heads: list[ExitHead]) -
     made = expected(runner, asked, 3)
     with rehearsal():
         loop = new_loop(runner)
-        loop.board([boarding(slot, text) for slot, text in enumerate(asked)])
-        found = ridden(loop, [0, 1, 2], 3)
-    assert [found[slot] for slot in range(3)] == made
+        loop.add([new_row(row, text) for row, text in enumerate(asked)])
+        found = decode(loop, [0, 1, 2], 3)
+    assert [found[row] for row in range(3)] == made

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from offramp.kernels import sampling
 from offramp.kernels.sampling import uniform
-from offramp.models import sampler
 from offramp.models.sampler import sample
 from offramp.models.sampling_params import SamplingParams
 from offramp.models.step import HeadRow
@@ -174,12 +174,15 @@ def test_the_shortlist_gives_what_a_full_sort_gives(
     normal = torch.erfinv(torch.linspace(-0.9999, 0.9999, 5000))[torch.randperm(5000)]
     for spread in (0.1, 1.0, 4.0):
         logits = normal * spread / params.temperature
-        short = sampler._candidates(logits, params)
+        filters = params.top_k, params.top_p, params.min_p
+        short = sampling.kept_weights(logits, 1.0, *filters)[0]
         with monkeypatch.context() as patch:
-            patch.setattr(sampler, "_SHORTLIST", len(logits))
-            whole = sampler._candidates(logits, params)
-        assert short[1].tolist() == whole[1].tolist()
-        assert short[1].tolist() == _by_sorting(logits, params)
+            patch.setattr(sampling, "_SHORTLIST", len(logits))
+            whole = sampling.kept_weights(logits, 1.0, *filters)[0]
+        assert short is not None
+        assert whole is not None
+        assert short.tolist() == whole.tolist()
+        assert short.tolist() == sorted(_by_sorting(logits, params))
 
 
 def _by_sorting(logits: Tensor, params: SamplingParams) -> list[int]:

@@ -154,7 +154,7 @@ def test_scores_are_those_of_serving(model: Transformer, states: States) -> None
         index=0,
         num_exits=2,
         rows=torch.arange(count),
-        trail=Trail(count, 64, torch.device("cpu")),
+        trail=Trail(count, torch.device("cpu")),
     )
     gate = exit_scores(head, states.at[2], 1e-5)
     served = CRITERIA[ExitCriterion.TWO_KEY].score(view)

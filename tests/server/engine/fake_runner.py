@@ -1,6 +1,6 @@
 """A runner without tensors that knows what every K,V and hidden state must be.
 
-A position's content is a hash chain over its tokens, read back from the ground segment's own pages,
+A position's content is a hash chain over its tokens, read back from the first segment's own pages,
 so a wrong block, a lost fill or a stale row changes every later token. It also checks the core
 invariant on each read: a segment finds K,V of every earlier position.
 """
@@ -77,7 +77,7 @@ class FakeRunner:
         match step:
             case RunSegment(segment, work):
                 for item in work:
-                    self._run_slot(segment, item)
+                    self._run_sequence(segment, item)
                 tokens = [self._check(item) for item in work]
                 return StepResult(
                     1e-6 * sum(len(item.rows) for item in work),
@@ -95,7 +95,7 @@ class FakeRunner:
     def _place(self, table: Sequence[int], position: int) -> int:
         return table[position // self._block_size] * self._block_size + position % self._block_size
 
-    def _run_slot(self, segment: int, item: SequenceRows) -> None:
+    def _run_sequence(self, segment: int, item: SequenceRows) -> None:
         for index, (position, row) in enumerate(zip(item.positions, item.rows, strict=True)):
             earlier = [self.pages[segment, self._place(item.table, p)] for p in range(position)]
             if segment == 0:
@@ -108,7 +108,7 @@ class FakeRunner:
             self.pages[segment, self._place(item.table, position)] = self.rows[row]
 
     def _check(self, item: SequenceRows) -> int | None:
-        """The token the slot's last row leaves with, None if it stays."""
+        """The token the sequence's last row leaves with, None if it stays."""
         if item.check is None or item.check.threshold > 1:
             return None
         if self._random.random() >= self._leave_share:

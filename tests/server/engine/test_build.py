@@ -14,11 +14,13 @@ from offramp.models.exits.file import ExitFileError
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
-from offramp.server.config import EngineConfig
-from offramp.server.engine.build import EngineConfigError, _targets, build_engine
-from offramp.server.engine.bulk import run_all
+from offramp.server.config import EngineConfig, EngineConfigError
+from offramp.server.engine.build import build_engine, exit_thresholds
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.offline import run_all
 from offramp.server.engine.request import GenerationRequest
+
+from .test_engine_machine import host_of
 
 
 def build(folder: Path, **options: Any) -> Engine:
@@ -54,7 +56,7 @@ def test_both_kinds_of_kernels_give_the_same_answer(tiny_dir: Path, kernels: str
     if kernels == "native" and library() is None:
         pytest.skip("no C kernels on this machine")
     engine = build(tiny_dir, max_model_len=64, weights=Weights.FP32, kernels=kernels)
-    runner = engine.runner
+    runner = host_of(engine).runner
     assert isinstance(runner, Runner)
     native = [segment.is_native for segment in runner.model.segments]
     assert native == [kernels != "torch" and library() is not None] * len(native)
@@ -101,8 +103,11 @@ def test_a_floor_above_the_quality_served_is_refused(tiny_dir: Path) -> None:
 
     bare = build(tiny_dir, max_model_len=64).info
     info = replace(bare, exit_layers=(2, 3), points=(point(0.95), point(0.98)))
+    low, high = EngineConfig(exit_quality=0.95), EngineConfig(exit_quality=0.96)
     with pytest.raises(EngineConfigError, match=r"0\.98 is above the quality served, 0\.95"):
-        _targets(info, EngineConfig(exit_quality=0.95, quality_floor=0.98))
-    assert _targets(info, EngineConfig(exit_quality=0.95, quality_floor=0.95)).quality == 0.95
+        exit_thresholds(info, low.model_copy(update={"quality_floor": 0.98}))
+    same = exit_thresholds(info, low.model_copy(update={"quality_floor": 0.95}))
+    assert same.quality == 0.95
     # What is served is the point's promise, which may be above the quality asked for.
-    assert _targets(info, EngineConfig(exit_quality=0.96, quality_floor=0.98)).quality == 0.98
+    above = exit_thresholds(info, high.model_copy(update={"quality_floor": 0.98}))
+    assert above.quality == 0.98

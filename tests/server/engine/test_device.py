@@ -18,10 +18,9 @@ from offramp.models.loading.forms import as_they_are
 from offramp.models.loading.safetensors import load_weights
 from offramp.models.runner import Runner
 from offramp.models.transformer import Transformer
-from offramp.server.config import GIB, EngineConfig
+from offramp.server.config import GIB, EngineConfig, EngineConfigError
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.device import (
-    EngineConfigError,
     blocks_that_fit,
     check_shape,
     decode_bytes,
@@ -145,7 +144,7 @@ def test_the_estimate_is_what_decoding_holds(tiny_dir: Path, shape: ModelConfig)
     heads = [new_head(e, model, TrainOptions(width=8, router=8)) for e in (1, 3)]
     cache = KVCache(shape, 40, 8, torch.float32, model.device)
     runner = Runner(model, heads, cache, 8)
-    loop = runner.decode_loop(64, 32)
+    loop = runner.device_loop(64, 32)
     known: set[int] = set()
     for owner in (model, runner.exits, cache):
         list(tensors(owner, known))

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import pytest
 
 from offramp.models.sampling_params import ExitMode, KVFill
-from offramp.server.engine.bulk import Finished, run_all
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import EngineOutput, FinishReason, GenerationRequest, StepStats
 
 from .fake_runner import expected_answer
-from .test_engine_machine import BLOCK, CONTEXT, LAYERS, fake_engine, request
+from .test_engine_machine import BLOCK, CONTEXT, LAYERS, fake_engine, host_of, request
 
 
 def run(
@@ -44,7 +44,7 @@ def test_a_second_prompt_reuses_the_blocks_of_the_first() -> None:
 @pytest.mark.parametrize("fill", [KVFill.PROJECT, KVFill.COPY])
 def test_approximate_kv_is_never_shared(fill: KVFill) -> None:
     """Blocks with projected or copied K,V stay private: mode off must not read them."""
-    engine, _ = fake_engine(leave_share=0.7, num_blocks=40)
+    engine, _ = fake_engine(leave_share=0.7, num_blocks=40, every_exit=True)
     prompt = [1, 2, 3]
     adaptive, _ = run(engine, [request("a", prompt, 30, ExitMode.ADAPTIVE, fill)])
     assert set(adaptive[0].exit_layers) > {LAYERS}
@@ -55,8 +55,8 @@ def test_approximate_kv_is_never_shared(fill: KVFill) -> None:
 
 
 def test_recomputed_debts_are_counted_as_fills() -> None:
-    """Every token that left has its K,V made by a later ride, but those after the last one."""
-    engine, _ = fake_engine(leave_share=0.5, num_blocks=40)
+    """Every token that left has its K,V made by a later pass, but those after the last one."""
+    engine, _ = fake_engine(leave_share=0.5, num_blocks=40, every_exit=True)
     done, stats = run(engine, [request("a", [1, 2, 3], 24, ExitMode.ADAPTIVE, KVFill.RECOMPUTE)])
     layers = done[0].exit_layers
     last_deep = max(i for i, layer in enumerate(layers) if layer == LAYERS)
@@ -68,7 +68,7 @@ def test_recomputed_debts_are_counted_as_fills() -> None:
 
 def test_recomputed_kv_is_shared() -> None:
     """Debts paid by recompute leave the K,V full depth would give."""
-    engine, _ = fake_engine(leave_share=0.5, num_blocks=40)
+    engine, _ = fake_engine(leave_share=0.5, num_blocks=40, every_exit=True)
     prompt = [1, 2, 3]
     done, _ = run(engine, [request("a", prompt, 30, ExitMode.ADAPTIVE, KVFill.RECOMPUTE)])
     assert min(done[0].exit_layers) < LAYERS
@@ -78,8 +78,8 @@ def test_recomputed_kv_is_shared() -> None:
 
 
 def test_layers_are_counted_where_they_ran() -> None:
-    """With every gate open each token but the prompt's runs only the ground segment."""
-    engine, _ = fake_engine(leave_share=1.0, max_debt=100)
+    """With every gate open each token but the prompt's runs only the first segment."""
+    engine, _ = fake_engine(leave_share=1.0, max_debt=100, every_exit=True)
     done, stats = run(engine, [request("a", [1, 2], 10, ExitMode.ADAPTIVE)])
     assert done[0].exit_layers == [LAYERS] + [5] * 9
     assert done[0].stats is not None
@@ -90,7 +90,7 @@ def test_layers_are_counted_where_they_ran() -> None:
 
 def test_recompute_counts_the_layers_it_runs_later() -> None:
     """A recomputed debt is work done, not work saved."""
-    engine, _ = fake_engine(leave_share=1.0, max_debt=3)
+    engine, _ = fake_engine(leave_share=1.0, max_debt=3, every_exit=True)
     done, _ = run(engine, [request("a", [1, 2], 9, ExitMode.ADAPTIVE, KVFill.RECOMPUTE)])
     owed_at_the_end = [layer for layer in done[0].exit_layers if layer < LAYERS]
     assert done[0].stats is not None
@@ -99,9 +99,8 @@ def test_recompute_counts_the_layers_it_runs_later() -> None:
 
 
 def test_projected_debt_is_bounded_by_paying() -> None:
-    """At the debt limit a projection pays, so nobody has to stay for it."""
-    engine, _ = fake_engine(leave_share=1.0, max_debt=2)
-    engine.scheduler.policy.asks = lambda *_: True  # type: ignore[method-assign]
+    """At the debt limit a projection pays, so no token has to stay for it."""
+    engine, _ = fake_engine(leave_share=1.0, max_debt=2, every_exit=True)
     done, stats = run(engine, [request("a", [1], 12, ExitMode.ADAPTIVE)])
     assert max(item.debt_tokens for item in stats) == 2
     assert done[0].exit_layers == [LAYERS] + [5] * 11
@@ -109,18 +108,17 @@ def test_projected_debt_is_bounded_by_paying() -> None:
 
 
 def test_recomputed_debt_is_bounded_by_staying() -> None:
-    """At the debt limit a token is not asked: its ride to the top pays for those before."""
-    engine, _ = fake_engine(leave_share=1.0, max_debt=2)
-    engine.scheduler.policy.asks = lambda *_: True  # type: ignore[method-assign]
+    """At the debt limit a token is not checked: its full pass pays for those before."""
+    engine, _ = fake_engine(leave_share=1.0, max_debt=2, every_exit=True)
     done, stats = run(engine, [request("a", [1], 12, ExitMode.ADAPTIVE, KVFill.RECOMPUTE)])
     assert max(item.debt_tokens for item in stats) == 2
     assert done[0].exit_layers == [LAYERS] + [5, 5, LAYERS] * 3 + [5, 5]
 
 
 def test_tokens_kept_by_the_policy_are_counted() -> None:
-    engine, _ = fake_engine(leave_share=1.0)
-    engine.scheduler.policy.asks = lambda *_: True  # type: ignore[method-assign]
-    engine.scheduler.policy.lets_go = lambda *_: False  # type: ignore[method-assign]
+    engine, _ = fake_engine(leave_share=1.0, every_exit=True)
+    governor = host_of(engine).governor
+    governor.exits_pay = lambda *_: False  # type: ignore[method-assign]
     done, stats = run(engine, [request("a", [1], 12, ExitMode.ADAPTIVE)])
     assert done[0].exit_layers == [LAYERS] * 12
     assert done[0].stats is not None
@@ -135,8 +133,8 @@ def test_closed_gates_make_every_token_run_every_layer() -> None:
     assert max(item.debt_tokens for item in stats) == 0
 
 
-def test_riders_of_all_slots_share_each_upper_step() -> None:
-    """Slots that stay ride up together, one segment step for all of them."""
+def test_sequences_share_each_upper_step() -> None:
+    """Sequences that stay go up together, one segment step for all of them."""
     engine, _ = fake_engine(leave_share=0.0, num_blocks=40, max_batched=40)
     requests = [request(str(i), [i, i], 5) for i in range(4)]
     _, stats = run(engine, requests)
@@ -146,7 +144,7 @@ def test_riders_of_all_slots_share_each_upper_step() -> None:
 
 
 def test_preempted_requests_finish_with_the_same_answer() -> None:
-    """When blocks run out the newest slot waits and is prefilled again."""
+    """When blocks run out the newest sequence waits and is prefilled again."""
     engine, _ = fake_engine(num_blocks=10, caching=False)
     prompts = [[i, 1, 2, 3, 4, 5] for i in range(4)]
     done, stats = run(engine, [request(str(i), p, 14) for i, p in enumerate(prompts)])
@@ -185,7 +183,7 @@ def test_unservable_requests_end_in_one_error_event(prompt: list[int], max_token
 def test_aborting_twice_or_the_unknown_is_harmless() -> None:
     """An abort is one terminal event, whatever comes after it."""
     engine, _ = fake_engine()
-    engine.abort("nobody")
+    engine.abort("unknown")
     engine.add(request("a", [1, 2], 5), time.monotonic())
     engine.step()
     engine.abort("a")

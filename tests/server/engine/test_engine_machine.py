@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from offramp.models.costs import CostModel, StepCost
 from offramp.models.sampling_params import (
     ExitCriterion,
     ExitMode,
@@ -16,23 +17,25 @@ from offramp.models.sampling_params import (
     KVFill,
     SamplingParams,
 )
-from offramp.server.engine.blocks import BlockPool
-from offramp.server.engine.debt import DebtLedger, RowPool
+from offramp.server.engine.admission import Admission
+from offramp.server.engine.batch_delay import BatchDelay
+from offramp.server.engine.blocks import BlockPool, SequenceMemory
+from offramp.server.engine.decoder import Decoder
+from offramp.server.engine.device_decoder import DeviceDecoder
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.governor import ExitGovernor
 from offramp.server.engine.guard import LiveGuard
-from offramp.server.engine.memory import SequenceMemory
-from offramp.server.engine.policy import ExitPolicy
-from offramp.server.engine.rebatching import Rebatching
+from offramp.server.engine.host_decoder import HostDecoder
+from offramp.server.engine.kv_debt import DebtLedger, RowPool
 from offramp.server.engine.request import (
     EngineInfo,
     FinishReason,
     GenerationRequest,
     TokenEvent,
 )
-from offramp.server.engine.scheduler import Limits, Scheduler
-from offramp.server.engine.targets import ExitTargets
+from offramp.server.engine.thresholds import ExitThresholds
 
-from .fake_loop import FakeLoop
+from .fake_device import FakeLoop
 from .fake_runner import MAY_GUESS, MUST_BE_EXACT, FakeRunner, expected_answer
 
 LAYERS = 12
@@ -53,39 +56,58 @@ def fake_engine(
     leave_share: float = 0.5,
     caching: bool = True,
     audit_rate: float = 0.0,
-    rides: bool = False,
+    on_device: bool = False,
+    every_exit: bool = False,
     seed: int = 0,
+    runner: FakeRunner | None = None,
+    thresholds: ExitThresholds | None = None,
 ) -> tuple[Engine, FakeRunner]:
-    """A real engine over a fake runner, audited after every step; ``rides`` as on a GPU."""
+    """A real engine over a fake runner, its invariants checked after every step.
+
+    With ``on_device`` decoding is decided on a fake device, as on a GPU.
+    """
     segments = len(exit_layers) + 1
-    thresholds = (0.5,) * len(exit_layers)
-    limits = Limits(LAYERS, exit_layers, max_num_seqs, max_batched, max_debt, CONTEXT)
-    rows = RowPool(max_num_seqs * (1 + max_debt) + max_batched)
-    memory = SequenceMemory(
-        BlockPool(num_blocks, BLOCK), rows, DebtLedger(rows, segments), prefix_caching=caching
-    )
-    targets = ExitTargets(thresholds)
-    scheduler = Scheduler(limits, memory, ExitPolicy(segments, max_hold), targets)
     info = EngineInfo(
         "fake",
         LAYERS,
         exit_layers,
-        thresholds,
+        (0.5,) * len(exit_layers),
         50,
         CONTEXT,
         BLOCK,
         num_blocks,
         max_num_seqs,
         "none",
+        max_batched,
+        max_debt,
     )
-    runner = FakeRunner(segments, BLOCK, leave_share, seed)
-    if rides:
+    rows = RowPool(max_num_seqs * (1 + max_debt) + max_batched)
+    memory = SequenceMemory(
+        BlockPool(num_blocks, BLOCK), rows, DebtLedger(rows, segments), prefix_caching=caching
+    )
+    thresholds = thresholds or ExitThresholds(info.exit_thresholds)
+    admission = Admission(info, memory)
+    runner = runner or FakeRunner(segments, BLOCK, leave_share, seed)
+    costs = CostModel.of(segments)
+    governor = ExitGovernor(costs, thresholds, max_hold, every_exit=every_exit)
+    decoders: list[Decoder] = [HostDecoder(info, admission, memory, governor, runner)]
+    if on_device:
         loop = FakeLoop(runner, BLOCK, exit_layers, LAYERS)
-        seconds = [(1.0, 1.0)] * segments
-        chosen = Rebatching(seconds, max_num_seqs, 2.0, (*exit_layers, LAYERS))
-        scheduler.boarding.decode_on(loop, targets, chosen)
-    guard = LiveGuard(targets, audit_rate)
-    return Engine(info, scheduler, runner, guard, audit=True), runner
+        costs = CostModel.of(segments)
+        costs.segments = [StepCost.of({1: 1.0}) for _ in range(segments)]
+        delay = BatchDelay(costs, 2.0, (*exit_layers, LAYERS))
+        governor = ExitGovernor(costs, thresholds, max_hold, delay, every_exit=every_exit)
+        decoders.insert(0, DeviceDecoder(info, admission, memory, governor, loop))
+    guard = LiveGuard(thresholds, audit_rate)
+    engine = Engine(info, admission, memory, decoders, guard, check_invariants=True)
+    return engine, runner
+
+
+def host_of(engine: Engine) -> HostDecoder:
+    """The decoder that decides on the host."""
+    found = engine.decoders[-1]
+    assert isinstance(found, HostDecoder)
+    return found
 
 
 def request(
@@ -125,7 +147,7 @@ class EngineMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         max_hold=st.sampled_from([0.0, 10.0]),
         audit_rate=st.sampled_from([0.0, 0.5, 1.0]),
-        rides=st.booleans(),
+        on_device=st.booleans(),
         seed=st.integers(0, 5),
     )
     def build(
@@ -138,7 +160,7 @@ class EngineMachine(RuleBasedStateMachine):
         caching: bool,  # noqa: FBT001 (drawn by hypothesis)
         max_hold: float,
         audit_rate: float,
-        rides: bool,  # noqa: FBT001 (drawn by hypothesis)
+        on_device: bool,  # noqa: FBT001 (drawn by hypothesis)
         seed: int,
     ) -> None:
         """An engine of arbitrary sizes."""
@@ -151,7 +173,7 @@ class EngineMachine(RuleBasedStateMachine):
             leave_share=leave_share,
             caching=caching,
             audit_rate=audit_rate,
-            rides=rides,
+            on_device=on_device,
             seed=seed,
         )
         self.requests: dict[str, GenerationRequest] = {}
@@ -217,7 +239,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.engine.has_work
         for name, item in self.requests.items():
             self._judge(name, item)
-        memory = self.engine.scheduler.memory
+        memory = self.engine.memory
         assert memory.blocks.num_used == 0
         assert memory.rows.num_free == memory.rows.num_rows
         assert memory.ledger.total == 0

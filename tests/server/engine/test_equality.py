@@ -19,8 +19,8 @@ from offramp.models.transformer import Transformer
 from offramp.server.bench.reference import transformers_answers
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
-from offramp.server.engine.bulk import Finished, run_all
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import GenerationRequest
 from offramp.server.text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def reference(smollm2_dir: Path, prompts: list[tuple[int, ...]]) -> list[list[in
 
 @pytest.fixture(scope="session")
 def exits(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Untrained exits: they cut the stack into segments, and nobody leaves."""
+    """Untrained exits: they cut the stack into segments, and no token leaves."""
     config = config_from_hf(smollm2_dir)
     weights = load_weights(smollm2_dir, config, dtype=torch.float32)
     model = Transformer(config, weights, (12, 22, 26), 8)
@@ -59,8 +59,8 @@ def exits(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def build(folder: Path, exits: str, num_blocks: int, *, rides: bool = False) -> Engine:
-    """An engine that checks its invariants after every step; ``rides`` as on a GPU."""
+def build(folder: Path, exits: str, num_blocks: int, *, on_device: bool = False) -> Engine:
+    """An engine that checks its invariants after every step; ``on_device`` as on a GPU."""
     config = EngineConfig(
         exits=exits,
         weights=Weights.FP32,
@@ -70,7 +70,12 @@ def build(folder: Path, exits: str, num_blocks: int, *, rides: bool = False) -> 
         max_num_seqs=16,
     )
     return build_engine(
-        config, folder, model_name="test", num_blocks=num_blocks, rides=rides, audit=True
+        config,
+        folder,
+        model_name="test",
+        num_blocks=num_blocks,
+        on_device=on_device,
+        check_invariants=True,
     )
 
 
@@ -132,8 +137,8 @@ def test_under_preemption(
 def test_decided_on_the_device(
     smollm2_dir: Path, exits: str, prompts: list[tuple[int, ...]], reference: list[list[int]]
 ) -> None:
-    """The decode loop of GPUs, by its references: mixed lengths, cut into four segments."""
-    engine = build(smollm2_dir, exits, 320, rides=True)
+    """The device loop of GPUs, by its references: mixed lengths, cut into four segments."""
+    engine = build(smollm2_dir, exits, 320, on_device=True)
     found, _ = answers(engine, prompts[1::4], 16)
     assert found == reference[1::4]
 

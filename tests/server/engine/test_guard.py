@@ -16,12 +16,12 @@ from offramp.models.sampling_params import (
     SamplingParams,
 )
 from offramp.models.step import Step, StepResult
-from offramp.server.engine.bulk import run_all
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.guard import LiveGuard
+from offramp.server.engine.offline import run_all
 from offramp.server.engine.request import GenerationRequest
-from offramp.server.engine.slot import Slot
-from offramp.server.engine.targets import GUARD_OFF, ExitTargets
+from offramp.server.engine.sequence import Sequence
+from offramp.server.engine.thresholds import GUARD_OFF, ExitThresholds
 
 from .fake_runner import VOCAB, FakeRunner
 from .test_engine_machine import LAYERS, fake_engine
@@ -61,15 +61,17 @@ class Drifting(FakeRunner):
         return StepResult(result.seconds, result.leave, tokens, scores)
 
 
-def engine_with(wrong: float, rate: float = 1.0) -> Engine:
-    engine, _ = fake_engine(num_blocks=40, max_batched=40)
+def engine_with(wrong: float, rate: float = 1.0, *, every_exit: bool = False) -> Engine:
     runner = Drifting(3, 4, 0.9, 0)
     runner.wrong = wrong
-    engine.runner = runner
-    targets = ExitTargets((0.5, 0.5), [point(PROMISE)], PROMISE)
-    engine.scheduler.targets = targets
-    engine.scheduler.asking._targets = targets
-    engine.guard = LiveGuard(targets, rate)
+    engine, _ = fake_engine(
+        num_blocks=40,
+        max_batched=40,
+        audit_rate=rate,
+        every_exit=every_exit,
+        runner=runner,
+        thresholds=ExitThresholds((0.5, 0.5), [point(PROMISE)], PROMISE),
+    )
     return engine
 
 
@@ -87,15 +89,15 @@ def serve(engine: Engine, prompts: Iterable[int], mode: ExitMode = ExitMode.ADAP
 
 def test_drift_tightens_and_then_switches_off(caplog: pytest.LogCaptureFixture) -> None:
     engine = engine_with(wrong=0.5)
-    targets = engine.scheduler.targets
-    before = targets.thresholds
+    thresholds = engine.thresholds
+    before = thresholds.thresholds
     levels = set()
     for start in range(0, 160, 4):
         serve(engine, range(start % 40, start % 40 + 4))
-        levels.add(targets.guard_level)
+        levels.add(thresholds.guard_level)
     assert levels == {0, 1, 2, 3}
-    assert targets.guard_level == GUARD_OFF
-    assert targets.thresholds == (NEVER, NEVER) != before
+    assert thresholds.guard_level == GUARD_OFF
+    assert thresholds.thresholds == (NEVER, NEVER) != before
     assert set(serve(engine, range(5))) == {LAYERS}
     said = [record.getMessage() for record in caplog.records]
     assert [("off" in text, "tightened" in text) for text in said] == [
@@ -111,7 +113,7 @@ def test_exits_that_keep_their_promise_are_left_alone() -> None:
         serve(engine, range(start % 40, start % 40 + 4))
     assert engine.guard.audited > 1000
     assert 0 < engine.guard.disagreements < 0.1 * engine.guard.audited
-    assert engine.scheduler.targets.guard_level == 0
+    assert engine.thresholds.guard_level == 0
 
 
 def test_disagreements_are_counted_exactly() -> None:
@@ -140,11 +142,11 @@ def test_the_rate_is_the_share_of_answers() -> None:
 
 
 def test_without_a_promise_it_only_counts() -> None:
-    targets = ExitTargets((0.5,))
-    guard = LiveGuard(targets, 1.0)
-    slot = Slot(0, GenerationRequest("a", (1,), SamplingParams(max_tokens=4)), 0.0, 2)
-    slot.read_again([1, 2, 3, 4, 5])
+    thresholds = ExitThresholds((0.5,))
+    guard = LiveGuard(thresholds, 1.0)
+    sequence = Sequence(0, GenerationRequest("a", (1,), SamplingParams(max_tokens=4)), 0.0, 2)
+    sequence.make_audit([1, 2, 3, 4, 5])
     for _ in range(100):
-        guard.record(slot, 4)
+        guard.record(sequence, 4)
     assert (guard.audited, guard.disagreements) == (400, 400)
-    assert targets.guard_level == 0
+    assert thresholds.guard_level == 0

@@ -22,9 +22,11 @@ from offramp.models.sampling_params import (
 )
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
-from offramp.server.engine.bulk import Finished, run_all
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import FinishReason, GenerationRequest
+
+from .test_engine_machine import host_of
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 PROMPTS = [
@@ -43,10 +45,10 @@ def engine(tiny_dir: Path) -> Engine:
     config = EngineConfig(
         device="cpu", max_num_seqs=8, exits="shared:2,3", max_exit_debt=5, max_model_len=200
     )
-    made = build_engine(config, tiny_dir, model_name="tiny", audit=True)
-    policy = made.scheduler.policy
-    policy.draft_bound = lambda segment, rows: 0.2  # type: ignore[method-assign]
-    policy.lookup_length = lambda shares, size, rows: 4  # type: ignore[method-assign]
+    made = build_engine(config, tiny_dir, model_name="tiny", check_invariants=True)
+    governor = host_of(made).governor
+    governor.draft_bound = lambda segment, rows: 0.2  # type: ignore[method-assign]
+    governor.ngram_length = lambda rates, size, rows: 4  # type: ignore[method-assign]
     return made
 
 
@@ -163,7 +165,7 @@ def test_the_context_and_max_tokens_hold_exactly(engine: Engine) -> None:
 
 def test_sampled_answers_follow_the_models_own_distribution(engine: Engine) -> None:
     """All three tokens of many answers against exact probabilities (chi-square)."""
-    runner = engine.runner
+    runner = host_of(engine).runner
     assert isinstance(runner, Runner)
     sampling = SamplingParams(max_tokens=3, temperature=0.7, top_k=2)
     prompt, count = PROMPTS[2], 400

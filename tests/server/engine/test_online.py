@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
-import pytest
+from offramp.models.exits.calibration.beta_mixture import OnlineThresholds
 
-from offramp.server.engine.online import OnlineThresholds
-from offramp.server.engine.policy import ExitPolicy
-from offramp.server.engine.targets import ExitTargets
-
-from .test_guard import Drifting, engine_with, serve
+from .test_guard import engine_with, serve
 
 
 def feed(online: OnlineThresholds, wrong_below: float, count: int = 600) -> None:
@@ -37,18 +33,13 @@ def test_few_checks_change_nothing() -> None:
     assert online.over((0.93,)) == (0.93,)
 
 
-def test_audits_teach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audits_teach_it() -> None:
     """Exits that are mostly wrong: audits find out, and the thresholds in force rise."""
-    for question in ("asks", "lets_go"):
-        monkeypatch.setattr(ExitPolicy, question, lambda *_, **__: True)
-    engine = engine_with(wrong=0.7)
-    runner = engine.runner
-    assert isinstance(runner, Drifting)
-    targets = engine.scheduler.targets
-    targets.online = OnlineThresholds(2, 0.9)
-    before = targets.thresholds
+    engine = engine_with(wrong=0.7, every_exit=True)
+    thresholds = engine.thresholds
+    thresholds.online = OnlineThresholds(2, 0.9)
+    before = thresholds.thresholds
     # The second exit sees enough tokens to judge by only once the first one has closed.
     serve(engine, range(40))
     serve(engine, range(40))
-    assert isinstance(targets, ExitTargets)
-    assert all(now > was for now, was in zip(targets.thresholds, before, strict=True))
+    assert all(now > was for now, was in zip(thresholds.thresholds, before, strict=True))

@@ -16,7 +16,7 @@ from offramp.models.exits.deltas import delta_paths
 from offramp.models.exits.training.hidden_states import Answer, collect
 from offramp.models.exits.training.train import exit_scores, exit_tokens
 from offramp.models.sampling_params import ExitCriterion, ExitSettings
-from offramp.server.engine.bulk import Finished
+from offramp.server.engine.offline import Finished
 from offramp.server.engine.request import GenerationRequest, RequestStats, StepStats
 from offramp.server.lab.errors import LabError
 from offramp.server.lab.exit_files import read_exact, write_beside_deltas

@@ -1,12 +1,12 @@
-"""Which thresholds are in force: operating points, load, deadlines and the guard's verdict."""
+"""Which exit thresholds are in force: operating points, load, deadlines and the guard's verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from offramp.models.exits.calibration.beta_mixture import OnlineThresholds
 from offramp.models.exits.points import OperatingPoint, point_for
 from offramp.models.sampling_params import NEVER, ExitSettings
-from offramp.server.engine.online import OnlineThresholds
 
 # Steps with a waiting line before quality falls a point, and without one before it rises again:
 # a burst that is admitted at once costs no quality, and the level does not flutter.
@@ -15,13 +15,13 @@ _CALM_STEPS = 64
 GUARD_OFF = 3
 
 
-class ExitTargets:
-    """Thresholds of requests that name none, and what guard and load make of all thresholds.
+class ExitThresholds:
+    """Thresholds of requests that name none, and how guard and load change all thresholds.
 
-    ``default`` are the exit file's own thresholds. With calibrated ``points``, requests take the
-    point that promises ``quality``; under overload it may fall point by point down to ``floor``
-    (None: it never falls). ``online`` estimates take the place of all these. Each level of the
-    guard halves the distance of all thresholds to 1; at GUARD_OFF nobody leaves any more.
+    ``default`` are the exit file's own. With calibrated ``points``, requests take the point that
+    promises ``quality``; under overload it may fall point by point down to ``floor`` (None: it
+    never falls). ``online`` estimates take the place of all these. Each level of the guard halves
+    the distance of all thresholds to 1; at GUARD_OFF no token leaves any more.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from offramp.server.engine.bulk import run_all
+from offramp.server.engine.offline import run_all
 from offramp.server.engine.request import EngineOutput, FinishReason
 
 from .fake_runner import expected_answer

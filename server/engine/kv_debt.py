@@ -16,13 +16,13 @@ class RowPool:
 
     @property
     def num_free(self) -> int:
-        """Rows nobody holds."""
+        """Rows that are not held."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """``count`` rows; asking for more than are free is a bug of the caller."""
+        """``count`` rows; BugError if fewer are free."""
         if count > len(self._free):
-            raise BugError("More hidden rows were asked for than are free.")
+            raise BugError("More hidden rows were taken than are free.")
         return [self._free.pop() for _ in range(count)]
 
     def give(self, rows: list[int]) -> None:
@@ -40,7 +40,7 @@ class Owed:
 
 
 class DebtLedger:
-    """Debts by slot, each slot's in order of position."""
+    """Debts by sequence id, each sequence's in order of position."""
 
     def __init__(self, rows: RowPool, num_segments: int) -> None:
         self._rows = rows
@@ -49,31 +49,31 @@ class DebtLedger:
 
     @property
     def total(self) -> int:
-        """Positions owed by all slots together."""
+        """Positions owed by all sequences together."""
         return sum(map(len, self._debts.values()))
 
     @property
-    def slots(self) -> set[int]:
-        """Ids of slots in debt."""
+    def sequences(self) -> set[int]:
+        """Ids of sequences in debt."""
         return set(self._debts)
 
-    def owe(self, slot: int, debt: Owed) -> None:
-        """Write down a debt; the ledger takes over its row."""
-        self._debts.setdefault(slot, []).append(debt)
+    def owe(self, sequence: int, debt: Owed) -> None:
+        """Record a debt; the ledger takes over its row."""
+        self._debts.setdefault(sequence, []).append(debt)
 
-    def owed(self, slot: int) -> list[Owed]:
-        """All debts of a slot."""
-        return self._debts.get(slot, [])
+    def owed(self, sequence: int) -> list[Owed]:
+        """All debts of a sequence."""
+        return self._debts.get(sequence, [])
 
-    def lacking(self, slot: int, segment: int) -> list[Owed]:
-        """Debts that must be paid before the slot's next token runs ``segment``."""
-        return [debt for debt in self.owed(slot) if debt.segment <= segment]
+    def lacking(self, sequence: int, segment: int) -> list[Owed]:
+        """Debts that must be paid before the sequence's next token runs ``segment``."""
+        return [debt for debt in self.owed(sequence) if debt.segment <= segment]
 
-    def advance(self, slot: int, segment: int) -> int:
+    def advance(self, sequence: int, segment: int) -> int:
         """Debts at ``segment`` ran through it (recompute); returns how many it paid, at the top."""
         kept: list[Owed] = []
         paid = 0
-        for debt in self._debts.pop(slot, []):
+        for debt in self._debts.pop(sequence, []):
             moved = replace(debt, segment=segment + 1) if debt.segment == segment else debt
             if moved.segment < self._num_segments:
                 kept.append(moved)
@@ -81,13 +81,13 @@ class DebtLedger:
                 self._rows.give([moved.row])
                 paid += 1
         if kept:
-            self._debts[slot] = kept
+            self._debts[sequence] = kept
         return paid
 
-    def withdraw(self, slot: int) -> list[Owed]:
-        """Strike the slot's debts off the ledger; their rows are the caller's again."""
-        return self._debts.pop(slot, [])
+    def withdraw(self, sequence: int) -> list[Owed]:
+        """Take the sequence's debts off the ledger; their rows are the caller's again."""
+        return self._debts.pop(sequence, [])
 
-    def settle(self, slot: int) -> None:
-        """All debts of the slot are paid or void; their rows are free."""
-        self._rows.give([debt.row for debt in self._debts.pop(slot, [])])
+    def settle(self, sequence: int) -> None:
+        """All debts of the sequence are paid or void; their rows are free."""
+        self._rows.give([debt.row for debt in self._debts.pop(sequence, [])])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.server.engine.debt import DebtLedger, Owed, RowPool
+from offramp.server.engine.kv_debt import DebtLedger, Owed, RowPool
 from offramp.server.errors import BugError
 
 SEGMENTS = 4
@@ -27,12 +27,12 @@ def test_recompute_pays_segment_by_segment(exits: list[int]) -> None:
         if segment + 1 < SEGMENTS:
             assert ledger.total == len(exits) + 1
     assert ledger.owed(1) == []
-    assert ledger.slots == {2}
+    assert ledger.sequences == {2}
     assert rows.num_free == 19
 
 
 def test_debts_wait_in_the_segment_they_reached() -> None:
-    """A ride that leaves half-way pays only up to there."""
+    """A pass that is left half-way pays only up to there."""
     rows = RowPool(4)
     ledger = DebtLedger(rows, SEGMENTS)
     for position, segment in enumerate((1, 3, 2)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offramp.server.engine.lookup import LONGEST, Match, PromptLookup, Shares
+from offramp.server.engine.drafts import LONGEST, AcceptanceRates, Match, NgramProposer
 
 
 def naive(tokens: list[int]) -> Match | None:
@@ -20,30 +20,30 @@ def naive(tokens: list[int]) -> Match | None:
 
 @given(st.lists(st.integers(0, 3), max_size=16), st.data())
 def test_it_finds_what_a_search_finds(tokens: list[int], data: st.DataObject) -> None:
-    """However often it is asked while the text grows."""
-    lookup = PromptLookup()
+    """However often it searches while the text grows."""
+    lookup = NgramProposer()
     for end in sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=5))):
         lookup.find(tokens[:end])
     assert lookup.find(tokens) == naive(tokens)
 
 
 def test_a_repeated_phrase_is_continued() -> None:
-    assert PromptLookup().find([5, 6, 7, 8, 9, 1, 5, 6, 7]) == Match(3, 3)
-    assert PromptLookup().find([1, 2, 3, 4]) is None
+    assert NgramProposer().find([5, 6, 7, 8, 9, 1, 5, 6, 7]) == Match(3, 3)
+    assert NgramProposer().find([1, 2, 3, 4]) is None
 
 
 def test_only_the_latest_places_of_a_pair_are_kept() -> None:
-    lookup = PromptLookup()
+    lookup = NgramProposer()
     assert lookup.find([7, 1, 2, *[3, 1, 2] * 50]) == Match(LONGEST, 150)
     assert max(map(len, lookup._ends.values())) <= 16
 
 
 def test_shares_follow_what_is_seen_and_copies_go_their_own_way() -> None:
-    common = Shares()
+    common = AcceptanceRates()
     own = common.copy()
     for _ in range(50):
-        own.add(3, 0.1, right=False)
-        own.add(LONGEST + 4, 0.1, right=True)
+        own.add(3, 0.1, accepted=False)
+        own.add(LONGEST + 4, 0.1, accepted=True)
     assert own.of(3) < 0.01
     assert common.of(3) > 0.5
     assert own.of(LONGEST) == own.of(LONGEST + 9) > 0.99

@@ -1,31 +1,31 @@
-"""Guess the next tokens by looking the last few up in the text so far.
+"""Drafts of the next tokens from the text so far: the n-gram proposer, and how drafts fare.
 
 (Prompt lookup decoding; the same idea as LLMA, arXiv 2304.04487.) Answers that quote their prompt
-or repeat themselves are guessed for nothing; verification keeps the output exact.
+or repeat themselves are drafted without running a model; verification keeps the output exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 SHORTEST, LONGEST = 2, 7
-"""Tokens that have to match, and up to which a longer match is told from a shorter one."""
+"""Tokens that have to match, and up to which a longer match is distinguished from a shorter one."""
 _CANDIDATES = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """The text's last ``size`` tokens also ended at ``end``, where their continuation begins."""
 
     size: int
     end: int
 
 
-class PromptLookup:
-    """Where each pair of tokens ended in a growing text, so that a lookup costs nothing.
+class NgramProposer:
+    """An index of where each pair of tokens ended in a growing text, so that a search costs little.
 
-    It must be shown verified tokens only: what it has read is never taken back.
+    It must be shown verified tokens only: what it has indexed is never taken back.
     """
 
     def __init__(self) -> None:
@@ -33,8 +33,8 @@ class PromptLookup:
         self._length = SHORTEST
 
     def find(self, tokens: Sequence[int]) -> Match | None:
-        """The longest match where the text's last pair was of late, the latest of the longest."""
-        self._read(tokens)
+        """The longest match among recent places of the text's last pair, the latest of equals."""
+        self._index(tokens)
         if len(tokens) < SHORTEST:
             return None
         best: Match | None = None
@@ -46,7 +46,7 @@ class PromptLookup:
                 break
         return best
 
-    def _read(self, tokens: Sequence[int]) -> None:
+    def _index(self, tokens: Sequence[int]) -> None:
         """Index all pairs but the text's last one, which would only find itself."""
         for end in range(self._length, len(tokens)):
             ends = self._ends.setdefault((tokens[end - 2], tokens[end - 1]), [])
@@ -69,20 +69,20 @@ def _typical() -> list[float]:
 
 
 @dataclass(slots=True)
-class Shares:
-    """How often guesses are right, by the length of their match."""
+class AcceptanceRates:
+    """The share of drafts that full depth accepted, by the length of their match."""
 
-    right: list[float] = field(default_factory=_typical)
+    rates: list[float] = field(default_factory=_typical)
 
     def of(self, size: int) -> float:
-        """P(right) of a token that follows a match of ``size``."""
-        return self.right[min(size, LONGEST)]
+        """P(accepted) of a token that follows a match of ``size``."""
+        return self.rates[min(size, LONGEST)]
 
-    def add(self, size: int, renewal: float, *, right: bool) -> None:
-        """A guess behind a match of ``size`` was compared."""
+    def add(self, size: int, renewal: float, *, accepted: bool) -> None:
+        """A draft behind a match of ``size`` was verified; it counts ``renewal`` (0 to 1)."""
         size = min(size, LONGEST)
-        self.right[size] += renewal * (right - self.right[size])
+        self.rates[size] += renewal * (accepted - self.rates[size])
 
-    def copy(self) -> Shares:
-        """The same, to go its own way."""
-        return Shares(list(self.right))
+    def copy(self) -> AcceptanceRates:
+        """Rates that change independently of these."""
+        return AcceptanceRates(list(self.rates))

@@ -1,4 +1,4 @@
-"""When leavers go and when a thin group waits."""
+"""When exits, drafts and waiting pay."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offramp.models.costs import CostModel, StepCost
 from offramp.models.sampling_params import NEVER
-from offramp.server.engine.lookup import Shares
-from offramp.server.engine.policy import MAX_LOOKUP, ExitPolicy, StepCost
+from offramp.server.engine.drafts import AcceptanceRates
+from offramp.server.engine.governor import MAX_NGRAM_DRAFTS, ExitGovernor
+from offramp.server.engine.thresholds import ExitThresholds
 
 MS = 1e-3
 
@@ -23,17 +25,17 @@ def measured(fixed: float, per_row: float) -> StepCost:
     return cost
 
 
-def policy(
+def governor(
     *,
     segments: tuple[tuple[float, float], ...] = ((4 * MS, 0.1 * MS), (4 * MS, 0.1 * MS)),
     head: tuple[float, float] = (1 * MS, 0.05 * MS),
     fill: tuple[float, float] = (0.1 * MS, 0.01 * MS),
     max_hold: float = 1.0,
-) -> ExitPolicy:
-    made = ExitPolicy(len(segments), max_hold)
-    made.costs.segments = [measured(*cost) for cost in segments]
-    made.costs.head, made.costs.fill = measured(*head), measured(*fill)
-    return made
+) -> ExitGovernor:
+    costs = CostModel.of(len(segments))
+    costs.segments = [measured(*cost) for cost in segments]
+    costs.head, costs.fill = measured(*head), measured(*fill)
+    return ExitGovernor(costs, ExitThresholds(()), max_hold)
 
 
 @given(fixed=st.floats(1e-5, 1e-1), per_row=st.floats(0, 1e-2), rows=st.integers(1, 16))
@@ -78,22 +80,22 @@ def test_old_measurements_fade() -> None:
 
 def test_leaving_pays_when_the_last_stayer_is_gone() -> None:
     """All leave: the steps above are saved whole."""
-    made = policy(fill=(0.0, 1 * MS), segments=((4 * MS, 0.0), (4 * MS, 0.2 * MS)))
-    assert made.lets_go(0, leaving=2, staying=0)
+    made = governor(fill=(0.0, 1 * MS), segments=((4 * MS, 0.0), (4 * MS, 0.2 * MS)))
+    assert made.exits_pay(0, leaving=2, staying=0)
 
 
 def test_leaving_pays_when_a_fill_is_cheaper_than_a_row() -> None:
-    assert policy(fill=(0.0, 0.05 * MS)).lets_go(0, leaving=1, staying=7)
+    assert governor(fill=(0.0, 0.05 * MS)).exits_pay(0, leaving=1, staying=7)
 
 
 def test_a_refused_exit_is_tried_once_in_a_while() -> None:
     """Costs are learnt from steps that run, so a wrong belief must not last for ever."""
     # A row rides along for nothing at 4 to 8 rows, but not behind one.
-    made = policy(fill=(0.0, 5 * MS), head=(1 * MS, 0.0))
+    made = governor(fill=(0.0, 5 * MS), head=(1 * MS, 0.0))
     for rows in (1, 2, 3, 4):
         for _ in range(200):
             made.costs.segments[1].add(rows, 4 * MS + (0.5 * MS if rows > 1 else 0))
-    answers = [made.lets_go(0, leaving=1, staying=3) for _ in range(10_000)]
+    answers = [made.exits_pay(0, leaving=1, staying=3) for _ in range(10_000)]
     tries = [index + 1 for index, answer in enumerate(answers) if answer]
     assert tries[:4] == [32, 96, 224, 480]
     assert all(later - sooner <= 1024 for sooner, later in pairwise(tries))
@@ -102,25 +104,25 @@ def test_a_refused_exit_is_tried_once_in_a_while() -> None:
 
 def test_an_exit_that_paid_is_tried_soon_again() -> None:
     """A try that shows that it pays starts the tries anew."""
-    made = policy(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
+    made = governor(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
     made.costs.checks[0] = measured(0.2 * MS, 0.0)
     for _ in range(300):
-        made.observe(0, asked=8, fired=1)
-    assert sum(made.asks(0, 8) for _ in range(600)) == 4
-    assert made.asks(0, 1)
-    answers = [made.asks(0, 8) for _ in range(32)]
+        made.observe_checks(0, checked=8, fired=1)
+    assert sum(made.checks_pay(0, 8) for _ in range(600)) == 4
+    assert made.checks_pay(0, 1)
+    answers = [made.checks_pay(0, 8) for _ in range(32)]
     assert answers == [False] * 31 + [True]
 
 
 def test_a_thin_group_waits_for_a_crowd_below() -> None:
-    """One slot at a deep segment, many ready for the ground: the many go first."""
-    made = policy(segments=((1 * MS, 0.0), (40 * MS, 0.0)), head=(0.1 * MS, 0.0))
-    assert made.holds(1, staying=1, ready=30, age=0.0)
-    assert not made.holds(1, staying=30, ready=1, age=0.0)
+    """One sequence at a deep segment, many ready for the first: the many go first."""
+    made = governor(segments=((1 * MS, 0.0), (40 * MS, 0.0)), head=(0.1 * MS, 0.0))
+    assert made.holds(1, waiting=1, ready=30, age=0.0)
+    assert not made.holds(1, waiting=30, ready=1, age=0.0)
 
 
-def test_nobody_waits_for_nobody() -> None:
-    assert not policy(segments=((1 * MS, 0.0), (40 * MS, 0.0))).holds(1, 1, ready=0, age=0.0)
+def test_no_sequence_waits_for_none() -> None:
+    assert not governor(segments=((1 * MS, 0.0), (40 * MS, 0.0))).holds(1, 1, ready=0, age=0.0)
 
 
 @given(
@@ -134,59 +136,68 @@ def test_no_wait_outlives_the_bound(
 ) -> None:
     """Whatever steps cost: at the configured age a group goes."""
     ground, ground_row, deep, deep_row = costs
-    made = policy(segments=((ground, ground_row), (deep, deep_row)), max_hold=0.05)
+    made = governor(segments=((ground, ground_row), (deep, deep_row)), max_hold=0.05)
     assert not made.holds(1, staying, ready, age=0.05 + over)
 
 
 def test_checks_are_not_worth_it_where_rows_are_free() -> None:
-    """With company that stays, a leaver saves nothing, so nobody is asked but for a probe."""
-    made = policy(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
+    """Beside rows that stay, one that leaves saves nothing, so checks are only probes."""
+    made = governor(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
     made.costs.checks[0] = measured(0.2 * MS, 0.0)
     for _ in range(300):
-        made.observe(0, asked=8, fired=1)
-    assert sum(made.asks(0, 8) for _ in range(320)) == 3
-    assert all(made.asks(0, 1) for _ in range(320))
+        made.observe_checks(0, checked=8, fired=1)
+    assert sum(made.checks_pay(0, 8) for _ in range(320)) == 3
+    assert all(made.checks_pay(0, 1) for _ in range(320))
 
 
-def test_a_guess_needs_to_be_right_more_often_where_less_is_saved() -> None:
-    cheap_top = policy(segments=((4 * MS, 0.0), (1 * MS, 0.0)))
-    dear_top = policy(segments=((1 * MS, 0.0), (4 * MS, 0.0)))
+def test_a_draft_needs_to_be_right_more_often_where_less_is_saved() -> None:
+    cheap_top = governor(segments=((4 * MS, 0.0), (1 * MS, 0.0)))
+    dear_top = governor(segments=((1 * MS, 0.0), (4 * MS, 0.0)))
     for made in (cheap_top, dear_top):
         for _ in range(200):
-            made.observe_guess(0, right=True)
+            made.observe_draft(0, right=True)
     assert 0 < dear_top.draft_bound(0, 1) < cheap_top.draft_bound(0, 1) < 1
 
 
-def test_guesses_that_cost_more_than_they_gain_are_not_asked_for() -> None:
+def test_drafts_that_cost_more_than_they_gain_are_not_made() -> None:
     """But now and then, to see whether that is still so."""
-    made = policy(segments=((2 * MS, 0.2 * MS), (2 * MS, 0.2 * MS)), head=(1 * MS, 0.1 * MS))
+    made = governor(segments=((2 * MS, 0.2 * MS), (2 * MS, 0.2 * MS)), head=(1 * MS, 0.1 * MS))
     made.costs.checks[0] = measured(0.2 * MS, 0.0)
     assert made.draft_bound(0, 1) < 1
     for _ in range(400):
-        made.observe_guess(0, right=False)
+        made.observe_draft(0, right=False)
     bounds = [made.draft_bound(0, 1) for _ in range(320)]
     assert sum(bound < 1 for bound in bounds) == 3
 
 
 def test_decisions_that_alternate_do_not_take_each_others_probes() -> None:
-    made = policy(segments=((2 * MS, 0.2 * MS), (2 * MS, 0.2 * MS)), head=(1 * MS, 0.1 * MS))
+    made = governor(segments=((2 * MS, 0.2 * MS), (2 * MS, 0.2 * MS)), head=(1 * MS, 0.1 * MS))
     made.costs.checks[0] = measured(9 * MS, 0.0)
-    found = [(made.asks(0, 1), made.draft_bound(0, 1) < 1) for _ in range(320)]
+    found = [(made.checks_pay(0, 1), made.draft_bound(0, 1) < 1) for _ in range(320)]
     assert [sum(kind) for kind in zip(*found, strict=True)] == [3, 3]
 
 
-def test_nobody_guesses_where_every_row_costs_the_same() -> None:
-    made = policy(segments=((0.0, 1 * MS), (0.0, 1 * MS)), head=(0.0, 1 * MS))
+def test_every_exit_gets_its_own_probes() -> None:
+    """Checks alternate between the exits; probes counted together would always hit the same one."""
+    made = governor(segments=((4 * MS, 0.0),) * 3, head=(1 * MS, 0.0))
+    for point in (0, 1):
+        made.costs.checks[point] = measured(90 * MS, 0.0)
+    found = [[made.checks_pay(point, 4) for point in (0, 1)] for _ in range(320)]
+    assert [sum(each) for each in zip(*found, strict=True)] == [3, 3]
+
+
+def test_no_drafts_where_every_row_costs_the_same() -> None:
+    made = governor(segments=((0.0, 1 * MS), (0.0, 1 * MS)), head=(0.0, 1 * MS))
     assert made.draft_bound(0, 1) == NEVER
-    assert made.lookup_length(Shares([0.9] * 8), 2, 1) == 0
+    assert made.ngram_length(AcceptanceRates([0.9] * 8), 2, 1) == 0
 
 
-def test_free_rows_are_filled_with_lookups() -> None:
-    made = policy(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
-    assert made.lookup_length(Shares([0.5] * 8), 2, 1) == MAX_LOOKUP
-    assert made.lookup_length(Shares([0.0] * 8), 2, 1) == 0
+def test_free_rows_are_filled_with_ngram_drafts() -> None:
+    made = governor(segments=((4 * MS, 0.0), (4 * MS, 0.0)), head=(1 * MS, 0.0))
+    assert made.ngram_length(AcceptanceRates([0.5] * 8), 2, 1) == MAX_NGRAM_DRAFTS
+    assert made.ngram_length(AcceptanceRates([0.0] * 8), 2, 1) == 0
 
 
-def test_owed_rows_ride_along_where_that_is_cheaper_than_a_projection() -> None:
-    assert policy(fill=(1 * MS, 0.0)).recompute_pays(1, riding=1, owed=1)
-    assert not policy(fill=(0.01 * MS, 0.0)).recompute_pays(1, riding=1, owed=1)
+def test_owed_rows_are_recomputed_where_that_is_cheaper_than_a_projection() -> None:
+    assert governor(fill=(1 * MS, 0.0)).recompute_pays(1, running=1, owed=1)
+    assert not governor(fill=(0.01 * MS, 0.0)).recompute_pays(1, running=1, owed=1)

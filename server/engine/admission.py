@@ -1,0 +1,122 @@
+"""Who may run: the waiting line, chunks of prompts, room in the cache, and preemption.
+
+Alike for all devices. A decoder takes each step's new positions from `Admission.schedule`, and
+room for one more token from `Admission.make_room`.
+"""
+
+from __future__ import annotations
+
+from collections import abc, deque
+
+from offramp.server.engine.blocks import OutOfBlocks, SequenceMemory
+from offramp.server.engine.request import EngineInfo
+from offramp.server.engine.sequence import Sequence
+
+# Prompt rows an audit may add to a step beside other requests.
+_AUDIT_ROWS = 32
+
+
+class Admission:
+    """Owns the sequences: those that wait, the audits that wait, and by id those that run."""
+
+    def __init__(self, info: EngineInfo, memory: SequenceMemory) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.audits: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}
+        self.preemptions = 0
+        self._info = info
+        self._memory = memory
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self.waiting or self.running or self.audits)
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is, and free what it holds."""
+        if sequence.id in self.running:
+            self._take_out(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self, ready: abc.Iterable[Sequence], now: float) -> list[Sequence]:
+        """Sequences for the next step of the first segment, each with a chunk in the cache.
+
+        Of those ``ready`` there, decode tokens come first, then chunks of prompts; then waiting
+        sequences are admitted. The step's token budget and the hidden rows bound all together.
+        Sequences that are preempted for blocks leave their decoder.
+        """
+        chosen: list[Sequence] = []
+        budget = self._info.max_num_batched_tokens
+        # False sorts first: decode tokens before chunks of prompts, otherwise in order of arrival.
+        for sequence in sorted(ready, key=lambda each: not each.decoding):
+            preempted = sequence.decoder is None
+            if not preempted and self._start_chunk(sequence, budget, chosen):
+                budget -= len(sequence.chunk)
+        while budget and self._memory.rows.num_free:
+            admitted = self._admit(now)
+            if admitted is None or not self._start_chunk(admitted, budget, chosen):
+                break
+            budget -= len(admitted.chunk)
+        return chosen
+
+    def make_room(self, sequence: Sequence, length: int, spared: abc.Sequence[Sequence]) -> bool:
+        """Take blocks for ``length`` positions of a sequence, if need be from others.
+
+        False if the sequence itself was preempted; those ``spared`` never are.
+        """
+        while True:
+            try:
+                self._memory.grow(sequence, length)
+            except OutOfBlocks:
+                if self._preempt(spared) is sequence:
+                    return False
+            else:
+                return True
+
+    def _start_chunk(self, sequence: Sequence, budget: int, chosen: list[Sequence]) -> bool:
+        """Make the sequence's next positions its chunk; False if there is no room for any."""
+        count = min(sequence.remaining, budget, self._memory.rows.num_free)
+        if sequence.audit and len(self.running) > 1:
+            count = min(count, _AUDIT_ROWS)
+        if count <= 0 or not self.make_room(sequence, sequence.computed[0] + count, chosen):
+            return False
+        self._memory.start_chunk(sequence, count)
+        chosen.append(sequence)
+        return True
+
+    def _admit(self, now: float) -> Sequence | None:
+        """The next waiting sequence, if there is room for it; audits come last, one at a time."""
+        line = self.waiting or self.audits
+        if not line or len(self.running) >= self._info.max_num_seqs:
+            return None
+        if line is self.audits and any(sequence.audit for sequence in self.running.values()):
+            return None
+        sequence = line[0]
+        if not self._memory.admit(sequence):
+            return None
+        line.popleft()
+        if sequence.admitted_at is None:
+            sequence.admitted_at = now
+        self.running[sequence.id] = sequence
+        return sequence
+
+    def _preempt(self, spared: abc.Sequence[Sequence]) -> Sequence:
+        """Send the sequence that was admitted last back to waiting, an audit before all others."""
+        victim = max(
+            (sequence for sequence in self.running.values() if sequence not in spared),
+            key=lambda sequence: (sequence.audit, sequence.admitted_at or 0.0, sequence.id),
+        )
+        self._take_out(victim)
+        # An audit is dropped: no client waits for it, so it is not worth a second try.
+        if not victim.audit:
+            victim.restart()
+            self.waiting.appendleft(victim)
+            self.preemptions += 1
+        return victim
+
+    def _take_out(self, sequence: Sequence) -> None:
+        if sequence.decoder is not None:
+            sequence.decoder.remove(sequence)
+        self._memory.release(sequence)
+        del self.running[sequence.id]

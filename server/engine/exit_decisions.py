@@ -1,0 +1,167 @@
+"""Exit checks of the sequences in a step, and which of them leave after it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import abc
+
+from offramp.models.exits.criteria import CRITERIA
+from offramp.models.sampling_params import NEVER, KVFill
+from offramp.models.step import ExitCheck, HeadRow, SequenceRows, StepResult
+from offramp.server.engine.governor import ExitGovernor
+from offramp.server.engine.kv_debt import DebtLedger
+from offramp.server.engine.request import EngineInfo
+from offramp.server.engine.sequence import Sequence
+
+PAID_LATER = frozenset({KVFill.AUTO, KVFill.RECOMPUTE})
+"""Fills that may run owed rows together with a later pass of their sequence."""
+
+
+class ExitDecisions:
+    """What the host decides at exit points, for the host decoder."""
+
+    def __init__(self, info: EngineInfo, governor: ExitGovernor, ledger: DebtLedger) -> None:
+        self._info = info
+        self._governor = governor
+        self._ledger = ledger
+        self._worth = True
+        self._draft_bound = NEVER
+
+    def weigh(self, segment: int, rows: int) -> None:
+        """Decide whether checks of ``rows`` sequences after ``segment`` pay, for the next step."""
+        if segment < len(self._info.exit_layers):
+            self._worth = self._governor.checks_pay(segment, rows)
+            self._draft_bound = self._governor.draft_bound(segment, rows)
+
+    def check(self, sequence: Sequence, segment: int, now: float) -> ExitCheck | None:
+        """The check of a sequence's last row after ``segment``; None where it has to go on.
+
+        Only a decode token alone in its chunk may leave. A prompt's last token never does.
+        """
+        exits, makes_token = sequence.request.exits, sequence.makes_token
+        if not sequence.exits_on or segment >= len(self._info.exit_layers) or not makes_token:
+            return None
+        criterion = CRITERIA[exits.criterion]
+        if criterion.decides_for_answer:
+            threshold = self._answer_threshold(sequence, segment, now)
+        elif sequence.num_generated == 0 or len(sequence.chunk) > 1:
+            return None
+        else:
+            threshold = self._threshold(sequence, segment, now)
+        if threshold > 1 and not criterion.compares_exits:
+            return None
+        head = head_row(sequence, sequence.chunk[-1], sequence.chunk_rows[-1])
+        return ExitCheck(exits.criterion, threshold, head)
+
+    def prompt_threshold(self, sequence: Sequence, segment: int) -> float | None:
+        """Gate score at which prompt rows leave after ``segment``; None where they may not."""
+        exits = sequence.request.exits
+        if not sequence.exits_on or segment >= len(self._info.exit_layers):
+            return None
+        if self._info.exit_layers[segment] < exits.min_layer or not self.prompt_rows(sequence):
+            return None
+        return exits.prefill_threshold
+
+    @staticmethod
+    def prompt_rows(sequence: Sequence) -> int:
+        """Leading rows of the chunk that hold prompt tokens, the prompt's last one left out."""
+        if sequence.request.exits.prefill_threshold is None:
+            return 0
+        return bisect_left(sequence.chunk, sequence.num_prompt - 1)
+
+    def leaving(
+        self,
+        segment: int,
+        sequences: abc.Sequence[Sequence],
+        work: abc.Sequence[SequenceRows],
+        result: StepResult,
+    ) -> list[bool]:
+        """Which sequences leave after ``segment``: allowed by the score, and worth it."""
+        checked = sum(item.check is not None for item in work)
+        if not any(result.leave):
+            self._governor.observe_checks(segment, checked, 0)
+            return [False] * len(sequences)
+        fired = [
+            leave and not _notes_depth(sequence, segment)
+            for leave, sequence in zip(result.leave, sequences, strict=True)
+        ]
+        self._governor.observe_checks(segment, checked, sum(fired))
+        leaving = sum(
+            fire and not sequence.lossless for fire, sequence in zip(fired, sequences, strict=True)
+        )
+        staying = len(sequences) - leaving
+        pays = bool(leaving) and self._governor.exits_pay(segment, leaving, staying)
+        return [
+            fire and (self._may_draft(sequence, token) if sequence.lossless else pays)
+            for fire, sequence, token in zip(fired, sequences, result.token_ids, strict=True)
+        ]
+
+    def ngram_drafts(self, sequence: Sequence, running: int) -> list[int]:
+        """Drafts from the text so far, as many as are worth verifying beside ``running`` others."""
+        match = sequence.proposer.find(sequence.tokens)
+        sequence.match = 0
+        if match is None:
+            return []
+        sequence.match = match.size
+        sequence.acceptance = sequence.acceptance or self._governor.acceptance.copy()
+        rows = max(1, running)
+        count = self._governor.ngram_length(sequence.acceptance, match.size, rows)
+        room = min(self._draft_room(sequence), self._info.max_num_batched_tokens - 1)
+        return sequence.tokens[match.end : match.end + max(0, min(count, room))]
+
+    def _threshold(self, sequence: Sequence, segment: int, now: float) -> float:
+        exits = sequence.request.exits
+        if self._info.exit_layers[segment] < exits.min_layer or self._must_pay(sequence):
+            return NEVER
+        if sequence.lossless:
+            wished = 0.0 if exits.thresholds is None else exits.thresholds[segment]
+            return max(self._draft_bound, wished)
+        return self._in_force(sequence, segment, now) if self._worth else NEVER
+
+    def _answer_threshold(self, sequence: Sequence, segment: int, now: float) -> float:
+        """Of a criterion that decides by the prompt's last row; later tokens follow its choice."""
+        if sequence.num_generated == 0:
+            allowed = self._info.exit_layers[segment] >= sequence.request.exits.min_layer
+            return self._in_force(sequence, segment, now) if allowed else NEVER
+        alone = len(sequence.chunk) == 1
+        follows = sequence.depth == segment and alone and not self._must_pay(sequence)
+        return 0.0 if follows else NEVER
+
+    def _in_force(self, sequence: Sequence, segment: int, now: float) -> float:
+        thresholds = self._governor.thresholds
+        return thresholds.of(sequence.request.exits, late=sequence.is_late(now))[segment]
+
+    def _must_pay(self, sequence: Sequence) -> bool:
+        """Whether the sequence may owe no more, so that only a full pass can pay."""
+        most = self._info.max_exit_debt
+        owed = len(self._ledger.owed(sequence.id))
+        return not most or (sequence.fill in PAID_LATER and owed >= most)
+
+    def _may_draft(self, sequence: Sequence, token: int) -> bool:
+        """A draft that would end the answer is verified instead of built upon."""
+        stops = token in sequence.request.sampling.stop_token_ids
+        return not stops and self._draft_room(sequence) > 0
+
+    def _draft_room(self, sequence: Sequence) -> int:
+        """Drafts a sequence may add and still have a token of the answer left to make."""
+        answer = len(sequence.tokens) - sequence.num_prompt
+        room = sequence.request.sampling.max_tokens - answer
+        return min(room, self._info.max_model_len - len(sequence.tokens)) - 1
+
+
+def head_row(sequence: Sequence, position: int, row: int) -> HeadRow:
+    """How the token after ``position``, whose state is in ``row``, is chosen."""
+    sampling, count = sequence.request.sampling, position + 1
+    # Penalties must not see the drafts behind the row.
+    cut = sampling.adjusts_logits and count < len(sequence.tokens)
+    tokens = sequence.tokens[:count] if cut else sequence.tokens
+    return HeadRow(row, sampling, count - sequence.num_prompt, tokens, sequence.num_prompt)
+
+
+def _notes_depth(sequence: Sequence, segment: int) -> bool:
+    """Note the exit as the whole answer's depth, where the prompt decides that; True if it does."""
+    decides = CRITERIA[sequence.request.exits.criterion].decides_for_answer
+    if not decides or sequence.num_generated:
+        return False
+    sequence.depth = segment if sequence.depth is None else sequence.depth
+    return True

@@ -1,0 +1,221 @@
+"""Whether exits, checks, drafts, waiting and late K,V are worth their time, by measured cost.
+
+Both decoders decide by the same rules, each with the costs of its own steps; the thresholds in
+force are shared.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offramp.models.costs import CostModel
+from offramp.models.sampling_params import NEVER
+from offramp.server.engine.batch_delay import BatchDelay, Holds
+from offramp.server.engine.drafts import AcceptanceRates
+from offramp.server.engine.thresholds import ExitThresholds
+
+# The share of tokens that leave is estimated slowly: renewed faster, chance would close exits.
+_SHARE_RENEWAL = 0.01
+# Checks delay every token they concern, so what they are likely to save has to exceed their price
+# by more than the estimates are off: at 1.5 times the price, exits still lost 7 % at one stream.
+_MARGIN = 2.0
+# A decision against exits is tried out anyway once in so many times: costs are only learnt from
+# steps that run, and a rule fed by stale costs could otherwise never exit again (DREX's trap). Each
+# try that changes nothing makes the next one rarer, since a try costs a step what exits would.
+_PROBE_FIRST, _PROBE_RAREST = 32, 1024
+MAX_NGRAM_DRAFTS = 8
+
+
+@dataclass(slots=True)
+class _Probes:
+    """When a decision that was refused is tried out anyway."""
+
+    refused: int = 0
+    every: int = _PROBE_FIRST
+
+    def allow(self, *, pays: bool) -> bool:
+        """Whether it pays, or is due to be tried."""
+        if pays:
+            self.refused, self.every = 0, _PROBE_FIRST
+            return True
+        self.refused += 1
+        if self.refused < self.every:
+            return False
+        self.refused, self.every = 0, min(2 * self.every, _PROBE_RAREST)
+        return True
+
+
+class ExitGovernor:
+    """The choices that trade time between sequences, for one decoder.
+
+    ``costs`` are learnt by the decoder; ``max_hold`` (seconds) bounds how long a sequence may wait
+    at a segment for others. With a ``delay``, waiting and exits are chosen by simulated throughput.
+    With ``every_exit`` tokens leave wherever their score allows it, whether or not that pays.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel,
+        thresholds: ExitThresholds,
+        max_hold: float,
+        delay: BatchDelay | None = None,
+        *,
+        every_exit: bool = False,
+    ) -> None:
+        self.costs = costs
+        self.thresholds = thresholds
+        self.delay = delay
+        self._max_hold = max_hold
+        self._every_exit = every_exit
+        # Counted apart: decisions that alternate would take each other's turns.
+        self._probes: defaultdict[str, _Probes] = defaultdict(_Probes)
+        num_segments = len(costs.segments)
+        # Share of checked tokens that may leave, by segment; learnt from every check.
+        self._fires = [0.3] * num_segments
+        # Share of drafts made there that full depth confirmed (lossless).
+        self._confirmed = [0.6] * num_segments
+        self.acceptance = AcceptanceRates()
+        """How n-gram drafts of all requests fared."""
+
+    def observe_checks(self, segment: int, checked: int, fired: int) -> None:
+        """``fired`` of ``checked`` tokens reached their threshold after ``segment``."""
+        if checked:
+            share = self._fires[segment]
+            renewal = 1 - (1 - _SHARE_RENEWAL) ** checked
+            self._fires[segment] = share + renewal * (fired / checked - share)
+
+    def observe_draft(self, segment: int, *, right: bool) -> None:
+        """Full depth verified a draft made after ``segment``."""
+        self._confirmed[segment] += _SHARE_RENEWAL * (right - self._confirmed[segment])
+
+    def checks_pay(self, segment: int, rows: int) -> bool:
+        """Whether checking ``rows`` tokens after ``segment`` is likely to save time at all."""
+        if self._every_exit:
+            return True
+        if self.delay is not None:
+            return self._probes[f"check {segment}"].allow(pays=self.delay.exits_pay)
+        costs, share = self.costs, self._fires[segment]
+        everyone = share**rows
+        leaving = share * rows
+        saved = everyone * self._saved(segment, rows, 0)
+        saved += (1 - everyone) * self._saved(segment, leaving, rows - leaving)
+        paid = (1 - (1 - share) ** rows) * self._payment(segment, max(1.0, leaving))
+        pays = saved >= _MARGIN * (paid + costs.checks[segment].at(rows))
+        return self._probes[f"check {segment}"].allow(pays=pays)
+
+    def exits_pay(self, segment: int, leaving: int, staying: int) -> bool:
+        """Whether ``leaving`` sequences gain time by leaving after ``segment``.
+
+        They save the layers and the head above at the price of their K,V, made later. Where that
+        does not pay, all stay; no sequence is ever made to leave.
+        """
+        if self._every_exit:
+            return True
+        saved = self._saved(segment, leaving, staying)
+        return self._probes["exit"].allow(pays=saved >= self._payment(segment, leaving))
+
+    def recompute_pays(self, segment: int, running: int, owed: int) -> bool:
+        """Whether ``owed`` rows join ``running`` ones from ``segment`` up for less than a fill."""
+        extra = self.costs.above(segment, running + owed) - self.costs.above(segment, running)
+        return extra <= self.costs.fill.at(owed)
+
+    def draft_bound(self, segment: int, rows: int) -> float:
+        """P(right) from which a draft after ``segment`` pays (lossless), with ``rows`` in the step.
+
+        NEVER where checks cost more than the drafts they lead to are likely to gain.
+        """
+        gain, loss = self._draft(segment, rows)
+        right = self._confirmed[segment]
+        expected = self._fires[segment] * (right * gain - (1 - right) * loss)
+        pays = expected > self.costs.checks[segment].at(rows) / rows
+        allowed = gain > 0 and self._probes["draft"].allow(pays=pays)
+        return loss / (gain + loss) if allowed else NEVER
+
+    def ngram_length(self, rates: AcceptanceRates, size: int, rows: int) -> int:
+        """How many n-gram drafts to verify along with a sequence's next token.
+
+        They follow a match of ``size`` tokens, and ``rates`` are the sequence's own. One more row
+        pays while the chance that all drafts up to it are right, times the time of a token, exceeds
+        what the row adds to a pass of ``rows``.
+        """
+        costs = self.costs
+        token = costs.full_pass(rows) / rows
+        chance, length = 1.0, 0
+        while length < MAX_NGRAM_DRAFTS:
+            chance *= rates.of(size + length)
+            extra = costs.full_pass(rows + length + 1) - costs.full_pass(rows + length)
+            if chance * token <= extra:
+                break
+            length += 1
+        return length
+
+    def hold_share(self, segment: int, waiting: int, ready: int) -> float:
+        """The share of the sequences ready at the first segment that must wait at ``segment``.
+
+        Fewer are held back. Compared in sequence-seconds: running deep now delays the ready ones by
+        all segments above; holding delays those that wait by a head and a first segment, and splits
+        the batch, which costs both steps' fixed part once more (DREX's threshold, arXiv
+        2512.15705).
+        """
+        head, first = self.costs.head, self.costs.segments[0]
+        fixed = head.fixed + first.fixed
+        delay = head.at(ready) + first.at(ready) + fixed
+        gain = self.costs.above(segment, waiting) - fixed
+        return max(0.0, gain) / delay if delay else 0.0
+
+    def holds(self, segment: int, waiting: int, ready: int, age: float) -> bool:
+        """Whether ``waiting`` sequences are held at ``segment`` while ``ready`` others go first."""
+        if not ready or age >= self._max_hold:
+            return False
+        return waiting < ready * self.hold_share(segment, waiting, ready)
+
+    def device_holds(self, rows: int) -> Holds:
+        """The same rule where a device applies it: for each segment share and passes to wait.
+
+        The shares are those of ``rows`` rows at once.
+        """
+        segments = range(1, len(self.costs.segments))
+        patience = device_patience(self.costs, rows, self._max_hold)
+        shares = [(self.hold_share(segment, rows, rows), patience) for segment in segments]
+        return [(0.0, 0.0), *shares]
+
+    def observe_depths(self, depths: Sequence[int], live: int) -> Holds | None:
+        """Tokens took ``depths`` layers; what rows wait for from now on, where that changed."""
+        if self.delay is None:
+            return None
+        for depth in depths:
+            self.delay.observe(depth)
+        return self.delay.choose(live) if live and self.delay.due() else None
+
+    def _draft(self, segment: int, rows: int) -> tuple[float, float]:
+        """Seconds that a right draft after ``segment`` gains and a wrong one loses.
+
+        A right one spares a pass above of its own: its row joins the next one's. A wrong one wastes
+        the next token's pass below. What a pass costs whatever its rows is only spared if the whole
+        batch leaves.
+        """
+        costs = self.costs
+        alone = self._fires[segment] ** (rows - 1)
+        top = costs.above(segment + 1, 1) + costs.head.at(1)
+        joining = costs.above(segment + 1, 2) - costs.above(segment + 1, 1) + costs.head.more(1)
+        below = costs.below(segment, rows) - costs.below(segment, rows - 1)
+        return alone * top - joining, alone * costs.below(segment, 1) + (1 - alone) * below
+
+    def _saved(self, segment: int, leaving: float, staying: float) -> float:
+        costs = self.costs
+        saved = costs.above(segment + 1, leaving + staying) - costs.above(segment + 1, staying)
+        return saved + costs.head.at(leaving + staying) - costs.head.at(staying)
+
+    def _payment(self, segment: int, leaving: float) -> float:
+        """K,V of ``leaving`` rows: a projection, or the rows' share of a later pass if cheaper."""
+        costs = self.costs
+        along = costs.above(segment + 1, 1 + leaving) - costs.above(segment + 1, 1)
+        return min(costs.fill.at(leaving), along) if costs.fill.known else along
+
+
+def device_patience(costs: CostModel, rows: int, max_hold: float) -> float:
+    """Passes of ``rows`` rows that take ``max_hold`` seconds."""
+    seconds = costs.full_pass(rows)
+    return max_hold / seconds if seconds else 0.0

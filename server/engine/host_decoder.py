@@ -1,0 +1,442 @@
+"""Decoding decided segment by segment on the host: which segment runs next, with which sequences.
+
+Pure Python: no torch, and no clock of its own but to time steps. The core invariant: segment i runs
+for a sequence at position p only when every earlier position has K,V in all layers of segment i. A
+chunk is one token (decode), a token with drafts behind it (lossless) or a part of a prompt; it
+starts at the first segment, and after each segment its newest token leaves or waits in the next
+segment's queue.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter, abc
+from typing import Any
+
+from offramp.models.sampling_params import KVFill
+from offramp.models.step import (
+    FillKV,
+    OwedRows,
+    RunHead,
+    RunSegment,
+    SequenceRows,
+    Step,
+    StepResult,
+    StepRunner,
+)
+from offramp.server.engine.admission import Admission
+from offramp.server.engine.blocks import SequenceMemory
+from offramp.server.engine.decoder import TokenResult
+from offramp.server.engine.exit_decisions import PAID_LATER, ExitDecisions, head_row
+from offramp.server.engine.governor import ExitGovernor
+from offramp.server.engine.kv_debt import Owed
+from offramp.server.engine.request import EngineInfo, StepStats
+from offramp.server.engine.sequence import Sequence, SequenceQueue
+from offramp.server.errors import BugError
+
+# How much a verified n-gram draft moves its own request's acceptance rates, and those of requests
+# to come.
+_OWN_RENEWAL, _COMMON_RENEWAL = 0.1, 0.01
+
+
+class HostDecoder:
+    """Segment queues, exit checks, K,V debts and drafts; every sequence can be decoded here.
+
+    Prompts of all sequences run here as well, whatever decodes them afterwards. A step is planned,
+    run and committed: planning takes blocks and rows, running sees plain data, committing writes
+    what came of it.
+    """
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        admission: Admission,
+        memory: SequenceMemory,
+        governor: ExitGovernor,
+        runner: StepRunner,
+    ) -> None:
+        self.governor = governor
+        self.runner = runner
+        self._info = info
+        self._admission = admission
+        self._memory = memory
+        self._exits = ExitDecisions(info, governor, memory.ledger)
+        self._queues = [SequenceQueue() for _ in range(info.num_segments)]
+        self._head = SequenceQueue()
+        self._counts: Counter[str] = Counter()
+        """What has happened since the last statistics, by their field."""
+
+    def accepts(self, sequence: Sequence) -> bool:
+        """See Decoder."""
+        del sequence
+        return True
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        """See Decoder: the sequence waits for the first segment, with n-gram drafts if lossless."""
+        if sequence.lossless and not sequence.drafts:
+            self._draft(sequence, self._exits.ngram_drafts(sequence, len(self._admission.running)))
+        sequence.decoder = self
+        self._queues[0].put(sequence, now)
+
+    def remove(self, sequence: Sequence) -> None:
+        """See Decoder."""
+        if sequence.queue is not None:
+            sequence.queue.remove(sequence)
+        sequence.decoder = None
+
+    @property
+    def queue_lengths(self) -> tuple[int, ...]:
+        """See Decoder."""
+        return tuple(map(len, self._queues))
+
+    def sequence_ids(self) -> list[int]:
+        """See Decoder."""
+        return [sequence.id for queue in (*self._queues, self._head) for sequence in queue]
+
+    def advance(self, now: float) -> tuple[list[TokenResult], StepStats | None]:
+        """See Decoder."""
+        begun = time.perf_counter()
+        planned = self._plan(now)
+        if planned is None:
+            return [], None
+        step, sequences = planned
+        started = time.perf_counter()
+        result = self.runner.run(step)
+        ended = time.perf_counter()
+        if isinstance(step, RunSegment):
+            results = self._commit_segment(step, sequences, result, now)
+        elif isinstance(step, RunHead):
+            results = self._commit_head(step, sequences, result)
+        else:
+            results = self._commit_fill(step, sequences, result)
+        host_seconds = started - begun + time.perf_counter() - ended
+        return results, self._stats(step, sequences, result, host_seconds)
+
+    def _plan(self, now: float) -> tuple[Step, list[Sequence]] | None:
+        """Choose the next step and reserve what it needs; None if there is nothing to run.
+
+        Sequences come in the order of the step's work. K,V that cannot wait are filled first. Then
+        upper segments run, the lowest first so that sequences gather on the way up; then the head
+        for all that arrived; then the first segment. A thin group may be held back while others go
+        ahead (ExitGovernor.holds).
+        """
+        due = self._due()
+        if due:
+            return self._plan_fill(due)
+        upper = [i for i in range(1, len(self._queues)) if self._queues[i]]
+        for segment in upper:
+            queue, ready = self._queues[segment], len(self._head) + len(self._queues[0])
+            if not self.governor.holds(segment, len(queue), ready, queue.oldest_age(now)):
+                return self._plan_upper(segment, now)
+        if self._head:
+            return self._plan_head()
+        first = self._plan_first(now)
+        return self._plan_upper(upper[0], now) if first is None and upper else first
+
+    def _due(self) -> list[Sequence]:
+        """Sequences whose debts are paid before anything else.
+
+        Prompt rows that left hold many hidden rows; and who may owe no more would have to stay.
+        """
+        ledger, most = self._memory.ledger, self._info.max_exit_debt
+        indebted = [self._admission.running[id_] for id_ in sorted(ledger.sequences)]
+        return [sequence for sequence in indebted if sequence.prompt_debt] or [
+            sequence
+            for sequence in indebted
+            if len(ledger.owed(sequence.id)) >= most and sequence.fill not in PAID_LATER
+        ]
+
+    def _plan_upper(self, segment: int, now: float) -> tuple[Step, list[Sequence]]:
+        """Run an upper segment; debts that a projection pays are filled first, in one launch."""
+        queue, ledger = self._queues[segment], self._memory.ledger
+        lacking = {each.id: len(ledger.lacking(each.id, segment)) for each in queue}
+        indebted = [sequence for sequence in queue if lacking[sequence.id]]
+        owed = sum(lacking.values())
+        recompute = bool(owed) and self.governor.recompute_pays(segment, len(queue), owed)
+        paying = [
+            sequence
+            for sequence in indebted
+            if sequence.fill is not KVFill.RECOMPUTE
+            and not (recompute and sequence.fill is KVFill.AUTO)
+        ]
+        if paying:
+            return self._plan_fill(paying)
+        sequences = queue.take_all()
+        self._exits.weigh(segment, len(sequences))
+        work = tuple(self._work(sequence, segment, now) for sequence in sequences)
+        return RunSegment(segment, work), sequences
+
+    def _plan_fill(self, indebted: list[Sequence]) -> tuple[Step, list[Sequence]]:
+        method = _fill_method(indebted[0])
+        sequences = [sequence for sequence in indebted if _fill_method(sequence) is method]
+        work = tuple(
+            owed
+            for sequence in sequences
+            for owed in _owed_rows(sequence, self._memory.ledger.owed(sequence.id))
+        )
+        return FillKV(method, work), sequences
+
+    def _plan_head(self) -> tuple[Step, list[Sequence]]:
+        sequences = self._head.take_all()
+        work = tuple(
+            head_row(sequence, position, row)
+            for sequence in sequences
+            for position, row in zip(sequence.chunk, sequence.chunk_rows, strict=True)
+        )
+        return RunHead(work), sequences
+
+    def _plan_first(self, now: float) -> tuple[Step, list[Sequence]] | None:
+        chosen = self._admission.schedule(self._queues[0], now)
+        for sequence in chosen:
+            if sequence.queue is not None:
+                sequence.queue.remove(sequence)
+            sequence.decoder = self
+        if not chosen:
+            return None
+        self._exits.weigh(0, len(chosen))
+        return RunSegment(0, tuple(self._work(sequence, 0, now) for sequence in chosen)), chosen
+
+    def _work(self, sequence: Sequence, segment: int, now: float) -> SequenceRows:
+        """The sequence's rows for a segment: positions owed there (recompute), then its chunk."""
+        owed = self._memory.ledger.lacking(sequence.id, segment)
+        positions = [*(debt.position for debt in owed), *sequence.chunk]
+        if positions[0] != sequence.computed[segment] and sequence.exact is None:
+            raise BugError(f"Sequence {sequence.id} would skip positions in segment {segment}.")
+        tokens = sequence.tokens[positions[0] : positions[-1] + 1] if segment == 0 else ()
+        return SequenceRows(
+            positions,
+            (*(debt.row for debt in owed), *sequence.chunk_rows),
+            sequence.table,
+            tuple(tokens),
+            check=self._exits.check(sequence, segment, now),
+            prompt_threshold=self._exits.prompt_threshold(sequence, segment),
+            prompt_rows=self._exits.prompt_rows(sequence),
+        )
+
+    def _commit_segment(
+        self, step: RunSegment, sequences: list[Sequence], result: StepResult, now: float
+    ) -> list[TokenResult]:
+        """Rows went through a segment: tokens that leave, the others in the next queue."""
+        segment, work, costs = step.segment, step.work, self.governor.costs
+        seconds = result.seconds - result.check_seconds
+        costs.segments[segment].add(sum(len(item.rows) for item in work), seconds)
+        checked = sum(item.check is not None for item in work)
+        costs.checks[segment].add(checked, result.check_seconds)
+        leaving = self._exits.leaving(segment, sequences, work, result)
+        results: list[TokenResult] = []
+        for index, sequence in enumerate(sequences):
+            self._ran(sequence, segment, work[index])
+            if result.prompt_left and result.prompt_left[index]:
+                self._prompt_left(sequence, segment, result.prompt_left[index])
+            if leaving[index]:
+                score = result.scores[index] if result.scores else None
+                token = result.token_ids[index]
+                results += self._leave(sequence, segment, token, score, now)
+                continue
+            if result.leave and result.leave[index] and sequence.num_generated > 0:
+                sequence.stayed += 1
+                self._counts["stayed"] += 1
+            self._go_up(sequence, segment, now)
+        return results
+
+    def _commit_fill(
+        self, step: FillKV, sequences: list[Sequence], result: StepResult
+    ) -> list[TokenResult]:
+        """Debts were paid by projection or copy."""
+        self.governor.costs.fill.add(sum(len(item.rows) for item in step.work), result.seconds)
+        for sequence in sequences:
+            debts = self._memory.ledger.owed(sequence.id)
+            first = debts[0].position
+            sequence.exact = first if sequence.exact is None else min(sequence.exact, first)
+            if not sequence.prompt_debt:
+                sequence.computed = [max(n, debts[-1].position + 1) for n in sequence.computed]
+            elif sequence.chunk:
+                sequence.filled.update(debt.position for debt in debts)
+            else:
+                sequence.computed = [sequence.computed[0]] * len(sequence.computed)
+            sequence.prompt_debt = False
+            self._memory.ledger.settle(sequence.id)
+        return []
+
+    def _commit_head(
+        self, step: RunHead, sequences: list[Sequence], result: StepResult
+    ) -> list[TokenResult]:
+        """Full depth chose a token for each row: new tokens, verdicts on drafts and audits."""
+        self.governor.costs.head.add(len(step.work), result.seconds)
+        tokens = iter(result.token_ids)
+        results: list[TokenResult] = []
+        for sequence in sequences:
+            chosen = [next(tokens) for _ in sequence.chunk]
+            verify = self._verify_audit if sequence.audit else self._verify_drafts
+            verified = verify(sequence, chosen)
+            self._memory.free_chunk(sequence)
+            results.append(TokenResult(sequence, verified, self._info.num_layers))
+        return results
+
+    def _verify_drafts(self, sequence: Sequence, chosen: list[int]) -> list[int]:
+        """The tokens that are now verified, of ``chosen`` for the rows of the sequence's chunk.
+
+        Drafts are compared one after another; the first wrong one is replaced and all behind it
+        are forgotten, with their K,V.
+        """
+        verified: list[int] = []
+        for place, (position, token) in enumerate(zip(sequence.chunk, chosen, strict=True)):
+            verified.append(token)
+            if position + 1 < len(sequence.tokens):
+                right = sequence.tokens[position + 1] == token
+                sequence.accepted += right
+                sequence.rejected += not right
+                self._counts["accepted"] += right
+                self._learn(sequence, position + 1, agreed=right)
+                if sequence.match and sequence.acceptance is not None:
+                    size = sequence.match + place
+                    sequence.acceptance.add(size, _OWN_RENEWAL, accepted=right)
+                    self.governor.acceptance.add(size, _COMMON_RENEWAL, accepted=right)
+                if right:
+                    sequence.drafts -= 1
+                    continue
+                sequence.drop_drafts(position + 1)
+            sequence.tokens.append(token)
+            break
+        return verified
+
+    def _verify_audit(self, sequence: Sequence, chosen: list[int]) -> list[int]:
+        """Compare full depth's choices with part of a finished answer."""
+        # The row behind the answer's last token makes one more, which is not part of it.
+        for position, token in zip(sequence.chunk, chosen, strict=True):
+            if position + 1 < len(sequence.tokens):
+                agreed = sequence.tokens[position + 1] == token
+                sequence.rejected += not agreed
+                self._learn(sequence, position + 1, agreed=agreed)
+        return []
+
+    def _learn(self, sequence: Sequence, index: int, *, agreed: bool) -> None:
+        """Full depth verified a token that may have left early: its ``index`` in the text."""
+        left = sequence.scores.pop(index, None)
+        if left is None:
+            return
+        if sequence.lossless:
+            self.governor.observe_draft(left[0], right=agreed)
+        online = self.governor.thresholds.online
+        if online is not None:
+            online.add(*left, agreed=agreed)
+
+    def _leave(
+        self, sequence: Sequence, segment: int, token: int, score: float | None, now: float
+    ) -> list[TokenResult]:
+        """A token left after ``segment``: the answer's next one, or a draft of it (lossless)."""
+        if score is not None:
+            sequence.scores[len(sequence.tokens)] = (segment, score)
+        debt = Owed(sequence.chunk[-1], segment + 1, sequence.chunk_rows[-1])
+        self._memory.ledger.owe(sequence.id, debt)
+        sequence.chunk, sequence.chunk_rows = [], []
+        sequence.left_early += 1
+        if sequence.lossless:
+            self._draft(sequence, [token])
+            sequence.match = 0
+            self.add(sequence, now)
+            return []
+        sequence.tokens.append(token)
+        return [TokenResult(sequence, [token], self._info.exit_layers[segment])]
+
+    def _draft(self, sequence: Sequence, tokens: list[int]) -> None:
+        sequence.add_drafts(tokens)
+        self._counts["drafted"] += len(tokens)
+
+    def _ran(self, sequence: Sequence, segment: int, work: SequenceRows) -> None:
+        # Above the first segment, what left the chunk on the way has its K,V by now.
+        done = sequence.computed[0] if segment else work.positions[-1] + 1
+        sequence.computed[segment] = done
+        if sequence.lossless and segment + 1 == len(self._queues):
+            # What left early has now run every layer, and its tokens are due for verification.
+            self._memory.rejoin(sequence)
+        else:
+            paid = self._memory.ledger.advance(sequence.id, segment)
+            self._counts["fill_tokens"] += paid
+        if not sequence.audit:
+            # Position p makes token p + 1, so those from num_prompt - 1 on make the answer.
+            prompt = bisect_left(work.positions, sequence.num_prompt - 1)
+            layers = (len(work.positions) - prompt) * self._info.layers_of(segment)
+            sequence.layers_executed += layers
+            self._counts["layers_executed"] += layers
+
+    def _prompt_left(self, sequence: Sequence, segment: int, indices: tuple[int, ...]) -> None:
+        """Prompt rows left: their K,V above are owed, the others go on without them."""
+        for index in indices:
+            debt = Owed(sequence.chunk[index], segment + 1, sequence.chunk_rows[index])
+            self._memory.ledger.owe(sequence.id, debt)
+        gone = set(indices)
+        kept = [index for index in range(len(sequence.chunk)) if index not in gone]
+        sequence.chunk = [sequence.chunk[index] for index in kept]
+        sequence.chunk_rows = [sequence.chunk_rows[index] for index in kept]
+        above = self._info.num_layers - self._info.exit_layers[segment]
+        sequence.prompt_layers_skipped += len(gone) * above
+        sequence.prompt_debt = True
+
+    def _go_up(self, sequence: Sequence, segment: int, now: float) -> None:
+        """To the next segment; from the top to the head, or back down for the next chunk."""
+        if not sequence.chunk:
+            self._queues[0].put(sequence, now)
+            return
+        if segment + 1 < len(self._queues):
+            self._queues[segment + 1].put(sequence, now)
+            return
+        self._memory.publish(sequence)
+        # The row of position p verifies or makes token p + 1.
+        self._memory.free_chunk(sequence, keep_from=sequence.verified - 1)
+        (self._head if sequence.chunk else self._queues[0]).put(sequence, now)
+
+    def _stats(
+        self, step: Step, sequences: list[Sequence], result: StepResult, host_seconds: float
+    ) -> StepStats:
+        counts, self._counts = self._counts, Counter()
+        facts: dict[str, Any] = dict(counts, seconds=result.seconds, host_seconds=host_seconds)
+        if isinstance(step, RunHead):
+            return StepStats("head", -1, decode_rows=len(step.work), **facts)
+        if isinstance(step, FillKV):
+            rows = sum(len(item.rows) for item in step.work)
+            facts |= {"fill_tokens": rows, "fill_method": str(step.method)}
+            return StepStats("fill", step.work[0].segment, decode_rows=rows, **facts)
+        if facts.get("fill_tokens"):
+            facts["fill_method"] = str(KVFill.RECOMPUTE)
+        top = step.segment + 1 == len(self._queues)
+        total = sum(len(item.rows) for item in step.work)
+        decode = sum(
+            len(item.positions) - bisect_left(item.positions, sequence.num_prompt)
+            for item, sequence in zip(step.work, sequences, strict=True)
+            if not sequence.audit
+        )
+        return StepStats(
+            "segment",
+            step.segment,
+            prefill_rows=total - decode,
+            decode_rows=decode,
+            exit_head_rows=result.head_rows,
+            prompt_left=sum(map(len, result.prompt_left)),
+            prompt_full=_checked_prompt_rows(step.work, sequences) if top else 0,
+            **facts,
+        )
+
+
+def _fill_method(sequence: Sequence) -> KVFill:
+    return KVFill.PROJECT if sequence.fill in PAID_LATER else sequence.fill
+
+
+def _owed_rows(sequence: Sequence, debts: list[Owed]) -> abc.Iterator[OwedRows]:
+    """Debts grouped by the exit they left at."""
+    for segment in sorted({debt.segment for debt in debts}):
+        of = [debt for debt in debts if debt.segment == segment]
+        rows = tuple(debt.row for debt in of)
+        yield OwedRows(segment, [debt.position for debt in of], rows, sequence.table)
+
+
+def _checked_prompt_rows(
+    work: abc.Sequence[SequenceRows], sequences: abc.Sequence[Sequence]
+) -> int:
+    """Prompt rows of a step that belong to requests whose prompt tokens may leave."""
+    return sum(
+        bisect_left(item.positions, sequence.num_prompt)
+        for item, sequence in zip(work, sequences, strict=True)
+        if sequence.request.exits.prefill_threshold is not None and not sequence.audit
+    )

@@ -1,0 +1,215 @@
+"""One admitted request inside the engine, and the queues it waits in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from offramp.models.sampling_params import ExitMode, KVFill
+from offramp.server.engine.drafts import AcceptanceRates, NgramProposer
+from offramp.server.engine.request import GenerationRequest, RequestStats
+
+if TYPE_CHECKING:
+    from offramp.server.engine.decoder import Decoder
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one request; a decoder or the waiting line has it, never both.
+
+    ``tokens`` are prompt and answer; the last ``drafts`` of them are guesses that full depth has
+    yet to verify (lossless). ``computed[i]`` is the number of leading positions segment i is done
+    with, so it may run positions ``computed[i] ..`` next. The *chunk* is the positions now inside
+    the stack, ascending, with their hidden rows: one token, a token with drafts behind it, or a
+    part of the prompt; ``filled`` are prompt positions that left it early and have their K,V
+    already, ``prompt_debt`` says that some left and have none yet. ``exact`` is the number of
+    leading positions whose K,V are what full depth would give (None: all); the first ``published``
+    blocks are findable by other requests. ``depth`` is the exit chosen for the whole answer, if its
+    criterion chooses one. ``scores`` holds of tokens that left early, by their index, the exit
+    point and the score. ``match`` is the length of the match that n-gram drafts were found by, 0
+    without, ``acceptance`` how such drafts fared. An ``audit`` reads a finished answer again at
+    full depth; all of the answer counts as drafts.
+    """
+
+    id: int
+    request: GenerationRequest
+    submitted_at: float
+    num_segments: int
+    tokens: list[int] = field(init=False)
+    computed: list[int] = field(init=False)
+    decoder: Decoder | None = None
+    queue: SequenceQueue | None = None
+    since: float = 0.0
+    drafts: int = 0
+    table: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    chunk: list[int] = field(default_factory=list)
+    chunk_rows: list[int] = field(default_factory=list)
+    filled: set[int] = field(default_factory=set)
+    prompt_debt: bool = False
+    depth: int | None = None
+    exact: int | None = None
+    published: int = 0
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    cached_tokens: int = 0
+    layers_executed: int = 0
+    prompt_layers_skipped: int = 0
+    left_early: int = 0
+    scores: dict[int, tuple[int, float]] = field(default_factory=dict)
+    stayed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    audit: bool = False
+    proposer: NgramProposer = field(default_factory=NgramProposer)
+    match: int = 0
+    acceptance: AcceptanceRates | None = None
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.computed = [0] * self.num_segments
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def verified(self) -> int:
+        """Tokens of prompt and answer, drafts left out."""
+        return len(self.tokens) - self.drafts
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer so far, drafts left out."""
+        return self.verified - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Positions the first segment has yet to run."""
+        return len(self.tokens) - self.computed[0]
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all that is left to compute is the newest token of the answer and drafts."""
+        return self.num_generated > 0 and self.computed[0] >= self.verified - 1
+
+    @property
+    def makes_token(self) -> bool:
+        """Whether the chunk's last row is the newest token, so that a token comes of it."""
+        return bool(self.chunk) and self.chunk[-1] + 1 == len(self.tokens)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether tokens that leave early are drafts to be verified."""
+        return self.request.exits.mode is ExitMode.LOSSLESS
+
+    @property
+    def exits_on(self) -> bool:
+        """Whether this request's tokens may leave early at all."""
+        return self.request.exits.mode is not ExitMode.OFF and not self.audit
+
+    @property
+    def fill(self) -> KVFill:
+        """How its debts are paid."""
+        return KVFill.RECOMPUTE if self.lossless else self.request.exits.kv_fill
+
+    def add_drafts(self, tokens: list[int]) -> None:
+        """Add tokens that full depth has yet to verify."""
+        self.tokens += tokens
+        self.drafts += len(tokens)
+        self.drafted += len(tokens)
+
+    def drop_drafts(self, verified: int) -> None:
+        """Forget drafts from the ``verified``-th token on, and what was computed of them."""
+        del self.tokens[verified:]
+        self.drafts = 0
+        self.scores = {index: left for index, left in self.scores.items() if index < verified}
+        self.computed = [min(done, verified) for done in self.computed]
+
+    def make_audit(self, tokens: list[int]) -> None:
+        """Make this an audit of ``tokens``: the same prompt with its finished answer."""
+        self.audit = True
+        self.tokens = list(tokens)
+        self.drafts = len(tokens) - self.num_prompt
+
+    def restart(self) -> None:
+        """Forget all K,V: everything, the answer so far included, will be prefilled again."""
+        if not self.audit:
+            self.drop_drafts(self.verified)
+        self.computed = [0] * self.num_segments
+        self.table, self.chunk, self.chunk_rows = [], [], []
+        self.prompt_debt = False
+        self.exact = None
+        self.published = 0
+        self.preemptions += 1
+
+    def is_late(self, now: float) -> bool:
+        """Whether the answer, at its pace so far, would end after its deadline.
+
+        An answer that may be of any length is expected to use all the tokens it was given.
+        """
+        deadline = self.request.exits.deadline_s
+        if deadline is None or self.first_token_at is None or self.num_generated < 2:
+            return False
+        pace = (now - self.first_token_at) / (self.num_generated - 1)
+        left = self.request.sampling.max_tokens - self.num_generated
+        return now + left * pace > self.submitted_at + deadline
+
+    def stats(self, now: float | None = None) -> RequestStats:
+        """What the request cost so far; ``now`` if it ends here."""
+        return RequestStats(
+            submitted_at=self.submitted_at,
+            admitted_at=self.admitted_at,
+            first_token_at=self.first_token_at,
+            finished_at=now,
+            prompt_tokens=self.num_prompt,
+            cached_tokens=self.cached_tokens,
+            generated_tokens=self.num_generated,
+            layers_executed=self.layers_executed,
+            prompt_layers_skipped=self.prompt_layers_skipped,
+            stayed=self.stayed,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            rejected=self.rejected,
+            preemptions=self.preemptions,
+        )
+
+
+class SequenceQueue:
+    """Sequences that wait for the same thing, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[int, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Over a copy, so that sequences may be removed on the way."""
+        return iter(list(self._sequences.values()))
+
+    def put(self, sequence: Sequence, now: float) -> None:
+        """Append a sequence that is in no queue."""
+        sequence.queue, sequence.since = self, now
+        self._sequences[sequence.id] = sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take one sequence out."""
+        del self._sequences[sequence.id]
+        sequence.queue = None
+
+    def take_all(self) -> list[Sequence]:
+        """Empty the queue."""
+        sequences = list(self._sequences.values())
+        self._sequences.clear()
+        for sequence in sequences:
+            sequence.queue = None
+        return sequences
+
+    def oldest_age(self, now: float) -> float:
+        """Seconds the first sequence has waited; 0 if empty."""
+        return now - next(iter(self._sequences.values())).since if self._sequences else 0.0
