@@ -1,4 +1,7 @@
-"""Causal attention of ragged query runs over paged K,V."""
+"""Causal attention of the rows of several sequences over paged K,V, in torch's operators.
+
+For CPUs where the C kernels do not serve.
+"""
 
 from __future__ import annotations
 
@@ -9,108 +12,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.kernels.rows import RowTable
+
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open ranges of places."""
+
 
 @dataclass(frozen=True, slots=True)
-class QueryRun:
-    """Queries of one sequence.
+class _Run:
+    """Rows ``first .. first + count`` of the batch, all of one sequence.
 
-    They are rows ``first .. first + count`` of the batch, the last one at position ``context - 1``.
-    ``spans`` are the half-open ranges of flat cache places (block * block_size +
-    offset) that hold positions ``0 .. context``, adjacent blocks merged. ``mask`` [count * group,
-    context] is True where a query may look, None for a single query.
+    ``ranges`` of places hold its positions up to the last row's. ``mask`` [count * group, context]
+    is True where a query may look, None for a single query that sees all.
     """
 
     first: int
     count: int
-    context: int
-    spans: tuple[tuple[int, int], ...]
+    ranges: Ranges
     mask: Tensor | None
 
 
-def spans_of(table: Sequence[int], block_size: int, context: int) -> tuple[tuple[int, int], ...]:
-    """Flat ranges of the first ``context`` positions of a block table, adjacent blocks merged."""
-    spans: list[tuple[int, int]] = []
-    for index in range(-(-context // block_size)):
-        begin = table[index] * block_size
-        end = begin + min(block_size, context - index * block_size)
-        if spans and spans[-1][1] == begin:
-            spans[-1] = (spans[-1][0], end)
-        else:
-            spans.append((begin, end))
-    return tuple(spans)
-
-
-def query_run(
-    first: int,
-    positions: Sequence[int],
-    table: Sequence[int],
-    *,
-    block_size: int,
-    group: int,
-    window: int | None,
-    device: torch.device | None = None,
-) -> QueryRun:
-    """Describe queries at ascending ``positions`` whose context lies in ``table``.
-
-    ``group`` is query heads per K,V head; ``window`` the attention span in tokens (None: all);
-    ``device`` is where the mask lies.
-    """
-    count, context = len(positions), positions[-1] + 1
-    mask = None
-    if count > 1 or (window is not None and context > window):
-        keys = torch.arange(context, device=device)
-        queries = torch.tensor(positions, device=device).unsqueeze(1)
-        mask = keys <= queries
-        if window is not None:
-            mask &= keys > queries - window
-        mask = mask.repeat(group, 1)
-    return QueryRun(first, count, context, spans_of(table, block_size, context), mask)
-
-
-Window = tuple[Tensor, Tensor]
-"""K and V of one sequence in one layer, each [1, kv_heads, context, head_dim], without a copy."""
-
-
-def windows_of(pages: Tensor, run: QueryRun) -> tuple[Window, ...] | None:
-    """Every layer's window of a run in ``pages`` [layers, 2, places, kv_heads, head_dim].
-
-    Made for all layers at once: taking slices layer by layer costs more than attending at one row.
-    None if the run's blocks are not adjacent.
-    """
-    if len(run.spans) > 1:
-        return None
-    begin, end = run.spans[0]
-    parts = pages.flatten(0, 1)[:, begin:end].transpose(1, 2).unsqueeze(1).unbind()
-    return tuple(zip(parts[::2], parts[1::2], strict=True))
-
-
-def _gathered(cache: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
-    """K or V of one sequence, [1, kv_heads, context, head_dim]."""
-    rows = torch.cat([cache[begin:end] for begin, end in spans])
-    return rows.transpose(0, 1).unsqueeze(0)
-
-
 def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    runs: Sequence[QueryRun],
-    windows: Sequence[Window | None],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: RowTable, window: int | None
 ) -> Tensor:
     """Attend ``q`` [T, heads, head_dim] over one layer's cache; returns [T, heads * head_dim].
 
-    The caches [places, kv_heads, head_dim] already hold the queries' own K,V; ``windows`` are those
-    of the runs in them. Query heads that share a K,V head become rows of one product, so K,V are
-    never repeated.
+    The caches [places, kv_heads, head_dim] hold the queries' own K,V already. A row sees positions
+    up to its own, the last ``window`` of them (None: all). Query heads that share a K,V head become
+    rows of one product, so K,V are never repeated.
     """
-    rows, heads, dim = q.shape
+    count, heads, dim = q.shape
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
+    if "runs" not in rows.memo:
+        rows.memo["runs"] = _runs(rows, group, window)
     # A single query is laid out as its group already; regrouping would double the time.
-    singles = q.view(rows, 1, kv_heads, group, dim).unbind()
+    singles = q.view(count, 1, kv_heads, group, dim).unbind()
     answers = []
-    for run, window in zip(runs, windows, strict=True):
-        k, v = window or (_gathered(k_cache, run.spans), _gathered(v_cache, run.spans))
+    for run in rows.memo["runs"]:
+        k, v = _context(k_cache, run.ranges), _context(v_cache, run.ranges)
         if run.count == 1:
             queries = singles[run.first]
             answers.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=run.mask))
@@ -119,4 +59,43 @@ def paged_attention(
         grouped = queries.permute(1, 2, 0, 3).reshape(1, kv_heads, group * run.count, dim)
         answer = F.scaled_dot_product_attention(grouped, k, v, attn_mask=run.mask)
         answers.append(answer.view(kv_heads, group, run.count, dim).permute(2, 0, 1, 3))
-    return torch.cat(answers).view(rows, heads * dim)
+    return torch.cat(answers).view(count, heads * dim)
+
+
+def contiguous_ranges(table: Sequence[int], block_size: int, context: int) -> Ranges:
+    """Half-open ranges of places that hold the first ``context`` positions of a block table."""
+    ranges: list[tuple[int, int]] = []
+    for index in range(-(-context // block_size)):
+        begin = table[index] * block_size
+        end = begin + min(block_size, context - index * block_size)
+        if ranges and ranges[-1][1] == begin:
+            ranges[-1] = (ranges[-1][0], end)
+        else:
+            ranges.append((begin, end))
+    return tuple(ranges)
+
+
+def _runs(rows: RowTable, group: int, window: int | None) -> list[_Run]:
+    """The sequences' rows; ``group`` is query heads per K,V head."""
+    runs: list[_Run] = []
+    first = 0
+    for span in rows.spans:
+        count, context = len(span.positions), span.positions[-1] + 1
+        mask = None
+        if count > 1 or (window is not None and context > window):
+            keys = torch.arange(context, device=rows.positions.device)
+            queries = rows.positions[first : first + count].unsqueeze(1)
+            mask = keys <= queries
+            if window is not None:
+                mask &= keys > queries - window
+            mask = mask.repeat(group, 1)
+        ranges = contiguous_ranges(span.table, rows.block_size, context)
+        runs.append(_Run(first, count, ranges, mask))
+        first += count
+    return runs
+
+
+def _context(cache: Tensor, ranges: Ranges) -> Tensor:
+    """K or V of one sequence, [1, kv_heads, context, head_dim]; a view of adjacent blocks."""
+    parts = [cache[begin:end] for begin, end in ranges]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1).unsqueeze(0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -27,44 +26,36 @@ _KEYS = 64
 """Keys a program looks at in one go."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunTable:
-    """Tiles of the batch's rows, each of one run, those with the longest contexts first.
+def tiles_of(
+    runs: Sequence[Sequence[int]], group: int, window: int | None, device: torch.device
+) -> tuple[Tensor, int]:
+    """Tiles int32 [n, 2] of the batch's rows, and the most rows of any.
 
-    ``tiles`` int32 [n, 2] are a tile's first row and its number of rows, at most ``widest``.
+    A tile is its first row and its number of rows; those with the longest contexts come first.
+
+    ``runs`` are the ascending positions of each sequence's rows, one sequence after another in the
+    batch; a tile has rows of one run. ``group`` is query heads per K,V head; ``window`` the
+    attention span in tokens (None: all).
     """
-
-    tiles: Tensor
-    widest: int
-
-    @classmethod
-    def of(
-        cls, runs: Sequence[Sequence[int]], group: int, window: int | None, device: torch.device
-    ) -> RunTable:
-        """Tiles of runs of rows at ascending positions, one run after another in the batch.
-
-        ``group`` is query heads per K,V head; ``window`` the attention span in tokens (None: all),
-        the same that `prefill_attention` is given.
-        """
-        limit = max(1, _PRODUCT_ROWS // group)
-        tiles: list[tuple[int, int, int]] = []
-        first = 0
-        for positions in runs:
-            for begin, end in pairwise((0, *_holes(positions, window), len(positions))):
-                for at in range(begin, end, limit):
-                    count = min(limit, end - at)
-                    tiles.append((positions[at + count - 1], first + at, count))
-            first += len(positions)
-        # A GPU begins with what comes first, and what takes longest must not begin last.
-        tiles.sort(reverse=True)
-        table = torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32, device=device)
-        return cls(table.view(-1, 2), max((count for _, _, count in tiles), default=0))
+    limit = max(1, _PRODUCT_ROWS // group)
+    tiles: list[tuple[int, int, int]] = []
+    first = 0
+    for positions in runs:
+        for begin, end in pairwise((0, *_holes(positions, window), len(positions))):
+            for at in range(begin, end, limit):
+                count = min(limit, end - at)
+                tiles.append((positions[at + count - 1], first + at, count))
+        first += len(positions)
+    # A GPU begins with what comes first, and what takes longest must not begin last.
+    tiles.sort(reverse=True)
+    found = torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32, device=device)
+    return found.view(-1, 2), max((count for _, _, count in tiles), default=0)
 
 
 def _holes(positions: Sequence[int], window: int | None) -> list[int]:
     """Indices of rows that do not see all positions behind the row before.
 
-    Nobody looks into such a hole, so nothing that can be read need be there; no tile spans one.
+    No row looks into such a hole, so it may hold undefined K,V; no tile spans one.
     """
     if window is None:
         return []
@@ -73,7 +64,7 @@ def _holes(positions: Sequence[int], window: int | None) -> list[int]:
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: RowTable, tiles: RunTable, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, rows: RowTable, window: int | None
 ) -> Tensor:
     """Attend ``q`` [T, heads, head_dim] over one layer's ``k`` and ``v``; returns the same shape.
 
@@ -89,14 +80,18 @@ def prefill_attention(
     kv_heads = k.shape[1]
     group = heads // kv_heads
     assert k.stride() == v.stride()
-    _attend_run[(kv_heads, len(tiles.tiles))](
+    if "tiles" not in rows.memo:
+        runs = [span.positions for span in rows.spans]
+        rows.memo["tiles"] = tiles_of(runs, group, window, q.device)
+    tiles, widest = rows.memo["tiles"]
+    _attend_run[(kv_heads, len(tiles))](
         q,
         k,
         v,
         rows.positions,
         rows.first_blocks,
         rows.blocks,
-        tiles.tiles,
+        tiles,
         out,
         # Powers of two are what a GPU computes.
         dim**-0.5 * math.log2(math.e),
@@ -110,7 +105,7 @@ def prefill_attention(
         dim=dim,
         wide=next_power_of_2(dim),
         compute=compute_type(q.dtype),
-        **_sizes(tiles.widest * group, q.dtype),
+        **_sizes(widest * group, q.dtype),
     )
     return out
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,8 +11,8 @@ from offramp.models.config import ModelConfig
 class KVCache:
     """K and V pages: one tensor [layers, 2, blocks, block_size, kv_heads, head_dim].
 
-    A block id names the same page in every layer. Which sequence owns which block is the engine's
-    business; this class only holds memory.
+    A block id names the same page in every layer. The engine decides which
+    sequence owns which block; this class only holds memory.
     """
 
     def __init__(
@@ -28,18 +26,13 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        # Not cleared: a page is read only where it was written, and on a CPU one that nobody ever
+        # Not cleared: a page is read only where it was written, and on a CPU one that was never
         # used then takes no memory.
         self.pages = torch.empty(shape, dtype=dtype, device=device)
         self.flat = self.pages.flatten(2, 3)
         """The same memory as [layers, 2, places, kv_heads, head_dim]."""
         parts = self.flat.flatten(0, 1).unbind()
         self.layers: list[tuple[Tensor, Tensor]] = list(zip(parts[::2], parts[1::2], strict=True))
-
-    def places(self, table: Sequence[int], positions: Sequence[int]) -> list[int]:
-        """Flat places of ``positions`` under a block table."""
-        size = self.block_size
-        return [table[p // size] * size + p % size for p in positions]
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -11,10 +11,11 @@ from offramp.kernels.linear import Linear
 from offramp.kernels.paged_attention import paged_attention
 from offramp.kernels.prefill_attention import prefill_attention
 from offramp.kernels.rms_norm import add_rms_norm, rms_norm
+from offramp.kernels.rows import RowTable
 from offramp.kernels.swiglu import swiglu
 from offramp.models.config import ModelConfig
+from offramp.models.kv_cache import KVCache
 from offramp.models.loading.forms import Forms
-from offramp.models.rows import ForwardContext
 
 
 class DecoderLayer:
@@ -73,31 +74,29 @@ class DecoderLayer:
             config.sliding_window,
         )
 
-    def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+    def __call__(self, hidden: Tensor, rows: RowTable, cache: KVCache) -> Tensor:
         """Advance ``hidden`` [T, d] by one layer, writing the rows' K,V into the cache."""
         eps = self.config.rms_norm_eps
-        attended = self._attend(rms_norm(hidden, self.attn_norm, eps), ctx)
+        attended = self._attend(rms_norm(hidden, self.attn_norm, eps), rows, cache)
         normed, hidden = add_rms_norm(attended, hidden, self.mlp_norm, eps)
         return self.down(swiglu(self.gate_up(normed))).add_(hidden)
 
-    def _attend(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+    def _attend(self, x: Tensor, rows: RowTable, cache: KVCache) -> Tensor:
         config = self.config
-        k_cache, v_cache = ctx.cache.layers[self.index]
+        k_cache, v_cache = cache.layers[self.index]
         q = rope_and_store(
             self.qkv(x),
             self.q_norm,
             self.k_norm,
-            ctx.cos,
-            ctx.sin,
+            rows.cos,
+            rows.sin,
             k_cache,
             v_cache,
-            ctx.places,
+            rows.places,
             config.rms_norm_eps,
             heads=config.num_heads,
         )
+        window = config.sliding_window
         if uses_triton(x.device):
-            window = config.sliding_window
-            return self.o(
-                prefill_attention(q, k_cache, v_cache, ctx.rows, ctx.tiles, window).flatten(1)
-            )
-        return self.o(paged_attention(q, k_cache, v_cache, ctx.runs, ctx.windows[self.index]))
+            return self.o(prefill_attention(q, k_cache, v_cache, rows, window).flatten(1))
+        return self.o(paged_attention(q, k_cache, v_cache, rows, window))

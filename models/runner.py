@@ -11,13 +11,13 @@ from torch import Tensor
 
 from offramp.kernels.kv_fill import Projection, clear_kv, copy_kv, project_kv
 from offramp.kernels.linear import Linear
+from offramp.kernels.rows import RowTable, Span, flat_places
 from offramp.models.cpu import ThreadGovernor
 from offramp.models.device_loop import DeviceLoop
 from offramp.models.device_pass import plain
 from offramp.models.exits.checks import Exits, check_sequences, prompt_leavers
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
-from offramp.models.rows import ForwardContext, Span
 from offramp.models.sampler import sample
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
@@ -67,7 +67,7 @@ class Runner:
         )
         self._threads = threads
         self._running: list[tuple[Sequence[int], tuple[int, ...]]] = []
-        self._context: ForwardContext | None = None
+        self._rows: RowTable | None = None
         self._projections = [self._projection(head) for head in heads]
 
     def device_loop(self, rows: int, max_blocks: int) -> DeviceLoop:
@@ -108,7 +108,8 @@ class Runner:
             hidden = model.embed(self._index(ids))
         else:
             hidden = self.hidden[rows]
-        hidden = model.segments[step.segment](hidden, self._context_of(step.segment, work))
+        at = self._rows_of(step.segment, work)
+        hidden = model.segments[step.segment](hidden, at, self.cache)
         self.hidden[rows] = hidden
         if step.segment == len(self.exits.heads):
             return StepResult(self._now() - begun)
@@ -126,17 +127,18 @@ class Runner:
             checked.head_rows,
         )
 
-    def _context_of(self, segment: int, work: Sequence[SequenceRows]) -> ForwardContext:
+    def _rows_of(self, segment: int, work: Sequence[SequenceRows]) -> RowTable:
         """Positions and pages of the rows; kept while the same rows go on to the next segment.
 
         Rows change owners only at the first segment, so above it equal rows are of equal sequences.
         """
         running = [(item.positions, item.rows) for item in work]
-        if self._context is None or segment == 0 or running != self._running:
+        if self._rows is None or segment == 0 or running != self._running:
             spans = [Span(item.positions, item.table) for item in work]
-            self._context = ForwardContext(spans, self.model.config, self.cache, self.model.rotary)
+            device, size = self.hidden.device, self.cache.block_size
+            self._rows = RowTable.of(spans, size, self.model.rotary, device)
             self._running = running
-        return self._context
+        return self._rows
 
     def _run_head(self, work: Sequence[HeadRow]) -> list[int]:
         """One LM head for all rows."""
@@ -187,7 +189,8 @@ class Runner:
         return torch.tensor(values, device=self.hidden.device)
 
     def _places(self, owed: Sequence[OwedRows]) -> Tensor:
-        places = [place for item in owed for place in self.cache.places(item.table, item.positions)]
+        size = self.cache.block_size
+        places = [place for item in owed for place in flat_places(item.table, item.positions, size)]
         return self._index(places)
 
     def _projection(self, head: ExitHead) -> _Projection:

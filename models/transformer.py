@@ -12,11 +12,12 @@ from offramp.kernels.kv_fill import Projection
 from offramp.kernels.linear import Linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable
+from offramp.kernels.rows import RowTable
 from offramp.models.config import ModelConfig
 from offramp.models.exits.head import ExitHead
+from offramp.models.kv_cache import KVCache
 from offramp.models.layers import DecoderLayer
 from offramp.models.loading.forms import Recipes
-from offramp.models.rows import ForwardContext
 
 
 class Segment:
@@ -39,12 +40,12 @@ class Segment:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __call__(self, hidden: Tensor, ctx: ForwardContext) -> Tensor:
+    def __call__(self, hidden: Tensor, rows: RowTable, cache: KVCache) -> Tensor:
         """Advance ``hidden`` [T, d] through every layer, writing the rows' K,V into the cache."""
         if self._native is not None:
-            return self._native(hidden, ctx.rows, ctx.cache.pages)
+            return self._native(hidden, rows, cache.pages)
         for layer in self.layers:
-            hidden = layer(hidden, ctx)
+            hidden = layer(hidden, rows, cache)
         return hidden
 
 

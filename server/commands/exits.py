@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     # Imported here so that --help needs neither torch nor transformers.
     from offramp.models.errors import ModelError  # noqa: PLC0415
     from offramp.server.bench.prompts import PromptFileError  # noqa: PLC0415
-    from offramp.server.engine.build import EngineConfigError  # noqa: PLC0415
+    from offramp.server.config import EngineConfigError  # noqa: PLC0415
 
     command: Callable[[argparse.Namespace], int] = args.command
     try:

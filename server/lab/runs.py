@@ -12,8 +12,8 @@ from typing import Any
 from offramp.models.exits.training.hidden_states import Answer
 from offramp.models.sampling_params import ExitSettings, SamplingParams
 from offramp.models.transformer import Transformer
-from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.driver import EngineProtocol
+from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import EngineOutput, GenerationRequest
 from offramp.server.lab.errors import LabError
 from offramp.server.lab.judge import Judgement, judge

@@ -17,8 +17,8 @@ from offramp.models.transformer import Transformer
 from offramp.server.bench.prompts import read_prompts
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
-from offramp.server.engine.offline import Finished
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.offline import Finished
 from offramp.server.engine.policy import ExitGovernor
 from offramp.server.engine.scheduler import Scheduler
 from offramp.server.lab.errors import LabError

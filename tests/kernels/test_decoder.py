@@ -10,10 +10,10 @@ from torch import Tensor
 
 from offramp.kernels.native import library
 from offramp.kernels.packed import WeightForm
+from offramp.kernels.rows import RowTable, Span
 from offramp.models.config import ModelConfig
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.forms import Recipes
-from offramp.models.rows import ForwardContext, Span
 from offramp.models.transformer import Transformer
 from tests.kernels.test_packed import MAKE
 
@@ -109,9 +109,9 @@ def table(first: int, positions: int) -> list[int]:
 
 @torch.inference_mode()
 def run(model: Transformer, cache: KVCache, spans: Sequence[Span], hidden: Tensor) -> Tensor:
-    ctx = ForwardContext(spans, model.config, cache, model.rotary)
+    rows = RowTable.of(spans, cache.block_size, model.rotary, model.device)
     for segment in model.segments:
-        hidden = segment(hidden, ctx)
+        hidden = segment(hidden, rows, cache)
     return hidden
 
 

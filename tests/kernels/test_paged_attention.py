@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.kernels.paged_attention import paged_attention, query_run, spans_of, windows_of
+from offramp.kernels.paged_attention import contiguous_ranges, paged_attention
+from offramp.kernels.rotary import RotaryTable
+from offramp.kernels.rows import RowTable, Span
 
 Work = tuple[int, int, list[int]]
-"""First position, number of queries and block table of one slot."""
+"""First position, number of queries and block table of one sequence."""
 
 
 def pages(blocks: int, size: int, kv_heads: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -22,23 +24,12 @@ def pages(blocks: int, size: int, kv_heads: int, dim: int) -> tuple[Tensor, Tens
 def attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, work: Sequence[Work], window: int | None = None
 ) -> Tensor:
-    runs, first = [], 0
-    for start, count, table in work:
-        runs.append(
-            query_run(
-                first,
-                range(start, start + count),
-                table,
-                block_size=k_cache.shape[1],
-                group=q.shape[1] // k_cache.shape[2],
-                window=window,
-            )
-        )
-        first += count
-    pages = torch.stack((k_cache, v_cache)).flatten(1, 2).unsqueeze(0)
-    found = [windows_of(pages, run) for run in runs]
-    windows = [None if each is None else each[0] for each in found]
-    return paged_attention(q, pages[0, 0], pages[0, 1], runs, windows)
+    size, dim = k_cache.shape[1], q.shape[2]
+    spans = [Span(range(start, start + count), table) for start, count, table in work]
+    device = torch.device("cpu")
+    rotary = RotaryTable(torch.ones(dim // 2), 1024, 1.0, torch.float32, device)
+    rows = RowTable.of(spans, size, rotary, device)
+    return paged_attention(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), rows, window)
 
 
 def naive(
@@ -137,6 +128,6 @@ def test_half_precision() -> None:
 
 
 def test_adjacent_blocks_become_one_span() -> None:
-    assert spans_of([4, 5, 6], 8, 20) == ((32, 52),)
-    assert spans_of([4, 6, 7], 8, 20) == ((32, 40), (48, 60))
-    assert spans_of([2], 8, 8) == ((16, 24),)
+    assert contiguous_ranges([4, 5, 6], 8, 20) == ((32, 52),)
+    assert contiguous_ranges([4, 6, 7], 8, 20) == ((32, 40), (48, 60))
+    assert contiguous_ranges([2], 8, 8) == ((16, 24),)

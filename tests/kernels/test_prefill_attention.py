@@ -12,13 +12,13 @@ from torch import Tensor
 from offramp.kernels import prefill_attention as module
 from offramp.kernels.backend import rehearsal, triton
 from offramp.kernels.decode_attention import decode_attention_reference
-from offramp.kernels.prefill_attention import _PRODUCT_ROWS, RunTable, _sizes, prefill_attention
-from offramp.kernels.rows import RowTable
+from offramp.kernels.prefill_attention import _PRODUCT_ROWS, _sizes, prefill_attention, tiles_of
+from offramp.kernels.rows import RowTable, Span
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
 from tests.kernels.conftest import DEVICE
 
 Run = Sequence[int]
-Case = tuple[Tensor, Tensor, Tensor, RowTable, RunTable]
+Case = tuple[Tensor, Tensor, Tensor, RowTable]
 pytestmark = pytest.mark.usefixtures("on_device")
 BLOCK = 4
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -43,7 +43,7 @@ def case(
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
 ) -> Case:
-    """Queries and caches, blocks scattered and out of order, NaN wherever nobody may look."""
+    """Queries and caches, blocks scattered and out of order, NaN wherever no row may look."""
     sizes = [positions[-1] // BLOCK + 1 for positions in runs]
     blocks = torch.randperm(sum(sizes) + 3)[: sum(sizes)]
     k, v = torch.full((2, (sum(sizes) + 3) * BLOCK, heads[1], dim), float("nan"), dtype=dtype)
@@ -59,9 +59,11 @@ def case(
     every = torch.tensor([position for positions in runs for position in positions])
     none = torch.empty(0)
     longest = int(every.max()) + 1
-    rows = RowTable(none, every, torch.tensor(starts), blocks, BLOCK, longest, none, none)
+    spans = [Span(positions, ()) for positions in runs]
+    first_blocks = torch.tensor(starts)
+    rows = RowTable(none, every, first_blocks, blocks, BLOCK, longest, none, none, spans=spans)
     q = torch.randn(len(every), heads[0], dim).to(dtype)
-    return q, k, v, rows, RunTable.of(runs, heads[0] // heads[1], window, DEVICE)
+    return q, k, v, rows
 
 
 @pytest.fixture
@@ -76,19 +78,19 @@ def rehearsed() -> Iterator[None]:
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=list(HEADS))
 def test_the_kernel_is_the_reference(heads: tuple[int, int], dim: int) -> None:
-    q, k, v, rows, tiles = case([run for runs in RUNS.values() for run in runs], heads, dim)
+    q, k, v, rows = case([run for runs in RUNS.values() for run in runs], heads, dim)
     expected = decode_attention_reference(q, k, v, rows, None)
-    torch.testing.assert_close(prefill_attention(q, k, v, rows, tiles, None), expected)
+    torch.testing.assert_close(prefill_attention(q, k, v, rows, None), expected)
 
 
 @pytest.mark.usefixtures("rehearsed")
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
 @pytest.mark.parametrize("runs", RUNS.values(), ids=list(RUNS))
 def test_runs_of_all_kinds(runs: list[Run], window: int | None) -> None:
-    q, k, v, rows, tiles = case(runs, (6, 2), 64, window=window)
+    q, k, v, rows = case(runs, (6, 2), 64, window=window)
     expected = decode_attention_reference(q, k, v, rows, window)
     assert expected.isfinite().all()
-    torch.testing.assert_close(prefill_attention(q, k, v, rows, tiles, window), expected)
+    torch.testing.assert_close(prefill_attention(q, k, v, rows, window), expected)
 
 
 @pytest.mark.usefixtures("rehearsed")
@@ -99,9 +101,9 @@ def test_runs_of_all_kinds(runs: list[Run], window: int | None) -> None:
 def test_halves_are_read_and_written(
     dtype: torch.dtype, tolerance: float, window: int | None
 ) -> None:
-    q, k, v, rows, tiles = case(RUNS["texts side by side"], (6, 2), 80, dtype, window)
+    q, k, v, rows = case(RUNS["texts side by side"], (6, 2), 80, dtype, window)
     expected = decode_attention_reference(q, k, v, rows, window)
-    got = prefill_attention(q, k, v, rows, tiles, window)
+    got = prefill_attention(q, k, v, rows, window)
     assert got.dtype is dtype
     torch.testing.assert_close(got.float(), expected.float(), rtol=0, atol=tolerance)
 
@@ -109,41 +111,40 @@ def test_halves_are_read_and_written(
 @pytest.mark.usefixtures("rehearsed")
 def test_large_scores_do_not_overflow() -> None:
     """The softmax is taken from the highest score, whichever tile of keys it lies in."""
-    q, k, v, rows, tiles = case([range(131)], (6, 2), 64)
+    q, k, v, rows = case([range(131)], (6, 2), 64)
     q *= 100
     expected = decode_attention_reference(q, k, v, rows, None)
     torch.testing.assert_close(
-        prefill_attention(q, k, v, rows, tiles, None), expected, rtol=1e-4, atol=1e-4
+        prefill_attention(q, k, v, rows, None), expected, rtol=1e-4, atol=1e-4
     )
 
 
 @pytest.mark.usefixtures("rehearsed")
 def test_gaps_between_heads_and_places() -> None:
     """Strides are taken from the tensors; a layer's pages are a slice of all layers'."""
-    q, k, v, rows, tiles = case([range(9), range(20, 31)], (6, 2), 64)
+    q, k, v, rows = case([range(9), range(20, 31)], (6, 2), 64)
     wide_k, wide_v = (torch.full((len(k), 5, 4, 64), float("nan")) for _ in range(2))
     wide_k[:, 3, ::2], wide_v[:, 3, ::2] = k, v
     wide_q = torch.full((len(q), 10, 64), float("nan"))
     wide_q[:, 2:8] = q
     expected = decode_attention_reference(q, k, v, rows, None)
-    got = prefill_attention(wide_q[:, 2:8], wide_k[:, 3, ::2], wide_v[:, 3, ::2], rows, tiles, None)
+    got = prefill_attention(wide_q[:, 2:8], wide_k[:, 3, ::2], wide_v[:, 3, ::2], rows, None)
     torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.usefixtures("rehearsed")
 def test_no_rows_need_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, rows, _ = case([[3]], (6, 2), 64)
+    q, k, v, rows = case([[3]], (6, 2), 64)
     monkeypatch.setattr(module, "_attend_run", None)
-    none = RunTable.of([], 3, None, DEVICE)
-    assert none.tiles.shape == (0, 2)
-    assert prefill_attention(q[:0], k, v, rows, none, None).shape == (0, 6, 64)
+    assert tiles_of([], 3, None, DEVICE)[0].shape == (0, 2)
+    assert prefill_attention(q[:0], k, v, rows, None).shape == (0, 6, 64)
 
 
 def test_without_a_gpu_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, rows, tiles = case([range(3, 8)], (6, 2), 64, window=4)
+    q, k, v, rows = case([range(3, 8)], (6, 2), 64, window=4)
     monkeypatch.setattr(module, "_attend_run", None)
     expected = decode_attention_reference(q, k, v, rows, 4)
-    assert prefill_attention(q, k, v, rows, tiles, 4).equal(expected)
+    assert prefill_attention(q, k, v, rows, 4).equal(expected)
 
 
 @pytest.mark.parametrize("window", [None, 1, 16])
@@ -152,26 +153,26 @@ def test_without_a_gpu_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_row_is_in_one_tile_of_its_run(
     runs: list[Run], group: int, window: int | None
 ) -> None:
-    table = RunTable.of(runs, group, window, DEVICE)
+    tiles, widest = tiles_of(runs, group, window, DEVICE)
     owner = [run for run, positions in enumerate(runs) for _ in positions]
-    rows = [list(range(first, first + count)) for first, count in table.tiles.tolist()]
+    rows = [list(range(first, first + count)) for first, count in tiles.tolist()]
     assert sorted(row for tile in rows for row in tile) == list(range(len(owner)))
     assert all(len({owner[row] for row in tile}) == 1 for tile in rows)
-    assert max(map(len, rows)) == table.widest
-    assert table.widest == 1 or table.widest * group <= _PRODUCT_ROWS
+    assert max(map(len, rows)) == widest
+    assert widest == 1 or widest * group <= _PRODUCT_ROWS
 
 
 def test_tiles_with_the_longest_contexts_come_first() -> None:
-    table = RunTable.of([range(10), range(30, 60), [45]], 4, None, DEVICE)
-    assert table.tiles.tolist() == [[26, 14], [40, 1], [10, 16], [0, 10]]
-    assert table.widest == 16
+    tiles, widest = tiles_of([range(10), range(30, 60), [45]], 4, None, DEVICE)
+    assert tiles.tolist() == [[26, 14], [40, 1], [10, 16], [0, 10]]
+    assert widest == 16
 
 
 def test_no_tile_spans_what_a_window_hides() -> None:
-    """Of span 4, a row at 9 looks back to 6: nobody sees 4 and 5."""
-    assert RunTable.of([[3, 9]], 1, 4, DEVICE).tiles.tolist() == [[1, 1], [0, 1]]
-    assert RunTable.of([[3, 7]], 1, 4, DEVICE).tiles.tolist() == [[0, 2]]
-    assert RunTable.of([[3, 9]], 1, None, DEVICE).tiles.tolist() == [[0, 2]]
+    """Of span 4, a row at 9 looks back to 6: no row sees 4 and 5."""
+    assert tiles_of([[3, 9]], 1, 4, DEVICE)[0].tolist() == [[1, 1], [0, 1]]
+    assert tiles_of([[3, 7]], 1, 4, DEVICE)[0].tolist() == [[0, 2]]
+    assert tiles_of([[3, 9]], 1, None, DEVICE)[0].tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize("queries", [16, 64], ids=["few", "many"])

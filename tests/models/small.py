@@ -17,11 +17,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from offramp.kernels.rows import RowTable, Span
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.forms import Recipes
 from offramp.models.loading.safetensors import load_weights
-from offramp.models.rows import ForwardContext, Span
 from offramp.models.transformer import Transformer
 
 LAYERS = 6
@@ -86,7 +86,7 @@ def make(
 
 
 def new_cache(model: Transformer, blocks: int = 40) -> KVCache:
-    """Pages full of NaN: whoever reads what nobody wrote shows it."""
+    """Pages full of NaN: reading a place that was never written shows."""
     cache = KVCache(model.config, blocks, BLOCK, torch.float32, CPU)
     for pair in cache.layers:
         for pages in pair:
@@ -100,10 +100,10 @@ def forward(
 ) -> Tensor:
     """Logits [T, vocab] of runs of tokens: each a first position, token ids and block table."""
     spans = [Span(range(start, start + len(ids)), table) for start, ids, table in work]
-    ctx = ForwardContext(spans, model.config, cache, model.rotary)
+    rows = RowTable.of(spans, cache.block_size, model.rotary, model.device)
     hidden = model.embed(torch.tensor([token for _, ids, _ in work for token in ids]))
     for segment in model.segments:
-        hidden = segment(hidden, ctx)
+        hidden = segment(hidden, rows, cache)
     return model.logits(model.normed(hidden))
 
 

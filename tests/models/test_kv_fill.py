@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from offramp.kernels.rms_norm import rms_norm
+from offramp.kernels.rows import flat_places
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.safetensors import load_weights
@@ -36,7 +37,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def kv_at(cache: KVCache, layer: int, positions: range) -> KV:
     """K and V of some positions in one layer."""
-    places = torch.tensor(cache.places(TABLE, positions))
+    places = torch.tensor(flat_places(TABLE, positions, cache.block_size))
     k, v = (pages[places] for pages in cache.layers[layer])
     return k, v
 
@@ -122,7 +123,7 @@ def filled(ride: Pass, method: KVFill, expected: Callable[[int, int, int], KV]) 
                 for got, want in zip(found, expected(layer, position, first), strict=True):
                     torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-5)
         others = torch.ones(cache.num_blocks * cache.block_size, dtype=torch.bool)
-        others[cache.places(TABLE, changed)] = False
+        others[flat_places(TABLE, changed, cache.block_size)] = False
         for pages, old in zip(cache.layers[layer], before[layer], strict=True):
             flat, was = pages[others], old[others]
             assert flat.nan_to_num(0.5).equal(was.nan_to_num(0.5))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.backend import INTERPRETED, rehearsal, triton
+from offramp.kernels.rows import RowTable, Span
 from offramp.models.loading.safetensors import load_weights
-from offramp.models.rows import ForwardContext, Span
 from offramp.models.transformer import Transformer
 
 from .small import (
@@ -99,12 +99,13 @@ def test_segments_end_at_the_exit_layers(pair: tuple[Any, Transformer]) -> None:
     """Chained they are all layers, and each ends with the state transformers has there."""
     theirs, ours = pair
     ids = random_ids(LENGTH)
-    ctx = ForwardContext([Span(range(LENGTH), TABLE)], ours.config, new_cache(ours), ours.rotary)
+    cache = new_cache(ours)
+    rows = RowTable.of([Span(range(LENGTH), TABLE)], cache.block_size, ours.rotary, ours.device)
     with torch.inference_mode():
         states = theirs.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
         hidden = ours.embed(torch.tensor(ids))
         for segment, end in zip(ours.segments, (*EXITS, LAYERS), strict=True):
-            hidden = segment(hidden, ctx)
+            hidden = segment(hidden, rows, cache)
             assert segment.first + len(segment) == end
             # The last of their states is already normalised.
             found = ours.normed(hidden) if end == LAYERS else hidden

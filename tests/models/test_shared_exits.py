@@ -37,7 +37,7 @@ def states_after(weights: dict[str, Tensor], config: ModelConfig, layer: int) ->
     layout = lay_out(model, [(0, Answer((5, 9, 40), (7, 100, 33, 250)))])
     hidden = layout.hidden
     for segment in model.segments:
-        hidden = segment(hidden, layout.ctx)
+        hidden = segment(hidden, layout.at, layout.cache)
     return hidden
 
 

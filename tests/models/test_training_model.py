@@ -30,7 +30,7 @@ def served(model: Transformer, ids: tuple[int, ...]) -> dict[int, Tensor]:
     layout = lay_out(model, [(0, Answer(ids[:1], (*ids[1:], 0)))])
     hidden, at = layout.hidden, {}
     for segment in model.segments:
-        hidden = segment(hidden, layout.ctx)
+        hidden = segment(hidden, layout.at, layout.cache)
         at[segment.first + len(segment)] = hidden
     return at
 

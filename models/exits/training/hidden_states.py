@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp.kernels.rows import RowTable, Span
 from offramp.models.exits.training.checkpoints import Part, Work
 from offramp.models.kv_cache import KVCache
-from offramp.models.rows import ForwardContext, Span
 from offramp.models.transformer import Transformer
 
 _BATCH_TOKENS = 1024
@@ -146,7 +146,8 @@ class Layout:
     """
 
     hidden: Tensor
-    ctx: ForwardContext
+    at: RowTable
+    cache: KVCache
     rows: Tensor
     owner: Tensor
 
@@ -167,8 +168,9 @@ def lay_out(model: Transformer, batch: Sequence[tuple[int, Answer]]) -> Layout:
         owner += [index] * len(item.answer)
         ids += tokens
     cache = KVCache(model.config, blocks, _BLOCK, model.dtype, model.device)
-    ctx = ForwardContext(spans, model.config, cache, model.rotary)
-    return Layout(model.embed(torch.tensor(ids)), ctx, torch.tensor(keep), torch.tensor(owner))
+    at = RowTable.of(spans, _BLOCK, model.rotary, model.device)
+    hidden = model.embed(torch.tensor(ids))
+    return Layout(hidden, at, cache, torch.tensor(keep), torch.tensor(owner))
 
 
 @torch.inference_mode()
@@ -180,7 +182,7 @@ def _forward(
     hidden = layout.hidden
     exits: dict[int, Tensor] = {}
     for segment in model.segments:
-        hidden = segment(hidden, layout.ctx)
+        hidden = segment(hidden, layout.at, layout.cache)
         end = segment.first + len(segment)
         if end in model.exit_layers:
             exits[end] = hidden[layout.rows]
