@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, FastAPI
 
 from offramp import __version__
-from offramp.server.api import chat, completions, failures, models, ops
+from offramp.server.api import chat, completions, models, ops, wire
 from offramp.server.api.context import Context
 from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, RequestId
 
@@ -21,7 +21,7 @@ def create_app(context: Context) -> FastAPI:
     app.state.context = context
     for router in _ROUTERS:
         app.include_router(router)
-    failures.register(app)
+    wire.register(app)
     # The one added last sees a request first.
     app.add_middleware(BodyLimit, max_bytes=context.config.max_body_bytes)
     if context.config.api_key:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from offramp.models.config import Weights
-from offramp.models.sampling_params import ExitCriterion
+from offramp.models.sampling_params import DEFAULT_CRITERION, ExitCriterion
 
 GIB = 1024**3
 MIB = 1024**2
@@ -156,7 +156,7 @@ class ServerConfig(_Options):
         "Early exit", "adaptive", "Mode of requests that name none."
     )
     exit_criterion: ExitCriterion = _option(
-        "Early exit", ExitCriterion.TWO_KEY, "Rule by which tokens may leave."
+        "Early exit", DEFAULT_CRITERION, "Rule by which tokens may leave."
     )
     exit_threshold: float | None = _option(
         "Early exit", None, "Score to leave at; that of --exit-quality if unset.", ge=0, le=1

@@ -25,7 +25,7 @@ import uvicorn
 from offramp import __version__
 from offramp.server import logs
 from offramp.server.api.context import Context
-from offramp.server.api.exits import default_fault
+from offramp.server.api.plan import default_fault
 from offramp.server.app import create_app
 from offramp.server.config import EngineConfigError, ServerConfig
 from offramp.server.engine.driver import (

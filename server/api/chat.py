@@ -1,14 +1,16 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions: the route, and the form of its answers."""
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from offramp.server.api.context import Shared
+from offramp.server.api.generation import Delta
 from offramp.server.api.reply import respond
 from offramp.server.api.schemas import ChatBody
-from offramp.server.api.shapes import ChatShape
 
 router = APIRouter(tags=["Chat"])
 
@@ -23,3 +25,22 @@ async def create_chat_completion(body: ChatBody, request: Request, context: Shar
         tokenizer.encode_chat, messages, context.driver.info.max_model_len
     )
     return await respond(request, context, body, [prompt], ChatShape())
+
+
+class ChatShape:
+    """Objects of a conversation's answer."""
+
+    id_prefix: ClassVar[str] = "chatcmpl-"
+    whole: ClassVar[str] = "chat.completion"
+    chunk: ClassVar[str] = "chat.completion.chunk"
+
+    def choice(self, text: str) -> Mapping[str, Any]:
+        """The assistant's message."""
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def delta(self, delta: Delta, *, first: bool) -> Mapping[str, Any]:
+        """The role comes once, in the first chunk."""
+        gained: dict[str, str] = {"role": "assistant"} if first else {}
+        if delta.text or first:
+            gained["content"] = delta.text
+        return {"delta": gained}

@@ -1,15 +1,17 @@
-"""POST /v1/completions."""
+"""POST /v1/completions: the route, and the form of its answers."""
 
 import asyncio
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from offramp.server.api.context import Context, Shared
+from offramp.server.api.generation import Delta
 from offramp.server.api.plan import Prompt
 from offramp.server.api.reply import respond
 from offramp.server.api.schemas import CompletionBody
-from offramp.server.api.shapes import CompletionShape
 
 router = APIRouter(tags=["Completions"])
 
@@ -28,3 +30,20 @@ async def _encoded(context: Context, body: CompletionBody) -> list[Prompt]:
         return [tuple(ids) for ids in body.prompt]
     max_tokens = context.driver.info.max_model_len
     return await asyncio.to_thread(tokenizer.encode, body.prompt, max_tokens)
+
+
+class CompletionShape:
+    """Objects of a continuation."""
+
+    id_prefix: ClassVar[str] = "cmpl-"
+    whole: ClassVar[str] = "text_completion"
+    chunk: ClassVar[str] = "text_completion"
+
+    def choice(self, text: str) -> Mapping[str, Any]:
+        """Plain text."""
+        return {"text": text}
+
+    def delta(self, delta: Delta, *, first: bool) -> Mapping[str, Any]:
+        """Plain text."""
+        del first
+        return {"text": delta.text}

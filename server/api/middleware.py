@@ -11,7 +11,7 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from offramp.server.api.failures import REQUEST_ID_HEADER, error_response
+from offramp.server.api.wire import REQUEST_ID_HEADER, error_response
 from offramp.server.errors import RequestTooLarge, Unauthorized
 
 # Probes and scrapers carry no key.

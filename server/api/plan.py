@@ -1,19 +1,29 @@
-"""A checked body and its prompts to the engine's requests."""
+"""A checked body and its prompts to the engine's requests, early-exit settings included."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from offramp.models.sampling_params import SamplingParams
-from offramp.server.api.exits import exit_settings
+from offramp.models.exits.criteria import CRITERIA
+from offramp.models.exits.points import OperatingPoint, point_for
+from offramp.models.sampling_params import (
+    DEFAULT_CRITERION,
+    ExitCriterion,
+    ExitMode,
+    ExitSettings,
+    KVFill,
+    SamplingParams,
+)
 from offramp.server.engine.request import GenerationRequest
 from offramp.server.errors import ContextLengthExceeded, InvalidRequest
 
 if TYPE_CHECKING:
     from offramp.server.api.context import Context
-    from offramp.server.api.schemas import GenerationBody
+    from offramp.server.api.schemas import EarlyExit, GenerationBody
+    from offramp.server.config import ServerConfig
     from offramp.server.engine.request import EngineInfo
+
 
 SEED_BITS: Final = 63
 # Odd, so that n choices of one request never share a seed.
@@ -97,3 +107,134 @@ def _sampling(body: GenerationBody, info: EngineInfo, max_tokens: int, seed: int
         min_tokens=body.min_tokens,
         stop_token_ids=frozenset((*ends, *body.stop_token_ids)),
     )
+
+
+def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> ExitSettings:
+    """The request's wishes over the server's defaults; raises InvalidRequest."""
+    _check(wish, info)
+    # Wishes about how to leave early are a wish to leave early.
+    default = ExitMode.ADAPTIVE if wish.wishes_exits else ExitMode(config.early_exit)
+    mode = ExitMode(wish.mode or default)
+    # Without exits full depth is all there is; lossless still guesses by looking up the text.
+    if not info.exit_layers and mode is ExitMode.ADAPTIVE:
+        mode = ExitMode.OFF
+    criterion = wish.criterion or config.exit_criterion
+    points = _of(info, criterion)
+    strict, late = _thresholds(config, wish, info, points, criterion, mode)
+    return ExitSettings(
+        mode=mode,
+        criterion=criterion,
+        thresholds=strict,
+        quality=wish.quality,
+        min_layer=config.exit_min_layer if wish.min_layer is None else wish.min_layer,
+        kv_fill=KVFill(wish.kv_fill or config.kv_fill),
+        prefill_threshold=info.prompt_threshold if wish.prefill else None,
+        deadline_s=None if wish.deadline_ms is None else wish.deadline_ms / 1000,
+        late_thresholds=late,
+    )
+
+
+def default_fault(config: ServerConfig, info: EngineInfo) -> str | None:
+    """Why the server's defaults cannot be meant, in words for who starts it; None if they can.
+
+    What one request may not combine, the defaults may not either.
+    """
+    if config.exit_min_layer > info.num_layers:
+        return f"--exit-min-layer {config.exit_min_layer}: this model has {info.num_layers} layers"
+    if config.exit_threshold is not None and config.engine.exit_quality is not None:
+        return "--exit-quality and --exit-threshold exclude each other"
+    points = _of(info, config.exit_criterion)
+    adaptive = ExitMode(config.early_exit) is ExitMode.ADAPTIVE and bool(info.exit_layers)
+    if not adaptive or config.exit_threshold is not None:
+        return None
+    if not _lacks_thresholds(config.exit_criterion, points):
+        return None
+    return (
+        f"--exit-criterion {config.exit_criterion} has no calibrated thresholds; give "
+        "--exit-threshold, or make some with `offramp exits calibrate`"
+    )
+
+
+def _lacks_thresholds(criterion: ExitCriterion, points: Sequence[OperatingPoint]) -> bool:
+    """Whether a request must name its own; the file's own are for the default."""
+    return not points and criterion is not DEFAULT_CRITERION and CRITERIA[criterion].needs_threshold
+
+
+def _check(wish: EarlyExit, info: EngineInfo) -> None:
+    if wish.mode is ExitMode.ADAPTIVE and not info.exit_layers:
+        raise _refused("mode", "no exits are loaded for this model")
+    if wish.min_layer is not None and wish.min_layer > info.num_layers:
+        raise _refused("min_layer", f"this model has {info.num_layers} layers")
+    if wish.quality is not None and wish.threshold is not None:
+        raise _refused("threshold", "'quality' and 'threshold' exclude each other")
+    if wish.prefill and info.prompt_threshold is None:
+        message = "exits in prefill were not calibrated; start with --exit-prefill-threshold"
+        raise _refused("prefill", message)
+    if wish.prefill and wish.kv_fill == "recompute":
+        raise _refused("kv_fill", "'recompute' would run every layer 'prefill' lets tokens skip")
+
+
+def _thresholds(
+    config: ServerConfig,
+    wish: EarlyExit,
+    info: EngineInfo,
+    points: Sequence[OperatingPoint],
+    criterion: ExitCriterion,
+    mode: ExitMode,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Thresholds of the request, None for those in force, and those of a late answer."""
+    count = len(info.exit_layers)
+    if wish.deadline_ms is not None:
+        return _deadline(config, wish, info, criterion)
+    if wish.quality is not None:
+        return _point(info, criterion, wish.quality).thresholds, None
+    threshold = config.exit_threshold if wish.threshold is None else wish.threshold
+    if threshold is not None:
+        return (threshold,) * count, None
+    if not CRITERIA[criterion].needs_threshold:
+        return (1.0,) * count, None
+    if _lacks_thresholds(criterion, points) and mode is ExitMode.ADAPTIVE:
+        message = f"criterion '{criterion}' has no calibrated thresholds; give one"
+        raise _refused("threshold", message)
+    strictest = max(points, key=lambda point: point.quality, default=None)
+    own = criterion is not DEFAULT_CRITERION and strictest is not None
+    return (strictest.thresholds if own and strictest else None), None
+
+
+def _deadline(
+    config: ServerConfig, wish: EarlyExit, info: EngineInfo, criterion: ExitCriterion
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Start at the best quality; when late, fall to the least that is allowed."""
+    least = wish.quality if wish.quality is not None else config.engine.quality_floor
+    if least is None:
+        message = "a deadline needs 'quality', or a server with --quality-floor, to trade with"
+        raise _refused("deadline_ms", message)
+    loosest = _point(info, criterion, least)
+    points = _of(info, criterion)
+    strictest = max(points, key=lambda point: point.quality)
+    return strictest.thresholds, loosest.thresholds
+
+
+def _point(info: EngineInfo, criterion: ExitCriterion, quality: float) -> OperatingPoint:
+    points = _of(info, criterion)
+    point = point_for(points, quality)
+    if point is None:
+        best = max((point.quality for point in points), default=None)
+        reach = _uncalibrated(info, criterion) if best is None else f"reach {best:g} at best"
+        raise _refused("quality", f"{quality:g} is out of reach; the loaded exits {reach}")
+    return point
+
+
+def _of(info: EngineInfo, criterion: ExitCriterion) -> list[OperatingPoint]:
+    return [point for point in info.points if point.criterion is criterion]
+
+
+def _uncalibrated(info: EngineInfo, criterion: ExitCriterion) -> str:
+    others = sorted({f"'{point.criterion}'" for point in info.points})
+    if not others:
+        return "have no calibrated operating points"
+    return f"are calibrated for {', '.join(others)}, not for '{criterion}'"
+
+
+def _refused(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"early_exit.{field}: {message}.", param=f"early_exit.{field}")

@@ -4,22 +4,34 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from offramp import __version__
-from offramp.server.api import accounting, sse
-from offramp.server.api.choice import Delta
+from offramp.server.api import usage, wire
 from offramp.server.api.context import Context
-from offramp.server.api.disconnect import unless_disconnected
-from offramp.server.api.failures import as_wire_error
-from offramp.server.api.generation import Generation
+from offramp.server.api.generation import Delta, Generation
 from offramp.server.api.plan import Prompt, plan
 from offramp.server.api.schemas import GenerationBody
-from offramp.server.api.shapes import Shape
+
+
+class Shape(Protocol):
+    """The form of one route's answers."""
+
+    id_prefix: ClassVar[str]
+    whole: ClassVar[str]
+    chunk: ClassVar[str]
+
+    def choice(self, text: str) -> Mapping[str, Any]:
+        """Text of a finished choice."""
+        ...
+
+    def delta(self, delta: Delta, *, first: bool) -> Mapping[str, Any]:
+        """What a streamed choice gained; ``first`` marks its first chunk."""
+        ...
 
 
 async def respond(
@@ -38,7 +50,7 @@ async def respond(
     if body.stream:
         return EventStream(generation, reply.frames(generation))
     with closing(generation):
-        payload = await unless_disconnected(request, reply.collect(generation))
+        payload = await wire.unless_disconnected(request, reply.collect(generation))
     return JSONResponse(payload)
 
 
@@ -46,7 +58,7 @@ class EventStream(StreamingResponse):
     """A stream whose end, of whatever kind, takes its sequences out of the engine."""
 
     def __init__(self, generation: Generation, frames: AsyncIterator[bytes]) -> None:
-        super().__init__(frames, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+        super().__init__(frames, media_type=wire.MEDIA_TYPE, headers=wire.HEADERS)
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,19 +93,19 @@ class Reply:
             **self._head,
             "object": self._shape.whole,
             "choices": [self._choice(parts) for parts in deltas],
-            "usage": accounting.usage(generation.choices, self._body.n),
-            "metrics": accounting.metrics(generation.choices, self._num_layers),
+            "usage": usage.usage(generation.choices, self._body.n),
+            "metrics": usage.metrics(generation.choices, self._num_layers),
         }
 
     async def frames(self, generation: Generation) -> AsyncIterator[bytes]:
         """The answer as server-sent events, from the first token to ``[DONE]``."""
         try:
             async for chunk in self._chunks(generation):
-                yield sse.KEEP_ALIVE if chunk is None else sse.data(chunk)
+                yield wire.KEEP_ALIVE if chunk is None else wire.data(chunk)
         except Exception as error:  # noqa: BLE001 (the status is sent: the stream must tell)
-            yield sse.failure(as_wire_error(error))
+            yield wire.failure(wire.as_wire_error(error))
             return
-        yield sse.DONE
+        yield wire.DONE
 
     async def _chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any] | None]:
         started: set[int] = set()
@@ -108,9 +120,9 @@ class Reply:
             is_last = not unfinished and not self._body.include_usage
             yield {**self._chunk([choice]), **self._extras(generation, is_last=is_last)}
         if self._body.include_usage:
-            usage = accounting.usage(generation.choices, self._body.n)
-            metrics = accounting.metrics(generation.choices, self._num_layers)
-            yield {**self._chunk([]), "usage": usage, "metrics": metrics}
+            used = usage.usage(generation.choices, self._body.n)
+            metrics = usage.metrics(generation.choices, self._num_layers)
+            yield {**self._chunk([]), "usage": used, "metrics": metrics}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self._shape.chunk, "choices": choices}
@@ -119,11 +131,11 @@ class Reply:
         """Usage and metrics of a chunk with a choice."""
         extras: dict[str, Any] = {}
         if self._body.continuous_usage:
-            extras["usage"] = accounting.usage(generation.choices, self._body.n)
+            extras["usage"] = usage.usage(generation.choices, self._body.n)
         elif self._body.include_usage:
             extras["usage"] = None
         if is_last:
-            extras["metrics"] = accounting.metrics(generation.choices, self._num_layers)
+            extras["metrics"] = usage.metrics(generation.choices, self._num_layers)
         return extras
 
     def _choice(self, parts: Sequence[Delta]) -> dict[str, Any]:

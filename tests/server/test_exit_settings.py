@@ -9,7 +9,7 @@ import pytest
 
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, ExitMode, KVFill
-from offramp.server.api.exits import default_fault, exit_settings
+from offramp.server.api.plan import default_fault, exit_settings
 from offramp.server.api.schemas import EarlyExit
 from offramp.server.config import EngineConfig, ServerConfig
 from offramp.server.engine.request import EngineInfo

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from offramp.server.api.schemas import ChatBody, CompletionBody, GenerationBody
-from offramp.server.api.validation import invalid_request
+from offramp.server.api.wire import invalid_request
 from offramp.server.errors import InvalidRequest
 
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from offramp.server.api.choice import Choice
+if TYPE_CHECKING:
+    from offramp.server.api.generation import Choice
 
 
 def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def early_exit(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
         "layers_skipped_fraction": round(1 - executed / possible, 4) if possible else 0.0,
         "exit_histogram": {str(layer): histogram[layer] for layer in sorted(histogram)},
         "stayed": sum(choice.stats.stayed for choice in choices),
-        # In lossless mode full depth checks every guess before it is sent.
+        # In lossless mode full depth verifies every draft before it is sent.
         "audited_tokens": sum(c.stats.accepted + c.stats.rejected for c in choices),
         "audit_disagreements": sum(choice.stats.rejected for choice in choices),
         "drafted_tokens": sum(choice.stats.drafted for choice in choices),
