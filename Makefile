@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := server models kernels offramp tests
 
-.PHONY: install serve test lint type bench clean
+.PHONY: install serve test lint type docs bench clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ lint: install
 
 type: install
 	$(BIN)/mypy
+
+# Pages that are made from the code; a test fails where they are not current.
+docs: install
+	$(BIN)/python -m offramp.server.options > docs/options.md
 
 bench: install
 	$(BIN)/offramp bench $(ARGS)

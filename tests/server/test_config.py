@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from offramp.server import cli
 from offramp.server.config import ServerConfig
-from offramp.server.options import OptionError, from_environment, non_defaults, options, parse
+from offramp.server.options import (
+    OTHER_VARIABLES,
+    Option,
+    OptionError,
+    build,
+    from_environment,
+    markdown,
+    non_defaults,
+    options,
+    parse,
+)
 
 
 def test_no_arguments_give_the_defaults() -> None:
@@ -71,15 +82,62 @@ def test_wrong_options_end_with_one_line_that_names_them(
 
 
 @pytest.mark.parametrize(
-    "environ", [{"OFFRAMP_PROT": "1"}, {"OFFRAMP_ENABLE_PREFIX_CACHING": "maybe"}]
+    "environ",
+    [
+        {"OFFRAMP_PROT": "1"},
+        {"OFFRAMP_ENABLE_PREFIX_CACHING": "maybe"},
+        {"OFFRAMP_LOG_LEVEL": "loud"},
+    ],
 )
 def test_wrong_variables_are_errors(environ: dict[str, str]) -> None:
     with pytest.raises(OptionError, match=next(iter(environ))):
         from_environment(environ)
 
 
+def another_value(option: Option) -> str:
+    """A value of an option that is not its default, as text."""
+    if option.is_bool:
+        return "off" if option.field.default else "on"
+    words = [word for word in option.choices if word != option.field.default]
+    if words:
+        return words[-1]
+    # Half a unit, one more, and a word: the first that the option takes and does not have.
+    for text in ("0.5", "3", "word"):
+        try:
+            config = build({option.name: (text,) if option.is_list else text})
+        except OptionError:
+            continue
+        if option.name in non_defaults(config):
+            return text
+    raise AssertionError(option.name)
+
+
+@pytest.mark.parametrize("option", list(options()), ids=lambda option: option.name)
+def test_every_variable_does_what_its_flag_does(option: Option) -> None:
+    text = another_value(option)
+    if option.name == "model":
+        argv = [text]
+    elif option.is_bool:
+        argv = [option.flag if text == "on" else "--no-" + option.flag[2:]]
+    else:
+        argv = [option.flag, text]
+    found = parse([], {option.variable: text})
+    assert found == parse(argv, {})
+    assert list(non_defaults(found)) == [option.name]
+
+
+def test_variables_of_others_are_no_options() -> None:
+    assert not {option.variable for option in options()} & set(OTHER_VARIABLES)
+
+
+def test_the_page_of_options_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "options.md"
+    assert page.read_text(encoding="utf-8") == markdown(), "run `make docs`"
+
+
 def test_variables_of_others_are_left_alone() -> None:
     assert from_environment({"OFFRAMP_CACHE_DIR": "/x", "PATH": "/bin"}) == {}
+    assert from_environment({"OFFRAMP_LOG_LEVEL": "debug"}) == {}
 
 
 def test_help_names_every_option_with_default_and_variable(
