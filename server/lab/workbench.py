@@ -14,7 +14,6 @@ from offramp.models.loading.sources import resolve
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitSettings
 from offramp.models.transformer import Transformer
-from offramp.server.bench.prompts import read_prompts
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.bulk import Finished
@@ -24,6 +23,7 @@ from offramp.server.engine.scheduler import Scheduler
 from offramp.server.lab.errors import LabError
 from offramp.server.lab.prices import StepLog
 from offramp.server.lab.runs import Load, Run, answer, run
+from offramp.server.text.prompts import read_prompts
 from offramp.server.text.tokenizer import Tokenizer
 
 _CONTEXT = 2048

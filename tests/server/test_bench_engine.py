@@ -15,17 +15,22 @@ import torch
 from offramp.kernels.backend import rehearsal, triton
 from offramp.models.device_loop import DeviceToken
 from offramp.models.sampling_params import NEVER
-from offramp.server.bench.command import main
-from offramp.server.bench.engine import check, rides
+from offramp.server.bench.command import engine_parser, main
+from offramp.server.bench.common import BenchError, Refused
+from offramp.server.bench.device import seconds_of
+from offramp.server.bench.engine import check, decode
 from offramp.server.bench.engine import options as options_of
-from offramp.server.bench.engine.clock import seconds
-from offramp.server.bench.engine.command import _parser
-from offramp.server.bench.engine.errors import EngineBenchError
-from offramp.server.bench.engine.options import WARM_UP, Options, default_exits, read_options
-from offramp.server.bench.engine.rides import Mode, ride
-from offramp.server.bench.engine.rig import Rig
-from offramp.server.bench.engine.trace import maximum_entropy, read_trace, thresholds
-from offramp.server.bench.errors import Refused
+from offramp.server.bench.engine.decode import Mode
+from offramp.server.bench.engine.model import RandomModel
+from offramp.server.bench.engine.options import (
+    WARM_UP,
+    Options,
+    default_exits,
+    maximum_entropy,
+    read_options,
+    read_trace,
+    thresholds,
+)
 from offramp.server.engine.rebatching import Costs, Curve, Rebatching, simulate
 
 SIZES = ["--model-shape", "tiny", "--device", "cpu", "--context", "40", "--tokens", "16"]
@@ -33,7 +38,7 @@ ARGS = ["engine", *SIZES, "--batch", "1,4", "--rounds", "2", "--exit-trace", "0.
 
 
 def options(*words: str) -> Options:
-    return read_options(_parser().parse_args([*SIZES, *words]))
+    return read_options(engine_parser().parse_args([*SIZES, *words]))
 
 
 @pytest.mark.parametrize("mean", [8.5, 12.0, 19.2, 20.0, 30.0, 31.9])
@@ -76,7 +81,7 @@ def test_listed_shares_are_taken_as_they_are() -> None:
     ],
 )
 def test_a_trace_that_cannot_be_is_named(text: str, told: str) -> None:
-    with pytest.raises(EngineBenchError, match=told):
+    with pytest.raises(BenchError, match=told):
         read_trace(text, (8, 16, 24), 32)
 
 
@@ -128,7 +133,7 @@ def test_bad_input_is_one_line_and_status_1(
 
 def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EngineBenchError, match="use --device cpu"):
+    with pytest.raises(BenchError, match="use --device cpu"):
         options("--device", "cuda")
 
 
@@ -188,9 +193,9 @@ def test_simulation_with_holds_by_hand() -> None:
 def test_the_simulated_policy_is_the_loops(holds: list[tuple[float, float]]) -> None:
     """Ride by ride as many tokens."""
     own = options("--batch", "6", "--exit-trace", "1:0.3,2:0.3,3:0.2,4:0.2")
-    rig = Rig(own)
+    model = RandomModel(own)
     draws = own.trace.draw(own.tokens, 6, 1)
-    found = ride(Mode("exits", rig.exits, draws, thresholds(draws, 3), holds), own, 6)
+    found = decode.decode(Mode("exits", model.exits, draws, thresholds(draws, 3), holds), own, 6)
     costs = Costs((flat(1.0),) * 4, (flat(0.0),) * 3)
     assert simulate(draws.tolist(), costs, holds, WARM_UP, own.tokens).tokens == found.tokens
     assert found.tokens == 6 * own.tokens or holds[1] != (0.0, 0.0)
@@ -198,11 +203,11 @@ def test_the_simulated_policy_is_the_loops(holds: list[tuple[float, float]]) -> 
 
 def test_a_token_that_leaves_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     own = options("--batch", "2")
-    rig = Rig(own)
+    model = RandomModel(own)
     draws = own.trace.draw(own.tokens, 2, 0)
     wrong = thresholds(torch.full_like(draws, 1), 3)
     with pytest.raises(Refused, match="was to take"):
-        ride(Mode("exits", rig.exits, draws, wrong, [(0.0, 0.0)] * 4), own, 2)
+        decode.decode(Mode("exits", model.exits, draws, wrong, [(0.0, 0.0)] * 4), own, 2)
 
 
 class FakeEvent:
@@ -225,14 +230,18 @@ def test_where_there_are_events_they_tell_the_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     own = options("--batch", "2")
-    rig = Rig(own)
+    model = RandomModel(own)
     draws = own.trace.draw(own.tokens, 2, 0)
     gpu = replace(own, device=torch.device("cuda"))
-    found = ride(Mode("exits", rig.exits, draws, thresholds(draws, 3), [(0.0, 0.0)] * 4), gpu, 2)
+    found = decode.decode(
+        Mode("exits", model.exits, draws, thresholds(draws, 3), [(0.0, 0.0)] * 4), gpu, 2
+    )
     assert found.idle is not None
     assert 0 < found.idle < 1
     prepared: list[str] = []
-    taken = seconds(gpu.device, lambda: prepared.append("run"), lambda: prepared.append("before"))
+    taken = seconds_of(
+        gpu.device, lambda: prepared.append("run"), lambda: prepared.append("before")
+    )
     assert taken >= 0
     assert prepared == ["before", "run"] * (len(prepared) // 2)
 
@@ -314,14 +323,14 @@ def test_for_throughput_riders_are_held_as_the_server_would(
 def test_a_loop_that_is_wrong_has_no_speed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_rides = check._by_rides
+    by_loop = check._by_loop
 
     def off_by_one(*args: Any) -> list[list[DeviceToken]]:
-        made = by_rides(*args)
+        made = by_loop(*args)
         made[2][5] = replace(made[2][5], token=made[2][5].token + 1)
         return made
 
-    monkeypatch.setattr(check, "_by_rides", off_by_one)
+    monkeypatch.setattr(check, "_by_loop", off_by_one)
     assert main(ARGS) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -334,7 +343,7 @@ def test_rides_that_leave_elsewhere_have_no_speed(
     def refuse(*_: object) -> None:
         raise Refused("elsewhere")
 
-    monkeypatch.setattr(rides, "_verify", refuse)
+    monkeypatch.setattr(decode, "_verify", refuse)
     assert main(ARGS) == 1
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -15,17 +15,24 @@ from torch import Tensor
 from offramp.kernels.backend import INTERPRETED, rehearsal, triton
 from offramp.kernels.masked_linear import Rows, Tiles, masked_linear, tiles_for
 from offramp.models.shapes import MODEL_SHAPES
+from offramp.server.bench import device
 from offramp.server.bench.command import main
-from offramp.server.bench.errors import Refused
-from offramp.server.bench.kernels import clock, pointwise, products, roofline, run
-from offramp.server.bench.kernels.case import Case, Work
-from offramp.server.bench.kernels.ceilings import Ceilings
-from offramp.server.bench.kernels.check import check, distance
-from offramp.server.bench.kernels.clock import Timing
-from offramp.server.bench.kernels.cuts import candidates, text_of
-from offramp.server.bench.kernels.ops import OPS
-from offramp.server.bench.kernels.roofline import figures
-from offramp.server.bench.kernels.setup import Copies, Setup, Shape
+from offramp.server.bench.common import Refused
+from offramp.server.bench.device import Ceilings, Timing
+from offramp.server.bench.kernels import layers, products, run
+from offramp.server.bench.kernels.case import (
+    Case,
+    Copies,
+    Setup,
+    Shape,
+    Work,
+    check,
+    difference,
+    figures,
+    measure_case,
+)
+from offramp.server.bench.kernels.products import tile_candidates, tiles_text
+from offramp.server.bench.kernels.run import OPS
 
 ARGS = ["kernels", "--context", "33", "--seconds", "0"]
 CPU = torch.device("cpu")
@@ -192,10 +199,10 @@ calls: list[int] = []
 
 def test_on_a_gpu_rows_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a millisecond is recorded again four times over, its copies still in turn."""
-    monkeypatch.setattr(clock, "Recorder", FakeGraphs)
+    monkeypatch.setattr(device, "Recorder", FakeGraphs)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     launches = [lambda: calls.append(1), lambda: calls.append(2)]
-    timing = clock.Clock(launches, torch.device("cuda")).time(0)
+    timing = device.Clock(launches, torch.device("cuda")).time(0)
     assert FakeGraphs.recorded == [2, 8]
     assert calls == [1, 2] * 4
     assert (timing.samples, timing.launches) == (3, 8)
@@ -238,7 +245,7 @@ def test_what_does_not_fit_the_memory_is_named(
     def measured(setup: Setup, case: Case, *rest: Any) -> dict[str, Any]:
         if case.op == "board":
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
-        return roofline.measure_case(setup, case, *rest)
+        return measure_case(setup, case, *rest)
 
     monkeypatch.setattr(run, "measure_case", measured)
     assert main([*ARGS, "--rows", "2", "--ops", "arrive,board", "--device", "cpu"]) == 0
@@ -280,7 +287,7 @@ def test_a_wrong_op_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fast wrong answer has no speed, and neither have the others."""
-    monkeypatch.setattr(pointwise, "swiglu", broken)
+    monkeypatch.setattr(layers, "swiglu", broken)
     assert main([*ARGS, "--rows", "4", "--ops", "rms_norm,swiglu", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -302,22 +309,22 @@ def test_a_row_behind_the_count_may_not_be_written(monkeypatch: pytest.MonkeyPat
 def test_distances_beyond_rounding_are_told() -> None:
     """NaN and other shapes are wrong, integers have to be equal."""
     ones = torch.ones(4)
-    assert distance(ones + 1e-5, ones, torch.float32) is None
-    assert distance(ones + 1e-3, ones, torch.float32) == "differs in 4 of 4, by up to 0.001"
-    assert distance(ones + 1e-3, ones, torch.bfloat16) is None
-    assert distance(ones / 0 * 0, ones, torch.float32) == "differs in 4 of 4, by up to inf"
+    assert difference(ones + 1e-5, ones, torch.float32) is None
+    assert difference(ones + 1e-3, ones, torch.float32) == "differs in 4 of 4, by up to 0.001"
+    assert difference(ones + 1e-3, ones, torch.bfloat16) is None
+    assert difference(ones / 0 * 0, ones, torch.float32) == "differs in 4 of 4, by up to inf"
     small = ones / 100
-    assert distance(torch.zeros(4), small, torch.bfloat16) == "differs in 4 of 4, by up to 0.01"
-    assert distance(ones[:2], ones, torch.float32) == "is [2] instead of [4]"
+    assert difference(torch.zeros(4), small, torch.bfloat16) == "differs in 4 of 4, by up to 0.01"
+    assert difference(ones[:2], ones, torch.float32) == "is [2] instead of [4]"
     whole = torch.arange(4)
-    assert distance(whole, whole, torch.float32) is None
-    assert distance(whole + 1, whole, torch.float32) == "differs in 4 of 4"
+    assert difference(whole, whole, torch.float32) is None
+    assert difference(whole + 1, whole, torch.float32) == "differs in 4 of 4"
 
 
 def test_cuts_around_the_one_in_use() -> None:
     """Its neighbours, each once; none below what tensor cores multiply."""
     base = tiles_for(1, 6144, torch.bfloat16)
-    found = candidates(base)
+    found = tile_candidates(base)
     assert found[0] == base
     assert len(set(found)) == len(found)
     assert {replace(base, outs=2 * base.outs), replace(base, stages=3)} <= set(found)
@@ -346,14 +353,14 @@ def test_cuts_that_fail_are_skipped_and_named(
     ]
     base = tiles_for(2, 128, torch.float32)
     for row in rows:
-        assert row["chosen"] == text_of(base)
+        assert row["chosen"] == tiles_text(base)
         assert row["ratio"] >= 1
         assert row["chosen_us"] >= row["best_us"] == min(cut["us"] for cut in row["cuts"])
         reasons = {skipped["cut"]: skipped["why"] for skipped in row["skipped"]}
-        wide = text_of(replace(base, outs=32))
+        wide = tiles_text(replace(base, outs=32))
         assert reasons[wide] == "RuntimeError: out of resource: shared memory"
-        assert "differs in" in reasons[text_of(replace(base, stages=2))]
-        assert len(row["cuts"]) + len(reasons) == len(candidates(base))
+        assert "differs in" in reasons[tiles_text(replace(base, stages=2))]
+        assert len(row["cuts"]) + len(reasons) == len(tile_candidates(base))
     assert f"Skipped: qkv 128x64, 2 rows, {wide}: RuntimeError" in out
 
 

@@ -1,7 +1,8 @@
-"""Whether the loop makes the tokens of the runner's steps, on the device that is measured.
+"""Whether the decode loop makes the tokens of the runner's single steps, on the measured device.
 
-In fp32 on a tiny model, where rounding decides nothing: several slots at once, with thresholds of
-their own, with and without holds. A fast wrong loop has no speed.
+They are compared in fp32 on a tiny model, where rounding decides nothing: several slots at once,
+each with its own thresholds, with and without holding tokens back. If they differ, nothing is
+reported.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from offramp.models.step import (
     SequenceRows,
 )
 from offramp.models.transformer import Transformer
+from offramp.server.bench.common import Refused
 from offramp.server.bench.engine.model import random_heads, random_tokens, random_weights
 from offramp.server.bench.engine.options import default_exits
-from offramp.server.bench.errors import Refused
 
 _BLOCK, _BLOCKS = 4, 8
 _SLOTS, _TOKENS = 6, 10
@@ -58,7 +59,7 @@ def check_loop(device: torch.device, seed: int) -> dict[str, object]:
     segments = len(runner.exits.heads) + 1
     for holds in (((0.0, 0.0),) * segments, _HOLDS[:segments]):
         runner.cache.pages.copy_(kept)
-        found = _by_rides(loop, texts, holds)
+        found = _by_loop(loop, texts, holds)
         for slot, (made, right) in enumerate(zip(found, wanted, strict=True)):
             if made != right:
                 at = next(
@@ -68,7 +69,7 @@ def check_loop(device: torch.device, seed: int) -> dict[str, object]:
                     f"the decode loop differs from single steps in slot {slot}, token {at}: "
                     f"{made[at]} instead of {right[at]}"
                 )
-    depths = sorted({landed.depth for tokens in wanted for landed in tokens})
+    depths = sorted({result.depth for tokens in wanted for result in tokens})
     return {
         "model": "tiny, fp32",
         "slots": _SLOTS,
@@ -80,20 +81,20 @@ def check_loop(device: torch.device, seed: int) -> dict[str, object]:
 
 
 def _runner(device: torch.device, seed: int) -> Runner:
-    # Tied, random weights repeat the token they were given.
+    # With tied random weights the model repeats its input token.
     config = replace(MODEL_SHAPES["tiny"], tie_word_embeddings=False)
     weights = random_weights(config, torch.float32, device, seed)
     weights["lm_head"] *= _SHARPNESS
     exits = default_exits(config.num_layers)
     model = Transformer(config, weights, exits, _BLOCK * _BLOCKS, as_they_are())
-    heads = [_keyed(head) for head in random_heads(model, 32, 16, seed)]
+    heads = [_mixed(head) for head in random_heads(model, 32, 16, seed)]
     cache = KVCache(config, _SLOTS * _BLOCKS, _BLOCK, torch.float32, device)
-    # Whoever reads what nobody wrote shows it.
+    # So that reading what was never written shows in the tokens.
     cache.pages.fill_(float("nan"))
     return Runner(model, heads, cache, 32)
 
 
-def _keyed(head: ExitHead) -> ExitHead:
+def _mixed(head: ExitHead) -> ExitHead:
     """Every second exit weighs gate and logits, the others take the top-2 gap."""
     if head.layer % 2:
         return head
@@ -109,9 +110,9 @@ def _texts(runner: Runner, seed: int) -> list[_Text]:
     made = []
     for slot in range(_SLOTS):
         blocks = range(slot * _BLOCKS, (slot + 1) * _BLOCKS)
-        asked = tuple(chance.uniform(0.1, 0.9) for _ in range(exits))
+        drawn = tuple(chance.uniform(0.1, 0.9) for _ in range(exits))
         tokens = random_tokens(runner.model.config, 3 + 2 * slot, seed + slot)
-        text = _Text(tokens, blocks[::-1], special[slot] if slot < len(special) else asked)
+        text = _Text(tokens, blocks[::-1], special[slot] if slot < len(special) else drawn)
         before = range(len(tokens) - 1)
         for segment in range(exits + 1):
             ids = tuple(tokens[:-1]) if segment == 0 else ()
@@ -158,7 +159,7 @@ def next_by_steps(
     return DeviceToken(token, runner.model.config.num_layers)
 
 
-def _by_rides(
+def _by_loop(
     loop: DeviceLoop, texts: Sequence[_Text], holds: Sequence[tuple[float, float]]
 ) -> list[list[DeviceToken]]:
     loop.clear(range(_SLOTS))
@@ -179,13 +180,13 @@ def _by_rides(
         ]
     )
     made: list[list[DeviceToken]] = [[] for _ in texts]
-    flying = loop.launch(_SLOTS)
-    # Held three rides at each of three segments, a token takes thirteen at most.
+    running = loop.launch(_SLOTS)
+    # A token waits for three launches at most at each of three segments, so thirteen are enough.
     for _ in range(13 * _TOKENS):
         following = loop.launch(_SLOTS)
-        for slot, landed in flying.result().landed.items():
-            made[slot].append(landed)
-        flying = following
+        for slot, token in running.result().landed.items():
+            made[slot].append(token)
+        running = following
         if all(len(tokens) >= _TOKENS for tokens in made):
             return [tokens[:_TOKENS] for tokens in made]
     raise Refused(f"the decode loop made no {_TOKENS} tokens in {13 * _TOKENS} rides")

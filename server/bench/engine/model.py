@@ -1,4 +1,7 @@
-"""A model of a given shape with random weights, made where it runs: speed does not read them."""
+"""A model of a given shape with random weights, and decode loops over it with and without exits.
+
+Speed does not depend on the values of weights, so they are drawn on the device.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,15 @@ import torch
 from torch import Tensor
 
 from offramp.models.config import ModelConfig
+from offramp.models.device_loop import Boarding, DeviceLoop, Recorder
 from offramp.models.exits.head import ExitHead
 from offramp.models.exits.training.train import TrainOptions, new_head
+from offramp.models.kv_cache import KVCache
+from offramp.models.loading.forms import as_they_are
+from offramp.models.runner import Runner
+from offramp.models.sampling_params import NEVER, SamplingParams
 from offramp.models.transformer import Transformer
+from offramp.server.bench.engine.options import BLOCK, Options
 
 # Gate scores then spread over 0 to 1 instead of lying around a half.
 _GATE_SPREAD = 4.0
@@ -70,13 +79,111 @@ def random_heads(model: Transformer, width: int, gate: int, seed: int) -> list[E
     return [placed(new_head(layer, model, options)) for layer in model.exit_layers]
 
 
-def exit_vocab(size: int | None, device: torch.device) -> Tensor | None:
-    """The first ``size`` token ids, None for all; which ones does not matter to speed."""
-    return None if size is None else torch.arange(size, device=device)
-
-
 def random_tokens(config: ModelConfig, count: int, seed: int) -> Sequence[int]:
     """Token ids without meaning."""
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = torch.randint(config.vocab_size, (count,), generator=generator).tolist()
     return tokens
+
+
+class RandomModel:
+    """One random model with two decode loops over it.
+
+    ``full`` is a loop without exits, ``exits`` one with those of the options. Both share weights
+    and K,V pages, so they are used one after the other. ``blocks`` [slots, blocks] are the numbers
+    of each slot's K,V blocks.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        config, device, dtype = options.config, options.device, options.dtype
+        weights = random_weights(config, dtype, device, options.seed)
+        self.cache = KVCache(config, options.slots * options.blocks, BLOCK, dtype, device)
+        # The contexts are not run: keys and values have the size that random weights make.
+        generator = torch.Generator(device).manual_seed(options.seed)
+        self.cache.pages.normal_(generator=generator)
+        order = torch.randperm(self.cache.num_blocks, generator=torch.Generator().manual_seed(0))
+        self.blocks: list[list[int]] = order.view(options.slots, options.blocks).tolist()
+        positions = options.blocks * BLOCK
+        without = Transformer(config, weights, (), positions, as_they_are())
+        self.model = Transformer(config, weights, options.exits, positions, as_they_are())
+        self.heads = random_heads(self.model, options.width, options.gate, options.seed)
+        # Which tokens the exits choose from does not matter to speed.
+        vocab = None if options.vocab is None else torch.arange(options.vocab, device=device)
+        slots = options.slots, options.blocks
+        self.full = RecordedLoop(Runner(without, (), self.cache, 1).decode_loop(*slots), self)
+        runner = Runner(self.model, self.heads, self.cache, 1, vocab)
+        self.exits = RecordedLoop(runner.decode_loop(*slots), self)
+
+
+class RecordedLoop:
+    """A decode loop whose tokens leave as a trace says, and whose slots can be set back.
+
+    Both are recorded on the device: ``set_thresholds`` writes the thresholds of the token that each
+    slot is making, ``restore`` puts all slots back to where ``save`` found them.
+    """
+
+    def __init__(self, loop: DeviceLoop, owner: RandomModel) -> None:
+        options = owner.options
+        self.loop = loop
+        self._blocks = owner.blocks
+        self._options = options
+        device, slots, exits = options.device, options.slots, len(options.exits)
+        self._trace = torch.full((options.tokens, slots, exits), NEVER, device=device)
+        # A loop without exits reads the trace all the same, for equal cost, and throws it away.
+        own = loop.tables.thresholds
+        self._written = own if own.shape[1] else torch.zeros(slots, exits, device=device)
+        self._slots = torch.arange(slots, device=device)
+        states = loop.states
+        self._states = states.stage, states.waited, states.token, states.position, states.index
+        self._saved = [tensor.clone() for tensor in self._states]
+        recorder = Recorder(device)
+        with torch.inference_mode():
+            self.set_thresholds = recorder.record(self._set_thresholds)
+            self.restore = recorder.record(self._restore)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the loop."""
+        return len(self.loop.tables.holds)
+
+    def use_trace(self, trace: Tensor) -> None:
+        """Thresholds fp32 [tokens, slots, exits] for ``set_thresholds``, by a token's index."""
+        self._trace.copy_(trace)
+
+    def start(self, batch: int, seed: int) -> None:
+        """Put slots 0 to ``batch`` - 1 at the end of their contexts, and empty all others."""
+        options = self._options
+        tokens = random_tokens(options.config, batch, seed)
+        sampling = SamplingParams(max_tokens=options.length, temperature=0.0)
+        never = (NEVER,) * self.loop.tables.thresholds.shape[1]
+        self.loop.clear(range(options.slots))
+        self.loop.board(
+            [
+                Boarding(
+                    slot=slot,
+                    token=tokens[slot],
+                    position=options.context,
+                    index=0,
+                    table=self._blocks[slot],
+                    end=options.length,
+                    sampling=sampling,
+                    thresholds=never,
+                )
+                for slot in range(batch)
+            ]
+        )
+
+    def save(self, stage: int, batch: int) -> None:
+        """Remember the slots' states, with the first ``batch`` waiting at segment ``stage``."""
+        for saved, now in zip(self._saved, self._states, strict=True):
+            saved.copy_(now)
+        self._saved[0][:batch] = stage
+
+    def _set_thresholds(self) -> None:
+        rows = self.loop.states.index.remainder(len(self._trace))
+        self._written.copy_(self._trace[rows, self._slots])
+
+    def _restore(self) -> None:
+        for now, saved in zip(self._states, self._saved, strict=True):
+            now.copy_(saved)

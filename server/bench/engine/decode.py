@@ -1,0 +1,258 @@
+"""Times of the decode loop: whole launches of all segments, and each segment alone.
+
+One launch runs all segments from the bottom up. Each slot then has its next token, or waits above
+the segment that it reached. The next launch is started before the result of the one before is read,
+as the engine does.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from offramp.kernels.active_rows import EMPTY, SegmentBatch
+from offramp.kernels.kv_fill import Projection, fill_kv
+from offramp.models.device_loop import Recorder, Ride
+from offramp.models.sampling_params import NEVER
+from offramp.models.transformer import kv_projection
+from offramp.server.bench.common import Refused
+from offramp.server.bench.device import seconds_of, synchronise
+from offramp.server.bench.engine.model import RandomModel, RecordedLoop
+from offramp.server.bench.engine.options import BLOCK, WARM_UP, Options
+
+# Launches of the trace whose fills are timed.
+_FILLS = 16
+
+Holds = Sequence[tuple[float, float]]
+"""For each segment the share of ready slots to wait for, and the most launches to wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A way to decode.
+
+    ``draws`` int64 [tokens, slots] are the depths that tokens take, as ExitTrace.draw gives them,
+    ``trace`` fp32 [tokens, slots, exits] the thresholds for that, on the device.
+    """
+
+    name: str
+    loop: RecordedLoop
+    draws: Tensor
+    trace: Tensor
+    holds: Holds
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What the measured launches of a round took and made; times in seconds.
+
+    ``layers`` is summed over all ``tokens``. ``launching`` is the host's time to start launches,
+    ``waiting`` its time until their results were there. ``idle`` is the share of the time in which
+    the GPU was between launches (None on a CPU); where the host is late inside a launch, that
+    counts as busy.
+    """
+
+    wall: float
+    launches: int
+    tokens: int
+    layers: int
+    launching: float
+    waiting: float
+    idle: float | None
+
+
+def decode(mode: Mode, options: Options, batch: int) -> Decoded:
+    """Run WARM_UP launches and then those that are measured.
+
+    Raises Refused where a token did not leave as it was drawn: then the figures would be those of
+    another trace.
+    """
+    mode.loop.use_trace(mode.trace)
+    mode.loop.loop.hold(mode.holds)
+    mode.loop.start(batch, options.seed)
+    synchronise(options.device)
+    decoded, depths = _Decoding(mode.loop, batch, options).run()
+    _verify(mode, options, depths)
+    return decoded
+
+
+class _Decoding:
+    """One round of launches."""
+
+    def __init__(self, loop: RecordedLoop, batch: int, options: Options) -> None:
+        self._loop, self._batch = loop, batch
+        self._launches = options.tokens
+        self._timed = options.device.type == "cuda"
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def run(self) -> tuple[Decoded, list[list[int]]]:
+        """The figures, and the depths of each slot's tokens from the first launch on."""
+        depths: list[list[int]] = [[] for _ in range(self._batch)]
+        tokens = layers = 0
+        launching = waiting = started = 0.0
+        running = self._launch()
+        for number in range(WARM_UP + self._launches):
+            if number == WARM_UP:
+                tokens = layers = 0
+                launching = waiting = 0.0
+                started = time.perf_counter()
+            before = time.perf_counter()
+            following = self._launch()
+            launched = time.perf_counter()
+            made = running.result().landed
+            waiting += time.perf_counter() - launched
+            launching += launched - before
+            for slot, token in made.items():
+                depths[slot].append(token.depth)
+            tokens += len(made)
+            layers += sum(token.depth for token in made.values())
+            running = following
+        wall = time.perf_counter() - started
+        running.result()
+        idle = self._idle() if self._timed else None
+        return Decoded(wall, self._launches, tokens, layers, launching, waiting, idle), depths
+
+    def _launch(self) -> Ride:
+        begun = self._mark()
+        with torch.inference_mode():
+            self._loop.set_thresholds()
+        started = self._loop.loop.launch(self._batch)
+        ended = self._mark()
+        if begun is not None and ended is not None:
+            self._marks.append((begun, ended))
+        return started
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event at this point of the GPU's queue; None on a CPU."""
+        if not self._timed:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _idle(self) -> float:
+        # The last launch was only there so that the one before was followed by another.
+        measured = self._marks[WARM_UP - 1 : -1]
+        gaps = sum(before[1].elapsed_time(after[0]) for before, after in pairwise(measured))
+        return float(gaps / measured[0][1].elapsed_time(measured[-1][1]))
+
+
+def _verify(mode: Mode, options: Options, depths: Sequence[Sequence[int]]) -> None:
+    of_draw = (*options.exits, options.config.num_layers)
+    rows = len(mode.draws)
+    for slot, found in enumerate(depths):
+        drawn = mode.draws[:, slot].tolist()
+        for index, depth in enumerate(found):
+            wanted = of_draw[drawn[index % rows]]
+            if depth != wanted:
+                raise Refused(
+                    f"mode {mode.name}, slot {slot}: token {index} was to take {wanted} layers and "
+                    f"took {depth}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentTime:
+    """Seconds of one segment of a loop with ``batch`` active rows, the LM head with the last one.
+
+    ``running`` is its time when all rows go on above it. ``leaving`` is what it takes longer when
+    all of them leave behind it: the exit's adapter and LM head, sampling, and K,V of the layers
+    above (None for the last segment). ``empty`` is its time without active rows: its launches
+    alone.
+    """
+
+    batch: int
+    segment: int
+    running: float
+    leaving: float | None
+    empty: float
+
+
+SegmentTimes = Mapping[int, Sequence[SegmentTime]]
+"""Times of a loop's segments, bottom up, by the number of active rows."""
+
+
+def segment_times(owner: RandomModel, recorded: RecordedLoop, batch: int) -> list[SegmentTime]:
+    """Of all segments of the loop, bottom up, at the end of the contexts."""
+    loop, device = recorded.loop, owner.options.device
+    thresholds = loop.tables.thresholds
+    loop.hold([(0.0, 0.0)] * recorded.num_segments)
+    recorded.start(batch, owner.options.seed)
+
+    def timed(segment: int, stage: int, threshold: float) -> float:
+        recorded.save(stage, batch)
+        thresholds.fill_(threshold)
+        launch = functools.partial(loop.launch_segment, segment, batch)
+        found = seconds_of(device, launch, recorded.restore)
+        recorded.restore()
+        return found
+
+    times = []
+    for segment in range(recorded.num_segments):
+        running = timed(segment, segment, NEVER)
+        left = timed(segment, segment, 0.0) if segment < thresholds.shape[1] else None
+        leaving = None if left is None else max(0.0, left - running)
+        empty = timed(segment, EMPTY, NEVER)
+        times.append(SegmentTime(batch, segment, running, leaving, empty))
+    return times
+
+
+@torch.inference_mode()
+def fill_seconds(owner: RandomModel, draws: Tensor, batch: int) -> float:
+    """Mean time that K,V fills take in a launch whose tokens leave as in ``draws`` [tokens, slots].
+
+    All exits' fills of the trace's first launches, run alone. A launch without tokens that leave
+    pays for the kernels' start, as in the loop.
+    """
+    options = owner.options
+    recorder = Recorder(options.device)
+    state = torch.randn(options.slots, options.config.hidden_size, device=options.device)
+    hidden = state.to(options.dtype)
+    rows = draws[:_FILLS, :batch].tolist()
+    total = 0.0
+    for point, head in enumerate(owner.heads):
+        # The loop's own projection cannot be reached from here, so it is made once more.
+        projection = kv_projection(owner.model, head)
+        leaving = [
+            _leaving(owner, [slot for slot, drawn in enumerate(row) if drawn == point], batch)
+            for row in rows
+        ]
+        launches = recorder.record(_fills(owner, hidden, leaving, projection, head.layer))
+        total += seconds_of(options.device, launches)
+    return total / len(rows)
+
+
+def _fills(
+    owner: RandomModel,
+    hidden: Tensor,
+    leaving: list[SegmentBatch],
+    projection: Projection,
+    depth: int,
+) -> Callable[[], None]:
+    pages, angles = owner.cache.pages[depth:], owner.model.rotary.angles
+    eps = owner.options.config.rms_norm_eps
+
+    def launch() -> None:
+        for each in leaving:
+            fill_kv(hidden, each, projection, pages, angles, eps)
+
+    return launch
+
+
+def _leaving(owner: RandomModel, slots: list[int], batch: int) -> SegmentBatch:
+    """``slots`` as the rows that leave in a launch, at the end of their contexts."""
+    options, position = owner.options, owner.options.context
+    leaving = SegmentBatch.empty(1 << (batch - 1).bit_length(), options.device)
+    places = [owner.blocks[slot][position // BLOCK] * BLOCK + position % BLOCK for slot in slots]
+    count = len(slots)
+    leaving.slots[:count] = torch.tensor(slots, dtype=torch.int32, device=options.device)
+    leaving.positions[:count] = position
+    leaving.places[:count] = torch.tensor(places, dtype=torch.int64, device=options.device)
+    leaving.count.fill_(count)
+    return leaving

@@ -1,0 +1,188 @@
+"""What exits could be worth at best: limits by memory bandwidth and by simulation.
+
+The loop's own policy is simulated with given segment times. Either they were measured on the
+device, or nothing is run and a segment takes the time that reading its bytes takes (--on-paper).
+With few active rows a segment costs the reading of its weights, however many rows there are, so a
+batch whose tokens leave at different depths saves little; the simulation says how little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+from offramp.models.config import ModelConfig
+from offramp.server.bench.common import Report, table
+from offramp.server.bench.engine.decode import Holds, SegmentTimes
+from offramp.server.bench.engine.model import RandomModel
+from offramp.server.bench.engine.options import WARM_UP, Options
+from offramp.server.engine.rebatching import Costs, Curve, Rebatching, simulate
+from offramp.server.engine.rides import hold_shares
+
+# The server's default of --exit-max-hold-ms, in seconds.
+_MAX_HOLD = 0.05
+# Tokens of the trace that the server is taken to have seen.
+_SEEN = 1000
+# Shares of ready slots and launches to wait among which the best way of holding is looked for.
+_SHARES = (0.0, 0.5, 1.0, 2.0)
+_WAITS = (2.0, 4.0)
+_COLUMNS = (
+    ("batch", "batch", "{}"),
+    ("full tokens/s", "full_tokens_per_s", "{:.0f}"),
+    ("x full, nobody held", "free_speed_up", "{:.3f}"),
+    ("x full, best holds", "limit_speed_up", "{:.3f}"),
+    ("efficiency", "limit_efficiency", "{:.2f}"),
+)
+
+Draws = Sequence[Sequence[int]]
+"""For each token of each slot [tokens, slots] the segment behind which it leaves."""
+
+
+def launch_bytes(owner: RandomModel, batch: int) -> int:
+    """Bytes of weights and K,V that a launch of ``batch`` rows reads at full depth, half way."""
+    options, config = owner.options, owner.options.config
+    context = options.context + WARM_UP + options.tokens // 2
+    span = min(context, config.sliding_window or context)
+    row = 2 * config.num_layers * config.kv_size * options.dtype.itemsize
+    return owner.model.weight_bytes + batch * span * row
+
+
+def holds_for(options: Options, times: SegmentTimes, batch: int) -> Holds:
+    """As the engine would hold with these times; a longest wait in seconds becomes launches."""
+    trace = options.trace
+    one, many = times[1], times[batch]
+    pairs = [(a.running, b.running) for a, b in zip(one, many, strict=True)]
+    longest = _MAX_HOLD / sum(each.running for each in many)
+    if options.hold == "latency":
+        return hold_shares(pairs, longest)
+    if options.hold == "off":
+        return [(0.0, 0.0)] * len(pairs)
+    rebatching = Rebatching(pairs, batch, longest, trace.depths)
+    for depth, share in zip(trace.depths, trace.shares, strict=True):
+        for _ in range(round(_SEEN * share)):
+            rebatching.observe(depth)
+    return rebatching.choose(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """Simulated speed-ups over the loop without exits.
+
+    ``free``: leaving costs nothing and segments take their part of that loop's time. ``paid``:
+    segments with their gates, and leaving with its head and K,V, as measured. ``limit``: as
+    ``free``, with the best of many ways of holding: what the batch itself allows.
+    """
+
+    free: float
+    paid: float
+    limit: float
+
+
+def best(
+    options: Options,
+    draws: Draws,
+    holds: Holds,
+    full: SegmentTimes,
+    exits: SegmentTimes,
+    batch: int,
+) -> Best:
+    """For the first ``batch`` slots of ``draws``, with the segment times of both loops."""
+    rows = [row[:batch] for row in draws]
+    base = batch / full[batch][0].running
+    free, paid = _measured_costs(exits, full), _measured_costs(exits, None)
+
+    def speed_up(costs: Costs) -> float:
+        return simulate(rows, costs, holds, WARM_UP, options.tokens).tokens_per_s / base
+
+    return Best(speed_up(free), speed_up(paid), _limit(rows, free, options.tokens) / base)
+
+
+def _limit(draws: Draws, costs: Costs, launches: int) -> float:
+    """Tokens a second with the best of many ways of holding."""
+    ways = (
+        [(0.0, 0.0), *((share, longest) for share in shares)]
+        for longest in _WAITS
+        for shares in product(_SHARES, repeat=len(costs.leaving))
+    )
+    return max(simulate(draws, costs, way, WARM_UP, launches).tokens_per_s for way in ways)
+
+
+def _measured_costs(exits: SegmentTimes, full: SegmentTimes | None) -> Costs:
+    """As measured; with ``full``'s times segments share those and leaving is free."""
+    batches = tuple(sorted(exits))
+    scale = dict.fromkeys(batches, 1.0)
+    if full is not None:
+        scale = {n: full[n][0].running / sum(t.running for t in exits[n]) for n in batches}
+    segments = range(len(exits[batches[0]]))
+
+    def curve(segment: int, *, leaving: bool) -> Curve:
+        times = [(scale[n], exits[n][segment]) for n in batches]
+        if not leaving:
+            return Curve(batches, tuple(factor * time.running for factor, time in times))
+        return Curve(
+            batches, tuple((time.leaving or 0.0) if full is None else 0.0 for _, time in times)
+        )
+
+    return Costs(
+        tuple(curve(segment, leaving=False) for segment in segments),
+        tuple(curve(segment, leaving=True) for segment in segments[:-1]),
+    )
+
+
+def paper_report(options: Options, bandwidth: float, command: str) -> Report:
+    """Simulated for memory that gives ``bandwidth`` bytes a second."""
+    rows = [_paper_row(options, bandwidth, batch) for batch in options.batches]
+    document = {
+        "command": command,
+        "bandwidth": bandwidth,
+        "shape": options.shape,
+        "dtype": str(options.dtype),
+        "exits": options.exits,
+        "shares": options.trace.shares,
+        "rows": rows,
+    }
+    head = (
+        f"{options.shape}, {options.dtype}, on paper: bytes at {bandwidth / 1e9:.0f} GB/s; exits "
+        f"after {options.exits}, mean depth {options.trace.mean_depth:.2f} of "
+        f"{options.config.num_layers}, {options.context} tokens of context\n\n"
+    )
+    return Report(f"{head}{table(rows, _COLUMNS)}\n\n", document)
+
+
+def _paper_row(options: Options, bandwidth: float, batch: int) -> Mapping[str, float]:
+    draws = options.trace.draw(options.tokens, batch, options.seed).tolist()
+    costs = _paper_costs(options, bandwidth, batch)
+    full = batch / sum(curve.at(batch) for curve in costs.segments)
+    no_holds = [(0.0, 0.0)] * len(costs.segments)
+    free = simulate(draws, costs, no_holds, WARM_UP, options.tokens).tokens_per_s / full
+    most = _limit(draws, costs, options.tokens) / full
+    ideal = options.config.num_layers / options.trace.mean_depth
+    return {
+        "batch": batch,
+        "full_tokens_per_s": round(full, 1),
+        "free_speed_up": round(free, 4),
+        "limit_speed_up": round(most, 4),
+        "limit_efficiency": round((most - 1) / (ideal - 1), 4) if ideal > 1 else 0.0,
+    }
+
+
+def _paper_costs(options: Options, bandwidth: float, batch: int) -> Costs:
+    """Weights once a segment, K,V for each active row; leaving is free."""
+    config, size = options.config, options.dtype.itemsize
+    bounds = (0, *options.exits, config.num_layers)
+    head = config.vocab_size * config.hidden_size
+    segments = []
+    for first, last in pairwise(bounds):
+        weights = (last - first) * _layer(config) + (head if last == config.num_layers else 0)
+        kv = 2 * (last - first) * config.kv_size * options.context
+        seconds = tuple((weights + rows * kv) * size / bandwidth for rows in (1, batch))
+        segments.append(Curve((1, batch), seconds) if batch > 1 else Curve((1,), seconds[:1]))
+    free = Curve((1,), (0.0,))
+    return Costs(tuple(segments), (free,) * len(options.exits))
+
+
+def _layer(config: ModelConfig) -> int:
+    """Weights of one layer's matrices."""
+    attention = 2 * config.query_size + 2 * config.kv_size
+    return config.hidden_size * (attention + 3 * config.intermediate_size)
