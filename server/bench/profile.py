@@ -30,10 +30,7 @@ def require_matplotlib() -> None:
 
 
 def profile(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    concurrency: Sequence[int],
-    max_tokens: int,
+    engine: Engine, prompts: Sequence[Prompt], concurrency: Sequence[int], max_tokens: int
 ) -> dict[str, Any]:
     """Milliseconds of each part of a decode step at full depth, for each number of streams.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from offramp.server.lab import calibrate, evaluate
-from offramp.server.lab.errors import LabError
+from offramp.server.lab.options import LabError
 
 
 def main(argv: Sequence[str]) -> int:

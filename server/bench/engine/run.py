@@ -40,13 +40,7 @@ from offramp.server.bench.engine.decode import (
 )
 from offramp.server.bench.engine.model import RandomModel
 from offramp.server.bench.engine.options import Options, check_memory, read_options, thresholds
-from offramp.server.bench.engine.simulation import (
-    Best,
-    best,
-    holds_for,
-    launch_bytes,
-    paper_report,
-)
+from offramp.server.bench.engine.simulation import Best, best, holds_for, launch_bytes, paper_report
 
 FULL, NO_EXIT, EXITS, NO_HOLD = "full", "nobody", "exits", "exits-no-hold"
 

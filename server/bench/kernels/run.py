@@ -13,13 +13,7 @@ import torch
 from offramp.kernels.backend import INTERPRETED, triton, uses_triton
 from offramp.models.shapes import MODEL_SHAPES
 from offramp.server.bench.common import Report, Say, UsageError, table, today
-from offramp.server.bench.device import (
-    DTYPES,
-    Ceilings,
-    cpu_facts,
-    measure_ceilings,
-    processor,
-)
+from offramp.server.bench.device import DTYPES, Ceilings, cpu_facts, measure_ceilings, processor
 from offramp.server.bench.kernels.case import (
     CASE_COLUMNS,
     Copies,

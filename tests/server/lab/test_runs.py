@@ -18,13 +18,20 @@ from offramp.models.exits.training.train import exit_scores, exit_tokens
 from offramp.models.sampling_params import ExitCriterion, ExitSettings
 from offramp.server.engine.bulk import Finished
 from offramp.server.engine.request import GenerationRequest, RequestStats, StepStats
-from offramp.server.lab.errors import LabError
-from offramp.server.lab.exit_files import read_exact, write_beside_deltas
-from offramp.server.lab.judge import Judgement, judge
-from offramp.server.lab.prices import StepLog, priced
-from offramp.server.lab.runs import Run, distinct, figures, percentile, repetition
-from offramp.server.lab.scores import score
-from offramp.server.lab.workbench import Workbench
+from offramp.server.lab.candidates import score
+from offramp.server.lab.options import LabError
+from offramp.server.lab.runs import (
+    Judgement,
+    Run,
+    StepLog,
+    distinct,
+    figures,
+    judge,
+    percentile,
+    priced,
+    repetition,
+)
+from offramp.server.lab.workbench import Workbench, read_exact, write_beside_deltas
 
 
 @torch.inference_mode()
