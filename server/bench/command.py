@@ -26,17 +26,12 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 from offramp.server.bench.common import BenchError, Refused, Report, Say, UsageError
 
-
-class _Bench(Protocol):
-    """The module of one benchmark."""
-
-    def bench(self, args: argparse.Namespace, command: str, say: Say) -> Report:
-        """Check, then measure; raises BenchError, UsageError, Refused."""
-        ...
+Bench = Callable[[argparse.Namespace, str, Say], Report]
+"""Checks, then measures; given the options, the whole command, and what takes progress."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
     from offramp.server.engine.build import EngineConfigError  # noqa: PLC0415
     from offramp.server.text.prompts import PromptFileError  # noqa: PLC0415
 
-    chosen = cast("_Bench", importlib.import_module(module))
+    bench: Bench = importlib.import_module(module).bench
     try:
-        report = chosen.bench(args, shlex.join(["offramp", "bench", *argv]), _say)
+        report = bench(args, shlex.join(["offramp", "bench", *argv]), _say)
         sys.stdout.write(report.output())
         if report.page is not None and args.markdown is not None:
             _write(args.markdown, report.page)

@@ -11,8 +11,8 @@ from typing import Any
 
 Say = Callable[[str], None]
 """Takes one line of progress."""
-Column = tuple[str, str, str]
-"""Title of a table's column, its key in a row, and the format of its values."""
+Columns = Sequence[tuple[str, str, str]]
+"""Title, key in a row and format of each of a table's columns; see columns."""
 
 
 class BenchError(Exception):
@@ -48,11 +48,23 @@ def today() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+def columns(header: str) -> Columns:
+    """Columns of a table from its header: each title with the key and format of its values.
+
+    Such as "mode {mode} | x off {speed_up:.3f}".
+    """
+    cells = [cell.rpartition(" ") for cell in header.split(" | ")]
+    return [
+        (title, form[form.index("{") + 1 :].split(":")[0].rstrip("}"), form)
+        for title, _, form in cells
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Columns) -> str:
     """Rows as a Markdown table; a figure that does not apply is a dash."""
     head = [title for title, _, _ in columns]
     body = [
-        [form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in columns]
+        [form.format_map(row) if row.get(key) is not None else "-" for _, key, form in columns]
         for row in rows
     ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]

@@ -1,13 +1,12 @@
 """Servers as processes of their own, which end with the one that started them.
 
 Run as a program this module is such a server: ``python -m offramp.server.bench.process offramp``
-with the words of ``offramp serve``, or ``llamacpp`` with a model file. It imports neither torch nor
-transformers, or they would count as memory that llama.cpp needs.
+with the words of ``offramp serve``, or ``llamacpp`` with those of _serve_llamacpp. It imports
+neither torch nor transformers, or they would count as memory that llama.cpp needs.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -125,21 +124,19 @@ def _serve_offramp(words: Sequence[str]) -> None:
 
 
 def _serve_llamacpp(words: Sequence[str]) -> None:
-    """llama.cpp's own server; the address is printed once the model is loaded."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("gguf", help="model file")
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--slots", type=int, required=True, help="answers at once")
-    parser.add_argument("--context", type=int, required=True, help="tokens of a slot")
-    args = parser.parse_args(words)
+    """llama.cpp's own server; the address is printed once the model is loaded.
+
+    Words: model file, threads, answers at once, tokens of each.
+    """
+    gguf, (threads, slots, context) = words[0], map(int, words[1:])
     import xllamacpp  # noqa: PLC0415
 
     params = xllamacpp.CommonParams()
-    params.model.path = args.gguf
+    params.model.path = gguf
     params.port = 0
-    params.n_parallel = args.slots
-    params.n_ctx = args.slots * args.context
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
+    params.n_parallel = slots
+    params.n_ctx = slots * context
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = True
     params.verbosity = _WARNINGS
     # No copies of slots beside the K,V, and no shrinking of the context that was set.

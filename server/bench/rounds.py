@@ -13,32 +13,21 @@ from itertools import pairwise
 from typing import Any
 
 from offramp.models.transformer import Transformer
-from offramp.server.bench.common import Column, Say, exit_efficiency, spread
+from offramp.server.bench.common import Say, columns, exit_efficiency, spread
 from offramp.server.bench.quiet import Watch
 from offramp.server.bench.reference import agreement
 from offramp.server.bench.systems import System
 from offramp.server.bench.targets import Prompt, Target, Trace
 from offramp.server.text.tokenizer import Tokenizer
 
-ROW_COLUMNS: tuple[Column, ...] = (
-    ("mode", "mode", "{}"),
-    ("streams", "concurrency", "{}"),
-    ("tokens/s", "tokens_per_s", "{:.1f}"),
-    ("x off", "speed_up", "{:.3f}"),
-    ("TTFT ms", "ttft_ms", "{:.0f}"),
-    ("ITL p50", "itl_p50_ms", "{:.1f}"),
-    ("ITL p99", "itl_p99_ms", "{:.1f}"),
-    ("depth", "mean_depth", "{:.2f}"),
-    ("efficiency", "exit_efficiency", "{:.2f}"),
-    ("agreement", "agreement", "{:.4f}"),
+ROW_COLUMNS = columns(
+    "mode {mode} | streams {concurrency} | tokens/s {tokens_per_s:.1f} | x off {speed_up:.3f} | "
+    "TTFT ms {ttft_ms:.0f} | ITL p50 {itl_p50_ms:.1f} | ITL p99 {itl_p99_ms:.1f} | "
+    "depth {mean_depth:.2f} | efficiency {exit_efficiency:.2f} | agreement {agreement:.4f}"
 )
-RATIO_COLUMNS: tuple[Column, ...] = (
-    ("Offramp / peer", "mode", "{}"),
-    ("streams", "concurrency", "{}"),
-    ("figure", "figure", "{}"),
-    ("min", "min", "{:.3f}"),
-    ("median", "median", "{:.3f}"),
-    ("max", "max", "{:.3f}"),
+RATIO_COLUMNS = columns(
+    "Offramp / peer {mode} | streams {concurrency} | figure {figure} | min {min:.3f} | "
+    "median {median:.3f} | max {max:.3f}"
 )
 LONG_PROMPT_ANSWER = 2
 """Tokens behind a long prompt: the first, and one more so that it is not the last."""
@@ -104,27 +93,21 @@ def run_rounds(
         first = number * plan.requests
         batch = [prompts[(first + i) % len(prompts)] for i in range(plan.requests)]
         with watch.during(f"round {number} of {plan.concurrency} streams"):
-            _round(number, plan, results, batch, say)
+            if plan.seen_before:
+                entries[0].target.run(batch, mode="off", concurrency=plan.concurrency, max_tokens=1)
+            for result in results if number % 2 else reversed(results):
+                say(f"{plan.concurrency} streams, round {number}, {result.entry.name}")
+                traces = result.entry.target.run(
+                    batch,
+                    mode=result.entry.name,
+                    concurrency=plan.concurrency,
+                    max_tokens=plan.max_tokens,
+                    ignore_eos=plan.ignore_eos,
+                )
+                if number:
+                    result.rounds.append(measure(traces))
+                    result.traces += traces
     return results
-
-
-def _round(
-    number: int, plan: Plan, results: Sequence[Result], batch: Sequence[Prompt], say: Say
-) -> None:
-    if plan.seen_before:
-        results[0].entry.target.run(batch, mode="off", concurrency=plan.concurrency, max_tokens=1)
-    for result in results if number % 2 else reversed(results):
-        say(f"{plan.concurrency} streams, round {number}, {result.entry.name}")
-        traces = result.entry.target.run(
-            batch,
-            mode=result.entry.name,
-            concurrency=plan.concurrency,
-            max_tokens=plan.max_tokens,
-            ignore_eos=plan.ignore_eos,
-        )
-        if number:
-            result.rounds.append(measure(traces))
-            result.traces += traces
 
 
 def measure(traces: Sequence[Trace]) -> Round:

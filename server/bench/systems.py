@@ -120,8 +120,7 @@ def _llamacpp(args: argparse.Namespace, capacity: Capacity) -> Iterator[System]:
     path: Path = args.peer_gguf or gguf(args.model)
     if not path.is_file():
         raise BenchError(f"--peer-gguf {path}: no such file")
-    words = [str(path), "--threads", str(capacity.threads)]
-    words += ["--slots", str(capacity.slots), "--context", str(capacity.context)]
+    words = map(str, (path, capacity.threads, capacity.slots, capacity.context))
     with serving(*SERVE_LLAMACPP, *words) as process:
         url = process.address()
         target = OverHTTP(url, LlamaCpp(cache_prompt=False))

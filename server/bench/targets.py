@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, cast
 
 import httpx2 as httpx
 import torch
@@ -122,66 +122,35 @@ class InProcess(Target):
         return traces
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A request for one greedy answer of at most ``max_tokens`` tokens.
-
-    ``ignore_eos`` makes it that long.
-    """
-
-    prompt: Prompt
-    mode: str
-    max_tokens: int
-    ignore_eos: bool
-
-
-class WireFormat(Protocol):
-    """How one kind of server is sent token ids, and how it returns its own."""
-
-    path: ClassVar[str]
-
-    def body(self, request: Completion, *, stream: bool) -> dict[str, Any]:
-        """JSON of the request."""
-        ...
-
-    def absorb(self, trace: Trace, chunk: Mapping[str, Any], now: float) -> None:
-        """Add the tokens of a streamed chunk, seen at ``now``, to ``trace``."""
-        ...
-
-    def token_ids(self, reply: Mapping[str, Any]) -> list[int]:
-        """Ids of an answer that was not streamed."""
-        ...
-
-
 class OpenAI:
     """OpenAI's completions with Offramp's fields.
 
     ``early_exit`` are fields of the request's ``early_exit`` in mode adaptive.
     """
 
-    path: ClassVar[str] = "/v1/completions"
+    path = "/v1/completions"
 
     def __init__(self, model: str, early_exit: Mapping[str, Any]) -> None:
         self._model = model
         self._early_exit = early_exit
 
-    def body(self, request: Completion, *, stream: bool) -> dict[str, Any]:
-        """See WireFormat."""
-        early_exit = self._early_exit if request.mode == "adaptive" else {}
+    def body(self, prompt: Prompt, load: Load, *, stream: bool) -> dict[str, Any]:
+        """JSON of a request for one greedy answer."""
+        early_exit = self._early_exit if load.mode == "adaptive" else {}
         streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
         return {
             "model": self._model,
-            "prompt": list(request.prompt),
-            "max_tokens": request.max_tokens,
+            "prompt": list(prompt),
+            "max_tokens": load.max_tokens,
             "temperature": 0,
-            "ignore_eos": request.ignore_eos,
+            "ignore_eos": load.ignore_eos,
             "return_token_ids": True,
-            "early_exit": {"mode": request.mode, **early_exit},
+            "early_exit": {"mode": load.mode, **early_exit},
             **streaming,
         }
 
     def absorb(self, trace: Trace, chunk: Mapping[str, Any], now: float) -> None:
-        """See WireFormat."""
+        """Add the tokens of a streamed chunk, seen at ``now``, to ``trace``."""
         for choice in chunk["choices"]:
             ids = choice.get("token_ids") or []
             trace.token_ids += ids
@@ -191,7 +160,7 @@ class OpenAI:
             trace.layers_executed = early_exit["layers_executed"]
 
     def token_ids(self, reply: Mapping[str, Any]) -> list[int]:
-        """See WireFormat."""
+        """Ids of an answer that was not streamed."""
         return list(reply["choices"][0]["token_ids"])
 
 
@@ -201,31 +170,35 @@ class LlamaCpp:
     ``cache_prompt`` lets a prompt reuse what its slot still holds of the one before.
     """
 
-    path: ClassVar[str] = "/completion"
+    path = "/completion"
 
     def __init__(self, *, cache_prompt: bool) -> None:
         self._cache_prompt = cache_prompt
 
-    def body(self, request: Completion, *, stream: bool) -> dict[str, Any]:
-        """See WireFormat."""
+    def body(self, prompt: Prompt, load: Load, *, stream: bool) -> dict[str, Any]:
+        """JSON of a request for one greedy answer."""
         return {
-            "prompt": list(request.prompt),
-            "n_predict": request.max_tokens,
+            "prompt": list(prompt),
+            "n_predict": load.max_tokens,
             "temperature": 0,
-            "ignore_eos": request.ignore_eos,
+            "ignore_eos": load.ignore_eos,
             "cache_prompt": self._cache_prompt,
             "return_tokens": True,
             "stream": stream,
         }
 
     def absorb(self, trace: Trace, chunk: Mapping[str, Any], now: float) -> None:
-        """See WireFormat; ``tokens_predicted`` counts tokens whose ids are never streamed too."""
+        """The same; ``tokens_predicted`` also counts tokens whose ids are never streamed."""
         trace.token_ids += chunk["tokens"]
         trace.times += [now] * (chunk["tokens_predicted"] - len(trace.times))
 
     def token_ids(self, reply: Mapping[str, Any]) -> list[int]:
-        """See WireFormat."""
+        """Ids of an answer that was not streamed."""
         return list(reply["tokens"])
+
+
+WireFormat = OpenAI | LlamaCpp
+"""How a kind of server is sent token ids, and how it returns its own."""
 
 
 class OverHTTP(Target):
@@ -238,11 +211,8 @@ class OverHTTP(Target):
 
     def answers(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
         """See Target."""
-        requests = [
-            Completion(prompt, load.mode, load.max_tokens, load.ignore_eos) for prompt in prompts
-        ]
         try:
-            return asyncio.run(self._run(requests, load.concurrency))
+            return asyncio.run(self._run(prompts, load))
         except httpx.HTTPError as error:
             raise BenchError(f"{self._url}: {str(error) or type(error).__name__}") from error
 
@@ -256,32 +226,32 @@ class OverHTTP(Target):
         found: dict[str, Any] = reply.json()
         return found
 
-    async def _run(self, requests: Sequence[Completion], concurrency: int) -> list[Trace]:
-        gate = asyncio.Semaphore(concurrency)
+    async def _run(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
+        gate = asyncio.Semaphore(load.concurrency)
         # A connection for each request: llama.cpp closes them after a stream without saying so.
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
+        limits = httpx.Limits(max_connections=load.concurrency, max_keepalive_connections=0)
         async with httpx.AsyncClient(
             headers=self._headers, timeout=_TIMEOUT_S, limits=limits
         ) as client:
 
-            async def one(request: Completion) -> Trace:
+            async def one(prompt: Prompt) -> Trace:
                 async with gate:
-                    return await self._streamed(client, request)
+                    return await self._streamed(client, prompt, load)
 
-            traces = list(await asyncio.gather(*map(one, requests)))
-            for trace, request in zip(traces, requests, strict=True):
+            traces = list(await asyncio.gather(*map(one, prompts)))
+            for trace in traces:
                 if len(trace.token_ids) < len(trace.times):
                     # Some servers hold back tokens that end inside a character and then stream
                     # their text without their ids. The times stand; the ids are requested again.
-                    body = self._wire.body(request, stream=False)
+                    body = self._wire.body(trace.prompt, load, stream=False)
                     response = await client.post(self._url + self._wire.path, json=body)
                     response.raise_for_status()
                     trace.token_ids = self._wire.token_ids(response.json())
         return traces
 
-    async def _streamed(self, client: httpx.AsyncClient, request: Completion) -> Trace:
-        body = self._wire.body(request, stream=True)
-        trace = Trace(request.prompt, time.monotonic())
+    async def _streamed(self, client: httpx.AsyncClient, prompt: Prompt, load: Load) -> Trace:
+        body = self._wire.body(prompt, load, stream=True)
+        trace = Trace(prompt, time.monotonic())
         async with client.stream("POST", self._url + self._wire.path, json=body) as response:
             if response.is_error:
                 raise BenchError(f"{response.status_code}: {(await response.aread()).decode()}")

@@ -21,7 +21,7 @@ from offramp.server.bench.common import BenchError, spread
 from offramp.server.bench.process import ServerProcess, serving
 from offramp.server.bench.reference import agreement, load_judge
 from offramp.server.bench.rounds import Entry, Result, Round, long_prompt, ratios
-from offramp.server.bench.targets import Completion, LlamaCpp, OverHTTP, Trace, Transformers
+from offramp.server.bench.targets import LlamaCpp, Load, OverHTTP, Trace, Transformers
 from offramp.server.text.tokenizer import Tokenizer
 from tests.server.fake_llamacpp import answer
 
@@ -320,7 +320,7 @@ def test_llama_cpp_tokens_without_ids_are_counted() -> None:
     dialect.absorb(trace, {"tokens": [], "tokens_predicted": 4}, 3.0)
     assert trace.token_ids == [7, 9]
     assert trace.times == [1.0, 2.0, 2.0, 2.0]
-    body = dialect.body(Completion((1, 2), "off", 5, ignore_eos=True), stream=True)
+    body = dialect.body((1, 2), Load("off", 1, 5, ignore_eos=True), stream=True)
     assert (body["temperature"], body["n_predict"], body["ignore_eos"]) == (0, 5, True)
     assert body["cache_prompt"] is False
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offramp.models.device_loop import Boarding, DeviceLoop, DeviceToken
+from offramp.models.device_loop import DeviceLoop, DeviceToken
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.forms import as_they_are
@@ -31,7 +31,12 @@ from offramp.models.step import (
 )
 from offramp.models.transformer import Transformer
 from offramp.server.bench.common import Refused
-from offramp.server.bench.engine.model import random_heads, random_tokens, random_weights
+from offramp.server.bench.engine.model import (
+    random_heads,
+    random_tokens,
+    random_weights,
+    start_greedy,
+)
 from offramp.server.bench.engine.options import default_exits
 
 _BLOCK, _BLOCKS = 4, 8
@@ -162,22 +167,13 @@ def next_by_steps(
 def _by_loop(
     loop: DeviceLoop, texts: Sequence[_Text], holds: Sequence[tuple[float, float]]
 ) -> list[list[DeviceToken]]:
-    loop.clear(range(_SLOTS))
     loop.hold(holds)
-    loop.board(
-        [
-            Boarding(
-                slot=slot,
-                token=text.tokens[-1],
-                position=len(text.tokens) - 1,
-                index=0,
-                table=text.table,
-                end=_BLOCK * _BLOCKS,
-                sampling=_GREEDY,
-                thresholds=text.thresholds,
-            )
-            for slot, text in enumerate(texts)
-        ]
+    start_greedy(
+        loop,
+        [(text.tokens[-1], len(text.tokens) - 1) for text in texts],
+        [text.table for text in texts],
+        [text.thresholds for text in texts],
+        _BLOCK * _BLOCKS,
     )
     made: list[list[DeviceToken]] = [[] for _ in texts]
     running = loop.launch(_SLOTS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -73,74 +73,59 @@ def decode(mode: Mode, options: Options, batch: int) -> Decoded:
     Raises Refused where a token did not leave as it was drawn: then the figures would be those of
     another trace.
     """
-    mode.loop.use_trace(mode.trace)
-    mode.loop.loop.hold(mode.holds)
-    mode.loop.start(batch, options.seed)
-    synchronise(options.device)
-    decoded, depths = _Decoding(mode.loop, batch, options).run()
-    _verify(mode, options, depths)
-    return decoded
+    marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    on_gpu, loop = options.device.type == "cuda", mode.loop
 
-
-class _Decoding:
-    """One round of launches."""
-
-    def __init__(self, loop: RecordedLoop, batch: int, options: Options) -> None:
-        self._loop, self._batch = loop, batch
-        self._launches = options.tokens
-        self._timed = options.device.type == "cuda"
-        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def run(self) -> tuple[Decoded, list[list[int]]]:
-        """The figures, and the depths of each slot's tokens from the first launch on."""
-        depths: list[list[int]] = [[] for _ in range(self._batch)]
-        tokens = layers = 0
-        launching = waiting = started = 0.0
-        running = self._launch()
-        for number in range(WARM_UP + self._launches):
-            if number == WARM_UP:
-                tokens = layers = 0
-                launching = waiting = 0.0
-                started = time.perf_counter()
-            before = time.perf_counter()
-            following = self._launch()
-            launched = time.perf_counter()
-            made = running.result().landed
-            waiting += time.perf_counter() - launched
-            launching += launched - before
-            for slot, token in made.items():
-                depths[slot].append(token.depth)
-            tokens += len(made)
-            layers += sum(token.depth for token in made.values())
-            running = following
-        wall = time.perf_counter() - started
-        running.result()
-        idle = self._idle() if self._timed else None
-        return Decoded(wall, self._launches, tokens, layers, launching, waiting, idle), depths
-
-    def _launch(self) -> Ride:
-        begun = self._mark()
+    def launch() -> Ride:
         with torch.inference_mode():
-            self._loop.set_thresholds()
-        started = self._loop.loop.launch(self._batch)
-        ended = self._mark()
-        if begun is not None and ended is not None:
-            self._marks.append((begun, ended))
+            loop.set_thresholds()
+        return loop.loop.launch(batch)
+
+    def marked() -> Ride:
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        started = launch()
+        ended.record()
+        marks.append((begun, ended))
         return started
 
-    def _mark(self) -> torch.cuda.Event | None:
-        """An event at this point of the GPU's queue; None on a CPU."""
-        if not self._timed:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    start = marked if on_gpu else launch
+    loop.use_trace(mode.trace)
+    loop.loop.hold(mode.holds)
+    loop.start(batch, options.seed)
+    synchronise(options.device)
+    depths: list[list[int]] = [[] for _ in range(batch)]
+    tokens = layers = 0
+    launching = waiting = begun = 0.0
+    running = start()
+    for number in range(WARM_UP + options.tokens):
+        if number == WARM_UP:
+            tokens = layers = 0
+            launching = waiting = 0.0
+            begun = time.perf_counter()
+        before = time.perf_counter()
+        following = start()
+        launched = time.perf_counter()
+        made = running.result().landed
+        waiting += time.perf_counter() - launched
+        launching += launched - before
+        for slot, token in made.items():
+            depths[slot].append(token.depth)
+        tokens += len(made)
+        layers += sum(token.depth for token in made.values())
+        running = following
+    wall = time.perf_counter() - begun
+    running.result()
+    _verify(mode, options, depths)
+    # The last launch was only there so that the one before was followed by another.
+    idle = _idle_share(marks[WARM_UP - 1 : -1]) if on_gpu else None
+    return Decoded(wall, options.tokens, tokens, layers, launching, waiting, idle)
 
-    def _idle(self) -> float:
-        # The last launch was only there so that the one before was followed by another.
-        measured = self._marks[WARM_UP - 1 : -1]
-        gaps = sum(before[1].elapsed_time(after[0]) for before, after in pairwise(measured))
-        return float(gaps / measured[0][1].elapsed_time(measured[-1][1]))
+
+def _idle_share(marks: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
+    """Share of the time that lies between launches; ``marks`` are their begins and ends."""
+    gaps = sum(before[1].elapsed_time(after[0]) for before, after in pairwise(marks))
+    return float(gaps / marks[0][1].elapsed_time(marks[-1][1]))
 
 
 def _verify(mode: Mode, options: Options, depths: Sequence[Sequence[int]]) -> None:
@@ -214,35 +199,27 @@ def fill_seconds(owner: RandomModel, draws: Tensor, batch: int) -> float:
     recorder = Recorder(options.device)
     state = torch.randn(options.slots, options.config.hidden_size, device=options.device)
     hidden = state.to(options.dtype)
+    eps, angles = options.config.rms_norm_eps, owner.model.rotary.angles
     rows = draws[:_FILLS, :batch].tolist()
     total = 0.0
     for point, head in enumerate(owner.heads):
         # The loop's own projection cannot be reached from here, so it is made once more.
-        projection = kv_projection(owner.model, head)
+        projection, pages = kv_projection(owner.model, head), owner.cache.pages[head.layer :]
         leaving = [
             _leaving(owner, [slot for slot, drawn in enumerate(row) if drawn == point], batch)
             for row in rows
         ]
-        launches = recorder.record(_fills(owner, hidden, leaving, projection, head.layer))
-        total += seconds_of(options.device, launches)
+
+        def launch(
+            leaving: list[SegmentBatch] = leaving,
+            projection: Projection = projection,
+            pages: Tensor = pages,
+        ) -> None:
+            for each in leaving:
+                fill_kv(hidden, each, projection, pages, angles, eps)
+
+        total += seconds_of(options.device, recorder.record(launch))
     return total / len(rows)
-
-
-def _fills(
-    owner: RandomModel,
-    hidden: Tensor,
-    leaving: list[SegmentBatch],
-    projection: Projection,
-    depth: int,
-) -> Callable[[], None]:
-    pages, angles = owner.cache.pages[depth:], owner.model.rotary.angles
-    eps = owner.options.config.rms_norm_eps
-
-    def launch() -> None:
-        for each in leaving:
-            fill_kv(hidden, each, projection, pages, angles, eps)
-
-    return launch
 
 
 def _leaving(owner: RandomModel, slots: list[int], batch: int) -> SegmentBatch:

@@ -86,6 +86,30 @@ def random_tokens(config: ModelConfig, count: int, seed: int) -> Sequence[int]:
     return tokens
 
 
+def start_greedy(
+    loop: DeviceLoop,
+    newest: Sequence[tuple[int, int]],
+    tables: Sequence[Sequence[int]],
+    thresholds: Sequence[tuple[float, ...]],
+    end: int,
+) -> None:
+    """Give the first slots to greedy answers and empty all others.
+
+    ``newest`` is the newest token and its position, ``tables`` the K,V blocks and ``thresholds``
+    the exits' scores, for each of these slots. No answer goes beyond position ``end``.
+    """
+    sampling = SamplingParams(max_tokens=end, temperature=0.0)
+    loop.clear(range(len(loop.states.stage)))
+    loop.board(
+        [
+            Boarding(slot, token, position, 0, table, end, sampling, own)
+            for slot, ((token, position), table, own) in enumerate(
+                zip(newest, tables, thresholds, strict=True)
+            )
+        ]
+    )
+
+
 class RandomModel:
     """One random model with two decode loops over it.
 
@@ -155,24 +179,9 @@ class RecordedLoop:
         """Put slots 0 to ``batch`` - 1 at the end of their contexts, and empty all others."""
         options = self._options
         tokens = random_tokens(options.config, batch, seed)
-        sampling = SamplingParams(max_tokens=options.length, temperature=0.0)
-        never = (NEVER,) * self.loop.tables.thresholds.shape[1]
-        self.loop.clear(range(options.slots))
-        self.loop.board(
-            [
-                Boarding(
-                    slot=slot,
-                    token=tokens[slot],
-                    position=options.context,
-                    index=0,
-                    table=self._blocks[slot],
-                    end=options.length,
-                    sampling=sampling,
-                    thresholds=never,
-                )
-                for slot in range(batch)
-            ]
-        )
+        newest = [(token, options.context) for token in tokens]
+        never = [(NEVER,) * self.loop.tables.thresholds.shape[1]] * batch
+        start_greedy(self.loop, newest, self._blocks[:batch], never, options.length)
 
     def save(self, stage: int, batch: int) -> None:
         """Remember the slots' states, with the first ``batch`` waiting at segment ``stage``."""

@@ -124,18 +124,20 @@ def read_options(args: argparse.Namespace) -> Options:
         exits=exits,
         trace=read_trace(args.exit_trace, exits, config.num_layers),
         batches=tuple(sorted(set(args.batch))),
-        context=args.context,
-        tokens=args.tokens,
-        rounds=args.rounds,
         device=device,
         dtype=dtype,
-        hold=args.hold,
-        seed=args.seed,
         width=args.exit_width or (config.hidden_size // 2 if narrow else 1024),
         gate=args.exit_gate or (config.hidden_size // 4 if narrow else 256),
         vocab=args.exit_vocab,
+        **{name: getattr(args, name) for name in ("context", "tokens", "rounds", "hold", "seed")},
     )
-    _check(options)
+    if options.vocab is not None and options.vocab > config.vocab_size:
+        raise BenchError(f"--exit-vocab {options.vocab}: the model has {config.vocab_size} tokens")
+    if options.length > config.max_position_embeddings:
+        raise BenchError(
+            f"--context {options.context} and {options.length - options.context} rides are over "
+            f"the model's {config.max_position_embeddings} positions"
+        )
     return options
 
 
@@ -167,17 +169,6 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _check(options: Options) -> None:
-    config = options.config
-    if options.vocab is not None and options.vocab > config.vocab_size:
-        raise BenchError(f"--exit-vocab {options.vocab}: the model has {config.vocab_size} tokens")
-    if options.length > config.max_position_embeddings:
-        raise BenchError(
-            f"--context {options.context} and {options.length - options.context} rides are over "
-            f"the model's {config.max_position_embeddings} positions"
-        )
-
-
 def check_memory(options: Options) -> None:
     """Raise BenchError before memory runs out half way: weights come first."""
     needed = needed_bytes(options)
@@ -193,11 +184,16 @@ def check_memory(options: Options) -> None:
         )
 
 
+def layer_weights(config: ModelConfig) -> int:
+    """Weights of one layer's matrices."""
+    attention = 2 * config.query_size + 2 * config.kv_size
+    return config.hidden_size * (attention + 3 * config.intermediate_size)
+
+
 def needed_bytes(options: Options) -> int:
     """Bytes that are held at once: weights, K,V, exits, scratch, and what CUDA takes."""
     config, size = options.config, options.dtype.itemsize
     d, kv = config.hidden_size, config.kv_size
-    layer = d * (2 * config.query_size + 2 * kv + 3 * config.intermediate_size)
     embeddings = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
     maps = [2 * (config.num_layers - exit_layer) * kv * d for exit_layer in options.exits]
     # A map is cut together from pieces, and once more where its fill is timed alone.
@@ -207,7 +203,7 @@ def needed_bytes(options: Options) -> int:
     pages = 2 * config.num_layers * kv * options.slots * options.blocks * BLOCK
     # Logits of two loops, one of them with exits, and hidden and inner states.
     scratch = options.slots * (3 * 4 * config.vocab_size + 8 * config.intermediate_size * size)
-    numbers = config.num_layers * layer + embeddings + fills + heads + pages
+    numbers = config.num_layers * layer_weights(config) + embeddings + fills + heads + pages
     return numbers * size + scratch + (_OVERHEAD if options.device.type == "cuda" else 0)
 
 

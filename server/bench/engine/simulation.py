@@ -9,14 +9,12 @@ batch whose tokens leave at different depths saves little; the simulation says h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, product
 
-from offramp.models.config import ModelConfig
-from offramp.server.bench.common import Report, table
+from offramp.server.bench.common import Report, columns, table
 from offramp.server.bench.engine.decode import Holds, SegmentTimes
 from offramp.server.bench.engine.model import RandomModel
-from offramp.server.bench.engine.options import WARM_UP, Options
+from offramp.server.bench.engine.options import WARM_UP, Options, layer_weights
 from offramp.server.engine.rebatching import Costs, Curve, Rebatching, simulate
 from offramp.server.engine.rides import hold_shares
 
@@ -27,12 +25,10 @@ _SEEN = 1000
 # Shares of ready slots and launches to wait among which the best way of holding is looked for.
 _SHARES = (0.0, 0.5, 1.0, 2.0)
 _WAITS = (2.0, 4.0)
-_COLUMNS = (
-    ("batch", "batch", "{}"),
-    ("full tokens/s", "full_tokens_per_s", "{:.0f}"),
-    ("x full, nobody held", "free_speed_up", "{:.3f}"),
-    ("x full, best holds", "limit_speed_up", "{:.3f}"),
-    ("efficiency", "limit_efficiency", "{:.2f}"),
+_COLUMNS = columns(
+    "batch {batch} | full tokens/s {full_tokens_per_s:.0f} | "
+    "x full, nobody held {free_speed_up:.3f} | x full, best holds {limit_speed_up:.3f} | "
+    "efficiency {limit_efficiency:.2f}"
 )
 
 Draws = Sequence[Sequence[int]]
@@ -65,37 +61,29 @@ def holds_for(options: Options, times: SegmentTimes, batch: int) -> Holds:
     return rebatching.choose(batch)
 
 
-@dataclass(frozen=True, slots=True)
-class Best:
-    """Simulated speed-ups over the loop without exits.
-
-    ``free``: leaving costs nothing and segments take their part of that loop's time. ``paid``:
-    segments with their gates, and leaving with its head and K,V, as measured. ``limit``: as
-    ``free``, with the best of many ways of holding: what the batch itself allows.
-    """
-
-    free: float
-    paid: float
-    limit: float
-
-
-def best(
+def simulated(
     options: Options,
     draws: Draws,
     holds: Holds,
     full: SegmentTimes,
     exits: SegmentTimes,
     batch: int,
-) -> Best:
-    """For the first ``batch`` slots of ``draws``, with the segment times of both loops."""
+) -> dict[str, float]:
+    """Speed-ups over the loop without exits, for the first ``batch`` slots of ``draws``.
+
+    ``best``: leaving costs nothing and segments take their part of that loop's time. ``best_paid``:
+    segments with their gates, and leaving with its head and K,V, as measured. ``limit``: as
+    ``best``, with the best of many ways of holding: what the batch itself allows.
+    """
     rows = [row[:batch] for row in draws]
     base = batch / full[batch][0].running
     free, paid = _measured_costs(exits, full), _measured_costs(exits, None)
-
-    def speed_up(costs: Costs) -> float:
-        return simulate(rows, costs, holds, WARM_UP, options.tokens).tokens_per_s / base
-
-    return Best(speed_up(free), speed_up(paid), _limit(rows, free, options.tokens) / base)
+    found = [simulate(rows, costs, holds, WARM_UP, options.tokens) for costs in (free, paid)]
+    return {
+        "best_speed_up": round(found[0].tokens_per_s / base, 4),
+        "best_paid_speed_up": round(found[1].tokens_per_s / base, 4),
+        "limit_speed_up": round(_limit(rows, free, options.tokens) / base, 4),
+    }
 
 
 def _limit(draws: Draws, costs: Costs, launches: int) -> float:
@@ -115,19 +103,16 @@ def _measured_costs(exits: SegmentTimes, full: SegmentTimes | None) -> Costs:
     if full is not None:
         scale = {n: full[n][0].running / sum(t.running for t in exits[n]) for n in batches}
     segments = range(len(exits[batches[0]]))
-
-    def curve(segment: int, *, leaving: bool) -> Curve:
-        times = [(scale[n], exits[n][segment]) for n in batches]
-        if not leaving:
-            return Curve(batches, tuple(factor * time.running for factor, time in times))
-        return Curve(
-            batches, tuple((time.leaving or 0.0) if full is None else 0.0 for _, time in times)
-        )
-
-    return Costs(
-        tuple(curve(segment, leaving=False) for segment in segments),
-        tuple(curve(segment, leaving=True) for segment in segments[:-1]),
-    )
+    running = [
+        Curve(batches, tuple(scale[n] * exits[n][segment].running for n in batches))
+        for segment in segments
+    ]
+    free = Curve(batches, (0.0,) * len(batches))
+    leaving = [
+        free if full else Curve(batches, tuple(exits[n][segment].leaving or 0.0 for n in batches))
+        for segment in segments[:-1]
+    ]
+    return Costs(tuple(running), tuple(leaving))
 
 
 def paper_report(options: Options, bandwidth: float, command: str) -> Report:
@@ -174,15 +159,10 @@ def _paper_costs(options: Options, bandwidth: float, batch: int) -> Costs:
     head = config.vocab_size * config.hidden_size
     segments = []
     for first, last in pairwise(bounds):
-        weights = (last - first) * _layer(config) + (head if last == config.num_layers else 0)
+        weights = (last - first) * layer_weights(config)
+        weights += head if last == config.num_layers else 0
         kv = 2 * (last - first) * config.kv_size * options.context
         seconds = tuple((weights + rows * kv) * size / bandwidth for rows in (1, batch))
         segments.append(Curve((1, batch), seconds) if batch > 1 else Curve((1,), seconds[:1]))
     free = Curve((1,), (0.0,))
     return Costs(tuple(segments), (free,) * len(options.exits))
-
-
-def _layer(config: ModelConfig) -> int:
-    """Weights of one layer's matrices."""
-    attention = 2 * config.query_size + 2 * config.kv_size
-    return config.hidden_size * (attention + 3 * config.intermediate_size)

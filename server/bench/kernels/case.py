@@ -16,7 +16,7 @@ from torch import Tensor
 from offramp.kernels.rotary import RotaryTable
 from offramp.kernels.rows import RowTable
 from offramp.models.config import ModelConfig
-from offramp.server.bench.common import Column, Refused
+from offramp.server.bench.common import Refused, columns
 from offramp.server.bench.device import Ceilings, Clock, Launch, Timing, synchronise
 
 BLOCK = 32
@@ -25,19 +25,10 @@ LONG, SHORT = 8, 4
 """Bytes of an int64, and of an int32 or fp32."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Allowed error, as a share of a result plus the root mean square of the op's results."""
-CASE_COLUMNS: tuple[Column, ...] = (
-    ("op", "op", "{}"),
-    ("of", "what", "{}"),
-    ("rows", "rows", "{}"),
-    ("us", "us", "{:.2f}"),
-    ("least", "us_least", "{:.2f}"),
-    ("empty us", "empty_us", "{:.2f}"),
-    ("MB", "megabytes", "{:.3f}"),
-    ("GFLOP", "gigaflops", "{:.3f}"),
-    ("GB/s", "gb_per_s", "{:.1f}"),
-    ("TFLOP/s", "tflop_per_s", "{:.3f}"),
-    ("ceiling", "ceiling", "{}"),
-    ("share", "share", "{:.3f}"),
+CASE_COLUMNS = columns(
+    "op {op} | of {what} | rows {rows} | us {us:.2f} | least {us_least:.2f} | "
+    "empty us {empty_us:.2f} | MB {megabytes:.3f} | GFLOP {gigaflops:.3f} | GB/s {gb_per_s:.1f} | "
+    "TFLOP/s {tflop_per_s:.3f} | ceiling {ceiling} | share {share:.3f}"
 )
 
 _SEED = 7
@@ -191,42 +182,31 @@ def cold_bytes(copies: Sequence[tuple[Tensor, ...]]) -> int:
     return sum(size_of(*each) for each in copies)
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """One layer's cache of some texts, and rows that stand in them.
+def newest_rows(setup: Setup, limit: int, count: int) -> tuple[Tensor, Tensor, RowTable]:
+    """``limit`` texts with a row each at its newest token; ``count`` of the rows are active.
 
-    ``k`` and ``v`` are [places, kv_heads, head_dim], in pages whose blocks have no order;
-    ``positions`` are those of the active ``rows``, on the host.
+    One layer's keys and values [places, kv_heads, head_dim], in pages whose blocks have no order,
+    and where the rows stand in them.
     """
-
-    k: Tensor
-    v: Tensor
-    rows: RowTable
-    positions: list[int]
-
-
-def newest_rows(setup: Setup, limit: int, count: int) -> Texts:
-    """``limit`` texts with a row each at its newest token; ``count`` of the rows are active."""
     positions = setup.positions(count)
-    owners = list(range(limit))
-    return _texts(setup, limit, owners, [*positions, *[0] * (limit - count)], count)
+    return _texts(setup, limit, list(range(limit)), [*positions, *[0] * (limit - count)], count)
 
 
-def last_rows(setup: Setup, number: int) -> Texts:
-    """One text whose last ``number`` positions are rows."""
+def last_rows(setup: Setup, number: int) -> tuple[Tensor, Tensor, RowTable]:
+    """The same for one text whose last ``number`` positions are rows."""
     first = max(0, setup.context - number)
     return _texts(setup, 1, [0] * number, list(range(first, first + number)), None)
 
 
 def _texts(
     setup: Setup, texts: int, owners: list[int], positions: list[int], count: int | None
-) -> Texts:
+) -> tuple[Tensor, Tensor, RowTable]:
     config = setup.config
     each = -(-max(setup.context, max(positions) + 1) // BLOCK)
     blocks = setup.order(texts * each)
     owner, position = (torch.tensor(x, device=setup.device) for x in (owners, positions))
     first = owner * each
-    kv = setup.normal(2, texts * each * BLOCK, config.num_kv_heads, config.head_dim)
+    k, v = setup.normal(2, texts * each * BLOCK, config.num_kv_heads, config.head_dim)
     # Attention does not rotate, so there are no angles.
     cos, sin = (setup.zeros(0, 1, config.head_dim) for _ in range(2))
     rows = RowTable(
@@ -240,7 +220,7 @@ def _texts(
         sin=sin,
         count=None if count is None else setup.count(count),
     )
-    return Texts(kv[0], kv[1], rows, positions if count is None else positions[:count])
+    return k, v, rows
 
 
 def check(name: str, make: Maker, shape: Shape, rows: int) -> None:

@@ -84,6 +84,11 @@ def _changed(states: DecodeState) -> Mapping[str, Tensor]:
     return {name: getattr(states, name) for name in names}
 
 
+def _first(batch: object, count: int | Tensor, *names: str) -> dict[str, Tensor]:
+    """The first ``count`` entries of the tensors with these names."""
+    return {name: getattr(batch, name)[: int(count)] for name in names}
+
+
 def gather_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """All slots wait at an upper segment, and all become active rows."""
     states = _states(setup, rows, count, _UPPER)
@@ -104,10 +109,7 @@ def gather_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
         reference=partial(gather_rows_reference, *given, block_size=BLOCK),
         results=lambda: {
             "count": active.count,
-            "slots": active.slots[:count],
-            "positions": active.positions[:count],
-            "places": active.places[:count],
-            "first_blocks": active.first_blocks[:count],
+            **_first(active, count, "slots", "positions", "places", "first_blocks"),
             "waited": states.waited,
         },
         empty=partial(states.stage.fill_, EMPTY),
@@ -155,9 +157,7 @@ def gate_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
         reference=partial(apply_gate_reference, *given),
         results=lambda: {
             "count": fired.count,
-            "rows": fired.rows[: int(fired.count)],
-            "slots": fired.slots[: int(fired.count)],
-            "gate": fired.gate[: int(fired.count)],
+            **_first(fired, fired.count, "rows", "slots", "gate"),
             "stage": states.stage,
             "waited": states.waited,
         },
@@ -195,9 +195,7 @@ def exit_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
         reference=partial(apply_exit_reference, *given),
         results=lambda: {
             "count": leaving.count,
-            "slots": leaving.slots[: int(leaving.count)],
-            "positions": leaving.positions[: int(leaving.count)],
-            "places": leaving.places[: int(leaving.count)],
+            **_first(leaving, leaving.count, "slots", "positions", "places"),
             **_changed(states),
         },
         empty=fired.count.zero_,
@@ -242,9 +240,7 @@ def score_logits_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
         work=Work(4 * count * vocab + SHORT, count * (LONG + 3 * SHORT), 5 * count * vocab),
         launches=[partial(score_logits, values, number, scores) for (values,) in logits],
         reference=partial(score_logits_reference, logits[0][0], number, scores),
-        results=lambda: {
-            name: getattr(scores, name)[:count] for name in ("token", "top", "gap", "entropy")
-        },
+        results=lambda: _first(scores, count, "token", "top", "gap", "entropy"),
         cold=cold_bytes(logits),
         empty=number.zero_,
         rounding=torch.float32,

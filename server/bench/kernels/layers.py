@@ -140,12 +140,12 @@ def rope_and_store_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
 def decode_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """The newest token of each of ``rows`` texts against all before it."""
     config, kept = setup.config, Kept()
-    texts = newest_rows(setup, rows, count)
+    k, v, texts = newest_rows(setup, rows, count)
     q = setup.normal(rows, config.num_heads, config.head_dim)
-    caches = setup.copied(texts.k, texts.v)
-    rest = (texts.rows, config.sliding_window)
-    assert texts.rows.count is not None
-    spans = [position + 1 for position in texts.positions]
+    caches = setup.copied(k, v)
+    rest = (texts, config.sliding_window)
+    assert texts.count is not None
+    spans = [position + 1 for position in texts.positions[:count].tolist()]
     blocks = sum(-(-span // BLOCK) for span in spans)
     tables = LONG * (2 * count + blocks) + SHORT
     yield Case(
@@ -154,24 +154,25 @@ def decode_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case
         rows=rows,
         work=_attention_work(setup, count, sum(spans), sum(spans), tables),
         launches=[kept.launch(decode_attention, q, *kv, *rest) for kv in caches],
-        reference=kept.launch(decode_attention_reference, q, texts.k, texts.v, *rest),
+        reference=kept.launch(decode_attention_reference, q, k, v, *rest),
         results=partial(kept.results, count),
         cold=cold_bytes(caches),
-        empty=texts.rows.count.zero_,
+        empty=texts.count.zero_,
     )
 
 
 def prefill_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """The last rows of one prompt against all before them; the host knows how many there are."""
     config, kept = setup.config, Kept()
-    texts = last_rows(setup, count)
+    k, v, texts = last_rows(setup, count)
     q = setup.normal(count, config.num_heads, config.head_dim)
-    caches = setup.copied(texts.k, texts.v)
+    caches = setup.copied(k, v)
     window, group = config.sliding_window, config.num_heads // config.num_kv_heads
-    tiles = RunTable.of([texts.positions], group, window, setup.device)
-    rest = (texts.rows, tiles, window)
-    keys = texts.positions[-1] + 1
-    pairs = sum(position + 1 for position in texts.positions)
+    positions = texts.positions.tolist()
+    tiles = RunTable.of([positions], group, window, setup.device)
+    rest = (texts, tiles, window)
+    keys = positions[-1] + 1
+    pairs = sum(position + 1 for position in positions)
     tables = LONG * (2 * count + -(-keys // BLOCK)) + 2 * SHORT * len(tiles.tiles)
     yield Case(
         op="prefill_attention",
@@ -179,7 +180,7 @@ def prefill_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Cas
         rows=rows,
         work=_attention_work(setup, count, keys, pairs, tables),
         launches=[kept.launch(prefill_attention, q, *kv, *rest) for kv in caches],
-        reference=kept.launch(decode_attention_reference, q, texts.k, texts.v, texts.rows, window),
+        reference=kept.launch(decode_attention_reference, q, k, v, texts, window),
         results=kept.results,
         cold=cold_bytes(caches),
     )

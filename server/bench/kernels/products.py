@@ -6,7 +6,7 @@ library's product, which it is compared with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,19 +27,14 @@ from offramp.kernels.masked_linear import (
 )
 from offramp.models.config import ModelConfig
 from offramp.models.exits.training.train import TrainOptions
-from offramp.server.bench.common import Column, Say
+from offramp.server.bench.common import Say, columns
 from offramp.server.bench.device import Clock, Launch, synchronise
 from offramp.server.bench.kernels.case import SHORT, Case, Setup, Work, cold_bytes, difference
 from offramp.server.bench.kernels.layers import Kept
 
-TILES_COLUMNS: tuple[Column, ...] = (
-    ("product", "what", "{}"),
-    ("rows", "rows", "{}"),
-    ("tiles_for", "chosen", "{}"),
-    ("us", "chosen_us", "{:.2f}"),
-    ("best", "best", "{}"),
-    ("us", "best_us", "{:.2f}"),
-    ("ratio", "ratio", "{:.3f}"),
+TILES_COLUMNS = columns(
+    "product {what} | rows {rows} | tiles_for {chosen} | us {chosen_us:.2f} | best {best} | "
+    "us {best_us:.2f} | ratio {ratio:.3f}"
 )
 # Edge of the smallest tile that tensor cores multiply.
 _LEAST = 16
@@ -107,7 +102,7 @@ def products(config: ModelConfig) -> list[Product]:
 
 
 class Inputs:
-    """Memory of one product for ``limit`` rows, of which ``count`` are there."""
+    """Memory of one product for ``limit`` rows, of which ``count`` are active."""
 
     def __init__(self, setup: Setup, product: Product, limit: int, count: int) -> None:
         self._limit = limit
@@ -143,10 +138,6 @@ class Inputs:
         ((weight,), *_) = self.weights
         masked_linear_reference(self._x, weight, self.out, self.count, **self._around)
 
-    def results(self) -> Mapping[str, Tensor]:
-        """All rows, so that one behind the count shows where it was written."""
-        return {"out": self.out.data}
-
     def _launch(self, weight: Tensor, tiles: Tiles | None) -> None:
         given = (self._x, weight, self.out, self.count)
         masked_linear(*given, limit=self._limit, tiles=tiles, **self._around)
@@ -163,7 +154,8 @@ def masked_linear_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
             work=product.work(count, setup.dtype),
             launches=inputs.launches(),
             reference=inputs.reference,
-            results=inputs.results,
+            # All rows, so that one behind the count shows where it was written.
+            results=partial(dict, out=inputs.out.data),
             cold=cold_bytes(inputs.weights),
             empty=inputs.count.zero_,
         )
@@ -244,32 +236,29 @@ def _compare(setup: Setup, product: Product, rows: int, seconds: float) -> dict[
     chosen = tiles_for(rows, product.outs, setup.dtype)
     inputs.reference()
     expected = inputs.out.data.clone()
-    timed: list[tuple[float, Tiles]] = []
+    timed: dict[Tiles, float] = {}
     skipped: list[dict[str, Any]] = []
     for tiles in tile_candidates(chosen):
         try:
-            taken = _time(setup, inputs, tiles, expected, seconds)
+            timed[tiles] = _time(setup, inputs, tiles, expected, seconds)
         # The compiler and the driver refuse in many ways what does not fit.
         except Exception as error:  # noqa: BLE001
             # Raises if the failed launch left the device in a state in which all others fail.
             synchronise(setup.device)
             why = str(error).partition("\n")[0]
             skipped.append({"cut": tiles_text(tiles), "why": f"{type(error).__name__}: {why}"})
-        else:
-            timed.append((taken, tiles))
-    own = {tiles: taken for taken, tiles in timed}.get(chosen)
-    best = min(timed, key=lambda pair: pair[0], default=None)
+    own, best = timed.get(chosen), min(timed, key=lambda tiles: timed[tiles], default=None)
     return {
         "what": label(product),
         "rows": rows,
         "chosen": tiles_text(chosen),
         "chosen_us": _microseconds(own),
-        "best": None if best is None else tiles_text(best[1]),
-        "best_us": None if best is None else _microseconds(best[0]),
-        "ratio": None if best is None or own is None else round(own / best[0], 4),
+        "best": None if best is None else tiles_text(best),
+        "best_us": None if best is None else _microseconds(timed[best]),
+        "ratio": None if best is None or own is None else round(own / timed[best], 4),
         "cuts": [
             {"cut": tiles_text(tiles), **asdict(tiles), "us": _microseconds(taken)}
-            for taken, tiles in timed
+            for tiles, taken in timed.items()
         ],
         "skipped": skipped,
     }

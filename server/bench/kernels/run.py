@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +16,7 @@ from offramp.kernels.backend import INTERPRETED, triton, uses_triton
 from offramp.models.shapes import MODEL_SHAPES
 from offramp.server.bench.common import Report, Say, UsageError, table, today
 from offramp.server.bench.device import DTYPES, Ceilings, cpu_facts, measure_ceilings, processor
+from offramp.server.bench.kernels import decoding, layers, products
 from offramp.server.bench.kernels.case import (
     CASE_COLUMNS,
     Copies,
@@ -23,49 +26,25 @@ from offramp.server.bench.kernels.case import (
     check,
     measure_case,
 )
-from offramp.server.bench.kernels.decoding import (
-    embed_rows_cases,
-    exit_cases,
-    finish_cases,
-    gate_cases,
-    gather_cases,
-    sample_rows_cases,
-    score_logits_cases,
-)
-from offramp.server.bench.kernels.layers import (
-    add_rms_norm_cases,
-    decode_attention_cases,
-    fill_kv_cases,
-    prefill_attention_cases,
-    rms_norm_cases,
-    rope_and_store_cases,
-    swiglu_cases,
-)
-from offramp.server.bench.kernels.products import (
-    TILES_COLUMNS,
-    compare_tiles,
-    linear_cases,
-    masked_linear_cases,
-)
 
 OPS: Mapping[str, Maker] = MappingProxyType(
     {
-        "rms_norm": rms_norm_cases,
-        "add_rms_norm": add_rms_norm_cases,
-        "swiglu": swiglu_cases,
-        "linear": linear_cases,
-        "masked_linear": masked_linear_cases,
-        "rope_and_store": rope_and_store_cases,
-        "decode_attention": decode_attention_cases,
-        "prefill_attention": prefill_attention_cases,
-        "fill_kv": fill_kv_cases,
-        "embed_rows": embed_rows_cases,
-        "board": gather_cases,
-        "fire": gate_cases,
-        "leave": exit_cases,
-        "arrive": finish_cases,
-        "score_logits": score_logits_cases,
-        "sample_rows": sample_rows_cases,
+        "rms_norm": layers.rms_norm_cases,
+        "add_rms_norm": layers.add_rms_norm_cases,
+        "swiglu": layers.swiglu_cases,
+        "linear": products.linear_cases,
+        "masked_linear": products.masked_linear_cases,
+        "rope_and_store": layers.rope_and_store_cases,
+        "decode_attention": layers.decode_attention_cases,
+        "prefill_attention": layers.prefill_attention_cases,
+        "fill_kv": layers.fill_kv_cases,
+        "embed_rows": decoding.embed_rows_cases,
+        "board": decoding.gather_cases,
+        "fire": decoding.gate_cases,
+        "leave": decoding.exit_cases,
+        "arrive": decoding.finish_cases,
+        "score_logits": decoding.score_logits_cases,
+        "sample_rows": decoding.sample_rows_cases,
     }
 )
 """All ops that are measured, by name; those that others are checked with come first."""
@@ -84,34 +63,15 @@ _CACHES = (
 Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """A model's ``shape`` by its ``name``; ``ops`` with each number of ``rows``.
-
-    Each timing takes ``seconds``; with ``tiles`` products are also timed with other tile sizes.
-    """
-
-    name: str
-    shape: Shape
-    ops: tuple[str, ...]
-    rows: tuple[int, ...]
-    seconds: float
-    tiles: bool
-
-    def setup(self) -> Setup:
-        """Inputs for timing."""
-        return Setup(self.shape, _COPIES[self.shape.device.type])
-
-    @property
-    def runs(self) -> str:
-        """What an op's call runs on the device."""
-        if not uses_triton(self.shape.device):
-            return "references"
-        return "interpreted kernels" if INTERPRETED else "kernels"
+def _runs(device: torch.device) -> str:
+    """What an op's call runs on the device."""
+    if not uses_triton(device):
+        return "references"
+    return "interpreted kernels" if INTERPRETED else "kernels"
 
 
-def read_options(args: argparse.Namespace) -> Options:
-    """What the command line says, with defaults by device; UsageError for unknown names."""
+def _shape(args: argparse.Namespace) -> tuple[str, Shape]:
+    """The model's name and sizes, with defaults by device; UsageError for unknown names."""
     there = torch.cuda.is_available()
     if args.device == "cuda" and not there:
         raise UsageError("--device cuda: torch finds no CUDA device")
@@ -124,83 +84,76 @@ def read_options(args: argparse.Namespace) -> Options:
         raise UsageError(f"--ops {','.join(unknown)}: ops are {', '.join(OPS)}")
     dtype = DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")]
     device = torch.device("cuda" if on_gpu else "cpu")
-    # In the table's order: what others are checked with is checked first.
-    ops = tuple(op for op in OPS if not args.ops or op in args.ops)
-    shape = Shape(MODEL_SHAPES[name], dtype, device, args.context)
-    return Options(name, shape, ops, args.rows, args.seconds, args.tiles)
+    return name, Shape(MODEL_SHAPES[name], dtype, device, args.context)
 
 
 @torch.inference_mode()
 def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
     """Check all ops, then time them; raises Refused if one computes something else."""
-    options = read_options(args)
-    shape = options.shape
-    for name in options.ops:
-        say(f"checking {name}")
-        for rows in options.rows:
-            check(name, OPS[name], shape, rows)
+    name, shape = _shape(args)
+    # In the table's order: what others are checked with is checked first.
+    ops = [op for op in OPS if not args.ops or op in args.ops]
+    for op in ops:
+        say(f"checking {op}")
+        for rows in args.rows:
+            check(op, OPS[op], shape, rows)
     say("measuring the ceilings")
-    ceilings = measure_ceilings(shape.device, shape.dtype, options.seconds)
-    cases, skipped = _cases(options, ceilings, say)
-    tiles: Rows = []
-    for rows in options.rows if options.tiles else ():
-        tiles += compare_tiles(options.setup, rows, options.seconds, say)
+    ceilings = measure_ceilings(shape.device, shape.dtype, args.seconds)
+    make_setup = partial(Setup, shape, _COPIES[shape.device.type])
+    cases: Rows = []
+    skipped: Rows = []
+    for op, rows in itertools.product(ops, args.rows):
+        say(f"timing {op}, rows: {rows}")
+        try:
+            setup = make_setup()
+            cases.extend(
+                measure_case(setup, case, ceilings, args.seconds)
+                for case in OPS[op](setup, rows, rows)
+            )
+        except torch.OutOfMemoryError as error:
+            why = str(error).partition("\n")[0]
+            skipped.append({"op": op, "rows": rows, "why": why})
     document: dict[str, Any] = {
         "command": command,
         "date": today(),
         "device": _device(shape.device),
         "torch": torch.__version__,
         "triton": None if triton is None else triton.__version__,
-        "runs": options.runs,
-        "model_shape": options.name,
+        "runs": _runs(shape.device),
+        "model_shape": name,
         "dtype": str(shape.dtype).removeprefix("torch."),
         "context": shape.context,
-        "seconds": options.seconds,
-        "ceilings": {name: round(value) for name, value in asdict(ceilings).items()},
+        "seconds": args.seconds,
+        "ceilings": {key: round(value) for key, value in asdict(ceilings).items()},
         "cases": cases,
         "skipped": skipped,
     }
-    if options.tiles:
-        document["tiles"] = tiles
-    tables = _tables(options, ceilings, document)
+    if args.tiles:
+        document["tiles"] = [
+            row
+            for rows in args.rows
+            for row in products.compare_tiles(make_setup, rows, args.seconds, say)
+        ]
+    tables = _tables(ceilings, document)
     return Report(f"{tables}\n", document, _page(document, tables))
 
 
-def _cases(options: Options, ceilings: Ceilings, say: Say) -> tuple[Rows, Rows]:
-    """Figures of all cases, and those that there is no memory for."""
-    found: Rows = []
-    skipped: Rows = []
-    for name in options.ops:
-        for rows in options.rows:
-            say(f"timing {name}, rows: {rows}")
-            try:
-                setup = options.setup()
-                found.extend(
-                    measure_case(setup, case, ceilings, options.seconds)
-                    for case in OPS[name](setup, rows, rows)
-                )
-            except torch.OutOfMemoryError as error:
-                why = str(error).partition("\n")[0]
-                skipped.append({"op": name, "rows": rows, "why": why})
-    return found, skipped
-
-
-def _tables(options: Options, ceilings: Ceilings, document: Mapping[str, Any]) -> str:
+def _tables(ceilings: Ceilings, document: Mapping[str, Any]) -> str:
     """Markdown, with what its columns mean."""
     parts = []
-    if options.runs in _REHEARSAL:
-        parts.append(f"**{_REHEARSAL[options.runs]}**\n")
+    if document["runs"] in _REHEARSAL:
+        parts.append(f"**{_REHEARSAL[document['runs']]}**\n")
     parts.append(
         f"Ceilings measured: a copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, a sum "
         f"{ceilings.read_bytes_per_s / 1e9:.1f} GB/s, products "
         f"{ceilings.flops_per_s / 1e12:.2f} TFLOP/s.\n"
     )
-    if options.shape.device.type == "cuda":
+    if document["device"]["type"] == "cuda":
         parts.append(_CACHES)
     parts.append(table(document["cases"], CASE_COLUMNS) + "\n")
-    if options.tiles:
+    if "tiles" in document:
         parts.append("Cuts (rows x outputs x inputs, warps, stages):\n")
-        parts.append(table(document["tiles"], TILES_COLUMNS) + "\n")
+        parts.append(table(document["tiles"], products.TILES_COLUMNS) + "\n")
     parts += _skipped(document["skipped"], document.get("tiles", ()))
     return "\n".join(parts)
 
