@@ -163,12 +163,14 @@ SegmentTimes = Mapping[int, Sequence[SegmentTime]]
 """Times of a loop's segments, bottom up, by the number of active rows."""
 
 
-def segment_times(owner: RandomModel, recorded: RecordedLoop, batch: int) -> list[SegmentTime]:
+def segment_times(
+    random_model: RandomModel, recorded: RecordedLoop, batch: int
+) -> list[SegmentTime]:
     """Of all segments of the loop, bottom up, at the end of the contexts."""
-    loop, device = recorded.loop, owner.options.device
+    loop, device = recorded.loop, random_model.options.device
     thresholds = loop.tables.thresholds
     loop.hold([(0.0, 0.0)] * recorded.num_segments)
-    recorded.start(batch, owner.options.seed)
+    recorded.start(batch, random_model.options.seed)
 
     def timed(segment: int, stage: int, threshold: float) -> float:
         recorded.save(stage, batch)
@@ -189,24 +191,29 @@ def segment_times(owner: RandomModel, recorded: RecordedLoop, batch: int) -> lis
 
 
 @torch.inference_mode()
-def fill_seconds(owner: RandomModel, draws: Tensor, batch: int) -> float:
+def fill_seconds(random_model: RandomModel, draws: Tensor, batch: int) -> float:
     """Mean time that K,V fills take in a launch whose tokens leave as in ``draws`` [tokens, slots].
 
     All exits' fills of the trace's first launches, run alone. A launch without tokens that leave
     pays for the kernels' start, as in the loop.
     """
-    options = owner.options
+    options = random_model.options
     recorder = Recorder(options.device)
     state = torch.randn(options.slots, options.config.hidden_size, device=options.device)
     hidden = state.to(options.dtype)
-    eps, angles = options.config.rms_norm_eps, owner.model.rotary.angles
+    eps, angles = options.config.rms_norm_eps, random_model.model.rotary.angles
     rows = draws[:_FILLS, :batch].tolist()
     total = 0.0
-    for point, head in enumerate(owner.heads):
+    for point, head in enumerate(random_model.heads):
         # The loop's own projection cannot be reached from here, so it is made once more.
-        projection, pages = kv_projection(owner.model, head), owner.cache.pages[head.layer :]
+        projection, pages = (
+            kv_projection(random_model.model, head),
+            random_model.cache.pages[head.layer :],
+        )
         leaving = [
-            _leaving(owner, [slot for slot, drawn in enumerate(row) if drawn == point], batch)
+            _leaving(
+                random_model, [slot for slot, drawn in enumerate(row) if drawn == point], batch
+            )
             for row in rows
         ]
 
@@ -222,11 +229,13 @@ def fill_seconds(owner: RandomModel, draws: Tensor, batch: int) -> float:
     return total / len(rows)
 
 
-def _leaving(owner: RandomModel, slots: list[int], batch: int) -> SegmentBatch:
+def _leaving(random_model: RandomModel, slots: list[int], batch: int) -> SegmentBatch:
     """``slots`` as the rows that leave in a launch, at the end of their contexts."""
-    options, position = owner.options, owner.options.context
+    options, position = random_model.options, random_model.options.context
     leaving = SegmentBatch.empty(1 << (batch - 1).bit_length(), options.device)
-    places = [owner.blocks[slot][position // BLOCK] * BLOCK + position % BLOCK for slot in slots]
+    places = [
+        random_model.blocks[slot][position // BLOCK] * BLOCK + position % BLOCK for slot in slots
+    ]
     count = len(slots)
     leaving.slots[:count] = torch.tensor(slots, dtype=torch.int32, device=options.device)
     leaving.positions[:count] = position

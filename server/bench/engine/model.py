@@ -147,10 +147,10 @@ class RecordedLoop:
     slot is making, ``restore`` puts all slots back to where ``save`` found them.
     """
 
-    def __init__(self, loop: DeviceLoop, owner: RandomModel) -> None:
-        options = owner.options
+    def __init__(self, loop: DeviceLoop, random_model: RandomModel) -> None:
+        options = random_model.options
         self.loop = loop
-        self._blocks = owner.blocks
+        self._blocks = random_model.blocks
         self._options = options
         device, slots, exits = options.device, options.slots, len(options.exits)
         self._trace = torch.full((options.tokens, slots, exits), NEVER, device=device)

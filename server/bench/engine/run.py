@@ -79,25 +79,25 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
     say(f"making {options.shape} with random weights and recording its loops")
-    owner = _model(options)
+    random_model = _model(options)
     draws = options.trace.draw(options.tokens, options.slots, options.seed)
     full, exits = dict[int, list[SegmentTime]](), dict[int, list[SegmentTime]]()
     # One row's times are what holding is weighed with, whether or not --batch has it.
     for batch in sorted({1, *options.batches}):
         say(f"segments alone, {batch} active rows")
-        full[batch] = segment_times(owner, owner.full, batch)
-        exits[batch] = segment_times(owner, owner.exits, batch)
+        full[batch] = segment_times(random_model, random_model.full, batch)
+        exits[batch] = segment_times(random_model, random_model.exits, batch)
     rows, bounds = list[dict[str, Any]](), list[dict[str, Any]]()
     for batch in options.batches:
-        fill = fill_seconds(owner, draws, batch)
-        modes = _modes(owner, draws, holds_for(options, exits, batch))
+        fill = fill_seconds(random_model, draws, batch)
+        modes = _modes(random_model, draws, holds_for(options, exits, batch))
         rounds = _rounds(options, modes, batch, say)
         for mode in modes:
             row = _row(options, mode, batch, rounds[mode.name], rounds[FULL])
             if mode.name in {EXITS, NO_HOLD}:
                 row |= simulated(options, draws.tolist(), mode.holds, full, exits, batch)
             rows.append(row)
-        size = launch_bytes(owner, batch)
+        size = launch_bytes(random_model, batch)
         bounds.append({"batch": batch, **_bound(options, size, speed, fill, rounds)})
     segments = [
         _segment(options, mode, time)
@@ -111,7 +111,7 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
         "segments": segments,
         "bounds": {
             "bandwidth_bytes_per_s": round(speed),
-            "weight_bytes": owner.model.weight_bytes,
+            "weight_bytes": random_model.model.weight_bytes,
             "gpu_bytes_reserved": torch.cuda.max_memory_reserved(options.device)
             if options.device.type == "cuda"
             else None,
@@ -132,18 +132,18 @@ def _model(options: Options) -> RandomModel:
         ) from error
 
 
-def _modes(owner: RandomModel, draws: Tensor, holds: Holds) -> list[Mode]:
-    options, exits = owner.options, len(owner.options.exits)
+def _modes(random_model: RandomModel, draws: Tensor, holds: Holds) -> list[Mode]:
+    options, exits = random_model.options, len(random_model.options.exits)
     top = torch.full_like(draws, exits)
     stays, leaves = (thresholds(drawn, exits).to(options.device) for drawn in (top, draws))
     no_holds = [(0.0, 0.0)] * (exits + 1)
     modes = [
-        Mode(FULL, owner.full, top, stays, no_holds[:1]),
-        Mode(NO_EXIT, owner.exits, top, stays, no_holds),
-        Mode(EXITS, owner.exits, draws, leaves, holds),
+        Mode(FULL, random_model.full, top, stays, no_holds[:1]),
+        Mode(NO_EXIT, random_model.exits, top, stays, no_holds),
+        Mode(EXITS, random_model.exits, draws, leaves, holds),
     ]
     if options.hold != "off":
-        modes.append(Mode(NO_HOLD, owner.exits, draws, leaves, no_holds))
+        modes.append(Mode(NO_HOLD, random_model.exits, draws, leaves, no_holds))
     return modes
 
 

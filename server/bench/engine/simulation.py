@@ -35,13 +35,13 @@ Draws = Sequence[Sequence[int]]
 """For each token of each slot [tokens, slots] the segment behind which it leaves."""
 
 
-def launch_bytes(owner: RandomModel, batch: int) -> int:
+def launch_bytes(random_model: RandomModel, batch: int) -> int:
     """Bytes of weights and K,V that a launch of ``batch`` rows reads at full depth, half way."""
-    options, config = owner.options, owner.options.config
+    options, config = random_model.options, random_model.options.config
     context = options.context + WARM_UP + options.tokens // 2
     span = min(context, config.sliding_window or context)
     row = 2 * config.num_layers * config.kv_size * options.dtype.itemsize
-    return owner.model.weight_bytes + batch * span * row
+    return random_model.model.weight_bytes + batch * span * row
 
 
 def holds_for(options: Options, times: SegmentTimes, batch: int) -> Holds:

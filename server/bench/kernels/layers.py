@@ -33,7 +33,7 @@ from offramp.server.bench.kernels.case import (
 )
 
 
-class Kept:
+class LastResult:
     """Keeps what a launch returned, for ops that make their results anew."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Kept:
 def rms_norm_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """The norm before a product."""
     size, width, eps = setup.dtype.itemsize, setup.config.hidden_size, setup.config.rms_norm_eps
-    x, weight, kept = setup.normal(count, width), setup.normal(width), Kept()
+    x, weight, kept = setup.normal(count, width), setup.normal(width), LastResult()
     yield Case(
         op="rms_norm",
         what=f"width {width}",
@@ -95,7 +95,7 @@ def add_rms_norm_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
 def swiglu_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """The gated unit behind a library's product."""
     size, width = setup.dtype.itemsize, setup.config.intermediate_size
-    gate_up, kept = setup.normal(count, 2 * width), Kept()
+    gate_up, kept = setup.normal(count, 2 * width), LastResult()
     yield Case(
         op="swiglu",
         what=f"width {width}",
@@ -110,7 +110,7 @@ def swiglu_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
 
 def rope_and_store_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """What the fused projection gave, split, rotated and put to its places."""
-    config, size, kept = setup.config, setup.dtype.itemsize, Kept()
+    config, size, kept = setup.config, setup.dtype.itemsize, LastResult()
     width = config.query_size + 2 * config.kv_size
     qkv = setup.normal(rows, width)
     places = setup.order(_places(rows))[:rows]
@@ -139,7 +139,7 @@ def rope_and_store_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
 
 def decode_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """The newest token of each of ``rows`` texts against all before it."""
-    config, kept = setup.config, Kept()
+    config, kept = setup.config, LastResult()
     k, v, texts = newest_rows(setup, rows, count)
     q = setup.normal(rows, config.num_heads, config.head_dim)
     caches = setup.copied(k, v)
@@ -163,7 +163,7 @@ def decode_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case
 
 def prefill_attention_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
     """The last rows of one prompt against all before them; the host knows how many there are."""
-    config, kept = setup.config, Kept()
+    config, kept = setup.config, LastResult()
     k, v, texts = last_rows(setup, count)
     q = setup.normal(count, config.num_heads, config.head_dim)
     caches = setup.copied(k, v)

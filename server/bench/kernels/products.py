@@ -30,7 +30,7 @@ from offramp.models.exits.training.train import TrainOptions
 from offramp.server.bench.common import Say, columns
 from offramp.server.bench.device import Clock, Launch, synchronise
 from offramp.server.bench.kernels.case import SHORT, Case, Setup, Work, cold_bytes, difference
-from offramp.server.bench.kernels.layers import Kept
+from offramp.server.bench.kernels.layers import LastResult
 
 TILES_COLUMNS = columns(
     "product {what} | rows {rows} | tiles_for {chosen} | us {chosen_us:.2f} | best {best} | "
@@ -175,7 +175,7 @@ def linear_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
 def _linear_case(setup: Setup, product: Product, rows: int, count: int) -> Case:
     outs, ins, size = product.weight_rows, product.ins, setup.dtype.itemsize
     weights = setup.copied(setup.weight(outs, ins))
-    x, kept = setup.normal(count, ins), Kept()
+    x, kept = setup.normal(count, ins), LastResult()
 
     def reference() -> None:
         ((weight,), *_) = weights
