@@ -113,10 +113,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _rows(
-    args: argparse.Namespace,
-    bench: Workbench,
-    prompts: Sequence[tuple[int, ...]],
-    tasks: TaskItems,
+    args: argparse.Namespace, bench: Workbench, prompts: Sequence[tuple[int, ...]], tasks: TaskItems
 ) -> list[dict[str, Any]]:
     """One row a setting, the first with exits off."""
     from offramp.server.lab.runs import figures, speed  # noqa: PLC0415

@@ -183,6 +183,7 @@ def figures(run: Run, num_layers: int) -> Figures:
     """The numbers of one run of a stack of ``num_layers``."""
     finished, judgement = run.finished, run.judgement
     tokens = sum(judgement.tokens)
+    skipped = sum(item.stats.prompt_layers_skipped for item in finished if item.stats is not None)
     gaps = [b - a for item in finished for a, b in pairwise(item.times)]
     whole = [item.times[-1] - item.submitted_at for item in finished]
     left = Counter(layer for item in finished for layer in item.exit_layers)
@@ -197,7 +198,7 @@ def figures(run: Run, num_layers: int) -> Figures:
         distinct_2=statistics.fmean(distinct(item.token_ids, 2) for item in finished),
         mean_depth=run.mean_depth,
         layers_skipped=1 - run.layers_executed / (tokens * num_layers),
-        prompt_skipped=_prompt_skipped(finished, num_layers),
+        prompt_skipped=skipped / (num_layers * sum(len(item.request.prompt) for item in finished)),
         exit_histogram={str(layer): left[layer] for layer in sorted(left)},
         tokens_per_s=speed(finished),
         ttft_ms=1000 * statistics.median(item.times[0] - item.submitted_at for item in finished),
@@ -206,11 +207,6 @@ def figures(run: Run, num_layers: int) -> Figures:
         e2e_p50_ms=1000 * percentile(whole, 0.5),
         e2e_p99_ms=1000 * percentile(whole, 0.99),
     )
-
-
-def _prompt_skipped(finished: Sequence[Finished], num_layers: int) -> float:
-    skipped = sum(item.stats.prompt_layers_skipped for item in finished if item.stats is not None)
-    return skipped / (num_layers * sum(len(item.request.prompt) for item in finished))
 
 
 def repetition(tokens: Sequence[int]) -> float:

@@ -199,12 +199,7 @@ def trial_row(trial: Trial) -> dict[str, Any]:
 
 
 def operating_point(
-    choice: Choice,
-    trial: Trial,
-    *,
-    confidence: float,
-    criterion: ExitCriterion,
-    kv_fill: KVFill,
+    choice: Choice, trial: Trial, *, confidence: float, criterion: ExitCriterion, kv_fill: KVFill
 ) -> OperatingPoint:
     """What the exit file keeps of a choice and its trial."""
     return OperatingPoint(

@@ -14,12 +14,7 @@ from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitS
 from offramp.server.lab.candidates import candidates_from
 from offramp.server.lab.options import LabError, say
 from offramp.server.lab.runs import Run, figures
-from offramp.server.lab.workbench import (
-    Workbench,
-    open_workbench,
-    read_exact,
-    write_beside_deltas,
-)
+from offramp.server.lab.workbench import Workbench, open_workbench, read_exact, write_beside_deltas
 
 # Teacher-forced risk a sweep spans: from hardly any harm to clearly too much.
 _LOW, _HIGH = 0.005, 0.2
@@ -61,7 +56,10 @@ def settings_for(args: argparse.Namespace, bench: Workbench, off: Run) -> list[S
 
     ``off`` are the answers at full depth, from which the sweeps' thresholds are drawn.
     """
-    made = [_point(point) for point in points_named(bench.file.points, args.points)]
+    made = []
+    for point in points_named(bench.file.points, args.points):
+        exits = adaptive(point.criterion, point.thresholds, point.kv_fill)
+        made.append(Setting(f"quality {point.quality:g}", "point", exits, point.quality))
     sweeps = candidates_from(
         bench, off.finished, args.criteria, count=args.steps, low=_LOW, high=_HIGH
     )
@@ -74,9 +72,11 @@ def settings_for(args: argparse.Namespace, bench: Workbench, off: Run) -> list[S
         Setting(f"fill {fill}", "fill", adaptive(criterion, thresholds, fill))
         for fill in args.fills
     ]
-    made += [
-        Setting(f"prefill {bound:g}", "prefill", prefill(bench, bound)) for bound in args.prefill
-    ]
+    # Prompt tokens leave where the gate's score reaches the bound; the answer's never do.
+    never = (NEVER,) * len(bench.file.heads)
+    for bound in args.prefill:
+        exits = ExitSettings(ExitMode.ADAPTIVE, thresholds=never, prefill_threshold=bound)
+        made.append(Setting(f"prefill {bound:g}", "prefill", exits))
     lossless = ExitSettings(mode=ExitMode.LOSSLESS, criterion=criterion)
     return [*made, Setting("lossless", "lossless", lossless)]
 
@@ -119,20 +119,7 @@ def points_named(points: tuple[OperatingPoint, ...], wanted: str) -> list[Operat
 
 def adaptive(criterion: ExitCriterion, thresholds: tuple[float, ...], fill: KVFill) -> ExitSettings:
     """Settings of adaptive exits."""
-    return ExitSettings(
-        mode=ExitMode.ADAPTIVE, criterion=criterion, thresholds=thresholds, kv_fill=fill
-    )
-
-
-def prefill(bench: Workbench, bound: float) -> ExitSettings:
-    """Prompt tokens leave where the gate's score reaches ``bound``; the answer's never do."""
-    never = (NEVER,) * len(bench.file.heads)
-    return ExitSettings(ExitMode.ADAPTIVE, thresholds=never, prefill_threshold=bound)
-
-
-def _point(point: OperatingPoint) -> Setting:
-    exits = adaptive(point.criterion, point.thresholds, point.kv_fill)
-    return Setting(f"quality {point.quality:g}", "point", exits, point.quality)
+    return ExitSettings(ExitMode.ADAPTIVE, criterion, thresholds, kv_fill=fill)
 
 
 def fill_rows(

@@ -56,10 +56,7 @@ class Workbench:
         return Run(tuple(finished), judge(self.model, answers), steps)
 
     def answer(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        exits: ExitSettings,
-        steps: StepLog | None = None,
+        self, prompts: Sequence[tuple[int, ...]], exits: ExitSettings, steps: StepLog | None = None
     ) -> list[Finished]:
         """Greedy answers under ``exits``, not judged; ``steps`` notes what the engine did.
 

@@ -39,12 +39,7 @@ from offramp.server.bench.engine.decode import (
 )
 from offramp.server.bench.engine.model import RandomModel
 from offramp.server.bench.engine.options import Options, check_memory, read_options, thresholds
-from offramp.server.bench.engine.simulation import (
-    holds_for,
-    launch_bytes,
-    paper_report,
-    simulated,
-)
+from offramp.server.bench.engine.simulation import holds_for, launch_bytes, paper_report, simulated
 
 FULL, NO_EXIT, EXITS, NO_HOLD = "full", "nobody", "exits", "exits-no-hold"
 
@@ -209,11 +204,7 @@ def _segment(options: Options, mode: str, time: SegmentTime) -> dict[str, Any]:
 
 
 def _bound(
-    options: Options,
-    size: int,
-    speed: float,
-    fill: float,
-    rounds: Mapping[str, Sequence[Decoded]],
+    options: Options, size: int, speed: float, fill: float, rounds: Mapping[str, Sequence[Decoded]]
 ) -> dict[str, Any]:
     """Memory's bound on a launch that reads ``size`` bytes, and what exits add to a launch."""
     full, no_exit = _launch_seconds(rounds[FULL]), _launch_seconds(rounds[NO_EXIT])
