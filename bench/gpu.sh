@@ -10,8 +10,8 @@
 # off and named. Ends with status 1 if any step failed.
 #
 # From the environment: OFFRAMP (the command), DEVICE, DTYPE, LARGE and SMALL (model shapes), ROWS,
-# TOKENS and SECONDS_EACH (of a ride's and a kernel's timing), EXIT_VOCAB (tokens that exits tell apart),
-# MODEL (real weights; "" leaves them out).
+# TOKENS (launches of the decode loop, and tokens of an answer), SECONDS_EACH (a kernel's timing),
+# EXIT_VOCAB (tokens that exits choose from), MODEL (real weights; "" leaves them out).
 set -uo pipefail
 
 if (($# != 1)); then

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(
     path for folder in ("server", "models", "kernels") for path in (ROOT / folder).rglob("*.py")
 )
-FILE_LINES = 450
-CLASS_LINES = 300
-FUNCTION_LINES = 60
+FILE_LINES = 600
+CLASS_LINES = 400
+FUNCTION_LINES = 80
 
 
 def too_long(path: Path) -> Iterator[str]:

@@ -1,4 +1,9 @@
-"""Servers as processes of their own, which end with the one that started them."""
+"""Servers as processes of their own, which end with the one that started them.
+
+Run as a program this module is such a server: ``python -m offramp.server.bench.process offramp``
+with the words of ``offramp serve``, or ``llamacpp`` with those of _serve_llamacpp. It imports
+neither torch nor transformers, or they would count as memory that llama.cpp needs.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,16 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, Queue
 
 import offramp
-from offramp.server.bench.errors import LoadError
+from offramp.server.bench.common import BenchError
+
+SERVE_OFFRAMP = ("offramp.server.bench.process", "offramp")
+SERVE_LLAMACPP = ("offramp.server.bench.process", "llamacpp")
 
 _START_S = 300.0
 _STOP_S = 10.0
@@ -22,6 +30,8 @@ _READY = re.compile(r"ready on (http://\S+)")
 _KEPT_LINES = 15
 # Where the package lies, which need not be installed.
 _ROOT = Path(offramp.__file__).parents[1]
+# llama.cpp's warnings and errors; a line for every request would cost time.
+_WARNINGS = 2
 
 
 class ServerProcess:
@@ -34,25 +44,20 @@ class ServerProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    @property
-    def pid(self) -> int:
-        """The process's number."""
-        return self._process.pid
-
     def address(self, timeout: float = _START_S) -> str:
-        """Where it serves, once it says so; raises LoadError after ``timeout`` seconds."""
+        """Where it serves, once it says so; raises BenchError after ``timeout`` seconds."""
         try:
             address = self._address.get(timeout=timeout)
         except Empty:
-            raise LoadError(f"a server was not ready within {timeout:.0f} s") from None
+            raise BenchError(f"a server was not ready within {timeout:.0f} s") from None
         if address is None:
-            raise LoadError("a server ended before it was ready:\n" + "".join(self._last).rstrip())
+            raise BenchError("a server ended before it was ready:\n" + "".join(self._last).rstrip())
         return address
 
     def peak_memory_mib(self) -> float | None:
         """Largest resident size so far; None on systems without /proc."""
         try:
-            status = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8")
+            status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
         except OSError:
             return None
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
@@ -110,3 +115,39 @@ def follow_parent() -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _serve_offramp(words: Sequence[str]) -> None:
+    from offramp.server import cli  # noqa: PLC0415
+
+    sys.exit(cli.main(["serve", *words]))
+
+
+def _serve_llamacpp(words: Sequence[str]) -> None:
+    """llama.cpp's own server; the address is printed once the model is loaded.
+
+    Words: model file, threads, answers at once, tokens of each.
+    """
+    gguf, (threads, slots, context) = words[0], map(int, words[1:])
+    import xllamacpp  # noqa: PLC0415
+
+    params = xllamacpp.CommonParams()
+    params.model.path = gguf
+    params.port = 0
+    params.n_parallel = slots
+    params.n_ctx = slots * context
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.warmup = True
+    params.verbosity = _WARNINGS
+    # No copies of slots beside the K,V, and no shrinking of the context that was set.
+    params.cache_ram_mib = 0
+    params.fit_params = False
+    server = xllamacpp.Server(params)
+    sys.stdout.write(f"ready on {server.listening_address}\n")
+    sys.stdout.flush()
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    follow_parent()
+    {"offramp": _serve_offramp, "llamacpp": _serve_llamacpp}[sys.argv[1]](sys.argv[2:])

@@ -11,28 +11,26 @@ from typing import Any
 import torch
 
 from offramp.kernels.native import library
-from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitSettings, SamplingParams
-from offramp.server.bench.bandwidth import bandwidth
-from offramp.server.bench.errors import LoadError
-from offramp.server.engine.bulk import run_all
+from offramp.server.bench.common import BenchError
+from offramp.server.bench.device import bandwidth
+from offramp.server.bench.targets import Prompt
+from offramp.server.engine.build import runner_of
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.offline import run_all
 from offramp.server.engine.request import EngineOutput, GenerationRequest
 
 
 def require_matplotlib() -> None:
-    """Raise LoadError, before any work is done, where the picture cannot be drawn."""
+    """Raise BenchError, before any work is done, where the picture cannot be drawn."""
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
-        raise LoadError("--profile needs matplotlib: pip install 'offramp[train]'") from error
+        raise BenchError("--profile needs matplotlib: pip install 'offramp[train]'") from error
 
 
 def profile(
-    engine: Engine,
-    prompts: Sequence[tuple[int, ...]],
-    concurrency: Sequence[int],
-    max_tokens: int,
+    engine: Engine, prompts: Sequence[Prompt], concurrency: Sequence[int], max_tokens: int
 ) -> dict[str, Any]:
     """Milliseconds of each part of a decode step at full depth, for each number of streams.
 
@@ -40,7 +38,7 @@ def profile(
     the bandwidth that reading memory reaches here: no step at one stream can be faster.
     """
     read = _weight_bytes(engine)
-    rate = bandwidth(torch.device("cpu")).read
+    _, rate = bandwidth(torch.device("cpu"))
     rows = [_steps(engine, prompts, streams, max_tokens) for streams in concurrency]
     return {
         "weight_bytes": read,
@@ -50,7 +48,7 @@ def profile(
     }
 
 
-def text(found: dict[str, Any]) -> str:
+def profile_text(found: dict[str, Any]) -> str:
     """The same as a table."""
     parts = list(found["rows"][0]["parts_ms"])
     lines = ["| ms a step | " + " | ".join(f"{r['streams']} streams" for r in found["rows"]) + " |"]
@@ -98,11 +96,12 @@ def draw(found: dict[str, Any], title: str, path: Path) -> None:
 
 
 class _Timed:
-    """An engine that tells apart what its last step did inside layers; see `run_all`."""
+    """An engine whose last step is timed by parts of layers; see EngineProtocol."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.info = engine.info
+        self.add, self.abort = engine.add, engine.abort
         self.parts: dict[str, float] = {}
         self._kernels = library()
 
@@ -110,14 +109,6 @@ class _Timed:
     def has_work(self) -> bool:
         """See Engine."""
         return self.engine.has_work
-
-    def add(self, request: GenerationRequest, submitted_at: float) -> None:
-        """See Engine."""
-        self.engine.add(request, submitted_at)
-
-    def abort(self, request_id: str) -> None:
-        """See Engine."""
-        self.engine.abort(request_id)
 
     def step(self) -> EngineOutput:
         """See Engine."""
@@ -128,7 +119,7 @@ class _Timed:
 
 
 def _steps(
-    engine: Engine, prompts: Sequence[tuple[int, ...]], streams: int, max_tokens: int
+    engine: Engine, prompts: Sequence[Prompt], streams: int, max_tokens: int
 ) -> dict[str, Any]:
     """Means over the steps in which every stream gets a token, after a round of warm-up."""
     timed = _Timed(engine)
@@ -162,12 +153,10 @@ def _steps(
         ]
         run_all(timed, requests, concurrency=streams, observe=observe)
     if not steps:
-        raise LoadError("--profile saw no step of all streams; raise --max-tokens")
+        raise BenchError("--profile saw no step of all streams; raise --max-tokens")
     parts = {name: round(1e3 * seconds / steps, 3) for name, seconds in spent.items()}
     return {"streams": streams, "parts_ms": parts, "step_ms": round(sum(parts.values()), 3)}
 
 
 def _weight_bytes(engine: Engine) -> int:
-    runner = engine.runner
-    assert isinstance(runner, Runner)
-    return runner.model.weight_bytes
+    return runner_of(engine).model.weight_bytes

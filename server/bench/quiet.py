@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offramp.server.bench.errors import NotQuiet
+from offramp.server.bench.common import Refused, Say
 
 OTHERS_LIMIT = 0.05
 SPREAD_LIMIT = 0.25
@@ -32,9 +32,9 @@ Ticks = tuple[int, int, int]
 class Judgement:
     """What one look at the machine found.
 
-    ``others`` is the share of all CPUs' time that other processes used, None if the system does not
-    tell; ``spread`` the 90th percentile over the minimum of equal pieces of work, less 1, None if
-    none were done.
+    ``others`` is the share of all CPUs' time that other processes used, None if that is not known.
+    ``spread`` is the 90th percentile over the minimum of the times of equal pieces of work, less 1,
+    None if none were done.
     """
 
     when: str
@@ -68,7 +68,7 @@ def judge(when: str) -> Judgement:
 
 
 def others_share(before: Ticks | None, after: Ticks | None) -> float | None:
-    """Share of all CPUs' time between two readings that was not ours; None if nobody tells."""
+    """Share of all CPUs' time between two readings that was not ours; None if not known."""
     if before is None or after is None or after[0] <= before[0]:
         return None
     total, busy, own = (b - a for a, b in zip(before, after, strict=True))
@@ -80,16 +80,16 @@ class Watch:
     """All judgements of a run; ``strict`` makes a machine that is not quiet an error."""
 
     strict: bool
-    say: Callable[[str], None]
+    say: Say
     judgements: list[Judgement] = field(default_factory=list)
 
     def look(self, when: str) -> None:
-        """Judge now; raises NotQuiet."""
+        """Judge now; raises Refused."""
         self._add(judge(when))
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """Judge the time the block takes by what others use of it; raises NotQuiet at its end."""
+        """Judge the time the block takes by what others use of it; raises Refused at its end."""
         before = _ticks()
         yield
         self._add(Judgement(f"during {what}", others_share(before, _ticks()), None))
@@ -98,7 +98,7 @@ class Watch:
         self.judgements.append(judgement)
         self.say(str(judgement))
         if self.strict and judgement.quiet is False:
-            raise NotQuiet(f"{judgement}; --noisy reports all the same")
+            raise Refused(f"{judgement}; --noisy reports all the same")
 
     def document(self) -> dict[str, Any]:
         """For the report: ``quiet`` is None where nothing was found but not all could be seen."""

@@ -1,4 +1,8 @@
-"""What answers have to equal: transformers' own generate, and the full-depth model's choices."""
+"""Whether Offramp's answers are right, which is checked before any time is reported.
+
+They are compared with transformers' own generate, and with what the full-depth model in fp32
+chooses in the same context.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,11 @@ from offramp.models.exits.training.hidden_states import Answer, collect
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import load_weights
 from offramp.models.transformer import Transformer
-from offramp.server.bench.load import Trace
-from offramp.server.bench.peer_transformers import Transformers
+from offramp.server.bench.common import Refused
+from offramp.server.bench.targets import Prompt, Target, Trace, Transformers
+
+# Weights of fewer bits choose other tokens where two are about as likely.
+_LEAST_AGREEMENT = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +31,7 @@ class Reference:
     tokens_per_s: float
 
 
-def transformers_answers(
-    folder: Path, prompts: Sequence[tuple[int, ...]], max_tokens: int
-) -> Reference:
+def transformers_answers(folder: Path, prompts: Sequence[Prompt], max_tokens: int) -> Reference:
     """Greedy answers of at most ``max_tokens`` tokens, fp32, batch 1, on the CPU."""
     target = Transformers(folder)
     # The first run warms up and is not counted.
@@ -50,7 +55,7 @@ def agreement(
     """Share of emitted tokens that are the full-depth model's choice in the same context.
 
     The context is the trace's own text; its K,V are exact. All tokens count, exited or not, except
-    where the choice is one of ``without``: the ends of answers that were told not to end. None if
+    where the choice is one of ``without``: the ends of answers that had to go on. None if
     no token counts.
     """
     answers = [Answer(trace.prompt, tuple(trace.token_ids)) for trace in traces]
@@ -62,3 +67,46 @@ def agreement(
     if not counted.any():
         return None
     return float((chosen == emitted)[counted].double().mean())
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was shown of mode off: ``agreement`` with full depth in fp32 over its tokens."""
+
+    rule: str
+    agreement: float
+
+
+def check(
+    target: Target,
+    prompts: Sequence[Prompt],
+    reference: Reference,
+    judge: Transformer,
+    *,
+    concurrency: int,
+    max_tokens: int,
+    exact: bool,
+) -> Check:
+    """Check answers given one at a time and ``concurrency`` at a time; raises Refused.
+
+    With ``exact`` they must be the reference's own tokens, else most must be the judge's choice.
+    """
+    runs = [
+        target.run(prompts, mode="off", concurrency=streams, max_tokens=max_tokens)
+        for streams in (1, concurrency)
+    ]
+    found = agreement(judge, [trace for run in runs for trace in run]) or 0.0
+    if exact:
+        wrong = sum(
+            any(run[i].token_ids != answer for run in runs)
+            for i, answer in enumerate(reference.answers)
+        )
+        if wrong:
+            raise Refused(
+                f"mode off differs from transformers on {wrong} of {len(prompts)} prompts"
+            )
+        return Check("mode off gives transformers' tokens", round(found, 4))
+    rule = f"at least {_LEAST_AGREEMENT} of mode off's tokens are full depth's in fp32"
+    if found < _LEAST_AGREEMENT:
+        raise Refused(f"{rule}: it is {found:.4f}")
+    return Check(rule, round(found, 4))

@@ -1,10 +1,9 @@
-"""One run of the benchmark, from the model to the report."""
+"""One run of ``offramp bench``, from the model to the report."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
+import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -12,53 +11,97 @@ from typing import Any
 import torch
 
 from offramp.models.loading.sources import resolve
-from offramp.server.bench import document, reference, rows
-from offramp.server.bench.check import Check, check
-from offramp.server.bench.errors import LoadError
-from offramp.server.bench.long_prompt import MAX_TOKENS, long_prompt, measure_long
-from offramp.server.bench.profile import draw, profile, require_matplotlib
-from offramp.server.bench.prompts import BUILT_IN, read_prompts
+from offramp.server.bench import reference
+from offramp.server.bench.common import BenchError, Report, Say, table, today
+from offramp.server.bench.device import cpu_facts, processor
+from offramp.server.bench.profile import draw, profile, profile_text, require_matplotlib
 from offramp.server.bench.quiet import Watch
-from offramp.server.bench.rounds import Entry, Plan, Result, run_rounds
-from offramp.server.bench.sides import Room, Side, engine_config, offramp, peer
+from offramp.server.bench.rounds import (
+    LONG_PROMPT_ANSWER,
+    RATIO_COLUMNS,
+    ROW_COLUMNS,
+    Entry,
+    Plan,
+    Result,
+    long_prompt,
+    long_prompt_text,
+    measure_long,
+    ratios,
+    rows,
+    run_rounds,
+)
+from offramp.server.bench.systems import Capacity, System, engine_config, offramp, peer, serves
+from offramp.server.bench.targets import Prompt
 from offramp.server.engine.build import build_engine
+from offramp.server.text.prompts import BUILT_IN, read_prompts
 from offramp.server.text.tokenizer import Tokenizer
 
-Say = Callable[[str], None]
 _CONTEXT = 2048
 _BLOCK = 256
 
 
-def _exact(args: argparse.Namespace) -> bool:
-    """Whether tokens have to equal the reference's: nothing was rounded."""
-    rounded = args.dtype != "float32" or (args.device == "cpu" and args.weights != "fp32")
-    return not rounded
+def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
+    """Measure, and make the report.
 
-
-def bench(args: argparse.Namespace, say: Say) -> None:
-    """Measure and print the report.
-
-    Raises LoadError, Refused, NotQuiet, and what loading models, prompts and engines raises.
+    Raises BenchError, Refused, and what loading models, prompts and engines raises.
     """
     run = _Run(args, say)
-    checked, results, sides = run.rounds()
+    checked, results, systems = run.rounds()
     long = run.long_prompt() if args.long_prompt else None
     profiled = run.profile() if args.profile else None
     run.watch.look("at the end")
     say("judging the answers")
     without = run.judge.config.eos_token_ids if args.peer else ()
-    report = document.Report(
-        args=args,
-        reference=run.reference,
-        check=asdict(checked),
-        rows=rows.rows(results, run.judge, without),
-        results=results,
-        sides=sides,
-        quiet=run.watch.document(),
-        long_prompt=long,
-        profile=profiled,
-    )
-    sys.stdout.write(report.text())
+    found = rows(results, run.judge, without)
+    own_ratios, against = _ratios(found, run.reference.tokens_per_s), ratios(results)
+    parts = [table(found, ROW_COLUMNS) + "\n\n"]
+    if against:
+        parts.append(table(against, RATIO_COLUMNS) + "\n\n")
+    parts.append(f"transformers generate, 1 stream: {run.reference.tokens_per_s:.1f} tokens/s\n")
+    parts += [f"{name}: {value}\n" for name, value in own_ratios.items()]
+    if long is not None:
+        parts.append(long_prompt_text(long))
+    if profiled is not None:
+        parts.append(profile_text(profiled))
+    ours = systems[0]
+    document = {
+        "command": command,
+        "date": today(),
+        "machine": {
+            "processor": processor(),
+            "torch": torch.__version__,
+            **cpu_facts(),
+            "load_average": os.getloadavg()[0],
+        },
+        **run.watch.document(),
+        "model": args.model,
+        "target": args.url or ("server process" if serves(args) else "in process"),
+        "dtype": ours.get("dtype"),
+        "exit_layers": ours.get("exit_layers"),
+        "exit_thresholds": ours.get("exit_thresholds"),
+        "exit_threshold": args.exit_threshold,
+        "max_tokens": args.max_tokens,
+        "rounds": args.rounds,
+        "check": asdict(checked),
+        "offramp": ours,
+        "peer": systems[1] if len(systems) > 1 else None,
+        "transformers_tokens_per_s": round(run.reference.tokens_per_s, 3),
+        "ratios": own_ratios,
+        "rows": found,
+        "long_prompt": long,
+        "profile": profiled,
+        "peer_ratios": against,
+    }
+    return Report("".join(parts), document)
+
+
+def _ratios(found: list[dict[str, Any]], transformers_speed: float) -> dict[str, float]:
+    """Throughput of mode off: one stream to transformers', more streams to one."""
+    off = {row["concurrency"]: row["tokens_per_s"] for row in found if row["mode"] == "off"}
+    if 1 not in off:
+        return {}
+    made = {"off_1_to_transformers": round(off[1] / transformers_speed, 3)}
+    return made | {f"off_{n}_to_off_1": round(v / off[1], 3) for n, v in off.items() if n != 1}
 
 
 class _Run:
@@ -82,85 +125,88 @@ class _Run:
         self.reference = reference.transformers_answers(self.folder, self.checked, args.max_tokens)
         self.judge = reference.load_judge(self.folder, _CONTEXT)
 
-    def rounds(self) -> tuple[Check, list[Result], list[dict[str, Any]]]:
-        """The check, all results, and the facts of both sides."""
+    def rounds(self) -> tuple[reference.Check, list[Result], list[dict[str, Any]]]:
+        """The check, all results, and the facts of Offramp and its peer."""
         args = self.args
-        longest = max(map(len, self.prompts)) + args.max_tokens
-        room = self._room(max(args.concurrency), longest)
+        # Where nothing was rounded, tokens have to equal the reference's.
+        exact = args.dtype == "float32" and (args.device != "cpu" or args.weights == "fp32")
         with ExitStack() as stack:
-            sides = self._sides(stack, room)
-            checked = check(
-                sides[0].target,
+            systems = self._systems(stack, self._capacity())
+            ours = systems[0].target
+            checked = reference.check(
+                ours,
                 self.checked,
                 self.reference,
                 self.judge,
-                company=max(args.concurrency),
+                concurrency=max(args.concurrency),
                 max_tokens=args.max_tokens,
-                exact=_exact(args),
+                exact=exact,
             )
-            entries = [Entry(mode, sides[0].target) for mode in args.modes]
-            entries += [Entry(side.name, side.target, is_peer=True) for side in sides[1:]]
+            entries = [Entry(mode, ours) for mode in args.modes]
+            entries += [Entry(each.name, each.target, is_peer=True) for each in systems[1:]]
             results: list[Result] = []
             for concurrency in args.concurrency:
-                plan = self._plan(concurrency)
+                plan = Plan(
+                    concurrency,
+                    args.requests or max(4, 2 * concurrency),
+                    args.rounds,
+                    args.max_tokens,
+                    ignore_eos=bool(args.peer),
+                    seen_before=bool(args.url) and not args.peer,
+                )
                 results += run_rounds(plan, entries, self.prompts, self.watch, self.say)
-            return checked, results, [side.document() for side in sides]
+            return checked, results, [system.document() for system in systems]
 
     def long_prompt(self) -> dict[str, Any]:
-        """The long prompt on sides of its own, which have room for it and keep what they saw."""
+        """The long prompt on systems of its own, which hold it and keep what they saw."""
         length = self.args.long_prompt
         prompts = [
             long_prompt(self.tokenizer, self.texts, length, number)
             for number in range(self.args.rounds + 1)
         ]
-        room = self._room(1, length + MAX_TOKENS, keep_prompts=True)
+        context = _blocks(length + LONG_PROMPT_ANSWER)
+        capacity = Capacity(1, context, torch.get_num_threads(), keep_prompts=True)
         with ExitStack() as stack:
-            sides = self._sides(stack, room)
+            systems = self._systems(stack, capacity)
             self.watch.look("before the long prompt")
             with self.watch.during("the long prompt"):
-                found = measure_long(sides, prompts, mode=self.args.modes[0], say=self.say)
+                found = measure_long(systems, prompts, mode=self.args.modes[0], say=self.say)
             found["peak_memory_mib"] = {
-                side.name: side.document()["peak_memory_mib"] for side in sides
+                system.name: system.document()["peak_memory_mib"] for system in systems
             }
         return found
 
     def profile(self) -> dict[str, Any]:
         """The parts of a decode step, also drawn."""
         args = self.args
-        longest = max(map(len, self.prompts)) + args.max_tokens
-        room = self._room(max(args.concurrency), longest)
         self.say("profiling")
-        engine = build_engine(engine_config(args, room), self.folder, model_name=args.model)
+        config = engine_config(args, self._capacity())
+        engine = build_engine(config, self.folder, model_name=args.model)
         found = profile(engine, self.prompts, args.concurrency, args.max_tokens)
         weights = f"weights {args.weights}, {torch.get_num_threads()} threads"
         draw(found, f"A decode step of {args.model}, {weights}", args.profile)
         return found
 
-    def _sides(self, stack: ExitStack, room: Room) -> list[Side]:
+    def _systems(self, stack: ExitStack, capacity: Capacity) -> list[System]:
         self.say("starting what is measured")
-        ours = stack.enter_context(offramp(self.args, self.folder, room))
-        theirs = stack.enter_context(peer(self.args, self.folder, room))
+        ours = stack.enter_context(offramp(self.args, self.folder, capacity))
+        theirs = stack.enter_context(peer(self.args, self.folder, capacity))
         return [ours] if theirs is None else [ours, theirs]
 
-    def _prompts(self) -> list[tuple[int, ...]]:
+    def _capacity(self) -> Capacity:
+        """Enough for every prompt with its answer, at the highest concurrency."""
+        longest = max(map(len, self.prompts)) + self.args.max_tokens
+        return Capacity(max(self.args.concurrency), _blocks(longest), torch.get_num_threads())
+
+    def _prompts(self) -> list[Prompt]:
         chats = [[{"role": "user", "content": text}] for text in self.texts]
         ids = [self.tokenizer.encode_chat(chat, 10**6) for chat in chats]
         kept = [prompt for prompt in ids if len(prompt) + self.args.max_tokens <= _CONTEXT]
         if not kept:
-            raise LoadError(f"no prompt leaves room for an answer in {_CONTEXT} tokens")
+            raise BenchError(f"no prompt leaves room for an answer in {_CONTEXT} tokens")
         return kept
 
-    def _plan(self, concurrency: int) -> Plan:
-        args = self.args
-        return Plan(
-            concurrency,
-            args.requests or max(4, 2 * concurrency),
-            args.rounds,
-            args.max_tokens,
-            ignore_eos=bool(args.peer),
-            seen_before=bool(args.url) and not args.peer,
-        )
 
-    def _room(self, slots: int, tokens: int, *, keep_prompts: bool = False) -> Room:
-        context = -(-tokens // _BLOCK) * _BLOCK
-        return Room(slots, context, torch.get_num_threads(), keep_prompts)
+def _blocks(tokens: int) -> int:
+    """``tokens`` in whole blocks."""
+    return -(-tokens // _BLOCK) * _BLOCK

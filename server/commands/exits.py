@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from offramp.server.lab import calibrate, evaluate
-from offramp.server.lab.errors import LabError
+from offramp.server.lab.options import LabError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,8 +18,8 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     # Imported here so that --help needs neither torch nor transformers.
     from offramp.models.errors import ModelError  # noqa: PLC0415
-    from offramp.server.bench.prompts import PromptFileError  # noqa: PLC0415
     from offramp.server.config import EngineConfigError  # noqa: PLC0415
+    from offramp.server.text.prompts import PromptFileError  # noqa: PLC0415
 
     command: Callable[[argparse.Namespace], int] = args.command
     try:

@@ -34,7 +34,6 @@ from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.loading.sources import resolve
 from offramp.models.sampling_params import SamplingParams
 from offramp.models.transformer import Transformer
-from offramp.server.bench.prompts import read_prompts
 from offramp.server.commands.tune_backbone import (
     Backbone,
     device_of,
@@ -45,6 +44,7 @@ from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.offline import run_all
 from offramp.server.engine.request import EngineOutput, GenerationRequest
+from offramp.server.text.prompts import read_prompts
 from offramp.server.text.tokenizer import Tokenizer
 
 # Fewer leave nothing to judge on once the rest is split between adapters, gates and keys.

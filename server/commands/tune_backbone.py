@@ -32,7 +32,7 @@ from offramp.models.loading.safetensors import fingerprint
 
 
 class PlacementError(ModelError):
-    """The device asked for is not there."""
+    """The device that --device names is not there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,8 @@ _ENOUGH = 0.97
 
 def simulate(
     draws: Sequence[Sequence[int]], costs: CostModel, holds: Holds, warm_up: int, passes: int
-) -> float:
-    """Tokens a second over ``passes`` passes behind a warm-up.
+) -> tuple[int, float]:
+    """Tokens and seconds of ``passes`` passes behind a warm-up.
 
     ``draws[token][row]`` is the segment after which the token leaves, the last one for those that
     take all layers; after the last token the first follows. ``costs`` are those of segments, the
@@ -65,7 +65,12 @@ def simulate(
             tokens += left
             if segment + 1 < len(holds):
                 seconds += costs.checks[segment].at(left)
-    return tokens / seconds
+    return tokens, seconds
+
+
+def _speed(simulated: tuple[int, float]) -> float:
+    """Tokens a second."""
+    return simulated[0] / simulated[1]
 
 
 class BatchDelay:
@@ -105,9 +110,9 @@ class BatchDelay:
         self._counts = [count / 2 for count in self._counts]
         above = len(self._counts) - 1
         ways = [[(0.0, 0.0), *[(share, self._patience)] * above] for share in _SHARES]
-        speeds = [simulate(draws, self._costs, way, _WARM_UP, _PASSES) for way in ways]
+        speeds = [_speed(simulate(draws, self._costs, way, _WARM_UP, _PASSES)) for way in ways]
         if min(map(min, draws)) < above:
             deep = [[above] * live]
-            self.exits_pay = max(speeds) > simulate(deep, self._costs, ways[0], 1, 4)
+            self.exits_pay = max(speeds) > _speed(simulate(deep, self._costs, ways[0], 1, 4))
         enough = _ENOUGH * max(speeds)
         return next(way for way, speed in zip(ways, speeds, strict=True) if speed >= enough)

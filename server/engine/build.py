@@ -132,6 +132,14 @@ def assemble(
     return Engine(info, admission, memory, decoders, guard)
 
 
+def runner_of(engine: Engine) -> Runner:
+    """The runner of an engine that `build_engine` made."""
+    host = engine.decoders[-1]
+    assert isinstance(host, HostDecoder)
+    assert isinstance(host.runner, Runner)
+    return host.runner
+
+
 def hidden_rows(info: EngineInfo) -> int:
     """Rows of the hidden buffer: a step's, and those that sequences owe layers."""
     return info.max_num_seqs * (1 + info.max_exit_debt) + info.max_num_batched_tokens

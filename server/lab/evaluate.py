@@ -1,6 +1,6 @@
 """``offramp exits eval``: what exits cost in quality and bring in time, on prompts held out.
 
-Every setting runs the same prompts, between two runs with exits off; the speed of a setting is told
+Every setting runs the same prompts, between two runs with exits off; the speed of a setting is
 relative to these two, so a machine whose speed drifts drifts for both.
 """
 
@@ -9,22 +9,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from offramp.models.sampling_params import ExitCriterion, KVFill
-from offramp.server.lab import options
-from offramp.server.lab.errors import LabError
-from offramp.server.lab.tables import table
+from offramp.server.lab.options import (
+    Commands,
+    LabError,
+    add_options,
+    guarded,
+    positive,
+    say,
+    table,
+)
 
 if TYPE_CHECKING:
     from offramp.server.lab.settings import Setting
     from offramp.server.lab.tasks import Item
     from offramp.server.lab.workbench import Workbench
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 (has no public name)
     TaskItems = Mapping[str, Sequence[Item]]
+
+T = TypeVar("T")
 
 _COLUMNS = (
     ("setting", "name", "{}"),
@@ -53,40 +60,36 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "eval", help="measure quality and speed on held-out prompts", allow_abbrev=False
     )
-    options.add_options(parser)
-    parser.add_argument("--tasks", type=_tasks, default={}, help="gsm8k=FILE,arc=FILE,ag_news=FILE")
-    parser.add_argument("--points", default="all", help="all, none, or qualities such as 0.95,0.98")
-    parser.add_argument(
-        "--criteria", type=_criteria, default=(ExitCriterion.TWO_KEY, ExitCriterion.MAX_PROB)
-    )
-    parser.add_argument(
-        "--fills", type=_fills, default=(KVFill.PROJECT, KVFill.COPY, KVFill.RECOMPUTE)
-    )
-    parser.add_argument(
-        "--prefill", type=_bounds, default=(), help="gate scores at which prompt tokens leave"
-    )
-    parser.add_argument("--steps", type=options.positive, default=5, help="of each sweep [5]")
-    parser.add_argument(
-        "--every-exit", action="store_true", help="leave also where it does not pay in time"
-    )
-    parser.add_argument(
-        "--fill-table", action="store_true", help="only compare ways to fill K,V, then end"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for results")
-    parser.set_defaults(command=options.guarded("eval", evaluate))
+    add_options(parser)
+    add = parser.add_argument
+    add("--tasks", type=_tasks, default={}, help="gsm8k=FILE,arc=FILE,ag_news=FILE")
+    add("--points", default="all", help="all, none, or qualities such as 0.95,0.98")
+    criteria = (ExitCriterion.TWO_KEY, ExitCriterion.MAX_PROB)
+    add("--criteria", type=_each(ExitCriterion), default=criteria)
+    fills = (KVFill.PROJECT, KVFill.COPY, KVFill.RECOMPUTE)
+    add("--fills", type=_each(KVFill), default=fills)
+    add("--prefill", type=_bounds, default=(), help="gate scores at which prompt tokens leave")
+    add("--steps", type=positive, default=5, help="of each sweep [5]")
+    add("--every-exit", action="store_true", help="leave also where it does not pay in time")
+    add("--fill-table", action="store_true", help="only compare ways to fill K,V, then end")
+    add("--out", type=Path, required=True, help="folder for results")
+    parser.set_defaults(command=guarded("eval", evaluate))
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run the evaluation; raises LabError for what cannot be done."""
-    from offramp.server.lab.fills import fill_rows  # noqa: PLC0415
-    from offramp.server.lab.plots import require_matplotlib  # noqa: PLC0415
+    from offramp.server.lab.plots import draw, require_matplotlib  # noqa: PLC0415
+    from offramp.server.lab.settings import fill_rows  # noqa: PLC0415
+    from offramp.server.lab.tasks import load_task  # noqa: PLC0415
     from offramp.server.lab.workbench import open_workbench  # noqa: PLC0415
 
     if not args.fill_table:
         require_matplotlib()
     bench = open_workbench(args, every_exit=args.every_exit)
     prompts = bench.prompts(args.prompts, args.limit, args.seed)
-    tasks = _load_tasks(args)
+    tasks = {
+        task: load_task(task, path, args.limit, args.seed) for task, path in args.tasks.items()
+    }
     name = "fills" if args.fill_table else "eval"
     rows = (
         fill_rows(args, bench, prompts) if args.fill_table else _rows(args, bench, prompts, tasks)
@@ -103,16 +106,14 @@ def evaluate(args: argparse.Namespace) -> int:
     text = table(columns, rows)
     _write(args.out, name, text, document)
     if not args.fill_table:
-        _draw(args.out, rows)
+        for key, label, title, file in _PICTURES:
+            draw(rows, key, label, title, args.out / file)
     sys.stdout.write(text + "\n\n" + json.dumps(document) + "\n")
     return 0
 
 
 def _rows(
-    args: argparse.Namespace,
-    bench: Workbench,
-    prompts: Sequence[tuple[int, ...]],
-    tasks: TaskItems,
+    args: argparse.Namespace, bench: Workbench, prompts: Sequence[tuple[int, ...]], tasks: TaskItems
 ) -> list[dict[str, Any]]:
     """One row a setting, the first with exits off."""
     from offramp.server.lab.runs import figures, speed  # noqa: PLC0415
@@ -126,7 +127,7 @@ def _rows(
     rows = [{**OFF.to_json(), **plain, "speed_up": 1.0, **_task_scores(bench, OFF, tasks)}]
     before = speed(off.finished)
     for setting in settings_for(args, bench, off):
-        options.say(setting.name)
+        say(setting.name)
         run = bench.run(prompts, setting.exits)
         after = speed(bench.answer(prompts, OFF.exits))
         found = figures(run, layers)
@@ -158,12 +159,6 @@ def _task_scores(bench: Workbench, setting: Setting, tasks: TaskItems) -> dict[s
     return scores
 
 
-def _load_tasks(args: argparse.Namespace) -> dict[str, Sequence[Item]]:
-    from offramp.server.lab.tasks import load_task  # noqa: PLC0415
-
-    return {name: load_task(name, path, args.limit, args.seed) for name, path in args.tasks.items()}
-
-
 def _write(folder: Path, name: str, text: str, document: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,13 +170,6 @@ def _write(folder: Path, name: str, text: str, document: Mapping[str, Any]) -> N
         raise LabError(f"{folder}: {error.strerror}") from error
 
 
-def _draw(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    from offramp.server.lab.plots import draw  # noqa: PLC0415
-
-    for key, label, title, file in _PICTURES:
-        draw(rows, key, label, title, folder / file)
-
-
 def _tasks(text: str) -> dict[str, Path]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name and path for name, _, path in pairs):
@@ -189,25 +177,20 @@ def _tasks(text: str) -> dict[str, Path]:
     return {name: Path(path) for name, _, path in pairs}
 
 
+def _each(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Reads values of ``kind`` that are separated by commas."""
+
+    def values(text: str) -> tuple[T, ...]:
+        try:
+            return tuple(map(kind, text.split(",")))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return values
+
+
 def _bounds(text: str) -> tuple[float, ...]:
-    try:
-        bounds = tuple(float(word) for word in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    bounds = _each(float)(text)
     if not all(0 <= bound <= 1 for bound in bounds):
         raise argparse.ArgumentTypeError("gate scores lie in 0 to 1")
     return bounds
-
-
-def _criteria(text: str) -> tuple[ExitCriterion, ...]:
-    try:
-        return tuple(ExitCriterion(word) for word in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _fills(text: str) -> tuple[KVFill, ...]:
-    try:
-        return tuple(KVFill(word) for word in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

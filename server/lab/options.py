@@ -1,13 +1,21 @@
-"""Command-line options of calibration and evaluation; needs no torch."""
+"""What calibration and evaluation share and what needs no torch: options, the error, the table."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from offramp.server.lab.errors import LabError
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 (has no public name)
+"""The sub-commands of ``offramp exits``."""
+Column = tuple[str, str, str]
+"""Title, key in the row, and format of the value."""
+
+
+class LabError(Exception):
+    """A calibration or evaluation that cannot be done as asked; the message says why."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +41,8 @@ def guarded(
     def command(args: argparse.Namespace) -> int:
         # Imported here so that --help needs neither torch nor transformers.
         from offramp.models.errors import ModelError  # noqa: PLC0415
-        from offramp.server.bench.prompts import PromptFileError  # noqa: PLC0415
-        from offramp.server.engine.build import EngineConfigError  # noqa: PLC0415
+        from offramp.server.config import EngineConfigError  # noqa: PLC0415
+        from offramp.server.text.prompts import PromptFileError  # noqa: PLC0415
 
         try:
             return work(args)
@@ -85,3 +93,18 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not a number") from None
+
+
+def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table of ``rows``; a figure a row lacks is a dash."""
+    head = [title for title, _, _ in columns]
+    body = [
+        [form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in columns]
+        for row in rows
+    ]
+    widths = [max(3, *(len(line[i]) for line in [head, *body])) for i in range(len(head))]
+    lines = [head, ["-" * (width - 1) + ":" for width in widths], *body]
+    return "\n".join(
+        "| " + " | ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )

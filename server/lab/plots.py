@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offramp.server.lab.errors import LabError
+from offramp.server.lab.options import LabError
 
 # Matplotlib's own order of colours, told apart by shape as well.
 _MARKERS = "osD^vP*Xhd<>"

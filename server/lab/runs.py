@@ -1,33 +1,117 @@
-"""Run prompts through an engine and judge what came out: quality beside speed, never one alone."""
+"""Runs of prompts through an engine: what they said, judged at full depth, and what they cost.
+
+Quality and speed are always reported together. Answers are judged by the full-depth model, each in
+the context of its own text. Costs are compared fairly on a machine whose speed drifts: each run
+made certain steps (kind, segment, rows), and a step costs the median time of equal steps over all
+runs, so two runs differ by the steps they made and not by when they made them.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from offramp.models.exits.training.hidden_states import Answer
-from offramp.models.sampling_params import ExitSettings, SamplingParams
-from offramp.models.transformer import Transformer
-from offramp.server.engine.driver import EngineProtocol
-from offramp.server.engine.offline import Finished, run_all
-from offramp.server.engine.request import EngineOutput, GenerationRequest
-from offramp.server.lab.errors import LabError
-from offramp.server.lab.judge import Judgement, judge
-from offramp.server.lab.prices import StepLog
+import torch
 
-_NGRAM = 4
+from offramp.models.exits.training.hidden_states import Answer, batches, lay_out
+from offramp.models.transformer import Transformer
+from offramp.server.engine.offline import Finished
+from offramp.server.engine.request import StepStats
+
+# Rows whose logits exist at a time: 50 MB each 256 rows at a vocabulary of 50,000.
+_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """How prompts are run: ``concurrency`` answers in flight, each of at most ``max_tokens``."""
+class Judgement:
+    """Of each answer: its tokens, those that differ from full depth, the sum of their log p."""
 
-    max_tokens: int
-    concurrency: int
+    tokens: tuple[int, ...]
+    wrong: tuple[int, ...]
+    log_probs: tuple[float, ...]
+
+    @property
+    def losses(self) -> list[float]:
+        """Share of each answer's tokens that differ from the full-depth model's choice."""
+        return [wrong / tokens for wrong, tokens in zip(self.wrong, self.tokens, strict=True)]
+
+    @property
+    def agreement(self) -> float:
+        """Share of all tokens that are the full-depth model's choice."""
+        return 1 - sum(self.wrong) / sum(self.tokens)
+
+    @property
+    def mean_agreement(self) -> float:
+        """Mean over answers of the share of their tokens that agree."""
+        return 1 - sum(self.losses) / len(self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """Of the tokens under the full model: exp of their mean negative log probability."""
+        return math.exp(-sum(self.log_probs) / sum(self.tokens))
+
+
+@torch.inference_mode()
+def judge(model: Transformer, answers: Sequence[Answer]) -> Judgement:
+    """Judge answers of at least one token each, with exact K,V (teacher-forced at full depth).
+
+    Memory: the K,V of about a thousand tokens and the logits of 256 rows.
+    """
+    wrong = [0] * len(answers)
+    log_probs = [0.0] * len(answers)
+    order = sorted(range(len(answers)), key=lambda i: len(answers[i].prompt))
+    for batch in batches(answers, order):
+        layout = lay_out(model, [(index, answers[index]) for index in batch])
+        hidden = layout.hidden
+        for segment in model.segments:
+            hidden = segment(hidden, layout.at, layout.cache)
+        emitted = torch.tensor([token for index in batch for token in answers[index].answer])
+        rows = zip(layout.rows.split(_ROWS), emitted.split(_ROWS), strict=True)
+        owners = layout.owner.split(_ROWS)
+        for (place, tokens), owner in zip(rows, owners, strict=True):
+            logits = model.logits(model.normed(hidden[place]))
+            said = tokens.to(logits.device)
+            differs = (logits.argmax(-1) != said).tolist()
+            log_p = logits.log_softmax(-1).gather(1, said[:, None]).squeeze(1).tolist()
+            for index, miss, value in zip(owner.tolist(), differs, log_p, strict=True):
+                wrong[index] += miss
+                log_probs[index] += value
+    return Judgement(tuple(len(item.answer) for item in answers), tuple(wrong), tuple(log_probs))
+
+
+Kind = tuple[str, int, int, int]
+"""Kind and segment of a step, prompt rows (up to a power of two) and answer rows in it."""
+
+
+@dataclass(slots=True)
+class StepLog:
+    """Seconds of the steps of one run, the engine's own time included."""
+
+    seconds: dict[Kind, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, stats: StepStats) -> None:
+        """Note one step."""
+        # Prompts cut into chunks give every row count; exact ones would hardly meet again.
+        prompt = 1 << (stats.prefill_rows - 1).bit_length() if stats.prefill_rows else 0
+        kind = (stats.kind, stats.segment, prompt, stats.decode_rows)
+        self.seconds[kind].append(stats.seconds + stats.host_seconds)
+
+
+def priced(runs: Sequence[StepLog]) -> list[float]:
+    """Seconds of each run at the common price of its steps."""
+    pooled: dict[Kind, list[float]] = defaultdict(list)
+    for log in runs:
+        for kind, seconds in log.seconds.items():
+            pooled[kind] += seconds
+    prices = {kind: statistics.median(seconds) for kind, seconds in pooled.items()}
+    return [
+        sum(prices[kind] * len(seconds) for kind, seconds in log.seconds.items()) for log in runs
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +121,16 @@ class Run:
     finished: tuple[Finished, ...]
     judgement: Judgement
     steps: StepLog
+
+    @property
+    def layers_executed(self) -> int:
+        """Layers really run for the answers, summed over tokens."""
+        return sum(item.stats.layers_executed for item in self.finished if item.stats is not None)
+
+    @property
+    def mean_depth(self) -> float:
+        """Layers really run for a token, on average."""
+        return self.layers_executed / sum(self.judgement.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,52 +172,6 @@ class Figures:
         }
 
 
-def run(
-    engine: EngineProtocol,
-    judging: Transformer,
-    prompts: Sequence[tuple[int, ...]],
-    exits: ExitSettings,
-    load: Load,
-) -> Run:
-    """Greedy answers to ``prompts`` under ``exits``, judged by the full-depth model.
-
-    Raises LabError when an answer ends without a token.
-    """
-    steps = StepLog()
-    finished = answer(engine, prompts, exits, load, steps)
-    answers = [Answer(item.request.prompt, tuple(item.token_ids)) for item in finished]
-    return Run(tuple(finished), judge(judging, answers), steps)
-
-
-def answer(
-    engine: EngineProtocol,
-    prompts: Sequence[tuple[int, ...]],
-    exits: ExitSettings,
-    load: Load,
-    steps: StepLog,
-) -> list[Finished]:
-    """As `run`, without a judgement; ``steps`` notes what the engine did."""
-    sampling = SamplingParams(
-        max_tokens=load.max_tokens,
-        temperature=0.0,
-        stop_token_ids=frozenset(engine.info.eos_token_ids),
-    )
-
-    def observe(output: EngineOutput) -> None:
-        if output.stats is not None:
-            steps.add(output.stats)
-
-    requests = (
-        GenerationRequest(str(index), prompt, sampling, exits)
-        for index, prompt in enumerate(prompts)
-    )
-    finished = run_all(engine, requests, concurrency=load.concurrency, observe=observe)
-    for item in finished:
-        if not item.token_ids or item.stats is None:
-            raise LabError(f"an answer ended without a token: {item.reason}")
-    return finished
-
-
 def speed(finished: Sequence[Finished]) -> float:
     """Tokens per second of wall time."""
     begun = min(item.submitted_at for item in finished)
@@ -135,7 +183,7 @@ def figures(run: Run, num_layers: int) -> Figures:
     """The numbers of one run of a stack of ``num_layers``."""
     finished, judgement = run.finished, run.judgement
     tokens = sum(judgement.tokens)
-    layers = sum(item.stats.layers_executed for item in finished if item.stats is not None)
+    skipped = sum(item.stats.prompt_layers_skipped for item in finished if item.stats is not None)
     gaps = [b - a for item in finished for a, b in pairwise(item.times)]
     whole = [item.times[-1] - item.submitted_at for item in finished]
     left = Counter(layer for item in finished for layer in item.exit_layers)
@@ -148,9 +196,9 @@ def figures(run: Run, num_layers: int) -> Figures:
         length=tokens / len(finished),
         repetition=statistics.fmean(repetition(item.token_ids) for item in finished),
         distinct_2=statistics.fmean(distinct(item.token_ids, 2) for item in finished),
-        mean_depth=layers / tokens,
-        layers_skipped=1 - layers / (tokens * num_layers),
-        prompt_skipped=_prompt_skipped(finished, num_layers),
+        mean_depth=run.mean_depth,
+        layers_skipped=1 - run.layers_executed / (tokens * num_layers),
+        prompt_skipped=skipped / (num_layers * sum(len(item.request.prompt) for item in finished)),
         exit_histogram={str(layer): left[layer] for layer in sorted(left)},
         tokens_per_s=speed(finished),
         ttft_ms=1000 * statistics.median(item.times[0] - item.submitted_at for item in finished),
@@ -161,14 +209,9 @@ def figures(run: Run, num_layers: int) -> Figures:
     )
 
 
-def _prompt_skipped(finished: Sequence[Finished], num_layers: int) -> float:
-    skipped = sum(item.stats.prompt_layers_skipped for item in finished if item.stats is not None)
-    return skipped / (num_layers * sum(len(item.request.prompt) for item in finished))
-
-
 def repetition(tokens: Sequence[int]) -> float:
     """Share of the 4-grams of an answer that it has said before; 0 if it is too short for any."""
-    return 1 - distinct(tokens, _NGRAM)
+    return 1 - distinct(tokens, 4)
 
 
 def distinct(tokens: Sequence[int], size: int) -> float:

@@ -7,13 +7,20 @@ until the first that fails (Learn then Test, arXiv 2110.01052, with fixed-sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from offramp.models.exits.calibration.risk import betting_p_value, fixed_sequence, upper_bound
+from offramp.models.exits.calibration.risk import (
+    answers_needed,
+    betting_p_value,
+    fixed_sequence,
+    upper_bound,
+)
 from offramp.models.exits.calibration.threshold_search import Candidate
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, KVFill
+from offramp.server.lab.runs import Run
 
 # What two different settings of one file differ in at least, so that their order is clear.
 _STEP = 1e-4
@@ -42,6 +49,79 @@ class Choice:
 
     trial: int
     quality: float
+
+
+def trial_of(candidate: Candidate, run: Run, num_layers: int, seconds: float) -> Trial:
+    """What ``run`` showed of a candidate; ``seconds`` is the cost of the whole run."""
+    tokens = sum(run.judgement.tokens)
+    return Trial(
+        candidate=candidate,
+        losses=tuple(run.judgement.losses),
+        tokens=tokens,
+        agreement=run.judgement.agreement,
+        mean_depth=run.mean_depth,
+        layers_skipped=1 - run.mean_depth / num_layers,
+        seconds=seconds / tokens,
+    )
+
+
+def too_few_prompts(
+    wanted: Sequence[float], confidence: float, drawing: int, trying: int
+) -> Mapping[float, str]:
+    """The qualities that not even faultless answers to ``trying`` prompts could show, and why.
+
+    ``drawing`` is the number of prompts that candidates are drawn up on.
+    """
+    alpha = 1 - confidence
+    missed = {}
+    for quality in wanted:
+        needed = answers_needed(1 - quality, alpha)
+        if trying < needed:
+            p_value = betting_p_value([0.0] * trying, 1 - quality, alpha)
+            best = 1 - upper_bound([0.0] * trying, confidence)
+            missed[quality] = (
+                f"quality {quality:g} at confidence {confidence:g} needs {2 * needed} prompts "
+                f"or more; {drawing + trying} can show {best:.4f} at best (p = {p_value:.2g} for "
+                f"{quality:g} even if every token agreed)"
+            )
+    return missed
+
+
+def choose(
+    trials: Sequence[Trial],
+    qualities: Sequence[float],
+    depths: Sequence[float],
+    confidence: float,
+    *,
+    tried: int,
+) -> tuple[list[Choice], list[str]]:
+    """A choice for each quality and mean depth that was reached, and why the others were not.
+
+    ``tried`` is the number of candidates, as in within_depth.
+    """
+    choices: list[Choice] = []
+    missed: list[str] = []
+    for quality in qualities:
+        choice = fastest(trials, quality, confidence)
+        if choice is not None:
+            choices.append(choice)
+            continue
+        p_value = p_values(trials, quality, confidence)[0]
+        missed.append(
+            f"quality {quality:g} is out of reach: the best shown at confidence "
+            f"{confidence:g} is {best_quality(trials, confidence):.4f}, and the most careful "
+            f"thresholds have p = {p_value:.2g} for {quality:g}"
+        )
+    for depth in depths:
+        choice = within_depth(trials, depth, confidence, tried)
+        if choice is not None and choice.quality > 0:
+            choices.append(choice)
+            continue
+        least = min(trial.mean_depth for trial in trials)
+        missed.append(
+            f"a mean depth of {depth:g} is out of reach: the least measured is {least:.2f}"
+        )
+    return monotone(choices), missed
 
 
 def p_values(trials: Sequence[Trial], quality: float, confidence: float) -> list[float]:
@@ -93,13 +173,33 @@ def monotone(choices: Sequence[Choice]) -> list[Choice]:
     return kept[::-1]
 
 
+def choice_row(choice: Choice, trial: Trial, confidence: float, off: float) -> dict[str, Any]:
+    """One chosen point for the table; ``off`` is the cost of a token at full depth."""
+    return {
+        "quality": choice.quality,
+        "p_value": p_values([trial], choice.quality, confidence)[0],
+        "speed_up": off / trial.seconds,
+        **trial_row(trial),
+    }
+
+
+def trial_row(trial: Trial) -> dict[str, Any]:
+    """One trial for the document."""
+    return {
+        "thresholds": [round(value, 5) for value in trial.candidate.thresholds],
+        "foreseen_agreement": round(1 - trial.candidate.risk, 5),
+        "foreseen_layers_skipped": round(trial.candidate.skipped, 5),
+        "agreement": round(trial.agreement, 5),
+        "answer_agreement": round(1 - sum(trial.losses) / len(trial.losses), 5),
+        "mean_depth": round(trial.mean_depth, 4),
+        "layers_skipped": round(trial.layers_skipped, 5),
+        "seconds_per_token": trial.seconds,
+        "tokens": trial.tokens,
+    }
+
+
 def operating_point(
-    choice: Choice,
-    trial: Trial,
-    *,
-    confidence: float,
-    criterion: ExitCriterion,
-    kv_fill: KVFill,
+    choice: Choice, trial: Trial, *, confidence: float, criterion: ExitCriterion, kv_fill: KVFill
 ) -> OperatingPoint:
     """What the exit file keeps of a choice and its trial."""
     return OperatingPoint(

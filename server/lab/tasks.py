@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from offramp.server.lab.errors import LabError
+from offramp.server.lab.options import LabError
 
 TOPICS = ("world", "sports", "business", "sci/tech")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

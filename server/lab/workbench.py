@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from offramp.models.exits.deltas import delta_paths
 from offramp.models.exits.file import ExitFile, load_exits, read_metadata
+from offramp.models.exits.training.hidden_states import Answer
 from offramp.models.families import config_from_hf
 from offramp.models.loading.sources import resolve
-from offramp.models.runner import Runner
-from offramp.models.sampling_params import ExitSettings
+from offramp.models.sampling_params import ExitSettings, SamplingParams
 from offramp.models.transformer import Transformer
-from offramp.server.bench.prompts import read_prompts
 from offramp.server.config import EngineConfig
-from offramp.server.engine.build import build_engine
+from offramp.server.engine.build import build_engine, runner_of
 from offramp.server.engine.engine import Engine
-from offramp.server.engine.offline import Finished
-from offramp.server.engine.policy import ExitGovernor
-from offramp.server.engine.scheduler import Scheduler
-from offramp.server.lab.errors import LabError
-from offramp.server.lab.prices import StepLog
-from offramp.server.lab.runs import Load, Run, answer, run
+from offramp.server.engine.offline import Finished, run_all
+from offramp.server.engine.request import EngineOutput, GenerationRequest
+from offramp.server.lab.options import LabError
+from offramp.server.lab.runs import Run, StepLog, judge
+from offramp.server.text.prompts import read_prompts
 from offramp.server.text.tokenizer import Tokenizer
 
 _CONTEXT = 2048
@@ -31,26 +33,51 @@ _CONTEXT = 2048
 
 @dataclass(frozen=True, slots=True)
 class Workbench:
-    """A loaded model with its exits; ``file`` holds the exit heads in the model's dtype."""
+    """A loaded model with its exits; ``file`` holds the exit heads in the model's dtype.
+
+    ``concurrency`` answers are in flight, each of at most ``max_tokens``.
+    """
 
     engine: Engine
     model: Transformer
     file: ExitFile
     tokenizer: Tokenizer
-    load: Load
+    max_tokens: int
+    concurrency: int
 
     def run(self, prompts: Sequence[tuple[int, ...]], exits: ExitSettings) -> Run:
         """Greedy answers under ``exits``, judged at full depth."""
-        return run(self.engine, self.model, prompts, exits, self.load)
+        steps = StepLog()
+        finished = self.answer(prompts, exits, steps)
+        answers = [Answer(item.request.prompt, tuple(item.token_ids)) for item in finished]
+        return Run(tuple(finished), judge(self.model, answers), steps)
 
     def answer(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        exits: ExitSettings,
-        steps: StepLog | None = None,
+        self, prompts: Sequence[tuple[int, ...]], exits: ExitSettings, steps: StepLog | None = None
     ) -> list[Finished]:
-        """Greedy answers under ``exits``, not judged; ``steps`` notes what the engine did."""
-        return answer(self.engine, prompts, exits, self.load, StepLog() if steps is None else steps)
+        """Greedy answers under ``exits``, not judged; ``steps`` notes what the engine did.
+
+        Raises LabError when an answer ends without a token.
+        """
+        sampling = SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=0.0,
+            stop_token_ids=frozenset(self.engine.info.eos_token_ids),
+        )
+
+        def observe(output: EngineOutput) -> None:
+            if steps is not None and output.stats is not None:
+                steps.add(output.stats)
+
+        requests = (
+            GenerationRequest(str(index), prompt, sampling, exits)
+            for index, prompt in enumerate(prompts)
+        )
+        finished = run_all(self.engine, requests, concurrency=self.concurrency, observe=observe)
+        for item in finished:
+            if not item.token_ids or item.stats is None:
+                raise LabError(f"an answer ended without a token: {item.reason}")
+        return finished
 
     def text(self, token_ids: Sequence[int]) -> str:
         """What an answer says, special tokens left out."""
@@ -59,7 +86,7 @@ class Workbench:
 
     def encode(self, texts: Sequence[str]) -> list[tuple[int, ...] | None]:
         """Token ids of each text as a user's message; None where an answer would not fit behind."""
-        room = self.engine.info.max_model_len - self.load.max_tokens
+        room = self.engine.info.max_model_len - self.max_tokens
         ids = [
             self.tokenizer.encode_chat([{"role": "user", "content": text}], 64 * _CONTEXT)
             for text in texts
@@ -84,25 +111,11 @@ class Workbench:
         return fitting
 
 
-class EveryExit(ExitGovernor):
-    """Asks at every exit and lets everyone go whose score allows it, whether it pays or not.
-
-    What calibration promises must not lean on exits that this machine happened to refuse.
-    """
-
-    def asks(self, segment: int, rows: int) -> bool:  # noqa: ARG002 (as ExitGovernor has it)
-        """Always."""
-        return True
-
-    def lets_go(self, segment: int, leaving: int, staying: int) -> bool:  # noqa: ARG002 (as above)
-        """Always."""
-        return True
-
-
 def open_workbench(args: argparse.Namespace, *, every_exit: bool) -> Workbench:
     """Load what ``args`` name (see options.add_options).
 
-    With ``every_exit`` tokens leave wherever their score allows it, else only where it also pays.
+    With ``every_exit`` tokens leave wherever their score allows it, else only where it also pays:
+    what calibration promises must not lean on exits that this machine happened to refuse.
 
     Raises ModelError (also for exits of another model) and EngineConfigError.
     """
@@ -121,11 +134,8 @@ def open_workbench(args: argparse.Namespace, *, every_exit: bool) -> Workbench:
         # Answers are judged here already.
         exit_audit_rate=0.0,
     )
-    engine = build_engine(config, folder, model_name=args.model)
-    if every_exit:
-        engine = _taking_every_exit(engine, config)
-    runner = engine.runner
-    assert isinstance(runner, Runner)
+    engine = build_engine(config, folder, model_name=args.model, every_exit=every_exit)
+    runner = runner_of(engine)
     file = load_exits(
         args.exits,
         fingerprint=metadata["fingerprint"],
@@ -133,16 +143,31 @@ def open_workbench(args: argparse.Namespace, *, every_exit: bool) -> Workbench:
         dtype=runner.model.dtype,
         device=runner.model.device,
     )
-    load = Load(args.max_tokens, args.concurrency)
-    return Workbench(engine, runner.model, file, Tokenizer.load(folder), load)
+    tokenizer = Tokenizer.load(folder)
+    return Workbench(engine, runner.model, file, tokenizer, args.max_tokens, args.concurrency)
 
 
-def _taking_every_exit(engine: Engine, config: EngineConfig) -> Engine:
-    """The same engine under another policy; it must be idle."""
-    old = engine.scheduler
-    policy = EveryExit(old.limits.num_segments, config.exit_max_hold_ms / 1000)
-    # What was measured at start-up still decides when a thin group waits for company.
-    policy.costs = old.policy.costs
-    return Engine(
-        engine.info, Scheduler(old.limits, old.memory, policy, old.targets), engine.runner
+def read_exact(bench: Workbench, path: Path) -> ExitFile:
+    """The file in fp32, which holds its fp16 exactly, whatever the model of ``bench`` runs in."""
+    return load_exits(
+        path,
+        fingerprint=bench.file.fingerprint,
+        hidden_size=bench.model.config.hidden_size,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
+
+
+def write_beside_deltas(file: ExitFile, source: Path, target: Path) -> None:
+    """Save ``file``, made from ``source``, as ``target``, and take the deltas of ``source`` along.
+
+    Raises LabError where that cannot be written.
+    """
+    try:
+        file.save(target)
+        if target.resolve() != source.resolve():
+            for path in delta_paths(source):
+                name = target.stem + path.name.removeprefix(source.stem)
+                shutil.copyfile(path, target.with_name(name))
+    except OSError as error:
+        raise LabError(f"{target}: {error.strerror}") from error

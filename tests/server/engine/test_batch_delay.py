@@ -31,7 +31,8 @@ def delay(
 def speed(seconds: list[tuple[float, float]], share: float, deep: int, rows: int) -> float:
     """Tokens a second where every so many-th token is deep."""
     draws = [[int((token + 7 * row) % 100 < deep) for row in range(rows)] for token in range(100)]
-    return simulate(draws, costs_of(seconds, rows), [(0.0, 0.0), (share, 4.0)], 20, 200)
+    tokens, wall = simulate(draws, costs_of(seconds, rows), [(0.0, 0.0), (share, 4.0)], 20, 200)
+    return tokens / wall
 
 
 def test_few_deep_tokens_wait_where_reading_weights_binds() -> None:

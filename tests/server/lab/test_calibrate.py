@@ -16,7 +16,7 @@ from offramp.models.exits.calibration.threshold_search import Candidate
 from offramp.models.exits.file import ExitFile, load_exits, read_metadata
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, KVFill
-from offramp.server.lab import calibrate, candidates
+from offramp.server.lab import calibrate, candidates, selection
 
 Words = list[str]
 
@@ -85,7 +85,7 @@ def test_what_was_reached_is_kept_beside_what_was_not(
     words: Words, exits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """0.999 would need far more answers; 0.8 is shown by the same trials."""
-    monkeypatch.setattr(calibrate, "_drop_unshowable", lambda *_: [])
+    monkeypatch.setattr(selection, "too_few_prompts", lambda *_: {})
     assert call([*words, "--quality", "0.8,0.999"]) == 1
     output = capsys.readouterr()
     assert "quality 0.999 is out of reach" in output.err.splitlines()[-1]

@@ -18,13 +18,20 @@ from offramp.models.exits.training.train import exit_scores, exit_tokens
 from offramp.models.sampling_params import ExitCriterion, ExitSettings
 from offramp.server.engine.offline import Finished
 from offramp.server.engine.request import GenerationRequest, RequestStats, StepStats
-from offramp.server.lab.errors import LabError
-from offramp.server.lab.exit_files import read_exact, write_beside_deltas
-from offramp.server.lab.judge import Judgement, judge
-from offramp.server.lab.prices import StepLog, priced
-from offramp.server.lab.runs import Run, distinct, figures, percentile, repetition
-from offramp.server.lab.scores import score
-from offramp.server.lab.workbench import Workbench
+from offramp.server.lab.candidates import score
+from offramp.server.lab.options import LabError
+from offramp.server.lab.runs import (
+    Judgement,
+    Run,
+    StepLog,
+    distinct,
+    figures,
+    judge,
+    percentile,
+    priced,
+    repetition,
+)
+from offramp.server.lab.workbench import Workbench, read_exact, write_beside_deltas
 
 
 @torch.inference_mode()
@@ -110,7 +117,7 @@ def test_equal_steps_have_one_price() -> None:
     def log(*steps: tuple[str, int, float]) -> StepLog:
         made = StepLog()
         for kind, rows, seconds in steps:
-            made.add(StepStats(kind, 0, seconds, 0.5, 0, rows, 0, 0, 0, 0, 0, 0, ()))
+            made.add(StepStats(kind, 0, seconds, 0.5, decode_rows=rows))
         return made
 
     quick = log(("segment", 4, 1.5), ("segment", 4, 1.5), ("head", 4, 0.5))

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offramp.server.lab.errors import LabError
-from offramp.server.lab.tables import table
+from offramp.server.lab.options import LabError, table
 from offramp.server.lab.tasks import TASKS, Item, load_task
 
 

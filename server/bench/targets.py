@@ -1,0 +1,396 @@
+"""What answers prompts: an engine here, a server over HTTP, or transformers; every token timed.
+
+A load is closed: ``concurrency`` answers are under way, and the next begins when one ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2 as httpx
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.streamers import BaseStreamer
+
+from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
+from offramp.server.bench.common import BenchError
+from offramp.server.engine.engine import Engine
+from offramp.server.engine.offline import run_all
+from offramp.server.engine.request import GenerationRequest
+
+Prompt = tuple[int, ...]
+"""Token ids."""
+
+# A server may be slow to answer; one that is silent this long has failed.
+_TIMEOUT_S = 600
+_PAD = 0
+_PAGE = 256
+# A token that no vocabulary has: answers end by their length alone.
+_NO_END = -1
+
+
+@dataclass(slots=True)
+class Trace:
+    """One answer as its client saw it; ``times`` [tokens] in seconds.
+
+    ``layers_executed`` is summed over tokens, None where the target does not report it.
+    """
+
+    prompt: Prompt
+    submitted_at: float
+    token_ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    layers_executed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How prompts are answered; see Target.run."""
+
+    mode: str
+    concurrency: int
+    max_tokens: int
+    ignore_eos: bool
+
+
+class Target(ABC):
+    """Something that answers prompts."""
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        mode: str,
+        concurrency: int,
+        max_tokens: int,
+        ignore_eos: bool = False,
+    ) -> list[Trace]:
+        """Greedy answers of at most ``max_tokens`` tokens, ``concurrency`` at a time.
+
+        ``ignore_eos`` makes all of them that long; peers have no modes. Raises BenchError.
+        """
+        return self.answers(prompts, Load(mode, concurrency, max_tokens, ignore_eos))
+
+    @abstractmethod
+    def answers(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
+        """The same, for ``load``."""
+
+
+class InProcess(Target):
+    """An engine on this thread: what the machine can do, without HTTP.
+
+    ``threshold`` replaces the scores the exits were calibrated to.
+    """
+
+    def __init__(
+        self, engine: Engine, threshold: float | None = None, kv_fill: str = "project"
+    ) -> None:
+        self.engine = engine
+        exits = len(engine.info.exit_layers)
+        self._thresholds = None if threshold is None else (threshold,) * exits
+        self._fill = KVFill(kv_fill)
+        self._count = 0
+
+    def answers(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
+        """See Target."""
+        ends = () if load.ignore_eos else self.engine.info.eos_token_ids
+        sampling = SamplingParams(
+            max_tokens=load.max_tokens, temperature=0.0, stop_token_ids=frozenset(ends)
+        )
+        exits = ExitSettings(ExitMode(load.mode), thresholds=self._thresholds, kv_fill=self._fill)
+        requests = [
+            GenerationRequest(str(number), prompt, sampling, exits)
+            for number, prompt in enumerate(prompts, start=self._count + 1)
+        ]
+        self._count += len(requests)
+        traces = []
+        for item in run_all(self.engine, requests, concurrency=load.concurrency):
+            if item.stats is None or not item.token_ids:
+                raise BenchError(f"an answer ended early: {item.reason}")
+            layers = item.stats.layers_executed
+            prompt = item.request.prompt
+            traces.append(Trace(prompt, item.submitted_at, item.token_ids, item.times, layers))
+        return traces
+
+
+class OpenAI:
+    """OpenAI's completions with Offramp's fields.
+
+    ``early_exit`` are fields of the request's ``early_exit`` in mode adaptive.
+    """
+
+    path = "/v1/completions"
+
+    def __init__(self, model: str, early_exit: Mapping[str, Any]) -> None:
+        self._model = model
+        self._early_exit = early_exit
+
+    def body(self, prompt: Prompt, load: Load, *, stream: bool) -> dict[str, Any]:
+        """JSON of a request for one greedy answer."""
+        early_exit = self._early_exit if load.mode == "adaptive" else {}
+        streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        return {
+            "model": self._model,
+            "prompt": list(prompt),
+            "max_tokens": load.max_tokens,
+            "temperature": 0,
+            "ignore_eos": load.ignore_eos,
+            "return_token_ids": True,
+            "early_exit": {"mode": load.mode, **early_exit},
+            **streaming,
+        }
+
+    def absorb(self, trace: Trace, chunk: Mapping[str, Any], now: float) -> None:
+        """Add the tokens of a streamed chunk, seen at ``now``, to ``trace``."""
+        for choice in chunk["choices"]:
+            ids = choice.get("token_ids") or []
+            trace.token_ids += ids
+            trace.times += [now] * len(ids)
+        early_exit = (chunk.get("metrics") or {}).get("early_exit")
+        if early_exit:
+            trace.layers_executed = early_exit["layers_executed"]
+
+    def token_ids(self, reply: Mapping[str, Any]) -> list[int]:
+        """Ids of an answer that was not streamed."""
+        return list(reply["choices"][0]["token_ids"])
+
+
+class LlamaCpp:
+    """llama.cpp's own completions: the OpenAI route next to it takes token ids but returns none.
+
+    ``cache_prompt`` lets a prompt reuse what its slot still holds of the one before.
+    """
+
+    path = "/completion"
+
+    def __init__(self, *, cache_prompt: bool) -> None:
+        self._cache_prompt = cache_prompt
+
+    def body(self, prompt: Prompt, load: Load, *, stream: bool) -> dict[str, Any]:
+        """JSON of a request for one greedy answer."""
+        return {
+            "prompt": list(prompt),
+            "n_predict": load.max_tokens,
+            "temperature": 0,
+            "ignore_eos": load.ignore_eos,
+            "cache_prompt": self._cache_prompt,
+            "return_tokens": True,
+            "stream": stream,
+        }
+
+    def absorb(self, trace: Trace, chunk: Mapping[str, Any], now: float) -> None:
+        """The same; ``tokens_predicted`` also counts tokens whose ids are never streamed."""
+        trace.token_ids += chunk["tokens"]
+        trace.times += [now] * (chunk["tokens_predicted"] - len(trace.times))
+
+    def token_ids(self, reply: Mapping[str, Any]) -> list[int]:
+        """Ids of an answer that was not streamed."""
+        return list(reply["tokens"])
+
+
+WireFormat = OpenAI | LlamaCpp
+"""How a kind of server is sent token ids, and how it returns its own."""
+
+
+class OverHTTP(Target):
+    """A running server, reached like any client: streamed completions of token ids."""
+
+    def __init__(self, url: str, wire: WireFormat, api_key: str | None = None) -> None:
+        self._url = url.rstrip("/")
+        self._wire = wire
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def answers(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
+        """See Target."""
+        try:
+            return asyncio.run(self._run(prompts, load))
+        except httpx.HTTPError as error:
+            raise BenchError(f"{self._url}: {str(error) or type(error).__name__}") from error
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON object at ``path``; raises BenchError."""
+        try:
+            reply = httpx.get(self._url + path, headers=self._headers, timeout=_TIMEOUT_S)
+            reply.raise_for_status()
+        except httpx.HTTPError as error:
+            raise BenchError(f"{self._url}{path}: {error}") from error
+        found: dict[str, Any] = reply.json()
+        return found
+
+    async def _run(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
+        gate = asyncio.Semaphore(load.concurrency)
+        # A connection for each request: llama.cpp closes them after a stream without saying so.
+        limits = httpx.Limits(max_connections=load.concurrency, max_keepalive_connections=0)
+        async with httpx.AsyncClient(
+            headers=self._headers, timeout=_TIMEOUT_S, limits=limits
+        ) as client:
+
+            async def one(prompt: Prompt) -> Trace:
+                async with gate:
+                    return await self._streamed(client, prompt, load)
+
+            traces = list(await asyncio.gather(*map(one, prompts)))
+            for trace in traces:
+                if len(trace.token_ids) < len(trace.times):
+                    # Some servers hold back tokens that end inside a character and then stream
+                    # their text without their ids. The times stand; the ids are requested again.
+                    body = self._wire.body(trace.prompt, load, stream=False)
+                    response = await client.post(self._url + self._wire.path, json=body)
+                    response.raise_for_status()
+                    trace.token_ids = self._wire.token_ids(response.json())
+        return traces
+
+    async def _streamed(self, client: httpx.AsyncClient, prompt: Prompt, load: Load) -> Trace:
+        body = self._wire.body(prompt, load, stream=True)
+        trace = Trace(prompt, time.monotonic())
+        async with client.stream("POST", self._url + self._wire.path, json=body) as response:
+            if response.is_error:
+                raise BenchError(f"{response.status_code}: {(await response.aread()).decode()}")
+            async for chunk in _events(response):
+                now = time.monotonic()
+                if "error" in chunk:
+                    raise BenchError(chunk["error"]["message"])
+                self._wire.absorb(trace, chunk, now)
+        if not trace.times:
+            raise BenchError("a stream ended without a token")
+        return trace
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+class Transformers(Target):
+    """transformers' generate for the model in ``folder``, fp32, on the CPU.
+
+    Batches are static and padded on the left; one starts when the one before has ended.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        ends = self._model.generation_config.eos_token_id
+        self._ends = [ends] if isinstance(ends, int) else list(ends or ())
+
+    def answers(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
+        """See Target."""
+        ends = [] if load.ignore_eos else self._ends
+        traces: list[Trace] = []
+        for first in range(0, len(prompts), load.concurrency):
+            batch = prompts[first : first + load.concurrency]
+            traces += self._batch(batch, load.max_tokens, ends)
+        return traces
+
+    def _batch(self, prompts: Sequence[Prompt], max_tokens: int, ends: list[int]) -> list[Trace]:
+        begun = time.monotonic()
+        width = max(map(len, prompts))
+        ids = torch.tensor([[_PAD] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        clock = _StepTimes()
+        # A keyword of None would be replaced by the model's own ends.
+        self._model.generation_config.eos_token_id = ends or None
+        with torch.inference_mode():
+            out = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                pad_token_id=_PAD,
+                streamer=clock,
+            )
+        answers = [_ended(row, ends) for row in out[:, width:].tolist()]
+        return [
+            Trace(prompt, begun, answer, clock.times[: len(answer)])
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+
+class _StepTimes(BaseStreamer):
+    """Notes when each step's tokens are known; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        del value
+        self._calls += 1
+        if self._calls > 1:
+            self.times.append(time.monotonic())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _ended(row: list[int], ends: list[int]) -> list[int]:
+    """The row up to its first end, without the padding that follows."""
+    stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+    return row[: stop + 1]
+
+
+class Batching(Target):
+    """transformers' own continuous batching for the model in ``folder``, on any device.
+
+    ``context`` is the most tokens of prompt and answer. Prefix sharing is off. The manager of a
+    batch size is made at its first run and kept, as a server would keep it.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype, context: int
+    ) -> None:
+        model = cast("Any", AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+        self._model = model.to(device).eval()
+        self._blocks = -(-context // _PAGE) + 1
+        self._concurrency = 0
+
+    def answers(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
+        """See Target."""
+        if load.concurrency != self._concurrency:
+            self.close()
+            self._concurrency = load.concurrency
+        ends = _NO_END if load.ignore_eos else self._model.generation_config.eos_token_id
+        begun = time.perf_counter()
+        found = self._model.generate_batch(
+            [list(prompt) for prompt in prompts],
+            generation_config=GenerationConfig(
+                max_new_tokens=load.max_tokens, do_sample=False, pad_token_id=0, eos_token_id=ends
+            ),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=_PAGE,
+                num_blocks=self._blocks * load.concurrency,
+                max_requests_per_batch=load.concurrency,
+                allow_block_sharing=False,
+            ),
+            record_timestamps=True,
+            persistent_manager=True,
+        )
+        # Its clock is perf_counter; traces are in monotonic time.
+        shift = time.monotonic() - time.perf_counter()
+        traces = [
+            Trace(
+                prompt,
+                begun + shift,
+                list(output.generated_tokens),
+                [at + shift for at in output.timestamps],
+            )
+            for prompt, output in zip(prompts, found.values(), strict=False)
+        ]
+        if len(traces) < len(prompts) or not all(trace.token_ids for trace in traces):
+            raise BenchError("transformers' continuous batching gave up; see its messages above")
+        return traces
+
+    def close(self) -> None:
+        """End the manager, and free its pages."""
+        if self._concurrency:
+            self._model.destroy_cached_continuous_batching_manager()
+        self._concurrency = 0
