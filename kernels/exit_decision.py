@@ -114,8 +114,8 @@ def apply_gate_reference(
     states.stage[seqs] += 1
     states.waited[seqs] = 0
     gate = torch.sigmoid((inner[: len(seqs)].float() * down.float()).sum(-1) + down_bias.float())
-    asked = thresholds[seqs]
-    rows = (((gate >= floor) | (asked <= 0)) & (asked <= 1)).nonzero().squeeze(-1)
+    wanted = thresholds[seqs]
+    rows = (((gate >= floor) | (wanted <= 0)) & (wanted <= 1)).nonzero().squeeze(-1)
     count = len(rows)
     fired.rows[:count] = rows.to(torch.int32)
     fired.seqs[:count] = seqs[rows].to(torch.int32)

@@ -103,7 +103,7 @@ Launches = Callable[[], None]
 class Recorder:
     """Records sequences of launches on ``device``; all share one pool of memory.
 
-    What is recorded reads and writes memory that stays where it is, and asks the device nothing.
+    What is recorded reads and writes memory that stays where it is, and never waits for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -114,7 +114,7 @@ class Recorder:
         """What replays ``launches``. They run once first, which compiles their kernels."""
         if not self._on_gpu:
             return launches
-        # Off the default stream, as torch asks of what will be captured.
+        # Off the default stream, as torch requires of what will be captured.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

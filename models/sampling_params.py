@@ -41,8 +41,8 @@ DEFAULT_CRITERION = ExitCriterion.TWO_KEY
 class KVFill(StrEnum):
     """How the K,V of layers a token skipped are made (design: KV fill).
 
-    ``auto`` is ``recompute`` where measured cost says that the owed rows ride along for less than
-    a projection would take, else ``project``. ``absent`` leaves zeros in their place; it exists to
+    ``auto`` is ``recompute`` where by measured cost the owed rows join a later pass for less
+    than a projection would take, else ``project``. ``absent`` leaves zeros in their place; it exists to
     be measured against.
     """
 
@@ -92,7 +92,7 @@ class ExitSettings:
     """Early-exit wishes of one request.
 
     ``thresholds`` are the scores, 0 to 1, at which a token leaves at each exit point; None takes
-    those in force for the whole server. ``quality`` is the agreement asked for, ``min_layer`` the
+    those in force for the whole server. ``quality`` is the agreement wanted, ``min_layer`` the
     first layer after which tokens may leave. ``prefill_threshold`` is the gate score at which
     prompt tokens leave too, None keeps them all.
     ``deadline_s`` is the wish for the whole answer, in seconds from its arrival: an answer that

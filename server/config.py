@@ -126,7 +126,7 @@ class EngineConfig(_Options):
         "Early exit",
         "latency",
         "What sequences wait at exit points for: on a GPU, throughput lets deep tokens wait for "
-        "company wherever that makes more tokens a second, at the cost of their own latency.",
+        "others wherever that makes more tokens a second, at the cost of their own latency.",
     )
     exit_max_hold_ms: float = _option(
         "Early exit", 50.0, "Longest wait of a sequence at an exit point, in ms.", ge=0

@@ -79,7 +79,7 @@ class ExitView:
         return self.head.score(self.hidden, self._eps)
 
     @property
-    def everyone(self) -> Tensor:
+    def every_row(self) -> Tensor:
         """Indices of all rows."""
         return torch.arange(len(self.hidden), device=self.hidden.device)
 
@@ -244,7 +244,7 @@ class Patience(Criterion):
     def score(self, view: ExitView) -> Tensor:
         """See Criterion."""
         tokens, streaks = view.trail.of("token", dtype=torch.long), view.trail.of("streak")
-        token = view.logits(view.everyone).argmax(dim=-1)
+        token = view.logits(view.every_row).argmax(dim=-1)
         same = token == tokens[view.rows]
         streak = torch.where(same, streaks[view.rows] + 1, 0.0)
         if view.index == 0:
@@ -286,8 +286,8 @@ class Predictor(Criterion):
 
     def score(self, view: ExitView) -> Tensor:
         """See Criterion; at an exit without a trained predictor no token leaves."""
-        head, everyone = view.head, view.everyone
-        logits = view.logits(everyone)
+        head, every_row = view.head, view.every_row
+        logits = view.logits(every_row)
         memory = view.trail.of("logits", logits.shape[1])
         earlier = memory[view.rows] if view.index else torch.zeros_like(logits)
         features = predictor_features(logits, earlier)
@@ -339,7 +339,7 @@ def predictor_features(logits: Tensor, earlier: Tensor) -> Tensor:
 
 
 def _probs(view: ExitView) -> Tensor:
-    return view.logits(view.everyone).softmax(dim=-1)
+    return view.logits(view.every_row).softmax(dim=-1)
 
 
 def _entropy(probs: Tensor) -> Tensor:

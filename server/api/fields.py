@@ -30,7 +30,7 @@ _MAX_KEY_DIGITS: Final = 12
 UNSUPPORTED: Final = "unsupported_parameter"
 
 # Known parameters this server does not implement, with the values that mean "not used". They are
-# refused rather than ignored, so that nobody takes plain text for what they asked for.
+# refused rather than ignored, so that no client takes plain text for what it asked for.
 _NOT_USED: Final[Mapping[str, tuple[object, ...]]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),

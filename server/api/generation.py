@@ -147,7 +147,7 @@ logger = logging.getLogger("offramp.requests")
 class Generation:
     """The running sequences of one HTTP request.
 
-    Building it admits every sequence or, with the error raised, none. Whoever built it must call
+    Building it admits every sequence or, with the error raised, none. Its builder must call
     `close`, whatever happens: it takes unfinished sequences out of the engine.
     """
 

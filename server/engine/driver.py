@@ -72,7 +72,7 @@ Observer = Callable[[EngineOutput], None]
 class TokenStream:
     """Events of one request. Iterate it; call `abort` (or leave the `async with`) to give it up.
 
-    Whoever waits for an event when it is given up gets the terminal one of an abort.
+    A reader that waits for an event at that moment gets the terminal one of an abort.
     """
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:

@@ -97,10 +97,10 @@ class ExitGovernor:
         if self.delay is not None:
             return self._probes[f"check {segment}"].allow(pays=self.delay.exits_pay)
         costs, share = self.costs, self._fires[segment]
-        everyone = share**rows
+        all_leave = share**rows
         leaving = share * rows
-        saved = everyone * self._saved(segment, rows, 0)
-        saved += (1 - everyone) * self._saved(segment, leaving, rows - leaving)
+        saved = all_leave * self._saved(segment, rows, 0)
+        saved += (1 - all_leave) * self._saved(segment, leaving, rows - leaving)
         paid = (1 - (1 - share) ** rows) * self._payment(segment, max(1.0, leaving))
         pays = saved >= _MARGIN * (paid + costs.checks[segment].at(rows))
         return self._probes[f"check {segment}"].allow(pays=pays)

@@ -269,14 +269,14 @@ def test_a_run_reports_speed_depth_and_bounds(
     assert main([*ARGS, "--markdown", str(picture)]) == 0
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
-    modes = ("full", "nobody", "exits", "exits-no-hold")
+    modes = ("full", "exits-closed", "exits", "exits-no-hold")
     rows = {(row["mode"], row["batch"]): row for row in document["rows"]}
     assert set(rows) == {(mode, batch) for mode in modes for batch in (1, 4)}
     for (mode, batch), row in rows.items():
-        whole = mode in {"full", "nobody"}
+        whole = mode in {"full", "exits-closed"}
         assert row["mean_depth"] == (4 if whole else pytest.approx(2.4, abs=0.2))
         assert row["layers_executed"] <= 4 * 2 * 16 * batch
-        assert row["tokens_per_ride"] == batch or mode == "exits"
+        assert row["tokens_per_pass"] == batch or mode == "exits"
         assert row["tokens_per_s"] > 0
         assert row["gpu_idle_share"] is None
         assert ("best_speed_up" in row) == (not whole)
@@ -294,7 +294,7 @@ def check_parts(document: dict[str, Any]) -> None:
     assert document["check"]["equal"] is True
     assert document["check"]["depths"] == [1, 2, 3, 4]
     parts = [(s["mode"], s["batch"], s["segment"]) for s in document["segments"]]
-    nobody = [("nobody", batch, segment) for batch in (1, 4) for segment in range(4)]
+    nobody = [("exits-closed", batch, segment) for batch in (1, 4) for segment in range(4)]
     assert parts == [("full", 1, 0), ("full", 4, 0), *nobody]
     assert [row["batch"] for row in document["bounds"]["rows"]] == [1, 4]
     weights = 4 * (4 * (128 * 64 + 64 * 64 + 3 * 128 * 64) + 320 * 64)
@@ -308,9 +308,9 @@ def test_without_holds_there_is_one_mode_less(capsys: pytest.CaptureFixture[str]
     words = ["--hold", "off", "--batch", "3", "--rounds", "1", "--exit-vocab", "64"]
     assert main([*ARGS, *words, "--exits", "2", "--exit-trace", "2:0.5,4:0.5"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["mode"] for row in document["rows"]] == ["full", "nobody", "exits"]
+    assert [row["mode"] for row in document["rows"]] == ["full", "exits-closed", "exits"]
     assert document["rows"][-1]["mean_depth"] == pytest.approx(3.0, abs=0.2)
-    assert document["rows"][-1]["tokens_per_ride"] == 3
+    assert document["rows"][-1]["tokens_per_pass"] == 3
 
 
 def test_for_throughput_riders_are_held_as_the_server_would(
@@ -322,7 +322,7 @@ def test_for_throughput_riders_are_held_as_the_server_would(
     assert main([*ARGS, *words, "--exit-trace", "2:0.7,4:0.3"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["mode"]: row for row in document["rows"]}
-    assert rows["exits"]["tokens_per_ride"] < rows["exits-no-hold"]["tokens_per_ride"] == 4
+    assert rows["exits"]["tokens_per_pass"] < rows["exits-no-hold"]["tokens_per_pass"] == 4
 
 
 def test_a_loop_that_is_wrong_has_no_speed(

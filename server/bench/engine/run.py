@@ -1,6 +1,6 @@
 """One run of ``offramp bench engine``, from the check to the report.
 
-Modes: ``full`` is a loop without exits, ``nobody`` one with exits that no token takes, ``exits``
+Modes: ``full`` is a loop without exits, ``exits-closed`` one with exits that no token takes, ``exits``
 one whose tokens leave as in the trace, ``exits-no-hold`` the same without holding tokens back.
 """
 
@@ -41,22 +41,22 @@ from offramp.server.bench.engine.model import RandomModel
 from offramp.server.bench.engine.options import Options, check_memory, read_options, thresholds
 from offramp.server.bench.engine.simulation import holds_for, launch_bytes, paper_report, simulated
 
-FULL, NO_EXIT, EXITS, NO_HOLD = "full", "nobody", "exits", "exits-no-hold"
+FULL, NO_EXIT, EXITS, NO_HOLD = "full", "exits-closed", "exits", "exits-no-hold"
 
 _ROWS = columns(
     "mode {mode} | batch {batch} | tokens/s {tokens_per_s:.1f} | x full {speed_up:.3f} | "
     "best {best_speed_up:.3f} | best, paid {best_paid_speed_up:.3f} | "
-    "limit {limit_speed_up:.3f} | pass ms {ride_ms:.3f} | tokens/pass {tokens_per_ride:.2f} | "
+    "limit {limit_speed_up:.3f} | pass ms {pass_ms:.3f} | tokens/pass {tokens_per_pass:.2f} | "
     "depth {mean_depth:.2f} | efficiency {exit_efficiency:.2f} | launch ms {launch_ms:.3f} | "
     "host waits {host_wait_share:.2f} | GPU idle {gpu_idle_share:.3f}"
 )
 _SEGMENTS = columns(
     "mode {mode} | batch {batch} | segment {segment} | layers {layers} | ms {ms:.3f} | "
-    "if all leave +{leaving_ms:.3f} | nobody there {empty_ms:.3f}"
+    "if all leave +{leaving_ms:.3f} | no rows {empty_ms:.3f}"
 )
 _BOUNDS = columns(
     "batch {batch} | MB a pass {ride_mb:.1f} | bound ms {bound_ms:.3f} | "
-    "full ms {full_ride_ms:.3f} | roofline {roofline_share:.3f} | nobody/full {machinery:.3f} | "
+    "full ms {full_pass_ms:.3f} | roofline {roofline_share:.3f} | closed/full {machinery:.3f} | "
     "fill ms {fill_ms:.3f} | fill share {fill_share:.3f}"
 )
 
@@ -168,8 +168,8 @@ def _row(
         "tokens_per_s": round(statistics.median(speeds), 3),
         "tokens_per_s_min": round(min(speeds), 3),
         "tokens_per_s_max": round(max(speeds), 3),
-        "ride_ms": _ms(_launch_seconds(rounds)),
-        "tokens_per_ride": round(tokens / launches, 4),
+        "pass_ms": _ms(_launch_seconds(rounds)),
+        "tokens_per_pass": round(tokens / launches, 4),
         "mean_depth": round(layers / tokens, 4) if tokens else None,
         "layers_executed": layers,
         "launch_ms": _ms(statistics.median(each.launching / each.launches for each in rounds)),
@@ -212,7 +212,7 @@ def _bound(
     return {
         "ride_mb": round(size / 1e6, 3),
         "bound_ms": _ms(size / speed),
-        "full_ride_ms": _ms(full),
+        "full_pass_ms": _ms(full),
         "roofline_share": round(size / speed / full, 4),
         "machinery": round(no_exit / full, 4),
         "fill_ms": _ms(fill),

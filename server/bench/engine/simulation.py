@@ -29,7 +29,7 @@ _SHARES = (0.0, 0.5, 1.0, 2.0)
 _WAITS = (2.0, 4.0)
 _COLUMNS = columns(
     "batch {batch} | full tokens/s {full_tokens_per_s:.0f} | "
-    "x full, nobody held {free_speed_up:.3f} | x full, best holds {limit_speed_up:.3f} | "
+    "x full, none held {free_speed_up:.3f} | x full, best holds {limit_speed_up:.3f} | "
     "efficiency {limit_efficiency:.2f}"
 )
 
