@@ -41,9 +41,9 @@ DEFAULT_CRITERION = ExitCriterion.TWO_KEY
 class KVFill(StrEnum):
     """How the K,V of layers a token skipped are made (design: KV fill).
 
-    ``auto`` is ``recompute`` where by measured cost the owed rows join a later pass for less
-    than a projection would take, else ``project``. ``absent`` leaves zeros in their place; it exists to
-    be measured against.
+    ``auto`` is ``recompute`` where by measured cost the owed rows join a later pass for less than a
+    projection would take, else ``project``. ``absent`` leaves zeros in their place; it exists to be
+    measured against.
     """
 
     AUTO = "auto"

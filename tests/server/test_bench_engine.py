@@ -294,14 +294,14 @@ def check_parts(document: dict[str, Any]) -> None:
     assert document["check"]["equal"] is True
     assert document["check"]["depths"] == [1, 2, 3, 4]
     parts = [(s["mode"], s["batch"], s["segment"]) for s in document["segments"]]
-    nobody = [("exits-closed", batch, segment) for batch in (1, 4) for segment in range(4)]
-    assert parts == [("full", 1, 0), ("full", 4, 0), *nobody]
+    closed = [("exits-closed", batch, segment) for batch in (1, 4) for segment in range(4)]
+    assert parts == [("full", 1, 0), ("full", 4, 0), *closed]
     assert [row["batch"] for row in document["bounds"]["rows"]] == [1, 4]
     weights = 4 * (4 * (128 * 64 + 64 * 64 + 3 * 128 * 64) + 320 * 64)
     assert document["bounds"]["weight_bytes"] == weights
     # Contexts of 40 tokens, the warm-up and half of the measured passes; K and V of 2 x 16.
     read = weights + 4 * (40 + WARM_UP + 8) * 2 * 4 * 32 * 4
-    assert document["bounds"]["rows"][1]["ride_mb"] == pytest.approx(read / 1e6, abs=1e-3)
+    assert document["bounds"]["rows"][1]["pass_mb"] == pytest.approx(read / 1e6, abs=1e-3)
 
 
 def test_without_holds_there_is_one_mode_less(capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,7 +313,7 @@ def test_without_holds_there_is_one_mode_less(capsys: pytest.CaptureFixture[str]
     assert document["rows"][-1]["tokens_per_pass"] == 3
 
 
-def test_for_throughput_riders_are_held_as_the_server_would(
+def test_for_throughput_rows_are_held_as_the_server_would(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Segments said to cost the same for all active rows: then a few deep tokens wait."""
@@ -344,7 +344,7 @@ def test_a_loop_that_is_wrong_has_no_speed(
     )
 
 
-def test_rides_that_leave_elsewhere_have_no_speed(
+def test_passes_that_leave_elsewhere_have_no_speed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

@@ -1,7 +1,8 @@
 """One run of ``offramp bench engine``, from the check to the report.
 
-Modes: ``full`` is a loop without exits, ``exits-closed`` one with exits that no token takes, ``exits``
-one whose tokens leave as in the trace, ``exits-no-hold`` the same without holding tokens back.
+Modes: ``full`` is a loop without exits, ``exits-closed`` one with exits that no token takes,
+``exits`` one whose tokens leave as in the trace, ``exits-no-hold`` the same without holding tokens
+back.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _SEGMENTS = columns(
     "if all leave +{leaving_ms:.3f} | no rows {empty_ms:.3f}"
 )
 _BOUNDS = columns(
-    "batch {batch} | MB a pass {ride_mb:.1f} | bound ms {bound_ms:.3f} | "
+    "batch {batch} | MB a pass {pass_mb:.1f} | bound ms {bound_ms:.3f} | "
     "full ms {full_pass_ms:.3f} | roofline {roofline_share:.3f} | closed/full {machinery:.3f} | "
     "fill ms {fill_ms:.3f} | fill share {fill_share:.3f}"
 )
@@ -210,7 +211,7 @@ def _bound(
     full, no_exit = _launch_seconds(rounds[FULL]), _launch_seconds(rounds[NO_EXIT])
     leaving = _launch_seconds(rounds[EXITS if options.hold == "off" else NO_HOLD])
     return {
-        "ride_mb": round(size / 1e6, 3),
+        "pass_mb": round(size / 1e6, 3),
         "bound_ms": _ms(size / speed),
         "full_pass_ms": _ms(full),
         "roofline_share": round(size / speed / full, 4),
