@@ -13,7 +13,7 @@ from offramp.kernels.prefill_attention import prefill_attention
 from offramp.kernels.rms_norm import add_rms_norm, rms_norm
 from offramp.kernels.swiglu import swiglu
 from offramp.models.config import ModelConfig
-from offramp.models.loading.forms import Forms
+from offramp.models.loading.formats import Forms
 from offramp.models.rows import ForwardContext
 
 

@@ -15,7 +15,7 @@ from offramp.kernels.rotary import RotaryTable
 from offramp.models.config import ModelConfig
 from offramp.models.exits.head import ExitHead
 from offramp.models.layers import DecoderLayer
-from offramp.models.loading.forms import Recipes
+from offramp.models.loading.formats import Recipes
 from offramp.models.rows import ForwardContext
 
 

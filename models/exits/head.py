@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from offramp.kernels.exit_gate import exit_gate
 from offramp.kernels.linear import Linear, Matrix, linear
 from offramp.kernels.rms_norm import rms_norm
-from offramp.models.loading.forms import Forms
+from offramp.models.loading.formats import Forms
 
 
 @dataclass(frozen=True, slots=True)

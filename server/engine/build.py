@@ -25,7 +25,7 @@ from offramp.models.exits.file import (
 from offramp.models.exits.shared import shared_heads
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.forms import as_they_are, choose
+from offramp.models.loading.formats import as_they_are, choose
 from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion

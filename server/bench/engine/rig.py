@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offramp.models.device_loop import Boarding, DeviceLoop, Recorder
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.forms import as_they_are
+from offramp.models.loading.formats import as_they_are
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import NEVER, SamplingParams
 from offramp.models.transformer import Transformer
