@@ -46,7 +46,8 @@ INLINE void multiply_tile(int format, const uint8_t *w, size_t w_stride, int col
         for (int r = 0; r < ROWS; r++) sums[o][r] = (floats){0};
     }
     const float *x = t->x + row * t->x_stride;
-    for (int g = 0; g < columns / GROUP; g++, x += GROUP) {
+    int groups = columns / GROUP;
+    for (int g = 0; g < groups; g++, x += GROUP) {
 #pragma GCC unroll 8
         for (int o = 0; o < OUTS; o++) {
             floats values[VECTORS];
