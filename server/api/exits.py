@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from offramp.models.exits.points import OperatingPoint, point_for
+from offramp.models.exits.file import OperatingPoint, point_for
 from offramp.models.sampling_params import ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.server.errors import InvalidRequest
 

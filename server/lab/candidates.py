@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from offramp.models.exits.calibration.threshold_search import (
+from offramp.models.exits.calibration import (
     Candidate,
     Scored,
     candidates,
@@ -14,7 +14,7 @@ from offramp.models.exits.calibration.threshold_search import (
     uniform_candidates,
 )
 from offramp.models.exits.criteria import STATEFUL
-from offramp.models.exits.training.hidden_states import Answer, collect
+from offramp.models.exits.training.data import Answer, collect
 from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.server.engine.bulk import Finished
 from offramp.server.lab.scores import score

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offramp.models.exits.training.hidden_states import Answer, batches, lay_out
+from offramp.models.exits.training.data import Answer, batches, lay_out
 from offramp.models.transformer import Transformer
 
 # Rows whose logits exist at a time: 50 MB each 256 rows at a vocabulary of 50,000.

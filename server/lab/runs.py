@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from offramp.models.exits.training.hidden_states import Answer
+from offramp.models.exits.training.data import Answer
 from offramp.models.sampling_params import ExitSettings, SamplingParams
 from offramp.models.transformer import Transformer
 from offramp.server.engine.bulk import Finished, run_all

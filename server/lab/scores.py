@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.models.exits.calibration.threshold_search import Scored
+from offramp.models.exits.calibration import Scored
 from offramp.models.exits.criteria import CRITERIA, ExitView, Trail
 from offramp.models.exits.file import ExitFile
 from offramp.models.exits.head import ExitHead
-from offramp.models.exits.training.hidden_states import States
+from offramp.models.exits.training.data import States
 from offramp.models.sampling_params import ExitCriterion
 from offramp.models.transformer import Transformer
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offramp.models.exits.calibration.risk import betting_p_value, fixed_sequence, upper_bound
-from offramp.models.exits.calibration.threshold_search import Candidate
-from offramp.models.exits.points import OperatingPoint
+from offramp.models.exits.calibration import Candidate, betting_p_value, fixed_sequence, upper_bound
+from offramp.models.exits.file import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, KVFill
 
 # What two different settings of one file differ in at least, so that their order is clear.
