@@ -1,7 +1,7 @@
 """Whole decoder layers in one call: the partial-depth forward pass of a segment on a CPU.
 
 The reference is the composition of the other kernels in models/layers.py. No operator is called
-per layer, and attention reads the pages through the block tables, whatever lies where.
+per layer, and attention reads keys and values through the block tables.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from torch import Tensor
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Batch, Layer, Library, Matrix, Shape, library
 from offramp.kernels.rows import RowTable
-
-_LANES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +72,9 @@ class NativeLayers:
         """The layers, or None where the reference must serve."""
         found = library()
         products = [each for layer in layers for each in layer.products]
-        native = all(product.native is not None for product in products)
-        if found is None or not native or sizes.head_dim % _LANES:
+        if found is None or any(product.native is None for product in products):
+            return None
+        if sizes.head_dim % found.constant("HEAD_DIM_MULTIPLE"):
             return None
         return cls(found, layers, sizes)
 

@@ -7,18 +7,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.native import Matrix as NativeMatrix
-from offramp.kernels.packed import Native, Plain, WeightForm, available, pack
+from offramp.kernels.weight_formats import (
+    NativeWeight,
+    PlainWeight,
+    WeightFormat,
+    available,
+    pack,
+)
 
 
 class Linear:
-    """A weight [out, in] with its bias [out], kept for products and nothing else.
+    """A weight [out, in] with its bias [out], stored for products alone.
 
-    Without a ``form`` it is kept exactly: packed for oneDNN where that exists, else as it is.
-    Raises PackError if the weight cannot be kept in that form.
+    Without a ``form`` no value changes: in oneDNN's layout where that exists, else the tensor
+    itself. Raises PackError if the weight cannot be stored in that format.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, form: WeightForm | None = None
+        self, weight: Tensor, bias: Tensor | None = None, form: WeightFormat | None = None
     ) -> None:
         self.shape = weight.shape
         self.bias = bias
@@ -36,13 +42,13 @@ class Linear:
 
     @property
     def native(self) -> NativeMatrix | None:
-        """The weight as the C kernels take it, if it is in one of their forms."""
-        return self._packed.matrix if isinstance(self._packed, Native) else None
+        """The weight as the C kernels take it, if it is in one of their formats."""
+        return self._packed.matrix if isinstance(self._packed, NativeWeight) else None
 
     @property
     def plain(self) -> Tensor | None:
-        """The weight itself, if it is kept as it is."""
-        return self._packed.weight if isinstance(self._packed, Plain) else None
+        """The weight tensor itself, if the format is PLAIN."""
+        return self._packed.weight if isinstance(self._packed, PlainWeight) else None
 
     @property
     def weight(self) -> Tensor:
@@ -51,11 +57,11 @@ class Linear:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` [n] of the weight, [n, in]."""
-        if isinstance(self._packed, Native):
+        if isinstance(self._packed, NativeWeight):
             return self._packed.rows(ids)
-        if isinstance(self._packed, Plain):
+        if isinstance(self._packed, PlainWeight):
             return self._packed.weight[ids]
-        # Other forms do not tell; their products of the unit vectors do.
+        # oneDNN and FBGEMM do not give weights back; their products with unit vectors do.
         unit = torch.eye(self.shape[1], dtype=self._like.dtype, device=self._like.device)
         with torch.no_grad():
             columns = self._packed(unit)
@@ -64,7 +70,7 @@ class Linear:
 
 
 Matrix = Tensor | Linear
-"""A weight, packed or not."""
+"""A weight, as a tensor or in a format for products."""
 
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
@@ -75,7 +81,7 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _exact(weight: Tensor) -> WeightForm:
+def _exact(weight: Tensor) -> WeightFormat:
     packs = weight.device.type == "cpu" and weight.dtype is torch.float32
-    exact = packs and available(WeightForm.ONEDNN_FP32)
-    return WeightForm.ONEDNN_FP32 if exact else WeightForm.PLAIN
+    exact = packs and available(WeightFormat.ONEDNN_FP32)
+    return WeightFormat.ONEDNN_FP32 if exact else WeightFormat.PLAIN

@@ -1,7 +1,7 @@
-"""The C kernels of native/decoder.c: compiled for this machine when first asked for, then kept.
+"""The C kernels of native/: compiled for this machine at the first use, then kept, and bound here.
 
-Called through ctypes, which lets other Python threads run meanwhile. Where there is no C compiler
-there are no such kernels, and torch's operators serve.
+They are called through ctypes, which lets other Python threads run meanwhile. Where there is no C
+compiler there are no such kernels, and torch's operators serve.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,21 +29,17 @@ from offramp.paths import cache_folder
 
 logger = logging.getLogger("offramp.kernels")
 
-_SOURCE = Path(__file__).parent / "native" / "decoder.c"
+_FOLDER = Path(__file__).parent / "native"
+_SOURCE = "decoder.c"
 _COMPILERS = ("cc", "gcc", "clang")
 _TIMEOUT_S = 120
-# Rows of weights and of inputs that the source unpacks at a time (its UNIT_OUTS, UNIT_ROWS).
-_PANEL_ROWS = 32
-_SET_ROWS = 16
-_TILE_ROWS = 4
-_LAYER_PHASES, _PRODUCT_PHASES = 12, 2
 
 
 class Matrix(ctypes.Structure):
-    """A weight [outs, columns] in a form of the source, with its bias or NULL."""
+    """A weight [outs, columns] in a format of the source, with its bias or NULL."""
 
     _fields_: ClassVar = [
-        ("form", c_int32),
+        ("format", c_int32),
         ("outs", c_int32),
         ("columns", c_int32),
         ("data", c_void_p),
@@ -52,7 +48,7 @@ class Matrix(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """Weights of a decoder layer; ``index`` is its place among the layers of the K,V pages."""
+    """Weights of a decoder layer; ``index`` counts the layers of the K,V pages from 0."""
 
     _fields_: ClassVar = [
         ("attn_norm", c_void_p),
@@ -99,72 +95,98 @@ class Batch(ctypes.Structure):
     ]
 
 
-Phase = c_int32 * 16
-"""A step of a call that all threads share."""
-PARTS = ("norms", "q, k, v", "positions", "attention", "attention output", "gate, up", "down")
-"""What the time of layers is told apart by."""
-_STRUCTURES = (Matrix, Layer, Shape, Batch, Phase)
+class Workspace(ctypes.Structure):
+    """Scratch memory of a call, and the number of threads that share it."""
+
+    _fields_: ClassVar = [
+        ("normed", c_void_p),
+        ("wide", c_void_p),
+        ("split_inputs", c_void_p),
+        ("phases", c_void_p),
+        ("per_thread", c_void_p),
+        ("per_thread_floats", c_int64),
+        ("timers", c_void_p),
+        ("threads", c_int32),
+        ("columns", c_int32),
+    ]
 
 
 class Library:
-    """The compiled kernels; tensors are fp32 and contiguous on the CPU."""
+    """The compiled kernels; tensors are fp32 and contiguous on the CPU.
+
+    Raises OSError if ``path`` holds no such library.
+    """
 
     def __init__(self, path: Path) -> None:
-        functions = ctypes.CDLL(str(path))
-        self._size_of = functions.offramp_size_of
-        self._product = functions.offramp_product
-        self._rows = functions.offramp_rows
-        self._run_layers = functions.offramp_run_layers
-        for function in (self._product, self._rows, self._run_layers):
-            function.restype = None
-        self.has_matrix_unit = bool(functions.offramp_start())
-        self._clock: ctypes.Array[c_int64] | None = None
+        self._functions = ctypes.CDLL(str(path))
+        for name in ("scale_floats", "split_input_floats", "matmul_floats", "score_floats"):
+            self._function(name).restype = c_int64
+        for name in ("run_layers", "matmul", "rows"):
+            self._function(name).restype = None
+        self._function("constant").restype = c_int64
+        self._function("timer_name").restype = c_char_p
+        self.has_amx = bool(self._function("initialize")())
+        self._phase_bytes = self.constant("struct phase")
+        self._layer_phases = self.constant("LAYER_PHASES")
+        self._matmul_phases = self.constant("MATMUL_PHASES")
+        self.timers: tuple[str, ...] = tuple(self._timer_names())
+        self._time: Tensor | None = None
 
-    def size_of(self, kind: type[ctypes.Structure | ctypes.Array[c_int32]]) -> int:
-        """Bytes of a structure as the compiler laid it out."""
-        return int(self._size_of(_STRUCTURES.index(kind)))
+    def constant(self, name: str) -> int:
+        """A constant of the source, or the bytes of a structure (``struct batch``).
+
+        Raises KeyError if the source exports none of this name.
+        """
+        found = int(self._function("constant")(name.encode()))
+        if found < 0:
+            raise KeyError(name)
+        return found
 
     @contextmanager
     def timing(self) -> Iterator[dict[str, float]]:
-        """Seconds of PARTS spent inside, filled in at the end."""
-        self._clock = (c_int64 * len(PARTS))()
+        """Seconds by the names of `timers` that layers take inside, filled in at the end."""
+        self._time = torch.zeros(len(self.timers), dtype=torch.int64)
         spent: dict[str, float] = {}
         try:
             yield spent
         finally:
-            spent.update(zip(PARTS, (each / 1e9 for each in self._clock), strict=True))
-            self._clock = None
+            spent.update(zip(self.timers, (self._time / 1e9).tolist(), strict=True))
+            self._time = None
 
-    def product(self, matrix: Matrix, x: Tensor) -> Tensor:
+    def matmul(self, matrix: Matrix, x: Tensor) -> Tensor:
         """``x`` [n, columns] times the matrix transposed, plus its bias: [n, outs]."""
-        threads = torch.get_num_threads()
-        out = torch.empty(x.shape[0], matrix.outs)
-        halves = _halves(x.shape[0], matrix.columns)
-        phases = (Phase * _PRODUCT_PHASES)()
-        own = torch.empty(threads, _panel(matrix.columns))
-        self._product(
+        rows, columns, threads = x.shape[0], matrix.columns, torch.get_num_threads()
+        out = torch.empty(rows, matrix.outs)
+        split_inputs = torch.empty(self._function("split_input_floats")(rows, columns))
+        phases = torch.zeros(self._matmul_phases * self._phase_bytes, dtype=torch.uint8)
+        per_thread = torch.empty(threads, self._function("matmul_floats")(columns))
+        workspace = Workspace(
+            split_inputs=split_inputs.data_ptr(),
+            phases=phases.data_ptr(),
+            per_thread=per_thread.data_ptr(),
+            per_thread_floats=per_thread.shape[1],
+            threads=threads,
+            columns=columns,
+        )
+        self._function("matmul")(
             ctypes.byref(matrix),
             c_void_p(x.data_ptr()),
             c_void_p(out.data_ptr()),
-            x.shape[0],
-            c_void_p(halves.data_ptr()),
-            phases,
-            c_void_p(own.data_ptr()),
-            c_int64(own.shape[1]),
-            threads,
+            rows,
+            ctypes.byref(workspace),
         )
         return out
 
     def rows(self, matrix: Matrix, ids: Tensor) -> Tensor:
         """Rows ``ids`` [n] (int64) of the matrix as fp32 [n, columns]."""
         out = torch.empty(ids.shape[0], matrix.columns)
-        room = torch.empty(_scale_room(matrix.columns))
-        self._rows(
+        scales = torch.empty(self._function("scale_floats")(matrix.columns))
+        self._function("rows")(
             ctypes.byref(matrix),
             c_void_p(ids.data_ptr()),
             ids.shape[0],
             c_void_p(out.data_ptr()),
-            c_void_p(room.data_ptr()),
+            c_void_p(scales.data_ptr()),
         )
         return out
 
@@ -175,47 +197,43 @@ class Library:
         threads = torch.get_num_threads()
         queries = shape.heads * shape.head_dim
         qkv = queries + 2 * shape.kv_heads * shape.head_dim
-        widest = max(shape.width, queries, shape.inner)
-        panel = _panel(widest)
-        group = shape.heads // shape.kv_heads
-        # Scores are written 16 at a time.
-        own_size = panel + group * (batch.longest + 16)
+        columns = max(shape.width, queries, shape.inner)
+        scores = self._function("score_floats")(ctypes.byref(shape), ctypes.byref(batch))
         normed = torch.empty(batch.rows, max(shape.width, queries))
         wide = torch.empty(batch.rows, max(qkv, 2 * shape.inner))
-        halves = _halves(batch.rows, widest)
-        own = torch.empty(threads, own_size)
-        phases = (Phase * (_LAYER_PHASES * len(layers)))()
-        self._run_layers(
+        split_inputs = torch.empty(self._function("split_input_floats")(batch.rows, columns))
+        phases = torch.zeros(
+            len(layers) * self._layer_phases * self._phase_bytes, dtype=torch.uint8
+        )
+        per_thread = torch.empty(threads, self._function("matmul_floats")(columns) + scores)
+        workspace = Workspace(
+            normed=normed.data_ptr(),
+            wide=wide.data_ptr(),
+            split_inputs=split_inputs.data_ptr(),
+            phases=phases.data_ptr(),
+            per_thread=per_thread.data_ptr(),
+            per_thread_floats=per_thread.shape[1],
+            timers=None if self._time is None else self._time.data_ptr(),
+            threads=threads,
+            columns=columns,
+        )
+        self._function("run_layers")(
             ctypes.byref(shape),
             layers,
             len(layers),
             ctypes.byref(batch),
             c_void_p(hidden.data_ptr()),
-            c_void_p(normed.data_ptr()),
-            c_void_p(wide.data_ptr()),
-            c_void_p(halves.data_ptr()),
-            phases,
-            c_void_p(own.data_ptr()),
-            c_int64(panel),
-            c_int64(own_size),
-            threads,
-            self._clock,
+            ctypes.byref(workspace),
         )
 
+    def _function(self, name: str) -> Any:
+        return getattr(self._functions, f"offramp_{name}")
 
-def _panel(columns: int) -> int:
-    """Floats a thread unpacks weights into, with their scales."""
-    return _PANEL_ROWS * columns + _TILE_ROWS * _scale_room(columns)
-
-
-def _scale_room(columns: int) -> int:
-    """Floats for the scales of a row, which are written 16 at a time."""
-    return 2 * (columns // 32 + 16)
-
-
-def _halves(rows: int, columns: int) -> Tensor:
-    """Room for inputs as the matrix unit takes them."""
-    return torch.empty(-(-rows // _SET_ROWS) * _SET_ROWS, columns)
+    def _timer_names(self) -> Iterator[str]:
+        count = 0
+        while (name := self._function("timer_name")(count)) is not None:
+            yield name.decode()
+            count += 1
 
 
 @functools.cache
@@ -228,19 +246,21 @@ def library() -> Library | None:
     try:
         return Library(compiled(compiler, cache_folder() / "kernels"))
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        logger.warning("C kernels do not compile, torch's operators serve: %s", told.strip())
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.warning("C kernels do not compile, torch's operators serve: %s", reason.strip())
         return None
 
 
 def compiled(compiler: list[str], folder: Path) -> Path:
-    """The shared library in ``folder``, made unless this machine made it before.
+    """The shared library in ``folder``, compiled unless it is there already.
 
-    Raises OSError or SubprocessError.
+    Its name has a hash of all sources, the command and the processor. Raises OSError or
+    SubprocessError.
     """
     flags = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi", *_tuning()]
     words = [*compiler, *flags, *shlex.split(os.environ.get("CFLAGS", ""))]
-    identity = "\n".join([_SOURCE.read_text(encoding="utf-8"), *words, _processor()])
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.[ch]"))]
+    identity = "\n".join([*sources, *words, _processor()])
     target = folder / f"decoder-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -250,7 +270,7 @@ def compiled(compiler: list[str], folder: Path) -> Path:
         made = Path(scratch, target.name)
         # The compiler is the user's own, and no text of a request gets here.
         subprocess.run(  # noqa: S603
-            [*words, str(_SOURCE), "-o", str(made), "-lm"],
+            [*words, str(_FOLDER / _SOURCE), "-o", str(made), "-lm"],
             check=True,
             capture_output=True,
             text=True,

@@ -15,7 +15,7 @@ from offramp.kernels.rows import RowTable
 from offramp.kernels.swiglu import swiglu
 from offramp.models.config import ModelConfig
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.forms import Forms
+from offramp.models.loading.formats import Forms
 
 
 class DecoderLayer:

@@ -17,7 +17,7 @@ from offramp.models.config import ModelConfig
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
 from offramp.models.layers import DecoderLayer
-from offramp.models.loading.forms import Recipes
+from offramp.models.loading.formats import Recipes
 
 
 class Segment:

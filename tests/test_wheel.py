@@ -44,4 +44,8 @@ def test_wheel_holds_the_repository(command: list[str], tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == repository_files() | {"offramp/__init__.py", "offramp/__main__.py"}
+    assert names == repository_files() | {
+        "offramp/__init__.py",
+        "offramp/__main__.py",
+        "offramp/paths.py",
+    }

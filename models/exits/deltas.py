@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
-from offramp.models.exits.safetensors_io import sort_header
+from offramp.models.exits.file import save_safetensors
 
 FORMAT = "offramp-deltas-1"
 PART_BYTES = 16 * 2**20
@@ -116,16 +115,12 @@ def save_deltas(deltas: Deltas, exit_file: Path) -> list[Path]:
         for kind, tensor in zip(("down", "up"), pair, strict=True)
     }
     parts = _packed(tensors)
-    exit_file.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, part in enumerate(parts, start=1):
         values = (FORMAT, deltas.fingerprint, deltas.rank, number, len(parts), _digest(deltas))
         path = exit_file.with_name(f"{exit_file.stem}.deltas-{number}-of-{len(parts)}.safetensors")
-        partial = path.with_suffix(".partial")
         metadata = {key: str(value) for key, value in zip(_METADATA, values, strict=True)}
-        save_file(part, partial, metadata)
-        sort_header(partial)
-        partial.replace(path)
+        save_safetensors(path, part, metadata)
         paths.append(path)
     for stale in set(delta_paths(exit_file)) - set(paths):
         stale.unlink()

@@ -1,7 +1,7 @@
 """The exit file: all exit heads of one model in one safetensors file.
 
 Metadata (strings): ``format`` = offramp-exits-2, ``fingerprint`` of the model, ``exit_layers``,
-``thresholds`` and ``floors`` (JSON lists), ``operating_points`` (JSON list, see points.py),
+``thresholds`` and ``floors`` (JSON lists), ``operating_points`` (JSON list, see OperatingPoint),
 ``metrics`` and ``data`` (JSON objects: how good they are, what they were trained on). Tensors are
 named ``{layer}.{field}`` after the fields of ExitHead, and ``vocab`` lists the token ids that the
 exits tell apart (all of them if it is missing).
@@ -10,9 +10,10 @@ exits tell apart (all of them if it is missing).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -20,30 +21,101 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.exits.head import ExitHead
-from offramp.models.exits.points import OperatingPoint
-from offramp.models.exits.safetensors_io import sort_header
-from offramp.models.exits.validation import (
-    check_metadata,
-    check_model,
-    check_tensors,
-    check_vocab,
-)
+from offramp.models.sampling_params import ExitCriterion, KVFill
 
 FORMAT = "offramp-exits-2"
-_NUMBERS = ("layer", "threshold", "floor")
-_OPTIONAL = (
-    "fuse",
-    *("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias"),
-    *("kv_map", "kv_bias"),
-)
-_TENSORS = tuple(f.name for f in fields(ExitHead) if f.name not in (*_NUMBERS, *_OPTIONAL))
 _JSON = ("exit_layers", "thresholds", "floors", "operating_points", "metrics", "data")
+_PREDICTOR = ("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias")
+_OPTIONAL = ("fuse", *_PREDICTOR, "kv_map", "kv_bias")
+_NUMBERS = ("layer", "threshold", "floor")
+_TENSORS = tuple(f.name for f in fields(ExitHead) if f.name not in (*_NUMBERS, *_OPTIONAL))
+_POINT_NUMBERS = (
+    *("quality", "confidence", "agreement", "layers_skipped", "mean_depth"),
+    *("prompts", "tokens"),
+)
+# Names stand for one size throughout an exit; see ExitHead.
+_SHAPES: dict[str, tuple[str | int, ...]] = {
+    "scale": ("d",),
+    "norm": ("d",),
+    "down": ("d", "width"),
+    "gate_up": ("2 * width", "d"),
+    "router_up": ("g", "d"),
+    "router_up_bias": ("g",),
+    "router_down": (1, "g"),
+    "router_down_bias": (1,),
+    "fuse": (4,),
+    "predictor_up": ("p", 12),
+    "predictor_up_bias": ("p",),
+    "predictor_down": (1, "p"),
+    "predictor_down_bias": (1,),
+    "kv_map": ("kv", "d"),
+    "kv_bias": ("kv",),
+}
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class OperatingPoint:
+    """One calibrated setting of the exits.
+
+    With ``confidence``, at least ``quality`` of all emitted tokens are the full-depth model's
+    choice in their context (agreement), on prompts like those of the calibration. ``thresholds``
+    are scores of ``criterion`` at each exit point. ``agreement``, ``layers_skipped`` (share) and
+    ``mean_depth`` (layers) were measured on ``tokens`` tokens of ``prompts`` free-running answers.
+    ``prefill_threshold`` is the gate score at which prompt tokens may leave as well, None where
+    that was not calibrated.
+    """
+
+    quality: float
+    confidence: float
+    criterion: ExitCriterion
+    kv_fill: KVFill
+    thresholds: tuple[float, ...]
+    agreement: float
+    layers_skipped: float
+    mean_depth: float
+    prompts: int
+    tokens: int
+    prefill_threshold: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the exit file's metadata."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> OperatingPoint:
+        """Back from `to_json`; raises ValueError for missing, unknown or impossible values."""
+        known = {field.name for field in fields(cls)}
+        if set(row) != known:
+            raise ValueError(f"an operating point has {sorted(set(row) ^ known)} wrong")
+        scores = row["thresholds"]
+        prompt = row["prefill_threshold"]
+        numbers = [row[name] for name in _POINT_NUMBERS] + ([] if prompt is None else [prompt])
+        if not isinstance(scores, list | tuple) or not all(map(_is_number, [*scores, *numbers])):
+            raise ValueError("it has values that are not numbers")
+        point = cls(
+            **{
+                **row,
+                "criterion": ExitCriterion(row["criterion"]),
+                "kv_fill": KVFill(row["kv_fill"]),
+                "thresholds": tuple(float(value) for value in row["thresholds"]),
+            }
+        )
+        if not 0 < point.quality <= 1 or not 0 < point.confidence < 1:
+            raise ValueError("quality and confidence of an operating point lie between 0 and 1")
+        return point
+
+
+def point_for(points: Sequence[OperatingPoint], quality: float) -> OperatingPoint | None:
+    """The loosest point that promises at least ``quality``; None if there is none."""
+    enough = [point for point in points if point.quality >= quality]
+    return min(enough, key=lambda point: point.quality, default=None)
 
 
 class ExitFileError(ModelError):
@@ -81,12 +153,7 @@ class ExitFile:
             "metrics": json.dumps(self.metrics),
             "data": json.dumps(self.data),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata)
-        # Also gives the file the usual mode: safetensors keeps it to its owner.
-        sort_header(partial)
-        partial.replace(path)
+        save_safetensors(path, tensors, metadata)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -103,7 +170,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise ExitFileError(f"{path} lacks metadata: {', '.join(sorted(missing))}")
     try:
         found = {key: json.loads(value) if key in _JSON else value for key, value in raw.items()}
-        check_metadata(found)
+        _check_metadata(found)
     except ValueError as error:
         raise ExitFileError(f"{path} has broken metadata: {error}") from error
     points_of(path, found["operating_points"], len(found["exit_layers"]))
@@ -128,7 +195,7 @@ def load_exits(
     vocab = stored.pop("vocab", None)
     if vocab is not None:
         with _naming(path):
-            check_vocab(vocab)
+            _check_vocab(vocab)
     heads = []
     for index, layer in enumerate(metadata["exit_layers"]):
         tensors = {
@@ -136,7 +203,13 @@ def load_exits(
             for name in (*_TENSORS, *_OPTIONAL)
             if f"{layer}.{name}" in stored
         }
-        _check_head(path, layer, tensors, hidden_size)
+        missing = set(_TENSORS) - set(tensors)
+        if missing:
+            raise ExitFileError(
+                f"{path} lacks tensors of exit {layer}: {', '.join(sorted(missing))}"
+            )
+        with _naming(path):
+            _check_tensors(layer, tensors, hidden_size)
         numbers = {"floor": metadata["floors"][index], "threshold": metadata["thresholds"][index]}
         heads.append(ExitHead(layer=layer, **numbers, **tensors))
     return ExitFile(
@@ -152,7 +225,7 @@ def load_exits(
 def check_fit(path: Path, file: ExitFile, shape: ModelConfig) -> None:
     """Raise ExitFileError if ``file``, read from ``path``, has no place in the model."""
     with _naming(path):
-        check_model(file.heads, file.vocab, shape)
+        _check_model(file.heads, file.vocab, shape)
 
 
 def points_of(path: Path, rows: Sequence[dict[str, Any]], exits: int) -> tuple[OperatingPoint, ...]:
@@ -186,18 +259,97 @@ def shipped_exits(fingerprint: str) -> Path | None:
     return None
 
 
+def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write ``path`` atomically; equal tensors and metadata give equal bytes.
+
+    The library writes metadata in an order that differs from process to process; here they are in
+    order of their names.
+    """
+    content = save(tensors, metadata)
+    end = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+    header = json.loads(content[_LENGTH_BYTES:end])
+    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(len(text).to_bytes(_LENGTH_BYTES, "little") + text + content[end:])
+    partial.replace(path)
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Make an ExitFileError that names ``path`` of a check's ValueError."""
+    """Turn a check's ValueError into an ExitFileError that names ``path``."""
     try:
         yield
     except ValueError as error:
         raise ExitFileError(f"{path}: {error}") from error
 
 
-def _check_head(path: Path, layer: int, tensors: dict[str, Tensor], hidden_size: int) -> None:
-    missing = set(_TENSORS) - set(tensors)
-    if missing:
-        raise ExitFileError(f"{path} lacks tensors of exit {layer}: {', '.join(sorted(missing))}")
-    with _naming(path):
-        check_tensors(layer, tensors, hidden_size)
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Types, and lists that fit together."""
+    kinds = {"operating_points": list, "metrics": dict, "data": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(metadata[key], kind)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is no {'list' if kinds[wrong[0]] is list else 'object'}")
+    layers = metadata["exit_layers"]
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ValueError("exit_layers is no list of whole numbers")
+    for key in ("thresholds", "floors"):
+        if not isinstance(metadata[key], list) or not all(map(_is_number, metadata[key])):
+            raise ValueError(f"{key} is no list of numbers")
+    counts = {len(layers), len(metadata["thresholds"]), len(metadata["floors"])}
+    if layers != sorted(set(layers)) or len(counts) != 1:
+        raise ValueError("exit layers, thresholds and floors do not fit together")
+
+
+def _check_tensors(layer: int, tensors: Mapping[str, Tensor], hidden_size: int) -> None:
+    """Shapes of the exit after ``layer``, whose required tensors are all there."""
+    known = set(_PREDICTOR) & set(tensors)
+    if known and known != set(_PREDICTOR):
+        raise ValueError(f"exit {layer} has a part of a predictor: {', '.join(sorted(known))}")
+    sizes: dict[str | int, int] = {
+        "d": hidden_size,
+        "2 * width": 2 * sum(tensors["down"].shape[1:]),
+    }
+    for name, pattern in _SHAPES.items():
+        if name not in tensors:
+            continue
+        found = tuple(tensors[name].shape)
+        # The first tensor with a name says what it stands for.
+        sizes |= {s: n for s, n in zip(pattern, found, strict=False) if s not in sizes}
+        wanted = tuple(s if isinstance(s, int) else sizes.get(s, s) for s in pattern)
+        if found != wanted:
+            raise ValueError(f"tensor {layer}.{name} has the shape {found}, not {wanted}")
+
+
+def _check_vocab(vocab: Tensor) -> None:
+    """Token ids that an exit can be asked for."""
+    if vocab.dim() != 1 or vocab.is_floating_point() or not len(vocab):
+        raise ValueError("vocab is no list of token ids")
+    if int(vocab[0]) < 0 or not (vocab.diff() > 0).all():
+        raise ValueError("vocab is not ascending from 0 or above")
+
+
+def _check_model(heads: Sequence[ExitHead], vocab: Tensor | None, shape: ModelConfig) -> None:
+    """Exits that fit into the model of this ``shape``."""
+    for head in heads:
+        if not 0 < head.layer < shape.num_layers:
+            raise ValueError(
+                f"exit {head.layer} is not inside the model; its layers are 1 to "
+                f"{shape.num_layers - 1}"
+            )
+        rows = (shape.num_layers - head.layer) * 2 * shape.kv_size
+        if head.kv_map is not None and len(head.kv_map) != rows:
+            raise ValueError(
+                f"tensor {head.layer}.kv_map has {len(head.kv_map)} rows; this model needs {rows}"
+            )
+    if vocab is not None and int(vocab[-1]) >= shape.vocab_size:
+        raise ValueError(
+            f"vocab has the token {int(vocab[-1])}; this model has {shape.vocab_size} tokens"
+        )

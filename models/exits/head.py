@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.exit_gate import exit_gate
 from offramp.kernels.linear import Linear, Matrix, linear
 from offramp.kernels.rms_norm import rms_norm
-from offramp.models.loading.forms import Forms
+from offramp.models.config import ModelConfig
+from offramp.models.errors import UnsupportedModel
+from offramp.models.loading.formats import Forms
+
+# Far enough up the sigmoid that fp16, bf16 and fp32 all round it to 1.
+_CERTAIN = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +38,8 @@ class ExitHead:
     is SpecEE's predictor, [p, 12], [p], [1, p], [1] (see criteria.Predictor).
 
     ``kv_map`` [skipped layers * 2 * kv_size, d] and ``kv_bias`` make K and V of the layers above
-    straight from the normalised exit state (see exits.kv_map); without them `project` takes the
-    exit state for the input of every skipped layer.
+    from the normalised exit state (see training/train.py:fit_kv_maps); without them `project` takes
+    the exit state as the input of every skipped layer.
     """
 
     layer: int
@@ -95,3 +101,46 @@ class PackedHead(ExitHead):
     def normed(self, hidden: Tensor, eps: float) -> Tensor:
         """See ExitHead."""
         return self._adapted(hidden, self.products["gate_up"], self.products["down"], eps)
+
+
+def shared_heads(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    layers: Sequence[int],
+    *,
+    threshold: float = 0.9,
+) -> tuple[ExitHead, ...]:
+    """Heads after ``layers`` (ascending) that are exactly the model's final norm.
+
+    LayerSkip (arXiv 2404.16710) publishes models trained to share their last norm and LM head with
+    every layer; they need no exit file, since each exit is the model itself, cut short.
+    ``weights`` are the loader's; the heads take their dtype and device. The gate always fires, so
+    criteria on the logits decide; there is no second key. ``threshold`` is the score to leave at.
+    Raises UnsupportedModel for layers that are not ascending or not inside the stack.
+    """
+    last = config.num_layers - 1
+    inside = all(0 < layer <= last for layer in layers)
+    if not layers or not inside or list(layers) != sorted(set(layers)):
+        raise UnsupportedModel("exit layers", list(layers), f"ascending ones of 1 to {last}")
+    return tuple(_head(layer, weights["final_norm"], threshold) for layer in layers)
+
+
+def _head(layer: int, norm: Tensor, threshold: float) -> ExitHead:
+    d = len(norm)
+
+    def zeros(*shape: int) -> Tensor:
+        return norm.new_zeros(shape)
+
+    return ExitHead(
+        layer=layer,
+        threshold=threshold,
+        scale=torch.ones_like(norm),
+        # A branch of width one that adds nothing is the narrowest adapter there is.
+        gate_up=zeros(2, d),
+        down=zeros(d, 1),
+        norm=norm,
+        router_up=zeros(1, d),
+        router_up_bias=zeros(1),
+        router_down=zeros(1, 1),
+        router_down_bias=zeros(1) + _CERTAIN,
+    )

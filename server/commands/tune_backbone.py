@@ -21,13 +21,11 @@ from offramp.models.exits.deltas import (
     tuned_fingerprint,
 )
 from offramp.models.exits.head import ExitHead
-from offramp.models.exits.training.checkpoints import Part, Work
-from offramp.models.exits.training.hidden_states import Answer
-from offramp.models.exits.training.pipeline import ADAPTER, split_answers
+from offramp.models.exits.training.data import Answer
+from offramp.models.exits.training.pipeline import ADAPTER, Part, Work, split_answers
 from offramp.models.exits.training.train import Report, TrainOptions, plain_head
 from offramp.models.exits.training.training_model import DenseModel
-from offramp.models.exits.training.tune import TuneOptions, Tuner
-from offramp.models.exits.training.tune_report import compare
+from offramp.models.exits.training.tune import TuneOptions, Tuner, compare
 from offramp.models.loading.safetensors import fingerprint
 
 

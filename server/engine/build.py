@@ -12,7 +12,7 @@ from offramp.models.config import ModelConfig
 from offramp.models.costs import CostModel, profile_costs
 from offramp.models.cpu import ThreadGovernor, keep_freed_memory, return_freed_memory
 from offramp.models.device_loop import DeviceLoop, profile_device
-from offramp.models.exits.calibration.beta_mixture import OnlineThresholds
+from offramp.models.exits.calibration import OnlineThresholds
 from offramp.models.exits.deltas import (
     apply_deltas,
     delta_paths,
@@ -26,10 +26,10 @@ from offramp.models.exits.file import (
     load_exits,
     shipped_exits,
 )
-from offramp.models.exits.shared import shared_heads
+from offramp.models.exits.head import shared_heads
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.forms import as_they_are, choose
+from offramp.models.loading.formats import as_they_are, choose
 from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import DEFAULT_CRITERION

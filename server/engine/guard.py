@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-from offramp.models.exits.calibration.risk import betting_p_value
+from offramp.models.exits.calibration import betting_p_value
 from offramp.models.sampling_params import ExitMode
 from offramp.server.engine.sequence import Sequence
 from offramp.server.engine.thresholds import GUARD_OFF, ExitThresholds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from offramp.models.exits.points import OperatingPoint
+from offramp.models.exits.file import OperatingPoint
 from offramp.models.sampling_params import ExitSettings, SamplingParams
 
 

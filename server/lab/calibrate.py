@@ -29,7 +29,7 @@ from offramp.server.lab.options import (
 )
 
 if TYPE_CHECKING:
-    from offramp.models.exits.calibration.threshold_search import Candidate
+    from offramp.models.exits.calibration import Candidate
     from offramp.server.engine.offline import Finished
     from offramp.server.lab.runs import Run
     from offramp.server.lab.selection import Choice, Trial
@@ -163,7 +163,7 @@ def _try(
     found: Sequence[Candidate],
 ) -> list[Run]:
     """Free-running answers of each candidate, until the rest can reach no quality or depth."""
-    from offramp.models.exits.calibration.risk import betting_p_value  # noqa: PLC0415
+    from offramp.models.exits.calibration import betting_p_value  # noqa: PLC0415
 
     alpha = 1 - args.confidence
     runs: list[Run] = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.models.exits.calibration.threshold_search import (
+from offramp.models.exits.calibration import (
     Candidate,
     Scored,
     candidates,
@@ -23,7 +23,7 @@ from offramp.models.exits.calibration.threshold_search import (
 from offramp.models.exits.criteria import CRITERIA, ExitView, Trail
 from offramp.models.exits.file import ExitFile
 from offramp.models.exits.head import ExitHead
-from offramp.models.exits.training.hidden_states import Answer, States, collect
+from offramp.models.exits.training.data import Answer, States, collect
 from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.models.transformer import Transformer
 from offramp.server.engine.offline import Finished

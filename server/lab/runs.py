@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from offramp.models.exits.training.hidden_states import Answer, batches, lay_out
+from offramp.models.exits.training.data import Answer, batches, lay_out
 from offramp.models.transformer import Transformer
 from offramp.server.engine.offline import Finished
 from offramp.server.engine.request import StepStats

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.models.exits.calibration.risk import (
+from offramp.models.exits.calibration import (
+    Candidate,
     answers_needed,
     betting_p_value,
     fixed_sequence,
     upper_bound,
 )
-from offramp.models.exits.calibration.threshold_search import Candidate
-from offramp.models.exits.points import OperatingPoint
+from offramp.models.exits.file import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.server.lab.runs import Run
 

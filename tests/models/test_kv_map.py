@@ -11,9 +11,8 @@ from torch import Tensor
 
 from offramp.kernels.rms_norm import rms_norm
 from offramp.models.exits.file import ExitFile, load_exits
-from offramp.models.exits.training.hidden_states import Answer, lay_out
-from offramp.models.exits.training.kv_map import fit_kv_maps
-from offramp.models.exits.training.train import TrainOptions, new_head
+from offramp.models.exits.training.data import Answer, lay_out
+from offramp.models.exits.training.train import TrainOptions, fit_kv_maps, new_head
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.safetensors import load_weights

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from offramp.models.exits.calibration.risk import (
+from offramp.models.exits.calibration import (
     answers_needed,
     betting_p_value,
     fixed_sequence,
-    hoeffding_bentkus_p_value,
     upper_bound,
 )
 
@@ -50,15 +49,12 @@ Draw = Callable[[np.random.Generator, int, float], Losses]
 
 
 @pytest.mark.parametrize("draw", ALL)
-@pytest.mark.parametrize("test", [betting_p_value, hoeffding_bentkus_p_value])
-def test_the_level_is_kept_where_the_risk_is_just_reached(
-    draw: Draw, test: Callable[[Losses, float], float]
-) -> None:
+def test_the_level_is_kept_where_the_risk_is_just_reached(draw: Draw) -> None:
     """At E[loss] = risk at most a share alpha of the p-values is below alpha."""
     rng = np.random.default_rng(3)
     samples = [draw(rng, 120, RISK) for _ in range(TRIALS)]
     assert np.mean(samples) == pytest.approx(RISK, rel=0.05)
-    found = sum(test(sample, RISK) <= ALPHA for sample in samples)
+    found = sum(betting_p_value(sample, RISK) <= ALPHA for sample in samples)
     # Three standard deviations of a share ALPHA of TRIALS.
     assert found <= TRIALS * ALPHA + 3 * (TRIALS * ALPHA * (1 - ALPHA)) ** 0.5
 
@@ -67,18 +63,14 @@ def test_the_level_is_kept_where_the_risk_is_just_reached(
 def test_betting_finds_more_where_losses_vary_little(draw: Draw) -> None:
     rng = np.random.default_rng(4)
     samples = [draw(rng, 150, 0.027) for _ in range(200)]
-    betting = sum(betting_p_value(sample, RISK) <= ALPHA for sample in samples)
-    bentkus = sum(hoeffding_bentkus_p_value(sample, RISK) <= ALPHA for sample in samples)
-    assert betting > bentkus + 50
+    # Bounds that know the mean alone (Hoeffding, Bentkus) find fewer than 80 of the 200.
+    assert sum(betting_p_value(sample, RISK) <= ALPHA for sample in samples) > 130
 
 
 @pytest.mark.parametrize("draw", ALL)
-@pytest.mark.parametrize("test", [betting_p_value, hoeffding_bentkus_p_value])
-def test_a_larger_risk_is_easier_to_show(
-    draw: Draw, test: Callable[[Losses, float], float]
-) -> None:
+def test_a_larger_risk_is_easier_to_show(draw: Draw) -> None:
     sample = draw(np.random.default_rng(5), 80, RISK)
-    values = [test(sample, risk) for risk in np.linspace(0.0, 1.0, 201)]
+    values = [betting_p_value(sample, risk) for risk in np.linspace(0.0, 1.0, 201)]
     assert values[0] == 1.0
     assert values[-1] == 0.0
     assert all(a >= b - 1e-12 for a, b in pairwise(values))
@@ -86,16 +78,15 @@ def test_a_larger_risk_is_easier_to_show(
 
 def test_faultless_answers_show_what_their_number_allows() -> None:
     """No test can beat (1 - risk) ** n on n losses of 0."""
-    for test in (betting_p_value, hoeffding_bentkus_p_value):
-        value = test([0.0] * 100, 0.04)
-        assert value >= 0.96**100 - 1e-12
-        assert value < 0.03
-        assert test([1.0] * 100, 0.04) == 1.0
-        assert test([], 0.04) == 1.0
-        with pytest.raises(ValueError, match=r"0 \.\. 1"):
-            test([1.2], 0.04)
-        with pytest.raises(ValueError, match=r"0 \.\. 1"):
-            test([0.2], -0.1)
+    value = betting_p_value([0.0] * 100, 0.04)
+    assert value >= 0.96**100 - 1e-12
+    assert value < 0.03
+    assert betting_p_value([1.0] * 100, 0.04) == 1.0
+    assert betting_p_value([], 0.04) == 1.0
+    with pytest.raises(ValueError, match=r"0 \.\. 1"):
+        betting_p_value([1.2], 0.04)
+    with pytest.raises(ValueError, match=r"0 \.\. 1"):
+        betting_p_value([0.2], -0.1)
 
 
 @pytest.mark.parametrize("risk", [0.3, 0.05, 0.01])

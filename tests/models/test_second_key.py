@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from offramp.models.exits.criteria import CRITERIA, ExitView, Trail, predictor_features
-from offramp.models.exits.training.hidden_states import Answer, States, collect
-from offramp.models.exits.training.reduced_vocabulary import Draft, draft_vocab
+from offramp.models.exits.training.data import Answer, States, collect
 from offramp.models.exits.training.second_key import (
+    Draft,
+    draft_vocab,
     fit_fuse,
     floor_for,
     full_log_prob,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import UnsupportedModel
-from offramp.models.exits.shared import shared_heads
-from offramp.models.exits.training.hidden_states import Answer, lay_out
+from offramp.models.exits.head import shared_heads
+from offramp.models.exits.training.data import Answer, lay_out
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import load_weights
 from offramp.models.transformer import Transformer

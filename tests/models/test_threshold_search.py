@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from offramp.models.exits.calibration.threshold_search import (
+from offramp.models.exits.calibration import (
     Scored,
     candidates,
     stepwise_candidates,

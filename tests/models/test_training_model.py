@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.models.exits.deltas import apply_deltas, new_deltas
-from offramp.models.exits.training.hidden_states import Answer, lay_out
+from offramp.models.exits.training.data import Answer, lay_out
 from offramp.models.exits.training.training_model import DenseModel
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import load_weights

@@ -17,7 +17,7 @@ from offramp.models.config import ModelConfig
 from offramp.models.exits.deltas import Deltas, new_deltas
 from offramp.models.exits.head import ExitHead
 from offramp.models.exits.training import tune
-from offramp.models.exits.training.hidden_states import Answer
+from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.train import TrainOptions, plain_head
 from offramp.models.exits.training.training_model import DenseModel
 from offramp.models.exits.training.tune import (
@@ -25,11 +25,11 @@ from offramp.models.exits.training.tune import (
     TuneOptions,
     Tuner,
     active_exits,
+    compare,
     dropout_rates,
     exit_weights,
     make_batches,
 )
-from offramp.models.exits.training.tune_report import compare
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import load_weights
 

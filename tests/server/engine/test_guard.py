@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from offramp.models.exits.points import OperatingPoint
+from offramp.models.exits.file import OperatingPoint
 from offramp.models.sampling_params import (
     NEVER,
     ExitCriterion,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.models.exits.training.hidden_states import Answer, collect
+from offramp.models.exits.training.data import Answer, collect
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import (
     ExitCriterion,

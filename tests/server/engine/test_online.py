@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from offramp.models.exits.calibration.beta_mixture import OnlineThresholds
+from offramp.models.exits.calibration import OnlineThresholds
 
 from .test_guard import engine_with, serve
 

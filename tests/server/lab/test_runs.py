@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from offramp.models.exits.calibration.threshold_search import teacher_forced
+from offramp.models.exits.calibration import teacher_forced
 from offramp.models.exits.criteria import CRITERIA
 from offramp.models.exits.deltas import delta_paths
-from offramp.models.exits.training.hidden_states import Answer, collect
-from offramp.models.exits.training.train import exit_scores, exit_tokens
+from offramp.models.exits.training.data import Answer, collect
+from offramp.models.exits.training.second_key import Draft
+from offramp.models.exits.training.train import exit_scores
 from offramp.models.sampling_params import ExitCriterion, ExitSettings
 from offramp.server.engine.offline import Finished
 from offramp.server.engine.request import GenerationRequest, RequestStats, StepStats
@@ -137,7 +138,7 @@ def test_scores_are_those_of_the_exits(bench: Workbench, prompts: Path) -> None:
         gate = scored[ExitCriterion.GATE]
         expected = exit_scores(head, hidden, bench.model.config.rms_norm_eps)
         torch.testing.assert_close(gate.scores[index], expected)
-        right = exit_tokens(head, bench.model, hidden) == states.labels
+        right = Draft(bench.model, None).choices(head, hidden) == states.labels
         assert gate.right[index].equal(right)
         assert 0.5 < float(right.double().mean()) < 1
     both = scored[ExitCriterion.TOP2_GAP].scores
@@ -146,7 +147,9 @@ def test_scores_are_those_of_the_exits(bench: Workbench, prompts: Path) -> None:
     assert scored[ExitCriterion.MAX_PROB].scores.ge(both).all()
     assert scored[ExitCriterion.PATIENCE].scores[0].eq(0).all()
     same = scored[ExitCriterion.PATIENCE].scores[1]
-    tokens = [exit_tokens(head, bench.model, states.at[head.layer]) for head in bench.file.heads]
+    tokens = [
+        Draft(bench.model, None).choices(head, states.at[head.layer]) for head in bench.file.heads
+    ]
     assert same.eq(1).equal(tokens[0] == tokens[1])
 
 

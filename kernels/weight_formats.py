@@ -1,20 +1,20 @@
-"""Weight matrices kept for CPU products: one class a form, each with its own check.
+"""Formats of weight matrices for CPU products: one class for each, checked before it is used.
 
 Times of all products of one step of SmolLM2-135M without its LM head, two threads of a processor
 with AVX-512 and AMX, milliseconds (1 / 4 / 16 / 64 rows), and agreement of greedy tokens with fp32:
 
-    int4, ours, with AMX  3 /  5 / 10 / 20    1
-    int4, ours            4 /  6 / 17 / 53    1
-    int8, ours            7 /  8 / 19 / 56    1
-    fp16, ours           11 / 16 / 22 / 59    0.9995
-    fp32, ours           15 / 20 / 32 / 71    1
+    int4, C with AMX      3 /  5 / 10 / 20    1
+    int4, C               4 /  6 / 17 / 53    1
+    int8, C               7 /  8 / 19 / 56    1
+    fp16, C              11 / 16 / 22 / 59    0.9995
+    fp32, C              15 / 20 / 32 / 71    1
     fp16, FBGEMM         11 / 15 / 28 / 56    0.9995
     fp32, oneDNN         19 / 20 / 28 / 60    1
     bf16, oneDNN         12 / 12 / 14 / 20    0.993
 
-Our own forms compute in fp32 with the weights as they are stored, and give a row the same result
-whatever rows are beside it. Torch's operators serve where those cannot be compiled; some of them
-come without a promise to outside callers, so each is tried out before it is used (`available`).
+The C kernels compute in fp32 with the weights as they are stored, and give a row the same result
+whatever rows are beside it. Torch's operators serve where there is no C compiler, and for bf16.
+FBGEMM's and oneDNN's are not part of torch's documented interface, so `available` tries each out.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.kernels.native import Library, Matrix, library
+from offramp.kernels.native import Matrix, library
 
 GROUP = 32
-"""Columns that share a scale in the 8-bit and 4-bit forms (ggml's Q8_0 and Q4_1)."""
+"""Columns that share a scale in the 8-bit and 4-bit formats (ggml's Q8_0 and Q4_1)."""
 _LEVELS = 15
 _LARGEST_BYTE = 127
-_SPARE = 64
 _BLOCK_ROWS = 2048
 
 
-class WeightForm(StrEnum):
-    """How a weight matrix is kept, and by whose product it serves."""
+class WeightFormat(StrEnum):
+    """How a weight matrix is stored, and whose product reads it; PLAIN is the tensor itself."""
 
     PLAIN = "plain"
     FP32 = "fp32"
@@ -51,12 +50,17 @@ class WeightForm(StrEnum):
     ONEDNN_BF16 = "onednn-bf16"
 
 
-_NATIVE = (WeightForm.FP32, WeightForm.FP16, WeightForm.INT8, WeightForm.INT4)
-"""Forms of the C kernels, in their order there."""
+_NATIVE = {
+    WeightFormat.FP32: "FORMAT_FP32",
+    WeightFormat.FP16: "FORMAT_FP16",
+    WeightFormat.INT8: "FORMAT_INT8",
+    WeightFormat.INT4: "FORMAT_INT4",
+}
+"""Formats of the C kernels, with the names of their constants there."""
 
 
-class Packed(Protocol):
-    """A packed weight [out, in]; ``nbytes`` is what a product reads of memory."""
+class PackedWeight(Protocol):
+    """A weight [out, in] with its bias; ``nbytes`` is what a product reads from memory."""
 
     nbytes: int
 
@@ -66,22 +70,29 @@ class Packed(Protocol):
 
 
 class PackError(ValueError):
-    """The weight cannot be kept in this form."""
+    """The weight cannot be stored in this format."""
 
 
-class Native:
-    """A form of the C kernels; ``matrix`` is what they take."""
+class NativeWeight:
+    """A format of the C kernels; ``matrix`` is the structure they take.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, form: WeightForm) -> None:
+    Raises PackError without the C kernels, on another device than a CPU, and if the format cannot
+    hold the weight.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, form: WeightFormat) -> None:
         found = library()
         if found is None or weight.device.type != "cpu":
             raise PackError(f"{form} needs the C kernels, and they a CPU")
-        self._library: Library = found
-        self._data = _stored(weight.float(), form)
+        self._library = found
+        self._data = _encode(weight.float(), form)
+        if form in {WeightFormat.INT8, WeightFormat.INT4}:
+            spare = torch.zeros(found.constant("SPARE_BYTES"), dtype=torch.uint8)
+            self._data = torch.cat((self._data, spare))
         self._bias = None if bias is None else bias.float().contiguous()
         self.nbytes = self._data.nbytes
         self.matrix = Matrix(
-            _NATIVE.index(form),
+            found.constant(_NATIVE[form]),
             *weight.shape,
             self._data.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
@@ -89,14 +100,14 @@ class Native:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n, in] fp32 to [n, out] fp32."""
-        return self._library.product(self.matrix, x.contiguous())
+        return self._library.matmul(self.matrix, x.contiguous())
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` [n] of the weight, [n, in]."""
         return self._library.rows(self.matrix, ids.contiguous())
 
 
-class _OneDNN:
+class _OneDNNWeight:
     """fp32 or bf16 weights in oneDNN's blocked layout."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -113,11 +124,11 @@ class _OneDNN:
         return out.float()
 
 
-class _FBGEMM:
+class _FBGEMMWeight:
     """fp16 weights, fp32 activations and sums."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        _hold_in_fp16(weight)
+        _check_fp16_range(weight)
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
         self.nbytes = weight.numel() * torch.float16.itemsize
 
@@ -126,8 +137,8 @@ class _FBGEMM:
         return out
 
 
-class Plain:
-    """The weight as it is, for what has no packed form."""
+class PlainWeight:
+    """The weight tensor itself, of any dtype and on any device."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self._bias = weight, bias
@@ -138,36 +149,36 @@ class Plain:
         return F.linear(x, self.weight, self._bias)
 
 
-def pack(weight: Tensor, bias: Tensor | None, form: WeightForm) -> Packed:
+def pack(weight: Tensor, bias: Tensor | None, form: WeightFormat) -> PackedWeight:
     """``weight`` [out, in] with ``bias`` [out] in ``form``; raises PackError if it cannot be."""
     match form:
-        case WeightForm.PLAIN:
-            return Plain(weight, bias)
-        case WeightForm.ONEDNN_FP32:
-            return _OneDNN(weight, bias, torch.float32)
-        case WeightForm.ONEDNN_BF16:
-            return _OneDNN(weight, bias, torch.bfloat16)
-        case WeightForm.FBGEMM_FP16:
-            return _FBGEMM(weight, bias)
+        case WeightFormat.PLAIN:
+            return PlainWeight(weight, bias)
+        case WeightFormat.ONEDNN_FP32:
+            return _OneDNNWeight(weight, bias, torch.float32)
+        case WeightFormat.ONEDNN_BF16:
+            return _OneDNNWeight(weight, bias, torch.bfloat16)
+        case WeightFormat.FBGEMM_FP16:
+            return _FBGEMMWeight(weight, bias)
         case _:
-            return Native(weight, bias, form)
+            return NativeWeight(weight, bias, form)
 
 
 @functools.cache
-def available(form: WeightForm) -> bool:
+def available(form: WeightFormat) -> bool:
     """Whether products in ``form`` exist on this machine and are right.
 
-    oneDNN's bf16 asks for hardware support too: emulated, it is slower than fp32.
+    oneDNN's bf16 needs support by the processor too: emulated, it is slower than fp32.
     """
     levels = torch.arange(32 * 2 * GROUP).view(32, 2 * GROUP) * 7 % (_LEVELS + 1)
     weight, x = levels / 8.0 - 1.0, torch.arange(3.0 * 2 * GROUP).view(3, -1) / 64
-    if form is WeightForm.INT8:
-        # Its largest value stands for the largest level.
+    if form is WeightFormat.INT8:
+        # A group's largest value gets the largest level, so each group needs one of 127.
         weight = torch.where(levels == 0, 127 / 64, weight)
     bias = torch.arange(32.0)
     try:
         if (
-            form is WeightForm.ONEDNN_BF16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
+            form is WeightFormat.ONEDNN_BF16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
         ):
             return False
         with torch.inference_mode():
@@ -177,41 +188,40 @@ def available(form: WeightForm) -> bool:
     return torch.allclose(out, F.linear(x, weight, bias), rtol=0.02, atol=0.02)
 
 
-def keeps(form: WeightForm, weight: Tensor) -> bool:
-    """Whether ``form`` can hold ``weight`` [out, in], the integer forms exactly."""
+def can_hold(form: WeightFormat, weight: Tensor) -> bool:
+    """Whether ``form`` can store ``weight`` [out, in]; the integer formats must do so exactly."""
     try:
         if form in _NATIVE:
-            _stored(weight.float(), form)
-        elif form is WeightForm.FBGEMM_FP16:
-            _hold_in_fp16(weight)
+            _encode(weight.float(), form)
+        elif form is WeightFormat.FBGEMM_FP16:
+            _check_fp16_range(weight)
     except PackError:
         return False
     return True
 
 
-def _stored(weight: Tensor, form: WeightForm) -> Tensor:
-    """``weight`` [out, in] as the bytes the C kernels read, see there; raises PackError."""
+def _encode(weight: Tensor, form: WeightFormat) -> Tensor:
+    """``weight`` [out, in] as native/weight_formats.h describes it; raises PackError."""
     if weight.shape[1] % GROUP:
         raise PackError(f"the C kernels take columns in {GROUP}s")
     match form:
-        case WeightForm.FP32:
+        case WeightFormat.FP32:
             return weight.contiguous()
-        case WeightForm.FP16:
-            _hold_in_fp16(weight)
+        case WeightFormat.FP16:
+            _check_fp16_range(weight)
             return weight.half().contiguous()
-        case WeightForm.INT8:
-            return _in_blocks(_bytes8, weight)
+        case WeightFormat.INT8:
+            return _in_blocks(_encode_int8, weight)
         case _:
-            return _in_blocks(_bytes4, weight)
+            return _in_blocks(_encode_int4, weight)
 
 
 def _in_blocks(convert: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """Rows converted some at a time, for it takes several times their memory; then spare bytes."""
-    rows = [convert(block).flatten() for block in weight.split(_BLOCK_ROWS)]
-    return torch.cat((*rows, torch.zeros(_SPARE, dtype=torch.uint8)))
+    """Rows converted some at a time, because a conversion takes several times their memory."""
+    return torch.cat([convert(block).flatten() for block in weight.split(_BLOCK_ROWS)])
 
 
-def _hold_in_fp16(weight: Tensor) -> None:
+def _check_fp16_range(weight: Tensor) -> None:
     largest = torch.finfo(torch.float16).max
     if weight.abs().max() > largest:
         raise PackError(f"fp16 holds no weights beyond {largest:.0f}")
@@ -221,23 +231,23 @@ def _groups(weight: Tensor) -> Tensor:
     return weight.view(weight.shape[0], weight.shape[1] // GROUP, GROUP)
 
 
-def _bytes8(weight: Tensor) -> Tensor:
-    """fp16 scale and 32 levels for each group, whose largest magnitude is level 127."""
+def _encode_int8(weight: Tensor) -> Tensor:
+    """Q8_0: fp16 scales, then 32 signed bytes a group, whose largest magnitude is level 127."""
     groups = _groups(weight)
     scale = (groups.abs().amax(dim=-1, keepdim=True) / _LARGEST_BYTE).half()
     levels = (groups / _divisor(scale)).round()
-    _compare(levels * scale.float(), groups, 8)
+    _check_grid(levels * scale.float(), groups, 8)
     return _rows(scale, levels.to(torch.int8))
 
 
-def _bytes4(weight: Tensor) -> Tensor:
-    """fp16 scale, fp16 lowest value and 32 half bytes for each group, which has levels 0 and 15."""
+def _encode_int4(weight: Tensor) -> Tensor:
+    """Q4_1: fp16 scales, fp16 minima, then 32 half bytes a group, which has levels 0 and 15."""
     groups = _groups(weight)
     low = groups.amin(dim=-1, keepdim=True)
-    # Scales are fp16 in the file; the quotient only finds out which.
+    # The file's scale was fp16, so rounding the quotient to fp16 recovers it.
     scale = ((groups.amax(dim=-1, keepdim=True) - low) / _LEVELS).half()
     levels = ((groups - low) / _divisor(scale)).round().clamp_max_(_LEVELS)
-    _compare(levels * scale.float() + low.half().float(), groups, 4)
+    _check_grid(levels * scale.float() + low.half().float(), groups, 4)
     first, second = levels.to(torch.uint8).chunk(2, dim=-1)
     return _rows(scale, low.half(), first | (second << 4))
 
@@ -251,6 +261,6 @@ def _divisor(scale: Tensor) -> Tensor:
     return scale.float().clamp_min(torch.finfo(torch.float16).tiny)
 
 
-def _compare(kept: Tensor, groups: Tensor, bits: int) -> None:
-    if not ((kept - groups).abs() <= 1e-6 * groups.abs() + 1e-7).all():
+def _check_grid(stored: Tensor, groups: Tensor, bits: int) -> None:
+    if not ((stored - groups).abs() <= 1e-6 * groups.abs() + 1e-7).all():
         raise PackError(f"the weights do not lie on a {bits}-bit grid")

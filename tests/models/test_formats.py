@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.kernels.packed import WeightForm, available
+from offramp.kernels.weight_formats import WeightFormat, available
 from offramp.models.config import Weights
-from offramp.models.loading import forms as weight_forms
-from offramp.models.loading.forms import WeightFormError, choose
-from tests.kernels.test_packed import eight_bit, four_bit
+from offramp.models.loading import formats
+from offramp.models.loading.formats import WeightFormatError, choose
+from tests.kernels.test_weight_formats import eight_bit, four_bit
 
 
 def weights(*, four: bool = True, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -23,23 +23,18 @@ def weights(*, four: bool = True, dtype: torch.dtype = torch.float32) -> dict[st
     }
 
 
-def everywhere(monkeypatch: pytest.MonkeyPatch, *forms: WeightForm) -> None:
-    monkeypatch.setattr(weight_forms, "available", lambda form: form in forms)
+def everywhere(monkeypatch: pytest.MonkeyPatch, *forms: WeightFormat) -> None:
+    monkeypatch.setattr(formats, "available", lambda form: form in forms)
 
 
-def times_of(monkeypatch: pytest.MonkeyPatch, seconds: dict[WeightForm, float]) -> None:
-    """Let products take planted times, whatever the number of rows."""
-    monkeypatch.setattr(weight_forms, "_times", lambda form, sample: [seconds[form]] * 4)
-
-
-def forms_of(forms: weight_forms.Forms, found: dict[str, Tensor]) -> dict[str, WeightForm]:
+def forms_of(forms: formats.Forms, found: dict[str, Tensor]) -> dict[str, WeightFormat]:
     return {name: forms(weight) for name, weight in found.items() if weight.dim() > 1}
 
 
 def test_auto_keeps_each_matrix_in_the_smallest_form_that_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    everywhere(monkeypatch, *WeightForm)
+    everywhere(monkeypatch, *WeightFormat)
     found = {
         "embed": eight_bit(40, 64),
         "layers.0.gate_up": four_bit(128, 64),
@@ -48,74 +43,80 @@ def test_auto_keeps_each_matrix_in_the_smallest_form_that_loses_nothing(
     }
     recipes = choose(Weights.AUTO, found)
     assert forms_of(recipes.layers, found) == {
-        "embed": WeightForm.INT8,
-        "layers.0.gate_up": WeightForm.INT4,
-        "layers.0.down": WeightForm.FP16,
-        "layers.0.o": WeightForm.FP32,
+        "embed": WeightFormat.INT8,
+        "layers.0.gate_up": WeightFormat.INT4,
+        "layers.0.down": WeightFormat.FP16,
+        "layers.0.o": WeightFormat.FP32,
     }
     # Exits are trained in fp32 and stored in fp16: nothing there lies on a grid.
-    assert recipes.exits(four_bit(32, 64)) is WeightForm.FP16
+    assert recipes.exits(four_bit(32, 64)) is WeightFormat.FP16
 
 
 @pytest.mark.parametrize(
-    ("fp32", "fp16", "expected"),
-    [(2.0, 1.0, WeightForm.FBGEMM_FP16), (1.0, 2.0, WeightForm.ONEDNN_FP32)],
-    ids=["fp16 faster", "fp32 faster"],
+    ("has_fp16", "expected"),
+    [(True, WeightFormat.FBGEMM_FP16), (False, WeightFormat.ONEDNN_FP32)],
+    ids=["fp16", "no fp16"],
 )
 @pytest.mark.parametrize("native", [True, False], ids=["not compiled", "not allowed"])
-def test_without_the_c_kernels_auto_takes_the_faster_of_torch(
+def test_without_the_c_kernels_auto_takes_the_smallest_of_torch(
     monkeypatch: pytest.MonkeyPatch,
-    fp32: float,
-    fp16: float,
-    expected: WeightForm,
+    has_fp16: bool,  # noqa: FBT001
+    expected: WeightFormat,
     native: bool,  # noqa: FBT001
 ) -> None:
-    torch_only = [form for form in WeightForm if "-" in form]
-    everywhere(monkeypatch, *(torch_only if native else WeightForm))
-    times_of(monkeypatch, {WeightForm.ONEDNN_FP32: fp32, WeightForm.FBGEMM_FP16: fp16})
+    forms = {form for form in WeightFormat if "-" in form or not native}
+    everywhere(monkeypatch, *(forms if has_fp16 else forms - {WeightFormat.FBGEMM_FP16}))
     found = weights()
     assert choose(Weights.AUTO, found, native=native).layers(found["embed"]) is expected
-    with pytest.raises(WeightFormError, match="int4 needs the C kernels"):
+    with pytest.raises(WeightFormatError, match="int4 needs the C kernels"):
         choose(Weights.INT4, found, native=native)
+
+
+def test_without_the_c_kernels_auto_keeps_what_fp16_cannot_hold_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    everywhere(monkeypatch, WeightFormat.ONEDNN_FP32, WeightFormat.FBGEMM_FP16)
+    layers = choose(Weights.AUTO, weights()).layers
+    assert layers(torch.full((64, 64), 1e6)) is WeightFormat.ONEDNN_FP32
 
 
 def test_without_packed_products_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     everywhere(monkeypatch)
     for wish in (Weights.AUTO, Weights.FP32):
         found = weights()
-        assert choose(wish, found).layers(found["embed"]) is WeightForm.PLAIN
+        assert choose(wish, found).layers(found["embed"]) is WeightFormat.PLAIN
 
 
 def test_four_bits_are_for_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties between logits would choose tokens, so the head stays finer."""
-    everywhere(monkeypatch, *WeightForm)
+    everywhere(monkeypatch, *WeightFormat)
     found = weights() | {"embed": four_bit(40, 64)}
     recipes = choose(Weights.INT4, found)
-    assert recipes.layers(found["layers.0.down"]) is WeightForm.INT4
-    assert recipes.head(found["embed"]) is WeightForm.FP16
+    assert recipes.layers(found["layers.0.down"]) is WeightFormat.INT4
+    assert recipes.head(found["embed"]) is WeightFormat.FP16
 
 
 def test_what_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    everywhere(monkeypatch, WeightForm.ONEDNN_FP32)
+    everywhere(monkeypatch, WeightFormat.ONEDNN_FP32)
     for wish in (Weights.BF16, Weights.FP16):
-        with pytest.raises(WeightFormError, match=f"--weights {wish}: no such products"):
+        with pytest.raises(WeightFormatError, match=f"--weights {wish}: no such products"):
             choose(wish, weights())
 
 
 def test_four_bits_are_for_models_published_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    everywhere(monkeypatch, *WeightForm)
-    with pytest.raises(WeightFormError, match=r"layers\.0\.gate_up of this model is finer"):
+    everywhere(monkeypatch, *WeightFormat)
+    with pytest.raises(WeightFormatError, match=r"layers\.0\.gate_up of this model is finer"):
         choose(Weights.INT4, weights(four=False))
 
 
 def test_other_dtypes_are_left_alone() -> None:
     half = weights(dtype=torch.bfloat16)
-    assert choose(Weights.AUTO, half).layers(half["embed"]) is WeightForm.PLAIN
-    with pytest.raises(WeightFormError, match="for fp32 on a CPU"):
+    assert choose(Weights.AUTO, half).layers(half["embed"]) is WeightFormat.PLAIN
+    with pytest.raises(WeightFormatError, match="for fp32 on a CPU"):
         choose(Weights.FP16, half)
 
 
-def test_a_real_measurement_ends_in_a_form_of_this_machine() -> None:
+def test_the_choice_exists_on_this_machine() -> None:
     found = choose(Weights.AUTO, weights(), native=False).layers(torch.zeros(1, 1))
-    assert found in {WeightForm.PLAIN, WeightForm.ONEDNN_FP32, WeightForm.FBGEMM_FP16}
+    assert found in {WeightFormat.PLAIN, WeightFormat.ONEDNN_FP32, WeightFormat.FBGEMM_FP16}
     assert available(found)

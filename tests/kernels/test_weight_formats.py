@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.linear import Linear
-from offramp.kernels.packed import GROUP, PackError, WeightForm, available, keeps, pack
+from offramp.kernels.weight_formats import GROUP, PackError, WeightFormat, available, can_hold, pack
 
-TOLERANCE = dict.fromkeys(WeightForm, 1e-5) | {
-    WeightForm.FP16: 1e-3,
-    WeightForm.FBGEMM_FP16: 1e-3,
-    WeightForm.ONEDNN_BF16: 2e-2,
+TOLERANCE = dict.fromkeys(WeightFormat, 1e-5) | {
+    WeightFormat.FP16: 1e-3,
+    WeightFormat.FBGEMM_FP16: 1e-3,
+    WeightFormat.ONEDNN_BF16: 2e-2,
 }
-NATIVE = [WeightForm.FP32, WeightForm.FP16, WeightForm.INT8, WeightForm.INT4]
+NATIVE = [WeightFormat.FP32, WeightFormat.FP16, WeightFormat.INT8, WeightFormat.INT4]
 
 
 def four_bit(rows: int, columns: int) -> Tensor:
@@ -34,13 +34,13 @@ def eight_bit(rows: int, columns: int) -> Tensor:
     return (levels * scale).view(rows, columns)
 
 
-MAKE = {WeightForm.INT8: eight_bit, WeightForm.INT4: four_bit}
+MAKE = {WeightFormat.INT8: eight_bit, WeightFormat.INT4: four_bit}
 
 
-@pytest.mark.parametrize("form", list(WeightForm))
+@pytest.mark.parametrize("form", list(WeightFormat))
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 33, 100])
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
-def test_products_are_right_within_the_form(form: WeightForm, rows: int, biased: bool) -> None:  # noqa: FBT001
+def test_products_are_right_within_the_form(form: WeightFormat, rows: int, biased: bool) -> None:  # noqa: FBT001
     if not available(form):
         pytest.skip(f"{form} products do not exist on this machine")
     # Neither tiles nor panels of the C kernels divide these sizes.
@@ -55,13 +55,13 @@ def test_products_are_right_within_the_form(form: WeightForm, rows: int, biased:
 
 
 @pytest.mark.parametrize(
-    "form", [WeightForm.PLAIN, WeightForm.ONEDNN_FP32, WeightForm.FBGEMM_FP16, *NATIVE]
+    "form", [WeightFormat.PLAIN, WeightFormat.ONEDNN_FP32, WeightFormat.FBGEMM_FP16, *NATIVE]
 )
-def test_rows_can_be_read_back(form: WeightForm) -> None:
+def test_rows_can_be_read_back(form: WeightFormat) -> None:
     if not available(form):
         pytest.skip(f"{form} products do not exist on this machine")
     weight = MAKE.get(form, torch.randn)(48, 64)
-    if form in {WeightForm.FP16, WeightForm.FBGEMM_FP16}:
+    if form in {WeightFormat.FP16, WeightFormat.FBGEMM_FP16}:
         weight = weight.half().float()
     product = Linear(weight, torch.zeros(48), form)
     torch.testing.assert_close(product.weight, weight, rtol=1e-6, atol=1e-7)
@@ -70,7 +70,7 @@ def test_rows_can_be_read_back(form: WeightForm) -> None:
 
 
 @pytest.mark.parametrize("form", NATIVE)
-def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightForm) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightFormat) -> None:
     """Bit for bit; where a matrix unit serves many rows, among few and among many."""
     if not available(form):
         pytest.skip("no C kernels on this machine")
@@ -78,7 +78,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightForm) -> None:
     x = torch.randn(130, 96)
     whole = product(x)
     alone = torch.cat([product(row.unsqueeze(0)) for row in x])
-    if form is WeightForm.FP32:
+    if form is WeightFormat.FP32:
         assert alone.equal(whole)
     torch.testing.assert_close(alone, whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
     for first, count in ((3, 2), (7, 5), (1, 6)):
@@ -87,38 +87,38 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightForm) -> None:
         assert product(x[first : first + count]).equal(whole[first : first + count])
 
 
-@pytest.mark.parametrize("form", [WeightForm.INT8, WeightForm.INT4])
-def test_finer_weights_are_refused_rather_than_quantised(form: WeightForm) -> None:
+@pytest.mark.parametrize("form", [WeightFormat.INT8, WeightFormat.INT4])
+def test_finer_weights_are_refused_rather_than_quantised(form: WeightFormat) -> None:
     weight = MAKE[form](64, 64)
-    assert keeps(form, weight)
+    assert can_hold(form, weight)
     weight[5, 7] += 0.003
-    assert not keeps(form, weight)
+    assert not can_hold(form, weight)
     with pytest.raises(PackError):
         pack(weight, None, form)
 
 
-@pytest.mark.parametrize("form", [WeightForm.INT8, WeightForm.INT4])
-def test_a_group_of_equal_weights_is_on_the_grid(form: WeightForm) -> None:
+@pytest.mark.parametrize("form", [WeightFormat.INT8, WeightFormat.INT4])
+def test_a_group_of_equal_weights_is_on_the_grid(form: WeightFormat) -> None:
     if not available(form):
         pytest.skip("no C kernels on this machine")
     weight = MAKE[form](16, 64)
     weight[4, GROUP:] = 0.0
-    if form is WeightForm.INT4:
+    if form is WeightFormat.INT4:
         weight[3, :GROUP] = 0.25
     kept = Linear(weight, None, form).weight
     torch.testing.assert_close(kept, weight, rtol=1e-6, atol=1e-7)
     assert kept[4, GROUP:].eq(0.0).all()
 
 
-@pytest.mark.parametrize("form", [WeightForm.INT8, WeightForm.INT4])
-def test_columns_that_do_not_divide_are_refused(form: WeightForm) -> None:
-    assert not keeps(form, torch.zeros(16, 40))
+@pytest.mark.parametrize("form", [WeightFormat.INT8, WeightFormat.INT4])
+def test_columns_that_do_not_divide_are_refused(form: WeightFormat) -> None:
+    assert not can_hold(form, torch.zeros(16, 40))
     with pytest.raises(PackError, match="columns in 32s"):
         pack(torch.zeros(16, 40), None, form)
 
 
-@pytest.mark.parametrize("form", [WeightForm.FP16, WeightForm.FBGEMM_FP16])
-def test_fp16_refuses_what_it_cannot_hold(form: WeightForm) -> None:
+@pytest.mark.parametrize("form", [WeightFormat.FP16, WeightFormat.FBGEMM_FP16])
+def test_fp16_refuses_what_it_cannot_hold(form: WeightFormat) -> None:
     if not available(form):
         pytest.skip(f"{form} products do not exist on this machine")
     with pytest.raises(PackError, match="65504"):

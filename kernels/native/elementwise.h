@@ -1,0 +1,74 @@
+/* What a layer does to each row beside products and attention. */
+#ifndef OFFRAMP_ELEMENTWISE_H
+#define OFFRAMP_ELEMENTWISE_H
+
+#include <math.h>
+
+#include "threads.h"
+
+/* x [width] over its root mean square, times ``weight``; ``out`` may be ``x``. */
+INLINE void rms_norm(const float *x, const float *weight, float *out, int width, float eps) {
+    floats squares = {0};
+    for (int i = 0; i < width; i += LANES) {
+        floats v = *(const floats *)(x + i);
+        squares += v * v;
+    }
+    float scale = 1 / sqrtf(sum_lanes(squares) / width + eps);
+    for (int i = 0; i < width; i += LANES)
+        *(floats *)(out + i) = *(const floats *)(x + i) * scale * *(const floats *)(weight + i);
+}
+
+/* Rows of x [rows, width] into the workspace's ``normed``, one phase. */
+static void rms_norm_rows(const float *x, const float *weight, int rows, int width, float eps,
+                          struct worker *worker) {
+    float *normed = worker->shared->normed;
+    int size = chunk_size(rows, worker);
+    FOR_EACH_CHUNK(worker, r, end, size, rows)
+        for (; r < end; r++)
+            rms_norm(x + (size_t)r * width, weight, normed + (size_t)r * width, width, eps);
+}
+
+/* Rotary embedding: the halves of x [dim] are rotated against each other; ``out`` may be ``x``. */
+INLINE void rope(const float *x, float *out, const float *cos, const float *sin, int dim) {
+    int half = dim / 2;
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        out[i] = a * cos[i] + b * sin[i];
+        out[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+/* The layer's keys [places, kv_heads, head_dim]; its values are ``page_size`` floats further on. */
+INLINE float *layer_keys(const struct layer *l, const struct batch *b) {
+    return b->pages + 2 * l->index * b->page_size;
+}
+
+/* Per-head norm and rope of the row's queries, in place, and of its keys, into the pages, where its
+ * values go too. ``qkv`` [(heads + 2 kv_heads) * head_dim] is the row's. */
+static void rope_and_store(const struct shape *s, const struct layer *l, const struct batch *b,
+                           float *qkv, int row) {
+    int dim = s->head_dim, kv = s->kv_heads * dim;
+    const float *cos = b->cos + (size_t)row * dim, *sin = b->sin + (size_t)row * dim;
+    float *k = layer_keys(l, b) + b->places[row] * kv, *v = k + b->page_size;
+    for (int h = 0; h < s->heads + s->kv_heads; h++) {
+        float *x = qkv + h * dim;
+        const float *norm = h < s->heads ? l->q_norm : l->k_norm;
+        if (norm) rms_norm(x, norm, x, dim, s->eps);
+        rope(x, h < s->heads ? x : k + (h - s->heads) * dim, cos, sin, dim);
+    }
+    memcpy(v, qkv + (s->heads + s->kv_heads) * dim, sizeof(float) * kv);
+}
+
+/* silu(gate) * up for ``count`` columns from ``column`` on, in place of gate; gate_up is
+ * [rows, 2 * inner]. */
+static void swiglu(float *gate_up, int inner, int rows, int column, int count) {
+    for (int r = 0; r < rows; r++) {
+        float *gate = gate_up + (size_t)r * 2 * inner + column;
+        for (int i = 0; i < count; i += LANES) {
+            floats g = *(floats *)(gate + i), u = *(floats *)(gate + inner + i);
+            *(floats *)(gate + i) = g / (1.0f + vector_exp(-g)) * u;
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,107 @@
+/* Work shared by the threads of a call.
+ *
+ * A call is a sequence of phases; each phase is cut into chunks, of which threads take the next
+ * until none is left. A phase is over when its chunks are done, not when all threads have arrived
+ * as at a barrier: a thread that the system has suspended between two chunks delays no other.
+ */
+#ifndef OFFRAMP_THREADS_H
+#define OFFRAMP_THREADS_H
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "structures.h"
+#include "vector.h"
+
+/* Chunks taken, and done. */
+struct phase {
+    atomic_int taken, done;
+    char padding[64 - 2 * sizeof(atomic_int)]; /* one phase a cache line */
+};
+
+/* One thread of a call. */
+struct worker {
+    const struct workspace *shared;
+    struct phase *phase; /* the one it is in */
+    float *panel;        /* weights unpacked, [panel_floats(widest columns)] */
+    float *scales;       /* [tile_scale_floats(widest columns)] */
+    float *scores;       /* [score_floats] */
+    int finished;        /* chunks of this phase that it did */
+    int64_t *timers;     /* of the first thread if time is taken, else NULL */
+    int64_t since;
+};
+
+/* Number of this thread in its team. */
+static int thread_number(void) {
+#ifdef _OPENMP
+    extern int omp_get_thread_num(void);
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+/* What the time of a layer is broken down into. */
+enum timer {
+    TIME_NORMS,
+    TIME_QKV,
+    TIME_ROPE,
+    TIME_ATTENTION,
+    TIME_OUTPUT,
+    TIME_GATE_UP,
+    TIME_DOWN,
+    TIMERS
+};
+
+static int64_t nanoseconds(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+/* Add the time since the last call of this to ``timer``. */
+INLINE void add_time(struct worker *worker, enum timer timer) {
+    if (!worker->timers) return;
+    int64_t now = nanoseconds();
+    worker->timers[timer] += now - worker->since;
+    worker->since = now;
+}
+
+/* The next of ``count`` chunks for this thread; negative when all are done, whoever did them. */
+static int next_chunk(struct worker *worker, int count) {
+    enum { SPINS = 1024 };
+    struct phase *phase = worker->phase;
+    int chunk = atomic_fetch_add_explicit(&phase->taken, 1, memory_order_relaxed);
+    if (chunk < count) {
+        worker->finished++;
+        return chunk;
+    }
+    atomic_fetch_add_explicit(&phase->done, worker->finished, memory_order_acq_rel);
+    for (int i = 1; atomic_load_explicit(&phase->done, memory_order_acquire) < count; i++) {
+        if (i % SPINS == 0) sched_yield();
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    worker->finished = 0;
+    worker->phase++;
+    return -1;
+}
+
+/* How many of ``count`` items make a chunk: large chunks read memory in order and need few atomic
+ * operations, several a thread even out what one thread loses. */
+static int chunk_size(int count, const struct worker *worker) {
+    enum { CHUNKS_PER_THREAD = 4 };
+    int chunks = CHUNKS_PER_THREAD * worker->shared->threads;
+    return (count + chunks - 1) / chunks;
+}
+
+/* One phase: every chunk [begin, end), of ``size`` of ``count`` items, that this thread gets. */
+#define FOR_EACH_CHUNK(worker, begin, end, size, count)                                            \
+    for (int begin, end; (begin = next_chunk(worker, (count + size - 1) / size) * (size)) >= 0 &&  \
+                         (end = MIN(begin + (size), count), 1);)
+
+#endif

@@ -1,0 +1,103 @@
+/* Vectors of fp32 and int32, as wide as the processor computes at once. */
+#ifndef OFFRAMP_VECTOR_H
+#define OFFRAMP_VECTOR_H
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float floats8 __attribute__((vector_size(32)));
+typedef float floats4 __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE floats broadcast(float x) {
+    return x - (floats){0};
+}
+
+/* ``a`` where ``mask`` is all ones, ``b`` where it is zero. */
+INLINE floats select_lanes(ints mask, floats a, floats b) {
+    return (floats)((mask & (ints)a) | (~mask & (ints)b));
+}
+
+INLINE floats load_fp16(const uint8_t *at) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
+#elif defined(__F16C__)
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
+#else
+    _Float16 values[LANES];
+    memcpy(values, at, sizeof values);
+    floats out;
+    for (int i = 0; i < LANES; i++) out[i] = values[i];
+    return out;
+#endif
+}
+
+/* Intrinsics, because GCC compiles the loop to one conversion a byte. */
+INLINE ints load_uint8(const uint8_t *at) {
+#if defined(__AVX512F__)
+    return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at));
+#elif defined(__AVX2__)
+    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at));
+#else
+    ints out;
+    for (int i = 0; i < LANES; i++) out[i] = at[i];
+    return out;
+#endif
+}
+
+INLINE ints load_int8(const uint8_t *at) {
+#if defined(__AVX512F__)
+    return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at));
+#elif defined(__AVX2__)
+    return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at));
+#else
+    ints out;
+    for (int i = 0; i < LANES; i++) out[i] = (int8_t)at[i];
+    return out;
+#endif
+}
+
+/* Sum of all lanes: the upper half is added to the lower until one is left. */
+INLINE float sum_lanes(floats v) {
+#if defined(__AVX512F__)
+    floats8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    floats8 a = v;
+#endif
+    floats4 b =
+        __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+/* exp with arguments clamped to [-87, 88]; relative error 2e-7 (the polynomial of Cephes' expf). */
+INLINE floats vector_exp(floats x) {
+    x = select_lanes(x < -87.0f, broadcast(-87.0f), x);
+    x = select_lanes(x > 88.0f, broadcast(88.0f), x);
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
+    floats n = x * 1.44269504088896341f + magic - magic;
+    floats r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (floats)((__builtin_convertvector(n, ints) + 127) << 23);
+}
+
+#endif
