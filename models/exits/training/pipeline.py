@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offramp.models.errors import ModelError
 from offramp.models.exits.file import ExitFile
-from offramp.models.exits.head import ExitHead
+from offramp.models.exits.head import ADAPTER, GATE, PREDICTOR, ExitHead
 from offramp.models.exits.training.data import Answer, States, collect
 from offramp.models.exits.training.second_key import (
     Draft,
@@ -49,9 +49,6 @@ _SHARD = 256
 _JUDGE_SHARE = 0.06
 _GATE_SHARE = 0.1
 _KEY_SHARE = 0.1
-ADAPTER = ("scale", "gate_up", "down", "norm")
-_GATE = ("router_up", "router_up_bias", "router_down", "router_down_bias")
-_PREDICTOR = ("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias")
 
 
 class WorkError(ModelError):
@@ -212,9 +209,9 @@ def train_exits(
 ) -> ExitFile:
     """Train a head for each of the model's exit layers and set its keys and threshold.
 
-    ``maps`` are the K,V maps by exit layer (see fit_kv_maps), ``start`` heads whose adapters training
-    starts from (as wide as ``options`` say). Finished parts are kept in ``work`` and taken from
-    there.
+    ``maps`` are the K,V maps by exit layer (see fit_kv_maps), ``start`` heads whose adapters
+    training starts from (as wide as ``options`` say). Finished parts are kept in ``work`` and taken
+    from there.
     """
     split = split_answers(int(states.answer_of.max()) + 1, options.seed)
 
@@ -232,10 +229,14 @@ def train_exits(
         heads.append(head)
     heads = _gates(run, heads, for_gate)
     heads = _keys(run, heads, part(split.key))
-    heads = [_with_map(head, maps or {}) for head in heads]
+    if maps:
+        heads = [replace(h, kv_map=maps[h.layer][0], kv_bias=maps[h.layer][1]) for h in heads]
     for_judge = part(split.judge)
     judged = _verdicts(run, heads, for_judge)
-    heads = [_with_threshold(head, own, options) for head, own in zip(heads, judged, strict=True)]
+    heads = [
+        replace(head, threshold=_threshold(own, options))
+        for head, own in zip(heads, judged, strict=True)
+    ]
     metrics = judge(heads, judged, config.num_layers)
     metrics |= {"judged_tokens": len(for_judge.labels), "curves": curves}
     data = data | {"train_tokens": len(for_adapter.labels), "gate_tokens": len(for_gate.labels)}
@@ -268,7 +269,7 @@ def _gate(run: _Run, head: ExitHead, target: Tensor, seen: Sight, states: States
     def make() -> Part:
         train_gate(head, target, states, run.options, run.report, run.eps)
         fitted = fit_predictor(head, seen.features, seen.agrees, run.options, run.report)
-        return {name: getattr(fitted, name) for name in (*_GATE, *_PREDICTOR)}, {}
+        return {name: getattr(fitted, name) for name in (*GATE, *PREDICTOR)}, {}
 
     return _with_tensors(head, run.work.part(f"gate-{head.layer}", make)[0])
 
@@ -313,11 +314,10 @@ def _verdicts(run: _Run, heads: Sequence[ExitHead], states: States) -> list[Judg
     return judged
 
 
-def _with_threshold(head: ExitHead, judged: Judged, options: TrainOptions) -> ExitHead:
-    threshold = options.threshold
-    if threshold is None:
-        threshold, _ = threshold_for(judged.second, judged.right, options.precision)
-    return replace(head, threshold=threshold)
+def _threshold(judged: Judged, options: TrainOptions) -> float:
+    if options.threshold is not None:
+        return options.threshold
+    return threshold_for(judged.second, judged.right, options.precision)[0]
 
 
 def _with_tensors(head: ExitHead, tensors: Mapping[str, Tensor]) -> ExitHead:
@@ -329,11 +329,6 @@ def _with_tensors(head: ExitHead, tensors: Mapping[str, Tensor]) -> ExitHead:
     known = {field.name for field in fields(ExitHead)}
     assert known.issuperset(rounded), "parts are named after the head's fields"
     return replace(head, **rounded)
-
-
-def _with_map(head: ExitHead, maps: Mapping[int, tuple[Tensor, Tensor]]) -> ExitHead:
-    kv_map, kv_bias = maps.get(head.layer, (None, None))
-    return replace(head, kv_map=kv_map, kv_bias=kv_bias)
 
 
 def judge(heads: Sequence[ExitHead], judged: Sequence[Judged], num_layers: int) -> dict[str, Any]:

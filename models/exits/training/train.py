@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.rms_norm import rms_norm
-from offramp.models.exits.head import ExitHead
+from offramp.models.exits.head import ADAPTER, GATE, PREDICTOR, ExitHead
 from offramp.models.exits.training.data import Answer, States, batches, lay_out
 from offramp.models.exits.training.second_key import Draft
 from offramp.models.transformer import Transformer, identity_projection
@@ -134,7 +134,7 @@ def train_adapter(
 
     loss = _distillation(head, model, lm_head, states, frequent)
     of_held_out = _distillation(head, model, lm_head, judged or states, frequent)
-    params = [head.scale, head.gate_up, head.down, head.norm]
+    params = [getattr(head, name) for name in ADAPTER]
     name = f"exit {head.layer} adapter"
     note(0)
     _fit(name, params, len(states.labels), loss, options, options.epochs, report, note)
@@ -172,7 +172,7 @@ def train_gate(
     eps: float,
 ) -> None:
     """Fit the gate in place to ``target`` [n]: the wanted score of each position, 0 to 1."""
-    params = [head.router_up, head.router_up_bias, head.router_down, head.router_down_bias]
+    params = [getattr(head, name) for name in GATE]
     hidden, device = states.at[head.layer], head.scale.device
 
     def loss(index: Tensor) -> Tensor:
@@ -251,10 +251,7 @@ def fit_predictor(
     # Raw logits are far from unit scale; the standardisation becomes part of the first layer.
     scaled = params[0] / spread
     fitted = scaled, params[1] - scaled @ mean, params[2], params[3]
-    names = ("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias")
-    placed: dict[str, Any] = {
-        name: tensor.to(head.scale.device) for name, tensor in zip(names, fitted, strict=True)
-    }
+    placed: Any = {n: t.to(head.scale.device) for n, t in zip(PREDICTOR, fitted, strict=True)}
     return replace(head, **placed)
 
 
