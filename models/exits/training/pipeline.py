@@ -19,12 +19,12 @@ from offramp.models.exits.head import ADAPTER, GATE, PREDICTOR, ExitHead
 from offramp.models.exits.training.data import Answer, States, collect
 from offramp.models.exits.training.second_key import (
     Draft,
-    Sight,
+    Predictions,
     draft_vocab,
     fit_fuse,
     floor_for,
     full_log_prob,
-    observe,
+    predict,
     two_key_scores,
 )
 from offramp.models.exits.training.train import (
@@ -260,12 +260,12 @@ def _adapter(
 
 def _gates(run: _Run, heads: Sequence[ExitHead], states: States) -> list[ExitHead]:
     """Heads with gates and predictors trained; every adapter is needed for the preference."""
-    seen = observe(heads, states, run.draft)
+    seen = predict(heads, states, run.draft)
     targets = _targets(run, heads, seen, states)
     return [_gate(run, *args, states) for args in zip(heads, targets, seen, strict=True)]
 
 
-def _gate(run: _Run, head: ExitHead, target: Tensor, seen: Sight, states: States) -> ExitHead:
+def _gate(run: _Run, head: ExitHead, target: Tensor, seen: Predictions, states: States) -> ExitHead:
     def make() -> Part:
         train_gate(head, target, states, run.options, run.report, run.eps)
         fitted = fit_predictor(head, seen.features, seen.agrees, run.options, run.report)
@@ -275,7 +275,7 @@ def _gate(run: _Run, head: ExitHead, target: Tensor, seen: Sight, states: States
 
 
 def _targets(
-    run: _Run, heads: Sequence[ExitHead], seen: Sequence[Sight], states: States
+    run: _Run, heads: Sequence[ExitHead], seen: Sequence[Predictions], states: States
 ) -> list[Tensor]:
     options, layers = run.options, run.model.config.num_layers
     if options.objective is Objective.AGREEMENT:
@@ -289,7 +289,7 @@ def _targets(
 def _keys(run: _Run, heads: Sequence[ExitHead], states: States) -> list[ExitHead]:
     """Heads with second key and floor."""
     fused = []
-    for head, own in zip(heads, observe(heads, states, run.draft), strict=True):
+    for head, own in zip(heads, predict(heads, states, run.draft), strict=True):
         gate = exit_scores(head, states.at[head.layer], run.eps)
         keyed = replace(head, fuse=fit_fuse(gate, own.best, own.agrees))
         floor = floor_for(gate, two_key_scores(keyed, gate, own.best))
@@ -308,7 +308,7 @@ class Judged:
 
 def _verdicts(run: _Run, heads: Sequence[ExitHead], states: States) -> list[Judged]:
     judged = []
-    for head, own in zip(heads, observe(heads, states, run.draft), strict=True):
+    for head, own in zip(heads, predict(heads, states, run.draft), strict=True):
         gate = exit_scores(head, states.at[head.layer], run.eps)
         judged.append(Judged(two_key_scores(head, gate, own.best), gate, own.agrees))
     return judged
