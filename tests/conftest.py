@@ -20,7 +20,7 @@ import torch
 from blockbuster import blockbuster_ctx
 
 from offramp.models.loading.sources import resolve
-from offramp.models.tiny import write_tiny
+from offramp.models.shapes import write_tiny
 
 torch.set_num_threads(1)
 SEED = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from blockbuster import BlockingError
 
-from offramp.models.tiny import write_tiny
+from offramp.models.shapes import write_tiny
 
 
 async def test_blocking_the_event_loop_is_an_error(tmp_path: Path) -> None:

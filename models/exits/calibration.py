@@ -312,11 +312,6 @@ class BetaMixture:
         component = self.agreeing if agreed else self.disagreeing
         component.add(min(max(confidence, _EDGE), 1 - _EDGE))
 
-    def posterior(self, confidence: float) -> float:
-        """P(agree | confidence)."""
-        inside = min(max(confidence, _EDGE), 1 - _EDGE)
-        return float(_sigmoid(self._log_odds(np.array([inside])))[0])
-
     def threshold(self, target: float) -> float:
         """Lowest confidence at which P(agree) reaches ``target``; `NEVER` if it nowhere does.
 
@@ -327,7 +322,7 @@ class BetaMixture:
         typical = self.agreeing.mean
         if typical <= self.disagreeing.mean:
             return NEVER
-        good = _sigmoid(self._log_odds(_GRID)) >= target
+        good = 0.5 * (1 + np.tanh(self._log_odds(_GRID) / 2)) >= target
         below = int(np.searchsorted(_GRID, typical, side="right"))
         misses = np.flatnonzero(~good[:below])
         if len(misses) < below:
@@ -377,7 +372,3 @@ class OnlineThresholds:
 
 def _log_beta(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-
-
-def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return 0.5 * (1 + np.tanh(values / 2))

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
-from offramp.models.exits.file import save_safetensors
+from offramp.models.exits.file import check_finite, read_safetensors, save_safetensors
 
 FORMAT = "offramp-deltas-1"
 PART_BYTES = 16 * 2**20
@@ -155,19 +154,12 @@ def load_deltas(paths: Sequence[Path], *, fingerprint: str) -> Deltas:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise DeltasError(f"{path} cannot be read as deltas: {error}") from error
+    metadata, tensors = read_safetensors(path, "deltas", DeltasError)
     if metadata.get("format") != FORMAT or not set(_METADATA) <= set(metadata):
         raise DeltasError(f"{path} does not hold deltas of format {FORMAT}")
     if not (metadata["rank"].isdecimal() and metadata["parts"].isdecimal()):
         raise DeltasError(f"{path} has broken metadata")
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise DeltasError(f"{path}: tensor {name} has values that are not numbers")
+    check_finite(path, tensors, DeltasError)
     return metadata, tensors
 
 

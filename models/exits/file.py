@@ -26,13 +26,12 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
-from offramp.models.exits.head import ExitHead
+from offramp.models.exits.head import PREDICTOR, ExitHead
 from offramp.models.sampling_params import ExitCriterion, KVFill
 
 FORMAT = "offramp-exits-2"
 _JSON = ("exit_layers", "thresholds", "floors", "operating_points", "metrics", "data")
-_PREDICTOR = ("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias")
-_OPTIONAL = ("fuse", *_PREDICTOR, "kv_map", "kv_bias")
+_OPTIONAL = ("fuse", *PREDICTOR, "kv_map", "kv_bias")
 _NUMBERS = ("layer", "threshold", "floor")
 _TENSORS = tuple(f.name for f in fields(ExitHead) if f.name not in (*_NUMBERS, *_OPTIONAL))
 _POINT_NUMBERS = (
@@ -187,18 +186,15 @@ def load_exits(
             f"{path} holds exits of another model (fingerprint {metadata['fingerprint']}, "
             f"this model has {fingerprint}); train exits for it with `offramp exits train`"
         )
-    with safe_open(path, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    for name, tensor in stored.items():
-        if not torch.isfinite(tensor).all():
-            raise ExitFileError(f"{path}: tensor {name} has values that are not numbers")
+    _, stored = read_safetensors(path, "an exit file", ExitFileError)
+    check_finite(path, stored, ExitFileError)
     vocab = stored.pop("vocab", None)
     if vocab is not None:
         with _naming(path):
             _check_vocab(vocab)
     heads = []
     for index, layer in enumerate(metadata["exit_layers"]):
-        tensors = {
+        tensors: dict[str, Any] = {
             name: stored[f"{layer}.{name}"].to(device, dtype)
             for name in (*_TENSORS, *_OPTIONAL)
             if f"{layer}.{name}" in stored
@@ -259,6 +255,26 @@ def shipped_exits(fingerprint: str) -> Path | None:
     return None
 
 
+def read_safetensors(
+    path: Path, kind: str, failure: type[ModelError]
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file; raises ``failure`` if it cannot be read as ``kind``."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise failure(f"{path} cannot be read as {kind}: {error}") from error
+    return metadata, tensors
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor], failure: type[ModelError]) -> None:
+    """Raise ``failure`` if one of the ``tensors`` of ``path`` has an infinity or a NaN."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise failure(f"{path}: tensor {name} has values that are not numbers")
+
+
 def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write ``path`` atomically; equal tensors and metadata give equal bytes.
 
@@ -310,8 +326,8 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
 
 def _check_tensors(layer: int, tensors: Mapping[str, Tensor], hidden_size: int) -> None:
     """Shapes of the exit after ``layer``, whose required tensors are all there."""
-    known = set(_PREDICTOR) & set(tensors)
-    if known and known != set(_PREDICTOR):
+    known = set(PREDICTOR) & set(tensors)
+    if known and known != set(PREDICTOR):
         raise ValueError(f"exit {layer} has a part of a predictor: {', '.join(sorted(known))}")
     sizes: dict[str | int, int] = {
         "d": hidden_size,

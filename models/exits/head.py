@@ -16,6 +16,10 @@ from offramp.models.config import ModelConfig
 from offramp.models.errors import UnsupportedModel
 from offramp.models.loading.formats import Forms
 
+ADAPTER = ("scale", "gate_up", "down", "norm")
+GATE = ("router_up", "router_up_bias", "router_down", "router_down_bias")
+PREDICTOR = ("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias")
+"""Fields of ExitHead that are trained together."""
 # Far enough up the sigmoid that fp16, bf16 and fp32 all round it to 1.
 _CERTAIN = 20.0
 

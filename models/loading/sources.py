@@ -45,7 +45,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from offramp.models.errors import ModelNotAvailable, PullError
-from offramp.models.tiny import write_tiny
+from offramp.models.shapes import write_tiny
 from offramp.paths import cache_folder
 
 DEFAULT_MODEL = "smollm2-135m"

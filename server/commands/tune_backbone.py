@@ -20,9 +20,9 @@ from offramp.models.exits.deltas import (
     save_deltas,
     tuned_fingerprint,
 )
-from offramp.models.exits.head import ExitHead
+from offramp.models.exits.head import ADAPTER, ExitHead
 from offramp.models.exits.training.data import Answer
-from offramp.models.exits.training.pipeline import ADAPTER, Part, Work, split_answers
+from offramp.models.exits.training.pipeline import Part, Work, split_answers
 from offramp.models.exits.training.train import Report, TrainOptions, plain_head
 from offramp.models.exits.training.training_model import DenseModel
 from offramp.models.exits.training.tune import TuneOptions, Tuner, compare

@@ -128,9 +128,11 @@ def test_training_brings_agreement(model: Transformer, states: States) -> None:
     head = new_head(3, model, options)
     before = (Draft(model, None).choices(head, states.at[3]) == states.labels).double().mean()
     losses: list[float] = []
-    train_adapter(
-        head, model, states, options, lambda _name, _done, _total, loss: losses.append(loss)
+    held_out = states, Draft(model, None)
+    curve = train_adapter(
+        head, model, states, options, lambda *args: losses.append(args[3]), held_out
     )
+    assert curve[-1]["loss"] < curve[0]["loss"]
     after = (Draft(model, None).choices(head, states.at[3]) == states.labels).double().mean()
     assert losses[-1] < losses[0]
     assert after > before + 0.1

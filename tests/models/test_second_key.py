@@ -17,7 +17,7 @@ from offramp.models.exits.training.second_key import (
     fit_fuse,
     floor_for,
     full_log_prob,
-    observe,
+    predict,
     two_key_scores,
 )
 from offramp.models.exits.training.train import (
@@ -120,7 +120,7 @@ def test_choices_are_token_ids_of_the_vocabulary(model: Transformer, states: Sta
     assert draft.choices(head, states.at[3]).equal(vocab[everything[:, vocab].argmax(dim=-1)])
     outside = ~torch.isin(states.labels, vocab)
     assert outside.any()
-    seen = observe([head], states, draft)[0]
+    seen = predict([head], states, draft)[0]
     assert not seen.agrees[outside].any()
     assert (seen.log_prob[outside] == -20).all()
 
@@ -128,7 +128,7 @@ def test_choices_are_token_ids_of_the_vocabulary(model: Transformer, states: Sta
 def test_what_is_observed_is_what_criteria_see(model: Transformer, states: States) -> None:
     heads = [new_head(layer, model, OPTIONS) for layer in EXITS]
     draft = Draft(model, draft_vocab(states.labels, (0, 2), 320, 80))
-    seen = observe(heads, states, draft)
+    seen = predict(heads, states, draft)
     low, high = (draft.logits(head, states.at[head.layer]) for head in heads)
     torch.testing.assert_close(seen[0].features, predictor_features(low, torch.zeros_like(low)))
     torch.testing.assert_close(seen[1].features, predictor_features(high, low))
@@ -143,7 +143,7 @@ def test_scores_are_those_of_serving(model: Transformer, states: States) -> None
     """Second key and predictor, trained, give in a criterion's hands what training judged."""
     draft = Draft(model, draft_vocab(states.labels, (0, 2), 320, 80))
     head = replace(new_head(2, model, OPTIONS), fuse=torch.tensor([0.5, 1.0, -0.2, 0.1]), floor=0.5)
-    seen = observe([head], states, draft)[0]
+    seen = predict([head], states, draft)[0]
     right = seen.features[:, 4] > seen.features[:, 4].median()
     head = fit_predictor(head, seen.features, right, OPTIONS, silent)
     hidden, count = states.at[2].float(), len(states.labels)

@@ -22,6 +22,7 @@ from offramp.models.transformer import Transformer
 
 _BATCH_TOKENS = 1024
 _BLOCK = 32
+_LOGITS_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,8 @@ class States:
     def joined(parts: Sequence[States]) -> States:
         """The positions of all ``parts``, which have the same exit layers."""
         at = {layer: torch.cat([part.at[layer] for part in parts]) for layer in parts[0].at}
-        return States(
-            at,
-            torch.cat([part.top for part in parts]),
-            torch.cat([part.labels for part in parts]),
-            torch.cat([part.answer_of for part in parts]),
-        )
+        names = ("top", "labels", "answer_of")
+        return States(at, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def collect(
@@ -78,25 +75,16 @@ def collect(
     ``progress`` is called with the number of answers done. Teacher-forced at full depth, so K,V are
     exact. Kept on the CPU: 2 bytes * d * (exit layers + 1) a position.
     """
-    at: dict[int, list[Tensor]] = {layer: [] for layer in model.exit_layers}
-    top: list[Tensor] = []
-    labels: list[Tensor] = []
-    owners: list[Tensor] = []
-    order = sorted(range(len(answers)), key=lambda i: len(answers[i].prompt))
+    parts: list[States] = []
     done = 0
-    for batch in batches(answers, order):
-        exits, normed, owner = _forward(model, [(i, answers[i]) for i in batch])
-        for layer, states in exits.items():
-            at[layer].append(states.half().cpu())
-        top.append(normed.half().cpu())
-        choices = [part.argmax(-1).cpu() for part in map(model.logits, normed.split(256))]
-        labels.append(torch.cat(choices))
-        owners.append(owner)
+    for batch in batches(
+        answers, sorted(range(len(answers)), key=lambda i: len(answers[i].prompt))
+    ):
+        parts.append(_forward(model, [(i, answers[i]) for i in batch]))
         done += len(batch)
         if progress is not None:
             progress(done)
-    joined = {layer: torch.cat(states) for layer, states in at.items()}
-    return States(joined, torch.cat(top), torch.cat(labels), torch.cat(owners))
+    return States.joined(parts)
 
 
 def batches(answers: Sequence[Answer], order: Sequence[int]) -> list[list[int]]:
@@ -150,10 +138,7 @@ def lay_out(model: Transformer, batch: Sequence[tuple[int, Answer]]) -> Layout:
 
 
 @torch.inference_mode()
-def _forward(
-    model: Transformer, batch: list[tuple[int, Answer]]
-) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-    """Exit states, normalised top states and owners of one batch's answer positions."""
+def _forward(model: Transformer, batch: list[tuple[int, Answer]]) -> States:
     layout = lay_out(model, batch)
     hidden = layout.hidden
     exits: dict[int, Tensor] = {}
@@ -161,8 +146,10 @@ def _forward(
         hidden = segment(hidden, layout.at, layout.cache)
         end = segment.first + len(segment)
         if end in model.exit_layers:
-            exits[end] = hidden[layout.rows]
-    return exits, model.normed(hidden[layout.rows]), layout.owner
+            exits[end] = hidden[layout.rows].half().cpu()
+    top = model.normed(hidden[layout.rows])
+    choices = [part.argmax(-1).cpu() for part in map(model.logits, top.split(_LOGITS_ROWS))]
+    return States(exits, top.half().cpu(), torch.cat(choices), layout.owner)
 
 
 class AnswersError(ModelError):

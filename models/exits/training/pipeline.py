@@ -15,16 +15,16 @@ from torch import Tensor
 
 from offramp.models.errors import ModelError
 from offramp.models.exits.file import ExitFile
-from offramp.models.exits.head import ExitHead
+from offramp.models.exits.head import ADAPTER, GATE, PREDICTOR, ExitHead
 from offramp.models.exits.training.data import Answer, States, collect
 from offramp.models.exits.training.second_key import (
     Draft,
-    Sight,
+    Predictions,
     draft_vocab,
     fit_fuse,
     floor_for,
     full_log_prob,
-    observe,
+    predict,
     two_key_scores,
 )
 from offramp.models.exits.training.train import (
@@ -49,9 +49,6 @@ _SHARD = 256
 _JUDGE_SHARE = 0.06
 _GATE_SHARE = 0.1
 _KEY_SHARE = 0.1
-ADAPTER = ("scale", "gate_up", "down", "norm")
-_GATE = ("router_up", "router_up_bias", "router_down", "router_down_bias")
-_PREDICTOR = ("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias")
 
 
 class WorkError(ModelError):
@@ -232,10 +229,14 @@ def train_exits(
         heads.append(head)
     heads = _gates(run, heads, for_gate)
     heads = _keys(run, heads, part(split.key))
-    heads = [_with_map(head, maps or {}) for head in heads]
+    if maps:
+        heads = [replace(h, kv_map=maps[h.layer][0], kv_bias=maps[h.layer][1]) for h in heads]
     for_judge = part(split.judge)
     judged = _verdicts(run, heads, for_judge)
-    heads = [_with_threshold(head, own, options) for head, own in zip(heads, judged, strict=True)]
+    heads = [
+        replace(head, threshold=_threshold(own, options))
+        for head, own in zip(heads, judged, strict=True)
+    ]
     metrics = judge(heads, judged, config.num_layers)
     metrics |= {"judged_tokens": len(for_judge.labels), "curves": curves}
     data = data | {"train_tokens": len(for_adapter.labels), "gate_tokens": len(for_gate.labels)}
@@ -259,22 +260,22 @@ def _adapter(
 
 def _gates(run: _Run, heads: Sequence[ExitHead], states: States) -> list[ExitHead]:
     """Heads with gates and predictors trained; every adapter is needed for the preference."""
-    seen = observe(heads, states, run.draft)
+    seen = predict(heads, states, run.draft)
     targets = _targets(run, heads, seen, states)
     return [_gate(run, *args, states) for args in zip(heads, targets, seen, strict=True)]
 
 
-def _gate(run: _Run, head: ExitHead, target: Tensor, seen: Sight, states: States) -> ExitHead:
+def _gate(run: _Run, head: ExitHead, target: Tensor, seen: Predictions, states: States) -> ExitHead:
     def make() -> Part:
         train_gate(head, target, states, run.options, run.report, run.eps)
         fitted = fit_predictor(head, seen.features, seen.agrees, run.options, run.report)
-        return {name: getattr(fitted, name) for name in (*_GATE, *_PREDICTOR)}, {}
+        return {name: getattr(fitted, name) for name in (*GATE, *PREDICTOR)}, {}
 
     return _with_tensors(head, run.work.part(f"gate-{head.layer}", make)[0])
 
 
 def _targets(
-    run: _Run, heads: Sequence[ExitHead], seen: Sequence[Sight], states: States
+    run: _Run, heads: Sequence[ExitHead], seen: Sequence[Predictions], states: States
 ) -> list[Tensor]:
     options, layers = run.options, run.model.config.num_layers
     if options.objective is Objective.AGREEMENT:
@@ -288,7 +289,7 @@ def _targets(
 def _keys(run: _Run, heads: Sequence[ExitHead], states: States) -> list[ExitHead]:
     """Heads with second key and floor."""
     fused = []
-    for head, own in zip(heads, observe(heads, states, run.draft), strict=True):
+    for head, own in zip(heads, predict(heads, states, run.draft), strict=True):
         gate = exit_scores(head, states.at[head.layer], run.eps)
         keyed = replace(head, fuse=fit_fuse(gate, own.best, own.agrees))
         floor = floor_for(gate, two_key_scores(keyed, gate, own.best))
@@ -307,17 +308,16 @@ class Judged:
 
 def _verdicts(run: _Run, heads: Sequence[ExitHead], states: States) -> list[Judged]:
     judged = []
-    for head, own in zip(heads, observe(heads, states, run.draft), strict=True):
+    for head, own in zip(heads, predict(heads, states, run.draft), strict=True):
         gate = exit_scores(head, states.at[head.layer], run.eps)
         judged.append(Judged(two_key_scores(head, gate, own.best), gate, own.agrees))
     return judged
 
 
-def _with_threshold(head: ExitHead, judged: Judged, options: TrainOptions) -> ExitHead:
-    threshold = options.threshold
-    if threshold is None:
-        threshold, _ = threshold_for(judged.second, judged.right, options.precision)
-    return replace(head, threshold=threshold)
+def _threshold(judged: Judged, options: TrainOptions) -> float:
+    if options.threshold is not None:
+        return options.threshold
+    return threshold_for(judged.second, judged.right, options.precision)[0]
 
 
 def _with_tensors(head: ExitHead, tensors: Mapping[str, Tensor]) -> ExitHead:
@@ -329,11 +329,6 @@ def _with_tensors(head: ExitHead, tensors: Mapping[str, Tensor]) -> ExitHead:
     known = {field.name for field in fields(ExitHead)}
     assert known.issuperset(rounded), "parts are named after the head's fields"
     return replace(head, **rounded)
-
-
-def _with_map(head: ExitHead, maps: Mapping[int, tuple[Tensor, Tensor]]) -> ExitHead:
-    kv_map, kv_bias = maps.get(head.layer, (None, None))
-    return replace(head, kv_map=kv_map, kv_bias=kv_bias)
 
 
 def judge(heads: Sequence[ExitHead], judged: Sequence[Judged], num_layers: int) -> dict[str, Any]:

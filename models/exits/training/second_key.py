@@ -84,12 +84,12 @@ def draft_vocab(
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
-    """What one exit says of n positions, over the draft vocabulary.
+class Predictions:
+    """What one exit predicts at n positions, over the draft vocabulary.
 
-    ``agrees`` [n] whether its token is the full-depth token, ``log_prob`` [n] what it gives that
-    token (nats), ``best`` [n, 2] its two highest probabilities, ``features`` [n, 12] those of the
-    predictor.
+    ``agrees`` [n] whether its token is the full-depth token, ``log_prob`` [n] its log-probability
+    of that token (nats), ``best`` [n, 2] its two highest probabilities, ``features`` [n, 12] the
+    predictor's inputs.
     """
 
     agrees: Tensor
@@ -99,34 +99,24 @@ class Sight:
 
 
 @torch.no_grad()
-def observe(heads: Sequence[ExitHead], states: States, draft: Draft) -> list[Sight]:
-    """What each of ``heads`` (bottom up) says of all positions; some hundred at a time."""
-    chunks: list[list[Sight]] = [[] for _ in heads]
+def predict(heads: Sequence[ExitHead], states: States, draft: Draft) -> list[Predictions]:
+    """Predictions of each of ``heads`` (bottom up) at all positions."""
+    chunks: list[list[tuple[Tensor, ...]]] = [[] for _ in heads]
     for index in torch.arange(len(states.labels)).split(_CHUNK):
         earlier: Tensor | None = None
         places, known = draft.places(states.labels[index].to(draft.weight.device))
-        for head, seen in zip(heads, chunks, strict=True):
+        for head, own in zip(heads, chunks, strict=True):
             logits = draft.logits(head, states.at[head.layer][index])
             before = torch.zeros_like(logits) if earlier is None else earlier
-            seen.append(_sight(logits, before, places, known))
+            log_probs = logits.log_softmax(dim=-1)
+            label = log_probs.gather(1, places.unsqueeze(1)).squeeze(1)
+            label = label.clamp_min(_LOWEST_LOG_PROB).masked_fill(~known, _LOWEST_LOG_PROB)
+            agrees = (logits.argmax(dim=-1) == places) & known
+            best = log_probs.topk(2, dim=-1).values.exp()
+            features = predictor_features(logits, before)
+            own.append((agrees.cpu(), label.cpu(), best.cpu(), features.cpu()))
             earlier = logits
-    return [_joined(seen) for seen in chunks]
-
-
-def _sight(logits: Tensor, earlier: Tensor, places: Tensor, known: Tensor) -> Sight:
-    log_probs = logits.log_softmax(dim=-1)
-    own = log_probs.gather(1, places.unsqueeze(1)).squeeze(1).clamp_min(_LOWEST_LOG_PROB)
-    return Sight(
-        agrees=((logits.argmax(dim=-1) == places) & known).cpu(),
-        log_prob=own.masked_fill(~known, _LOWEST_LOG_PROB).cpu(),
-        best=log_probs.topk(2, dim=-1).values.exp().cpu(),
-        features=predictor_features(logits, earlier).cpu(),
-    )
-
-
-def _joined(parts: Sequence[Sight]) -> Sight:
-    names = ("agrees", "log_prob", "best", "features")
-    return Sight(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    return [Predictions(*map(torch.cat, zip(*own, strict=True))) for own in chunks]
 
 
 @torch.no_grad()

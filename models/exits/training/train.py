@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.rms_norm import rms_norm
-from offramp.models.exits.head import ExitHead
+from offramp.models.exits.head import ADAPTER, GATE, PREDICTOR, ExitHead
 from offramp.models.exits.training.data import Answer, States, batches, lay_out
 from offramp.models.exits.training.second_key import Draft
 from offramp.models.transformer import Transformer, identity_projection
@@ -108,23 +108,21 @@ def train_adapter(
     states: States,
     options: TrainOptions,
     report: Report,
-    held_out: tuple[States, Draft] | None = None,
+    held_out: tuple[States, Draft],
 ) -> list[dict[str, Any]]:
     """Fit the adapter in place.
 
-    With ``held_out`` positions the result lists, before training and after every epoch, ``epoch``,
-    ``agreement`` (share of tokens, over the draft vocabulary) and ``loss`` (nats) on them.
+    The result lists, before training and after every epoch, ``epoch``, ``agreement`` (share of
+    tokens, over the draft vocabulary) and ``loss`` (nats) on the positions of ``held_out``.
     """
     frequent = _frequent(states.labels, model.config.vocab_size, options.vocab_sample)
     curve: list[dict[str, Any]] = []
-    judged = None if held_out is None else held_out[0].sample(_HELD_OUT)
+    judged, draft = held_out[0].sample(_HELD_OUT), held_out[1]
     lm_head = model.lm_head.weight.detach().bfloat16()
 
     @torch.no_grad()
     def note(epoch: int) -> None:
-        if judged is None or held_out is None:
-            return
-        right = held_out[1].choices(head, judged.at[head.layer]) == judged.labels
+        right = draft.choices(head, judged.at[head.layer]) == judged.labels
         parts = torch.arange(len(judged.labels)).split(options.batch)
         losses = [len(part) * float(of_held_out(part)) for part in parts]
         values = float(right.double().mean()), sum(losses) / len(judged.labels)
@@ -133,8 +131,8 @@ def train_adapter(
         )
 
     loss = _distillation(head, model, lm_head, states, frequent)
-    of_held_out = _distillation(head, model, lm_head, judged or states, frequent)
-    params = [head.scale, head.gate_up, head.down, head.norm]
+    of_held_out = _distillation(head, model, lm_head, judged, frequent)
+    params = [getattr(head, name) for name in ADAPTER]
     name = f"exit {head.layer} adapter"
     note(0)
     _fit(name, params, len(states.labels), loss, options, options.epochs, report, note)
@@ -172,7 +170,7 @@ def train_gate(
     eps: float,
 ) -> None:
     """Fit the gate in place to ``target`` [n]: the wanted score of each position, 0 to 1."""
-    params = [head.router_up, head.router_up_bias, head.router_down, head.router_down_bias]
+    params = [getattr(head, name) for name in GATE]
     hidden, device = states.at[head.layer], head.scale.device
 
     def loss(index: Tensor) -> Tensor:
@@ -251,10 +249,7 @@ def fit_predictor(
     # Raw logits are far from unit scale; the standardisation becomes part of the first layer.
     scaled = params[0] / spread
     fitted = scaled, params[1] - scaled @ mean, params[2], params[3]
-    names = ("predictor_up", "predictor_up_bias", "predictor_down", "predictor_down_bias")
-    placed: dict[str, Any] = {
-        name: tensor.to(head.scale.device) for name, tensor in zip(names, fitted, strict=True)
-    }
+    placed: Any = {n: t.to(head.scale.device) for n, t in zip(PREDICTOR, fitted, strict=True)}
     return replace(head, **placed)
 
 
@@ -310,7 +305,7 @@ class _Normal:
 
     def add(self, x: Tensor, kv: Tensor) -> None:
         """Learn from ``x`` [n, d] and the true K,V ``kv`` [n, layers * 2 * kv_size]."""
-        residual = kv - torch.nn.functional.linear(x, self.weight, self.bias)
+        residual = kv - F.linear(x, self.weight, self.bias)
         inputs = torch.cat((x, x.new_ones(len(x), 1)), dim=1)
         self.xx += (inputs.t() @ inputs).double().cpu()
         self.xy += (inputs.t() @ residual).double().cpu()

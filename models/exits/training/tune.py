@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.models.exits.deltas import Deltas
-from offramp.models.exits.head import ExitHead
+from offramp.models.exits.head import ADAPTER, ExitHead
 from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.train import Report
 from offramp.models.exits.training.training_model import DenseModel
@@ -156,7 +156,7 @@ class Tuner:
         self.options = options
         self.layers = [head.layer for head in heads]
         factors = [factor for pair in deltas.low.values() for factor in pair]
-        adapters = [t for head in heads for t in (head.scale, head.gate_up, head.down, head.norm)]
+        adapters = [getattr(head, name) for head in heads for name in ADAPTER]
         self.params = factors + adapters
         groups = [{"params": factors}, {"params": adapters}]
         self.optimizer = torch.optim.AdamW(
