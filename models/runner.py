@@ -45,7 +45,7 @@ class Runner:
     """Owns the device side: weights, K,V pages and the hidden buffer [rows, d].
 
     ``heads`` are the exit heads, one for each of the model's exit layers; ``vocab`` the token ids
-    they tell apart (None: all). ``threads`` chooses how many a step takes (None: torch's number).
+    they tell apart (None: all).
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class Runner:
         cache: KVCache,
         num_rows: int,
         vocab: Tensor | None = None,
-        threads: ThreadGovernor | None = None,
     ) -> None:
         if tuple(head.layer for head in heads) != model.exit_layers:
             raise ValueError("each exit layer of the model needs its exit head")
@@ -65,7 +64,8 @@ class Runner:
         self.hidden = torch.zeros(
             num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device
         )
-        self._threads = threads
+        self.threads: ThreadGovernor | None = None
+        """Chooses how many threads a step takes; without one, torch's number."""
         self._running: list[tuple[Sequence[int], tuple[int, ...]]] = []
         self._rows: RowTable | None = None
         self._projections = [self._projection(head) for head in heads]
@@ -85,8 +85,8 @@ class Runner:
         begun, used = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             result = self._run(step, begun)
-        if self._threads is not None:
-            self._threads.observe(time.perf_counter() - begun, time.process_time() - used)
+        if self.threads is not None:
+            self.threads.observe(time.perf_counter() - begun, time.process_time() - used)
         return result
 
     def _run(self, step: Step, begun: float) -> StepResult:

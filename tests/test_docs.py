@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING say of the code is so."""
+"""What README, CONTRIBUTING and docs say of the code is so."""
 
 from __future__ import annotations
 
@@ -12,27 +12,15 @@ from offramp.server.options import options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-# Names of options that are not of `offramp serve`, with the file that declares them.
-OTHER_FLAGS = {
-    "--model": "server/commands/exits.py",
-    "--exit-layers": "server/commands/exits.py",
-    "--prompts": "server/commands/exits.py",
-    "--save-answers": "server/commands/exits.py",
-    "--out": "server/commands/exits.py",
-    "--work": "server/commands/exits.py",
-    "--plot": "server/commands/exits.py",
-    "--backbone": "server/commands/exits.py",
-    "--quality": "server/lab/calibrate.py",
-    "--concurrency": "server/bench/command.py",
-    "--modes": "server/bench/command.py",
-    "--peer": "server/bench/command.py",
-    "--max-tokens": "server/bench/command.py",
-    "--rounds": "server/bench/command.py",
-    "--long-prompt": "server/bench/command.py",
-    "--profile": "server/bench/command.py",
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES |= {
+    ROOT / name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "CONTRIBUTING.md")
 }
-NOT_OURS = {"--help"}
+TEXT = "\n".join(PAGES.values())
+# Flags of other programs.
+NOT_OURS = {"--help", "--cuda-graph-trace", "--graph-profiling"}
 
 
 def test_the_readme_begins_with_the_two_commands() -> None:
@@ -45,34 +33,53 @@ def test_the_readme_begins_with_the_two_commands() -> None:
 
 
 def test_every_flag_exists() -> None:
+    """An option of `offramp serve`, or one that a command of ours declares."""
     known = {option.flag for option in options()}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - NOT_OURS - known:
-        assert flag in OTHER_FLAGS, flag
-        source = (ROOT / OTHER_FLAGS[flag]).read_text(encoding="utf-8")
-        assert f'"{flag}"' in source, flag
+    known |= {f"--no-{option.flag[2:]}" for option in options() if option.is_bool}
+    declared = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "server").rglob("*.py")
+    )
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - NOT_OURS - known:
+        assert f'"{flag}"' in declared, flag
 
 
-def test_the_defaults_in_the_readme_are_the_defaults() -> None:
+def test_the_defaults_in_the_docs_are_the_defaults() -> None:
     """Rows of the options table whose default is a number or a word."""
     defaults = {option.flag: option.field.default for option in options()}
-    rows = re.findall(r"^\| `(--[a-z-]+)` \| `?([\w.-]+)`? \|", README, re.MULTILINE)
+    page = PAGES[ROOT / "docs" / "options.md"]
+    rows = re.findall(r"^\| `(--[a-z-]+)` \| [^|]*\| `([\w.-]+)` \|", page, re.MULTILINE)
     assert len(rows) >= 8
     for flag, shown in rows:
-        if defaults[flag] is None or defaults[flag] == ():
+        default = defaults[flag]
+        if default is None or default == ():
             assert shown == "unset", flag
         else:
-            assert shown == str(defaults[flag]), flag
+            assert shown == (f"{default:g}" if isinstance(default, float) else str(default)), flag
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_a_request_passes_fifteen_files_at_most() -> None:
+    """The hop list names each file on the way of a request to its token."""
+    hops = ARCHITECTURE.split("## From POST")[1].split("A client that goes away")[0]
+    files = set(re.findall(r"`((?:server|models|kernels)/[\w/]+\.py)", hops))
+    assert {"server/api/chat.py", "models/sampler.py"} <= files
+    assert len(files) <= 15
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"`((?:[\w.]+/)+[\w.]+\.py)", CONTRIBUTING)))
+    "path", sorted(set(re.findall(r"`((?:server|models|kernels|tests)/[\w/]+\.py)", TEXT)))
 )
 def test_every_file_named_exists(path: str) -> None:
     assert (ROOT / path).is_file()
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), sorted(set(re.findall(r"`([\w/.]+\.py):([\w.]+)`", CONTRIBUTING)))
+    ("path", "name"), sorted(set(re.findall(r"`([\w/.]+\.py):([\w.]+)`", TEXT)))
 )
 def test_every_name_after_a_file_is_in_it(path: str, name: str) -> None:
     """A bare file name is one of the engine's."""

@@ -95,6 +95,9 @@ def build_engine(
             "the GPU's memory is used up: lower --max-num-seqs, --max-num-batched-tokens or "
             "--gpu-memory-utilization, see what else uses the GPU, or use --device cpu"
         ) from error
+    if runner.model.device.type == "cpu":
+        # After the profile: costs are those of all threads.
+        runner.threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
     made.check_invariants = check_invariants
     return made
 
@@ -230,10 +233,7 @@ def _load(
         prompt_threshold=_prompt_threshold(config, exits),
         quality_floor=config.quality_floor,
     )
-    threads = None
-    if device.type == "cpu":
-        threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
-    return Runner(model, heads, cache, hidden_rows(info), exits.vocab, threads), info
+    return Runner(model, heads, cache, hidden_rows(info), exits.vocab), info
 
 
 def _decides_on_device(device: torch.device, *, on_device: bool | None) -> bool:
