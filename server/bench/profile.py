@@ -154,7 +154,7 @@ def _steps(
         run_all(timed, requests, concurrency=streams, observe=observe)
     if not steps:
         raise BenchError("--profile saw no step of all streams; raise --max-tokens")
-    parts = {name: round(1e3 * seconds / steps, 4) for name, seconds in spent.items()}
+    parts = {name: round(1e3 * seconds / steps, 6) for name, seconds in spent.items()}
     return {"streams": streams, "parts_ms": parts, "step_ms": round(sum(parts.values()), 3)}
 
 
