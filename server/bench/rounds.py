@@ -60,17 +60,13 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Figures of one mode at one concurrency in one round; times in milliseconds.
-
-    ``mean_depth`` is in layers, None where the target does not report it.
-    """
+    """Figures of one mode at one concurrency in one round; times in milliseconds."""
 
     tokens_per_s: float
     ttft_ms: float
     itl_p50_ms: float
     itl_p99_ms: float
     e2e_p99_ms: float
-    mean_depth: float | None
 
 
 @dataclass(slots=True)
@@ -118,7 +114,6 @@ def measure(traces: Sequence[Trace]) -> Round:
     begun = min(trace.submitted_at for trace in traces)
     ended = max(trace.times[-1] for trace in traces)
     tokens = sum(len(trace.token_ids) for trace in traces)
-    layers = [trace.layers_executed for trace in traces if trace.layers_executed is not None]
     gaps = [b - a for trace in traces for a, b in pairwise(trace.times)]
     return Round(
         tokens_per_s=tokens / (ended - begun),
@@ -126,8 +121,15 @@ def measure(traces: Sequence[Trace]) -> Round:
         itl_p50_ms=1000 * statistics.median(gaps),
         itl_p99_ms=1000 * _percentile(gaps, 0.99),
         e2e_p99_ms=1000 * _percentile([t.times[-1] - t.submitted_at for t in traces], 0.99),
-        mean_depth=sum(layers) / tokens if len(layers) == len(traces) else None,
     )
+
+
+def mean_depth(traces: Sequence[Trace]) -> float | None:
+    """Layers executed for a token over all answers; None where the target does not report them."""
+    layers = [trace.layers_executed for trace in traces if trace.layers_executed is not None]
+    if len(layers) < len(traces):
+        return None
+    return round(sum(layers) / sum(len(trace.token_ids) for trace in traces), 4)
 
 
 def _percentile(values: Sequence[float], share: float) -> float:
@@ -150,6 +152,7 @@ def _row(
         "mode": result.entry.name,
         "concurrency": result.concurrency,
         **_medians_of_rounds(result.rounds),
+        "mean_depth": mean_depth(result.traces),
     }
     agreed = agreement(judge, result.traces, without)
     row["agreement"] = None if agreed is None else round(agreed, 4)
@@ -172,7 +175,7 @@ def _medians_of_rounds(rounds: Sequence[Round]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name in columns[0]:
         values = [column[name] for column in columns]
-        row[name] = None if None in values else round(statistics.median(values), 3)
+        row[name] = round(statistics.median(values), 3)
     speeds = [item.tokens_per_s for item in rounds]
     row["tokens_per_s_min"], row["tokens_per_s_max"] = round(min(speeds), 3), round(max(speeds), 3)
     return row

@@ -11,7 +11,7 @@ from offramp.kernels.native import library
 from offramp.server.bench import quiet, reference
 from offramp.server.bench.command import main
 from offramp.server.bench.common import exit_efficiency
-from offramp.server.bench.rounds import measure
+from offramp.server.bench.rounds import mean_depth, measure
 from offramp.server.bench.targets import Trace
 from offramp.server.text.prompts import PromptFileError, read_prompts
 
@@ -124,9 +124,9 @@ def test_figures_of_a_known_trace() -> None:
     assert figures.tokens_per_s == pytest.approx(6.0)
     assert figures.ttft_ms == pytest.approx(600)
     assert figures.itl_p50_ms == pytest.approx(150)
-    assert figures.mean_depth == 25
+    assert mean_depth(traces) == 25
     traces[0].layers_executed = None
-    assert measure(traces).mean_depth is None
+    assert mean_depth(traces) is None
 
 
 def test_exit_efficiency_compares_time_with_skipped_layers() -> None:

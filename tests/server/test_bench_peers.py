@@ -291,7 +291,7 @@ def test_ratios_of_known_rounds() -> None:
 
     def result(name: str, concurrency: int, speeds: list[float]) -> Result:
         entry = Entry(name, Transformers.__new__(Transformers), is_peer=name == "p")
-        return Result(entry, concurrency, [Round(s, 10 * s, 2 * s, 0, 0, None) for s in speeds])
+        return Result(entry, concurrency, [Round(s, 10 * s, 2 * s, 0, 0) for s in speeds])
 
     rows = ratios(
         [
