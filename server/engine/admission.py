@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import abc, deque
 
-from offramp.server.engine.blocks import OutOfBlocks, SequenceMemory
+from offramp.server.engine.blocks import SequenceMemory
 from offramp.server.engine.request import EngineInfo
 from offramp.server.engine.sequence import Sequence
 
@@ -65,14 +65,10 @@ class Admission:
 
         False if the sequence itself was preempted; those ``spared`` never are.
         """
-        while True:
-            try:
-                self._memory.grow(sequence, length)
-            except OutOfBlocks:
-                if self._preempt(spared) is sequence:
-                    return False
-            else:
-                return True
+        while not self._memory.grow(sequence, length):
+            if self._preempt(spared) is sequence:
+                return False
+        return True
 
     def _start_chunk(self, sequence: Sequence, budget: int, chosen: list[Sequence]) -> bool:
         """Make the sequence's next positions its chunk; False if there is no room for any."""

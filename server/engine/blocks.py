@@ -12,10 +12,6 @@ from offramp.server.engine.sequence import Sequence
 from offramp.server.errors import BugError
 
 
-class OutOfBlocks(Exception):
-    """Not enough free blocks; nothing was taken."""
-
-
 def block_hashes(
     tokens: abc.Sequence[int], block_size: int, known: abc.Sequence[bytes] = ()
 ) -> list[bytes]:
@@ -57,14 +53,14 @@ class BlockPool:
         """Blocks with a holder."""
         return self.num_blocks - len(self._free)
 
-    def allocate(self, count: int, after: int) -> list[int]:
-        """Take ``count`` free blocks, first those next to block ``after``.
+    def allocate(self, count: int, after: int) -> list[int] | None:
+        """Take ``count`` free blocks, first those next to block ``after``; None if there are fewer.
 
         Neighbours let attention read a context without gathering it; findable content is not
-        given up for them. Raises OutOfBlocks.
+        given up for them.
         """
         if count > len(self._free):
-            raise OutOfBlocks
+            return None
         taken: list[int] = []
         while len(taken) < count and after + 1 in self._free and after + 1 not in self._hash_of:
             after += 1
@@ -147,12 +143,13 @@ class SequenceMemory:
             wanted = sequence.num_prompt if sequence.audit else len(sequence.tokens)
             shared = self.blocks.share(sequence.hashes[: (wanted - 1) // size])
         missing = -(-len(sequence.tokens) // size) - len(shared)
-        home = sequence.id * 7919 % self.blocks.num_blocks
-        try:
-            sequence.table = shared + self.blocks.allocate(missing, shared[-1] if shared else home)
-        except OutOfBlocks:
+        # Sequences begin far apart, so that each finds neighbours free when it grows.
+        after = shared[-1] if shared else sequence.id * 7919 % self.blocks.num_blocks
+        new = self.blocks.allocate(missing, after)
+        if new is None:
             self.blocks.release(shared)
             return False
+        sequence.table = shared + new
         cached = len(shared) * size
         sequence.computed = [cached] * sequence.num_segments
         if self._prefix_caching:
@@ -162,13 +159,12 @@ class SequenceMemory:
             sequence.cached_tokens = min(cached, sequence.num_prompt)
         return True
 
-    def grow(self, sequence: Sequence, length: int) -> None:
-        """Make room for ``length`` positions; raises OutOfBlocks."""
-        missing = -(-length // self.blocks.block_size) - len(sequence.table)
-        if missing > 0:
-            sequence.table += self.blocks.allocate(
-                missing, sequence.table[-1] if sequence.table else -1
-            )
+    def grow(self, sequence: Sequence, length: int) -> bool:
+        """Make room for ``length`` positions; False, and nothing taken, if there is none."""
+        missing = max(0, -(-length // self.blocks.block_size) - len(sequence.table))
+        new = self.blocks.allocate(missing, sequence.table[-1] if sequence.table else -1)
+        sequence.table += new or ()
+        return new is not None
 
     def start_chunk(self, sequence: Sequence, count: int) -> None:
         """Make the next ``count`` positions the sequence's chunk, with hidden rows."""

@@ -64,7 +64,7 @@ class DeviceDecoder:
         self._rows: dict[int, _Row] = {}
         self._released: list[int] = []
         self._in_force = self._inputs_of_thresholds((True,) * len(info.exit_layers))
-        self._flying: _Launch | None = None
+        self._in_flight: _Launch | None = None
         self._waiting = (0,) * info.num_segments
         loop.hold(governor.device_holds(info.max_num_seqs))
 
@@ -111,13 +111,13 @@ class DeviceDecoder:
         if not self._rows:
             return [], None
         begun = time.perf_counter()
-        previous, self._flying = self._flying, None
+        previous, self._in_flight = self._in_flight, None
         for row in list(self._rows.values()):
             if row.sequence.id in self._rows:
                 length = min(len(row.sequence.tokens) + 1, self._end(row.sequence))
                 self._admission.make_room(row.sequence, length, ())
         if self._rows:
-            self._flying = self._launch()
+            self._in_flight = self._launch()
         waited = time.perf_counter()
         result = previous.pending.result() if previous else LaunchResult({}, self._waiting, 0)
         read = time.perf_counter()

@@ -42,31 +42,31 @@ def run_all(
     """Answers in the order of ``requests``; ``observe`` sees every step's output."""
     queue = iter(requests)
     order: list[Finished] = []
-    flying: dict[str, Finished] = {}
+    in_flight: dict[str, Finished] = {}
 
-    def launch() -> None:
+    def submit_next() -> None:
         request = next(queue, None)
         if request is not None:
             now = time.monotonic()
             finished = Finished(request, now)
             order.append(finished)
-            flying[request.request_id] = finished
+            in_flight[request.request_id] = finished
             engine.add(request, now)
 
     for _ in range(concurrency):
-        launch()
-    while flying:
+        submit_next()
+    while in_flight:
         output = engine.step()
         now = time.monotonic()
         for event in output.events:
-            finished = flying[event.request_id]
+            finished = in_flight[event.request_id]
             finished.token_ids += event.token_ids
             finished.exit_layers += event.exit_layers
             finished.times += [now] * len(event.token_ids)
             if event.finish_reason is not None:
                 finished.stats, finished.reason = event.stats, event.finish_reason
-                del flying[event.request_id]
-                launch()
+                del in_flight[event.request_id]
+                submit_next()
         if observe is not None:
             observe(output)
     return order

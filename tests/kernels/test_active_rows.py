@@ -1,4 +1,4 @@
-"""Boarding and arriving: by hand, then the kernels against the references."""
+"""Rows gathered for a segment and finished after it: by hand, and kernels against references."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def states(stages: list[int]) -> DecodeState:
     return made
 
 
-def boarded(made: DecodeState, segment: int, holds: Tensor, *, kernels: bool) -> list[int]:
-    """Sequences that gather_rows, their places checked."""
+def gathered(made: DecodeState, segment: int, holds: Tensor, *, kernels: bool) -> list[int]:
+    """Sequences that gather_rows chooses, their places checked."""
     active = SegmentBatch.empty(len(made.stage), DEVICE)
     if kernels:
         with rehearsal():
@@ -61,30 +61,30 @@ def boarded(made: DecodeState, segment: int, holds: Tensor, *, kernels: bool) ->
 
 
 @both
-def test_who_waits_at_a_segment_boards_it(*, kernels: bool) -> None:
+def test_who_waits_at_a_segment_is_gathered(*, kernels: bool) -> None:
     made = states([0, 2, EMPTY, 0, 1, 0, EMPTY])
-    assert boarded(made, 0, NEVER, kernels=kernels) == [0, 3, 5]
-    assert boarded(made, 1, EAGER, kernels=kernels) == [4]
-    assert boarded(made, 2, EAGER, kernels=kernels) == [1]
+    assert gathered(made, 0, NEVER, kernels=kernels) == [0, 3, 5]
+    assert gathered(made, 1, EAGER, kernels=kernels) == [4]
+    assert gathered(made, 2, EAGER, kernels=kernels) == [1]
 
 
 @both
-def test_nobody_boards_where_nobody_is(*, kernels: bool) -> None:
+def test_no_row_is_gathered_where_none_waits(*, kernels: bool) -> None:
     made = states([0, EMPTY, 0])
-    assert boarded(made, 1, EAGER, kernels=kernels) == []
-    assert boarded(states([EMPTY]), 0, EAGER, kernels=kernels) == []
+    assert gathered(made, 1, EAGER, kernels=kernels) == []
+    assert gathered(states([EMPTY]), 0, EAGER, kernels=kernels) == []
 
 
 @both
-def test_nobody_rides_past_its_end(*, kernels: bool) -> None:
+def test_no_row_is_gathered_past_its_end(*, kernels: bool) -> None:
     """Nor counts as ready; with a later end it goes on."""
     made = states([0, 1, 0])
     made.end[0] = made.position[0]
-    assert boarded(made, 0, NEVER, kernels=kernels) == [2]
+    assert gathered(made, 0, NEVER, kernels=kernels) == [2]
     made.end[2] = 0
-    assert boarded(made, 1, NEVER, kernels=kernels) == [1]
+    assert gathered(made, 1, NEVER, kernels=kernels) == [1]
     made.end[0] += 1
-    assert boarded(made, 0, NEVER, kernels=kernels) == [0]
+    assert gathered(made, 0, NEVER, kernels=kernels) == [0]
 
 
 @both
@@ -92,29 +92,29 @@ def test_few_are_held_until_enough_have_come(*, kernels: bool) -> None:
     """A share of a half: two of four ready ones are enough, one is not."""
     holds = torch.tensor([[0.0, 0.0], [0.5, 100.0]])
     made = states([0, 0, 0, 0, 1])
-    assert boarded(made, 1, holds, kernels=kernels) == []
+    assert gathered(made, 1, holds, kernels=kernels) == []
     assert made.waited.tolist() == [0, 0, 0, 0, 1]
     made.stage[3] = 1
     made.stage[0] = EMPTY
-    assert boarded(made, 1, holds, kernels=kernels) == [3, 4]
+    assert gathered(made, 1, holds, kernels=kernels) == [3, 4]
     assert made.waited.tolist() == [0, 0, 0, 0, 1]
 
 
 @both
-def test_nobody_is_held_for_longer_than_was_said(*, kernels: bool) -> None:
+def test_no_row_is_held_longer_than_its_patience(*, kernels: bool) -> None:
     holds = torch.tensor([[0.0, 0.0], [9.0, 3.0]])
     made = states([0, 1])
-    rides = [boarded(made, 1, holds, kernels=kernels) for _ in range(4)]
-    assert rides == [[], [], [], [1]]
+    passes = [gathered(made, 1, holds, kernels=kernels) for _ in range(4)]
+    assert passes == [[], [], [], [1]]
 
 
 @both
-def test_nobody_is_held_when_nobody_is_ready(*, kernels: bool) -> None:
-    assert boarded(states([1, EMPTY, 2]), 1, NEVER, kernels=kernels) == [0]
+def test_no_row_is_held_when_none_is_ready(*, kernels: bool) -> None:
+    assert gathered(states([1, EMPTY, 2]), 1, NEVER, kernels=kernels) == [0]
 
 
 @both
-def test_who_arrives_has_a_token_and_waits_at_the_ground(*, kernels: bool) -> None:
+def test_who_finishes_has_a_token_and_waits_at_the_first_segment(*, kernels: bool) -> None:
     made = states([EMPTY, 1, 1, 0])
     before = made.position.clone()
     active = SegmentBatch.empty(4, DEVICE)
@@ -145,8 +145,8 @@ def test_the_kernel_is_the_reference(seqs: int) -> None:
     holds = torch.tensor([[0.0, 0.0], [0.7, 3.0], [1.5, 2.0]])
     other = DecodeState(*(getattr(made, field.name).clone() for field in fields(made)))
     for segment in range(3):
-        found = boarded(made, segment, holds, kernels=True)
-        assert found == boarded(other, segment, holds, kernels=False)
+        found = gathered(made, segment, holds, kernels=True)
+        assert found == gathered(other, segment, holds, kernels=False)
     for field in fields(made):
         assert torch.equal(getattr(made, field.name), getattr(other, field.name))
 

@@ -33,7 +33,7 @@ def table(contexts: list[int]) -> RowTable:
 def case(
     contexts: list[int], heads: tuple[int, int], dim: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, RowTable]:
-    """Queries and caches, NaN wherever nobody may look."""
+    """Queries and caches, NaN wherever nothing may be read."""
     rows = table(contexts)
     places = (sum(-(-context // BLOCK) for context in contexts) + 3) * BLOCK
     k, v = torch.full((2, places, heads[1], dim), float("nan")).to(dtype)

@@ -109,7 +109,7 @@ def test_a_threshold_of_nothing_asks_no_gate(*, kernels: bool) -> None:
 
 
 @both
-def test_without_riders_nobody_fires(*, kernels: bool) -> None:
+def test_without_active_rows_no_gate_fires(*, kernels: bool) -> None:
     found = Exit(0, 3)
     assert found.apply_gate(0.0, kernels=kernels) == []
     assert found.apply_exit(kernels=kernels) == []

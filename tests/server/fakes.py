@@ -1,4 +1,4 @@
-"""An engine that says what it is told, and a server around it on a real socket."""
+"""An engine with scripted answers, and a server around it on a real socket."""
 
 from __future__ import annotations
 

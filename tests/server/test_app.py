@@ -60,7 +60,7 @@ def envelope(response: httpx2.Response) -> dict[str, Any]:
 
 
 async def aborted(server: Running) -> None:
-    """Wait until the engine was told to forget a request."""
+    """Wait until the engine has dropped a request."""
     assert await asyncio.to_thread(server.engine.abort_seen.wait, PATIENCE_S)
 
 

@@ -19,7 +19,7 @@ ARGS = ["--concurrency", "1,3", "--max-tokens", "8", "--rounds", "1", "--threads
 
 
 def wrong(*_: object) -> reference.Reference:
-    """Answers nobody gives."""
+    """Answers that no model gave."""
     return reference.Reference([[0] * 8] * 4, 1.0)
 
 

@@ -134,7 +134,7 @@ def test_copies_are_read_in_turn() -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_an_emptied_case_changes_nothing(name: str) -> None:
-    """What its launches write afterwards is for nobody."""
+    """What its launches write afterwards is not read."""
     for case in cases(name, rows=3, count=2):
         if case.empty is None or name in {"rope_and_store", "decode_attention"}:
             continue  # The host counts the rows, or what is returned means nothing.

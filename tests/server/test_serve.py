@@ -86,7 +86,7 @@ def test_exits_that_cannot_be_used_are_told_without_a_traceback() -> None:
     assert "cannot load tiny: --exits /nowhere/exits.safetensors: no such file" in process.log
 
 
-def test_a_criterion_nobody_calibrated_is_refused_at_start() -> None:
+def test_a_criterion_without_calibration_is_refused_at_start() -> None:
     options = ("--exits", "shared:2", "--exit-criterion", "entropy")
     with running("tiny", *options) as process:
         assert process.status() == 1

@@ -90,7 +90,7 @@ def test_leaving_pays_when_a_fill_is_cheaper_than_a_row() -> None:
 
 def test_a_refused_exit_is_tried_once_in_a_while() -> None:
     """Costs are learnt from steps that run, so a wrong belief must not last for ever."""
-    # A row rides along for nothing at 4 to 8 rows, but not behind one.
+    # One more row costs nothing at 4 to 8 rows, but not behind one.
     made = governor(fill=(0.0, 5 * MS), head=(1 * MS, 0.0))
     for rows in (1, 2, 3, 4):
         for _ in range(200):

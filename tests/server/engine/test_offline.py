@@ -32,14 +32,14 @@ def test_answers_come_in_the_order_of_the_requests(concurrency: int) -> None:
 
 def test_no_more_are_in_flight_than_asked_for() -> None:
     engine, _ = fake_engine(num_blocks=40)
-    flying: list[int] = []
+    in_flight: list[int] = []
 
     def observe(output: EngineOutput) -> None:
         if output.stats is not None:
-            flying.append(output.stats.running + output.stats.waiting)
+            in_flight.append(output.stats.running + output.stats.waiting)
 
     run_all(engine, [request(str(i), [i], 4) for i in range(7)], concurrency=3, observe=observe)
-    assert max(flying) == 3
+    assert max(in_flight) == 3
 
 
 def test_a_request_that_cannot_be_served_does_not_stop_the_rest() -> None:
