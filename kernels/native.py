@@ -119,7 +119,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
-        for name in ("scale_floats", "split_input_floats", "matmul_floats", "score_floats"):
+        for name in ("split_input_floats", "matmul_floats", "score_floats"):
             self._function(name).restype = c_int64
         for name in ("run_layers", "matmul", "rows"):
             self._function(name).restype = None
@@ -180,13 +180,11 @@ class Library:
     def rows(self, matrix: Matrix, ids: Tensor) -> Tensor:
         """Rows ``ids`` [n] (int64) of the matrix as fp32 [n, columns]."""
         out = torch.empty(ids.shape[0], matrix.columns)
-        scales = torch.empty(self._function("scale_floats")(matrix.columns))
         self._function("rows")(
             ctypes.byref(matrix),
             c_void_p(ids.data_ptr()),
             ids.shape[0],
             c_void_p(out.data_ptr()),
-            c_void_p(scales.data_ptr()),
         )
         return out
 

@@ -3,17 +3,16 @@
 Times of all products of one step of SmolLM2-135M without its LM head, two threads of a processor
 with AVX-512 and AMX, milliseconds (1 / 4 / 16 / 64 rows), and agreement of greedy tokens with fp32:
 
-    int4, C with AMX      3 /  5 / 10 / 20    1
-    int4, C               4 /  6 / 17 / 53    1
-    int8, C               7 /  8 / 19 / 56    1
     fp16, C              11 / 16 / 22 / 59    0.9995
     fp32, C              15 / 20 / 32 / 71    1
     fp16, FBGEMM         11 / 15 / 28 / 56    0.9995
     fp32, oneDNN         19 / 20 / 28 / 60    1
     bf16, oneDNN         12 / 12 / 14 / 20    0.993
 
-The C kernels compute in fp32 with the weights as they are stored, and give a row the same result
-whatever rows are beside it. Torch's operators serve where there is no C compiler, and for bf16.
+The C kernels take the weights as they are stored, compute in fp32 or, for 8 and 4 bits, with
+integers (native/matmul_integer.h), and give a row the same result whatever rows are beside it.
+Integer products are two to four times as fast as those of fp32 (docs/kernels.md); 0.9999 of greedy
+tokens agree. Torch's operators serve where there is no C compiler, and for bf16.
 FBGEMM's and oneDNN's are not part of torch's documented interface, so `available` tries each out.
 """
 
@@ -35,6 +34,10 @@ GROUP = 32
 _LEVELS = 15
 _LARGEST_BYTE = 127
 _BLOCK_ROWS = 2048
+_SET = 16
+# Columns of one word of levels, in the order of its bytes; of 4 bits the low halves, then the high.
+_INT8_ORDER = (0, 2, 1, 3)
+_INT4_ORDER = ((0, 4, 1, 5), (2, 6, 3, 7))
 
 
 class WeightFormat(StrEnum):
@@ -86,9 +89,6 @@ class NativeWeight:
             raise PackError(f"{form} needs the C kernels, and they a CPU")
         self._library = found
         self._data = _encode(weight.float(), form)
-        if form in {WeightFormat.INT8, WeightFormat.INT4}:
-            spare = torch.zeros(found.constant("SPARE_BYTES"), dtype=torch.uint8)
-            self._data = torch.cat((self._data, spare))
         self._bias = None if bias is None else bias.float().contiguous()
         self.nbytes = self._data.nbytes
         self.matrix = Matrix(
@@ -237,7 +237,7 @@ def _encode_int8(weight: Tensor) -> Tensor:
     scale = (groups.abs().amax(dim=-1, keepdim=True) / _LARGEST_BYTE).half()
     levels = (groups / _divisor(scale)).round()
     _check_grid(levels * scale.float(), groups, 8)
-    return _rows(scale, levels.to(torch.int8))
+    return _sets(levels.to(torch.int8).unflatten(-1, (-1, 4))[..., _INT8_ORDER], scale)
 
 
 def _encode_int4(weight: Tensor) -> Tensor:
@@ -248,13 +248,27 @@ def _encode_int4(weight: Tensor) -> Tensor:
     scale = ((groups.amax(dim=-1, keepdim=True) - low) / _LEVELS).half()
     levels = ((groups - low) / _divisor(scale)).round().clamp_max_(_LEVELS)
     _check_grid(levels * scale.float() + low.half().float(), groups, 4)
-    first, second = levels.to(torch.uint8).chunk(2, dim=-1)
-    return _rows(scale, low.half(), first | (second << 4))
+    words = levels.to(torch.uint8).unflatten(-1, (-1, 8))
+    first, second = (words[..., order] for order in _INT4_ORDER)
+    return _sets(first | (second << 4), scale, low.half())
 
 
-def _rows(*parts: Tensor) -> Tensor:
-    """Parts [out, groups, n] one after another in each row."""
-    return torch.cat([part.flatten(1).view(torch.uint8) for part in parts], dim=1)
+def _sets(levels: Tensor, *scales: Tensor) -> Tensor:
+    """Levels [out, groups, words, 4] and scales [out, groups, 1] in sets of 16 rows, as bytes."""
+    parts = [scale.transpose(0, 1) for scale in scales] + [levels.permute(1, 2, 0, 3)]
+    missing = -levels.shape[0] % _SET
+    return torch.cat(
+        [
+            F.pad(part, (0, 0, 0, missing))
+            .unflatten(-2, (-1, _SET))
+            .movedim(-3, 0)
+            .flatten(1)
+            .contiguous()
+            .view(torch.uint8)
+            for part in parts
+        ],
+        dim=1,
+    )
 
 
 def _divisor(scale: Tensor) -> Tensor:

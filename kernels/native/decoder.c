@@ -1,8 +1,8 @@
-/* Decoder layers on a CPU: weights of any format, fp32 arithmetic, one call for consecutive layers.
+/* Decoder layers on a CPU: weights of any format, one call for consecutive layers.
  *
  * The functions exported, which native.py calls. A token's result does not depend on the rows
- * beside it, on the chunk of its prompt or on the number of threads; only products on AMX
- * (matmul_amx.h) are rounded differently from those of few rows.
+ * beside it, on the chunk of its prompt or on the number of threads; only products of FP16
+ * weights on AMX (matmul_amx.h) are rounded differently from those of few rows.
  */
 #include "attention.h"
 #include "elementwise.h"
@@ -59,11 +59,9 @@ static void run_layer(const struct shape *s, const struct layer *l, const struct
 static struct worker start_worker(const struct workspace *w) {
     int thread = thread_number();
     float *panel = w->per_thread + w->per_thread_floats * thread;
-    float *scales = panel + panel_floats(w->columns);
-    float *scores = scales + tile_scale_floats(w->columns);
+    float *scores = panel + panel_floats(w->columns);
     int64_t *timers = thread ? NULL : w->timers;
-    return (struct worker){w,      w->phases, panel,  scales,
-                           scores, 0,         timers, timers ? nanoseconds() : 0};
+    return (struct worker){w, w->phases, panel, scores, 0, timers, timers ? nanoseconds() : 0};
 }
 
 /* Before any other function: whether AMX is used. */
@@ -96,21 +94,17 @@ void offramp_matmul(const struct matrix *m, const float *x, float *out, int32_t 
     }
 }
 
-/* Rows ``ids`` [count] of a matrix as fp32, out [count, columns]; ``scales`` [scale_floats]. */
-void offramp_rows(const struct matrix *m, const int64_t *ids, int32_t count, float *out,
-                  float *scales) {
+/* Rows ``ids`` [count] of a matrix as fp32, out [count, columns]. */
+void offramp_rows(const struct matrix *m, const int64_t *ids, int32_t count, float *out) {
     size_t stride = row_bytes(m->format, m->columns);
-    for (int i = 0; i < count; i++) {
-        struct weight_row weights =
-            load_scales(m->format, m->data + ids[i] * stride, m->columns, scales);
-        for (int g = 0; g < m->columns / GROUP; g++, out += GROUP)
-            dequantize_to(m->format, &weights, g, out);
+    for (int i = 0; i < count; i++, out += m->columns) {
+        int row = ids[i] % SET;
+        if (m->format >= FORMAT_INT8)
+            dequantize_from_set(m->format, m->data + (ids[i] - row) * stride, m->columns, row, out);
+        else
+            for (int g = 0; g < m->columns / GROUP; g++)
+                dequantize_to(m->format, m->data + ids[i] * stride, g, out + g * GROUP);
     }
-}
-
-/* Floats of scratch memory for ``offramp_rows``. */
-int64_t offramp_scale_floats(int32_t columns) {
-    return scale_floats(columns);
 }
 
 /* Floats of scratch memory for the inputs of matrices, shared by all threads. */
@@ -120,7 +114,7 @@ int64_t offramp_split_input_floats(int32_t rows, int32_t columns) {
 
 /* Floats of scratch memory for the products of each thread. */
 int64_t offramp_matmul_floats(int32_t columns) {
-    return panel_floats(columns) + tile_scale_floats(columns);
+    return panel_floats(columns);
 }
 
 /* Floats of scratch memory for the attention of each thread, behind those for products. */
@@ -140,7 +134,7 @@ int64_t offramp_constant(const char *name) {
         int64_t value;
     } constants[] = {
         CONSTANT(FORMAT_FP32),  CONSTANT(FORMAT_FP16),     CONSTANT(FORMAT_INT8),
-        CONSTANT(FORMAT_INT4),  CONSTANT(GROUP),           CONSTANT(SPARE_BYTES),
+        CONSTANT(FORMAT_INT4),  CONSTANT(GROUP),           CONSTANT(SET),
         CONSTANT(LAYER_PHASES), CONSTANT(MATMUL_PHASES),   CONSTANT(HEAD_DIM_MULTIPLE),
         SIZE_OF(struct matrix), SIZE_OF(struct layer),     SIZE_OF(struct shape),
         SIZE_OF(struct batch),  SIZE_OF(struct workspace), SIZE_OF(struct phase),

@@ -3,9 +3,10 @@
 #define OFFRAMP_MATMUL_H
 
 #include "matmul_amx.h"
+#include "matmul_integer.h"
 #include "matmul_vector.h"
 
-/* Phases of ``matmul``, the first of which only happens with AMX. */
+/* Phases of ``matmul``; inputs are converted in the first, where they have to be. */
 enum { MATMUL_PHASES = 2 };
 
 /* Floats of a thread's weight panel: AMX_OUTS rows, more than the PANEL_OUTS of vectors. */
@@ -13,12 +14,7 @@ static size_t panel_floats(int columns) {
     return (size_t)AMX_OUTS * columns;
 }
 
-/* Floats for the scales of the rows of weights a thread multiplies together. */
-static size_t tile_scale_floats(int columns) {
-    return TILE_OUTS * scale_floats(columns);
-}
-
-/* Floats of the inputs as ``matmul_prepare`` stores them. */
+/* Floats of the inputs as ``matmul_prepare`` stores them; AMX needs more than fixed point. */
 static size_t split_input_floats(int rows, int columns) {
     return (size_t)(rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS * columns;
 }
@@ -27,14 +23,6 @@ static size_t split_input_floats(int rows, int columns) {
 typedef void matmul_outputs(const struct matrix *m, const struct operands *t, int out, int count,
                             struct worker *worker);
 
-INLINE void multiply(int format, const struct matrix *m, const struct operands *t, int out,
-                     int count, struct worker *worker) {
-    if (uses_amx(m, t->rows))
-        multiply_amx(format, m, t, out, count, worker);
-    else
-        multiply_vectors(format, m, t, out, count, worker);
-}
-
 static void matmul_fp32(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
     multiply_vectors(FORMAT_FP32, m, t, out, count, worker);
@@ -42,17 +30,20 @@ static void matmul_fp32(const struct matrix *m, const struct operands *t, int ou
 
 static void matmul_fp16(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    multiply(FORMAT_FP16, m, t, out, count, worker);
+    if (uses_amx(m, t->rows))
+        multiply_amx(FORMAT_FP16, m, t, out, count, worker);
+    else
+        multiply_vectors(FORMAT_FP16, m, t, out, count, worker);
 }
 
 static void matmul_int8(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    multiply(FORMAT_INT8, m, t, out, count, worker);
+    multiply_integer(FORMAT_INT8, m, t, out, count, worker);
 }
 
 static void matmul_int4(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    multiply(FORMAT_INT4, m, t, out, count, worker);
+    multiply_integer(FORMAT_INT4, m, t, out, count, worker);
 }
 
 static matmul_outputs *const MATMUL[] = {
@@ -66,7 +57,10 @@ static matmul_outputs *const MATMUL[] = {
  */
 static void matmul_prepare(const struct matrix *m, const struct operands *t,
                            struct worker *worker) {
-    if (uses_amx(m, t->rows)) amx_split_inputs(t, m->columns, worker);
+    if (m->format >= FORMAT_INT8)
+        quantize_inputs(t, m->columns, worker);
+    else if (uses_amx(m, t->rows))
+        amx_split_inputs(t, m->columns, worker);
 }
 
 /* How many of ``outs`` outputs make a chunk of a phase: a multiple of AMX_OUTS. */

@@ -3,7 +3,7 @@
  * Each number is split into the sum of two of bf16, its high and its low half, and of the four
  * partial products the three largest are taken, which leaves errors of 2^-16 (known as bf16x3). A
  * row's result depends on no other row here either. It differs from the vectors' result, so weights
- * kept in FP32, which is for exactness, stay with those.
+ * kept in FP32, which is for exactness, stay with those; INT8 and INT4 have integer products.
  */
 #ifndef OFFRAMP_MATMUL_AMX_H
 #define OFFRAMP_MATMUL_AMX_H
@@ -30,7 +30,7 @@ static int amx_initialize(void) {
 }
 
 static int uses_amx(const struct matrix *m, int rows) {
-    return amx_ready && m->format != FORMAT_FP32 && rows > TILE_ROWS;
+    return amx_ready && m->format == FORMAT_FP16 && rows > TILE_ROWS;
 }
 
 /* Every thread sets its eight tiles to 16 rows of 64 bytes. */
@@ -57,26 +57,11 @@ INLINE void split(floats a, floats b, __m512i *high, __m512i *low) {
 }
 
 /* Group ``g`` of a row of weights as high and low halves. */
-INLINE void dequantize_split(int format, const struct weight_row *row, int g, uint16_t *high,
-                             uint16_t *low) {
+INLINE void dequantize_split(int format, const uint8_t *row, int g, uint16_t *high, uint16_t *low) {
+    floats values[VECTORS];
     __m512i h, l;
-    if (format == FORMAT_INT4) {
-        /* Of the group's 16 values, the high halves and behind them the low ones are looked up. */
-        floats table = ZERO_TO_FIFTEEN * row->scales[g] + row->minima[g];
-        floats cut = (floats)((ints)table & (int)0xffff0000);
-        __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)(table - cut), (__m512)cut);
-        const uint8_t *at = row->levels + (size_t)g * LEVEL_BYTES[format];
-        __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)at));
-        __m512i index =
-            _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
-        index = _mm512_and_si512(index, _mm512_set1_epi16(15));
-        h = _mm512_permutexvar_epi16(index, halves);
-        l = _mm512_permutexvar_epi16(_mm512_or_si512(index, _mm512_set1_epi16(16)), halves);
-    } else {
-        floats values[VECTORS];
-        dequantize(format, row, g, values);
-        split(values[0], values[1], &h, &l);
-    }
+    dequantize(format, row, g, values);
+    split(values[0], values[1], &h, &l);
     _mm512_storeu_si512(high, h);
     _mm512_storeu_si512(low, l);
 }
@@ -212,12 +197,10 @@ INLINE void multiply_amx(int format, const struct matrix *m, const struct operan
     for (; count > 0; count -= AMX_OUTS, out += AMX_OUTS) {
         int outs = MIN(AMX_OUTS, count), row = 0;
         for (int o = 0; o < outs; o++) {
-            struct weight_row weights =
-                load_scales(format, m->data + (out + o) * stride, columns, worker->scales);
+            const uint8_t *weights = m->data + (out + o) * stride;
             for (int g = 0; g < columns / GROUP; g++) {
-                __builtin_prefetch(weights.levels + g * LEVEL_BYTES[format] +
-                                   PREFETCH_ROWS * stride);
-                dequantize_split(format, &weights, g, high + o * columns + g * GROUP,
+                __builtin_prefetch(weights + g * LEVEL_BYTES[format] + PREFETCH_ROWS * stride);
+                dequantize_split(format, weights, g, high + o * columns + g * GROUP,
                                  low + o * columns + g * GROUP);
             }
         }

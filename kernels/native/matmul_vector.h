@@ -1,4 +1,4 @@
-/* Matrix products with fp32 vectors, for weights of any format.
+/* Matrix products with fp32 vectors, for weights in fp32 and fp16.
  *
  * A dot product adds its columns, a vector at a time, into one vector of sums, whose lanes are
  * added at the end. The order is the same whatever else is computed, so a row's result depends
@@ -32,29 +32,25 @@ struct operands {
     int add; /* add to what is in ``out``, instead of replacing it */
 };
 
-/* OUTS x ROWS dot products; ``scales`` takes those of OUTS rows of weights. */
+/* OUTS x ROWS dot products. */
 INLINE void multiply_tile(int format, const uint8_t *w, size_t w_stride, int columns,
                           const float *bias, const struct operands *t, int row, int out,
-                          int prefetch, float *scales, const int OUTS, const int ROWS) {
+                          int prefetch, const int OUTS, const int ROWS) {
     floats sums[TILE_OUTS][TILE_ROWS];
-    struct weight_row weights[TILE_OUTS];
 #pragma GCC unroll 8
-    for (int o = 0; o < OUTS; o++) {
-        weights[o] =
-            load_scales(format, w + o * w_stride, columns, scales + o * scale_floats(columns));
+    for (int o = 0; o < OUTS; o++)
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) sums[o][r] = (floats){0};
-    }
     const float *x = t->x + row * t->x_stride;
     int groups = columns / GROUP;
     for (int g = 0; g < groups; g++, x += GROUP) {
 #pragma GCC unroll 8
         for (int o = 0; o < OUTS; o++) {
             floats values[VECTORS];
-            dequantize(format, &weights[o], g, values);
+            const uint8_t *weights = w + o * w_stride;
+            dequantize(format, weights, g, values);
             if (prefetch)
-                __builtin_prefetch(weights[o].levels + g * LEVEL_BYTES[format] +
-                                   PREFETCH_ROWS * w_stride);
+                __builtin_prefetch(weights + g * LEVEL_BYTES[format] + PREFETCH_ROWS * w_stride);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 const float *at = x + r * t->x_stride;
@@ -75,12 +71,12 @@ INLINE void multiply_tile(int format, const uint8_t *w, size_t w_stride, int col
 }
 
 #define MULTIPLY_TILE(OUTS, ROWS)                                                                  \
-    multiply_tile(format, w, w_stride, columns, bias, t, row, out, prefetch, scales, OUTS, ROWS)
+    multiply_tile(format, w, w_stride, columns, bias, t, row, out, prefetch, OUTS, ROWS)
 
 /* ``count`` rows of weights at ``w``, for outputs from ``out`` on, with inputs [first, last). */
 INLINE void multiply_tiles(int format, const uint8_t *w, size_t w_stride, int columns,
                            const float *bias, const struct operands *t, int first, int last,
-                           int out, int count, int prefetch, float *scales) {
+                           int out, int count, int prefetch) {
     for (; count >= TILE_OUTS; count -= TILE_OUTS, out += TILE_OUTS, w += TILE_OUTS * w_stride) {
         int row = first;
 #if defined(__AVX512F__)
@@ -106,7 +102,7 @@ static __attribute__((noinline)) void multiply_panel(const float *panel, int col
                                                      int out, int count) {
     for (int row = 0; row < t->rows; row += PANEL_INPUTS)
         multiply_tiles(FORMAT_FP32, (const uint8_t *)panel, 4 * (size_t)columns, columns, bias, t,
-                       row, MIN(row + PANEL_INPUTS, t->rows), out, count, 0, NULL);
+                       row, MIN(row + PANEL_INPUTS, t->rows), out, count, 0);
 }
 
 /* Outputs [out, out + count) of all rows. */
@@ -116,21 +112,18 @@ INLINE void multiply_vectors(int format, const struct matrix *m, const struct op
     size_t stride = row_bytes(format, columns);
     const uint8_t *w = m->data + out * stride;
     if (format == FORMAT_FP32 || t->rows <= TILE_ROWS) {
-        multiply_tiles(format, w, stride, columns, m->bias, t, 0, t->rows, out, count, 1,
-                       worker->scales);
+        multiply_tiles(format, w, stride, columns, m->bias, t, 0, t->rows, out, count, 1);
         return;
     }
     float *panel = worker->panel;
     for (int done = 0; done < count; done += PANEL_OUTS) {
         int outs = MIN(PANEL_OUTS, count - done);
         for (int o = 0; o < outs; o++) {
-            struct weight_row weights =
-                load_scales(format, w + (done + o) * stride, columns, worker->scales);
+            const uint8_t *weights = w + (done + o) * stride;
             float *to = panel + (size_t)o * columns;
             for (int g = 0; g < columns / GROUP; g++, to += GROUP) {
-                __builtin_prefetch(weights.levels + g * LEVEL_BYTES[format] +
-                                   PREFETCH_ROWS * stride);
-                dequantize_to(format, &weights, g, to);
+                __builtin_prefetch(weights + g * LEVEL_BYTES[format] + PREFETCH_ROWS * stride);
+                dequantize_to(format, weights, g, to);
             }
         }
         multiply_panel(panel, columns, m->bias, t, out + done, outs);

@@ -45,7 +45,7 @@ struct workspace {
     float *wide;            /* [rows, max(qkv, 2 * inner)] */
     uint32_t *split_inputs; /* split_input_floats(rows, widest columns) */
     struct phase *phases;   /* zeros: LAYER_PHASES a layer, or MATMUL_PHASES */
-    float *per_thread;      /* [threads, per_thread_floats]: weight panel, scales, scores */
+    float *per_thread;      /* [threads, per_thread_floats]: weight panel, scores */
     int64_t per_thread_floats;
     int64_t *timers; /* [TIMERS] nanoseconds are added, or NULL */
     int32_t threads;

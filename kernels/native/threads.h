@@ -27,7 +27,6 @@ struct worker {
     const struct workspace *shared;
     struct phase *phase; /* the one it is in */
     float *panel;        /* weights unpacked, [panel_floats(widest columns)] */
-    float *scales;       /* [tile_scale_floats(widest columns)] */
     float *scores;       /* [score_floats] */
     int finished;        /* chunks of this phase that it did */
     int64_t *timers;     /* of the first thread if time is taken, else NULL */

@@ -10,6 +10,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 #if defined(__AVX512F__)
 enum { LANES = 16 };
@@ -21,6 +22,8 @@ typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef float floats8 __attribute__((vector_size(32)));
 typedef float floats4 __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int16_t pair_lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE floats broadcast(float x) {
     return x - (floats){0};
@@ -45,28 +48,18 @@ INLINE floats load_fp16(const uint8_t *at) {
 #endif
 }
 
-/* Intrinsics, because GCC compiles the loop to one conversion a byte. */
-INLINE ints load_uint8(const uint8_t *at) {
-#if defined(__AVX512F__)
-    return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at));
+/* ``sums`` plus, in each lane, the products of the two 16-bit halves of ``a`` and of ``b``. */
+INLINE ints add_pairs(ints sums, ints a, int32_t b) {
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, _mm512_set1_epi32(b));
+#elif defined(__AVX512BW__)
+    return sums + (ints)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
+#elif defined(__AVXVNNI__)
+    return (ints)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, _mm256_set1_epi32(b));
 #elif defined(__AVX2__)
-    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at));
+    return sums + (ints)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(b));
 #else
-    ints out;
-    for (int i = 0; i < LANES; i++) out[i] = at[i];
-    return out;
-#endif
-}
-
-INLINE ints load_int8(const uint8_t *at) {
-#if defined(__AVX512F__)
-    return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at));
-#elif defined(__AVX2__)
-    return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at));
-#else
-    ints out;
-    for (int i = 0; i < LANES; i++) out[i] = (int8_t)at[i];
-    return out;
+    return sums + (a << 16 >> 16) * (int32_t)(int16_t)b + (a >> 16) * (b >> 16);
 #endif
 }
 

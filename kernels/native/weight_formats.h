@@ -1,11 +1,17 @@
-/* Weight formats, and how a row of weights becomes fp32.
+/* Weight formats, and how weights become fp32.
  *
- * Columns come in groups of 32. A row is
- *   FP32, FP16   the values
- *   INT8         an fp16 scale for each group; 32 signed levels for each group (ggml's Q8_0)
- *   INT4         an fp16 scale for each group; an fp16 minimum for each group; 16 bytes for each
- *                group with column j in the low and j + 16 in the high half (ggml's Q4_1)
- * ggml interleaves scales and levels; here the scales of a row come first, for vector loads.
+ *   FP32, FP16   rows of values
+ *   INT8         an fp16 scale and 32 signed levels for each group of 32 columns (ggml's Q8_0)
+ *   INT4         an fp16 scale, an fp16 minimum and 32 levels of 4 bits for each group (ggml's
+ * Q4_1)
+ *
+ * INT8 and INT4 are stored in sets of 16 rows, the last one filled up with zeros, so that a vector
+ * holds the same columns of 16 rows. A set is: scales [groups][16]; for INT4 minima [groups][16];
+ * levels [groups][columns of a word][16] in words of 32 bits. A word's halves of 16 bits hold the
+ * even and the odd columns, the first column lowest:
+ *
+ *   INT8   columns 0, 2 | 1, 3                 8 bits each
+ *   INT4   columns 0, 2, 4, 6 | 1, 3, 5, 7     4 bits each
  */
 #ifndef OFFRAMP_WEIGHT_FORMATS_H
 #define OFFRAMP_WEIGHT_FORMATS_H
@@ -16,81 +22,54 @@
 #include "vector.h"
 
 enum weight_format { FORMAT_FP32, FORMAT_FP16, FORMAT_INT8, FORMAT_INT4 };
-enum { GROUP = 32, VECTORS = GROUP / LANES };
-/* Bytes behind the last row of INT8 and INT4 that are read with the last scales and ignored. */
-enum { SPARE_BYTES = 64 };
+enum { GROUP = 32, VECTORS = GROUP / LANES, SET = 16 };
 
-/* Bytes of one group. */
+/* Bytes of one group of one row. */
 static const int32_t LEVEL_BYTES[] = {128, 64, 32, 16}, SCALE_BYTES[] = {0, 0, 2, 4};
-
-#define ZERO_TO_FIFTEEN ((floats){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
 
 INLINE size_t row_bytes(int format, int columns) {
     return (size_t)(columns / GROUP) * (SCALE_BYTES[format] + LEVEL_BYTES[format]);
 }
 
-/* Floats that ``load_scales`` writes: scales and minima, each rounded up to whole vectors. */
-INLINE size_t scale_floats(int columns) {
-    return 2 * (columns / GROUP + LANES);
+/* Columns of a row in one word of INT8 or INT4. */
+INLINE int word_columns(int format) {
+    return format == FORMAT_INT4 ? 8 : 4;
 }
 
-/* A row of weights with its scales in fp32. */
-struct weight_row {
-    const uint8_t *levels;
-    const float *scales, *minima; /* [groups] */
-};
-
-/* The row at ``at``; its scales are converted into ``room`` [scale_floats]. */
-INLINE struct weight_row load_scales(int format, const uint8_t *at, int columns, float *room) {
-    int groups = columns / GROUP;
-    float *minima = room + groups + LANES;
-    if (format >= FORMAT_INT8)
-        for (int g = 0; g < groups; g += LANES) *(floats *)(room + g) = load_fp16(at + 2 * g);
-    if (format == FORMAT_INT4)
-        for (int g = 0; g < groups; g += LANES)
-            *(floats *)(minima + g) = load_fp16(at + 2 * (groups + g));
-    return (struct weight_row){at + SCALE_BYTES[format] * groups, room, minima};
+/* Group ``g`` of a row of FP32 or FP16 as fp32. */
+INLINE void dequantize(int format, const uint8_t *row, int g, floats out[VECTORS]) {
+    const uint8_t *at = row + (size_t)g * LEVEL_BYTES[format];
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; i++)
+        out[i] = format == FORMAT_FP32 ? *(const floats *)(at + 4 * LANES * i)
+                                       : load_fp16(at + 2 * LANES * i);
 }
 
-/* Group ``g`` of a row as fp32. */
-INLINE void dequantize(int format, const struct weight_row *row, int g, floats out[VECTORS]) {
-    const uint8_t *at = row->levels + (size_t)g * LEVEL_BYTES[format];
-    switch (format) {
-    case FORMAT_FP32:
-#pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; i++) out[i] = *(const floats *)(at + 4 * LANES * i);
-        break;
-    case FORMAT_FP16:
-#pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; i++) out[i] = load_fp16(at + 2 * LANES * i);
-        break;
-    case FORMAT_INT8:
-#pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; i++)
-            out[i] = __builtin_convertvector(load_int8(at + LANES * i), floats) * row->scales[g];
-        break;
-    default:
-#pragma GCC unroll 2
-        for (int i = 0; i < VECTORS / 2; i++) {
-            ints both = load_uint8(at + LANES * i);
-#if defined(__AVX512F__)
-            /* The 16 values of the group are looked up; the index is the lowest 4 bits alone. */
-            __m512 table = (__m512)(ZERO_TO_FIFTEEN * row->scales[g] + row->minima[g]);
-            out[i] = (floats)_mm512_permutexvar_ps((__m512i)both, table);
-            out[i + 1] = (floats)_mm512_permutexvar_ps((__m512i)(both >> 4), table);
-#else
-            out[i] = __builtin_convertvector(both & 15, floats) * row->scales[g] + row->minima[g];
-            out[i + VECTORS / 2] =
-                __builtin_convertvector(both >> 4, floats) * row->scales[g] + row->minima[g];
-#endif
-        }
-    }
-}
-
-INLINE void dequantize_to(int format, const struct weight_row *row, int g, float *to) {
+INLINE void dequantize_to(int format, const uint8_t *row, int g, float *to) {
     floats values[VECTORS];
     dequantize(format, row, g, values);
     for (int i = 0; i < VECTORS; i++) *(floats *)(to + i * LANES) = values[i];
+}
+
+/* One row of a set of INT8 or INT4 as fp32, to [columns]. */
+static void dequantize_from_set(int format, const uint8_t *set, int columns, int row, float *to) {
+    int groups = columns / GROUP, columns_of_word = word_columns(format);
+    const uint8_t *levels = set + (size_t)SET * groups * SCALE_BYTES[format];
+    for (int g = 0; g < groups; g++) {
+        _Float16 scale, minimum = 0;
+        memcpy(&scale, set + 2 * (SET * g + row), sizeof scale);
+        if (format == FORMAT_INT4)
+            memcpy(&minimum, set + 2 * (SET * (groups + g) + row), sizeof minimum);
+        for (int column = 0; column < GROUP; column++, to++) {
+            int word_index = (g * GROUP + column) / columns_of_word, c = column % columns_of_word;
+            uint32_t word;
+            memcpy(&word, levels + 4 * (size_t)(SET * word_index + row), sizeof word);
+            uint32_t half = word >> (c % 2 * 16);
+            int level = format == FORMAT_INT4 ? (int)(half >> (c / 2 * 4) & 15)
+                                              : (int8_t)(half >> (c / 2 * 8));
+            *to = level * (float)scale + (float)minimum;
+        }
+    }
 }
 
 #endif

@@ -13,6 +13,9 @@ TOLERANCE = dict.fromkeys(WeightFormat, 1e-5) | {
     WeightFormat.FP16: 1e-3,
     WeightFormat.FBGEMM_FP16: 1e-3,
     WeightFormat.ONEDNN_BF16: 2e-2,
+    # Inputs rounded to 16 bits.
+    WeightFormat.INT8: 4e-5,
+    WeightFormat.INT4: 4e-5,
 }
 NATIVE = [WeightFormat.FP32, WeightFormat.FP16, WeightFormat.INT8, WeightFormat.INT4]
 
@@ -71,14 +74,14 @@ def test_rows_can_be_read_back(form: WeightFormat) -> None:
 
 @pytest.mark.parametrize("form", NATIVE)
 def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightFormat) -> None:
-    """Bit for bit; where a matrix unit serves many rows, among few and among many."""
+    """Bit for bit; fp16, for which a matrix unit may serve many rows, among few and among many."""
     if not available(form):
         pytest.skip("no C kernels on this machine")
     product = pack(MAKE.get(form, torch.randn)(77, 96), torch.randn(77), form)
     x = torch.randn(130, 96)
     whole = product(x)
     alone = torch.cat([product(row.unsqueeze(0)) for row in x])
-    if form is WeightFormat.FP32:
+    if form is not WeightFormat.FP16:
         assert alone.equal(whole)
     torch.testing.assert_close(alone, whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
     for first, count in ((3, 2), (7, 5), (1, 6)):
