@@ -78,10 +78,10 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Columns) -> str:
 def exit_efficiency(speed_up: float, num_layers: int, mean_depth: float) -> float | None:
     """How much of the skipped work came back as time: (speed-up - 1) / (L / depth - 1).
 
-    None when nothing was skipped.
+    None when less than a hundredth was skipped: the quotient would be noise.
     """
     possible = num_layers / mean_depth - 1
-    return (speed_up - 1) / possible if possible > 1e-6 else None
+    return (speed_up - 1) / possible if possible > 0.01 else None
 
 
 def spread(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | None]:

@@ -130,6 +130,7 @@ def test_figures_of_a_known_trace() -> None:
 
 
 def test_exit_efficiency_compares_time_with_skipped_layers() -> None:
-    """Half the layers for twice the speed is 1; nothing skipped has none."""
+    """Half the layers for twice the speed is 1; next to nothing skipped has none."""
     assert exit_efficiency(2.0, 30, 15.0) == pytest.approx(1.0)
     assert exit_efficiency(1.1, 30, 30.0) is None
+    assert exit_efficiency(1.1, 30, 29.9) is None
