@@ -126,3 +126,19 @@ def test_fp16_refuses_what_it_cannot_hold(form: WeightFormat) -> None:
         pytest.skip(f"{form} products do not exist on this machine")
     with pytest.raises(PackError, match="65504"):
         pack(torch.full((4, 32), 1e5), None, form)
+
+
+@pytest.mark.parametrize("form", [WeightFormat.INT8, WeightFormat.INT4])
+def test_inputs_without_a_scale_of_their_own(form: WeightFormat) -> None:
+    """Zeros and numbers too small for a reciprocal give the bias; NaN stays in its row."""
+    if not available(form):
+        pytest.skip("no C kernels on this machine")
+    weight, bias, x = MAKE[form](48, 96), torch.randn(48), torch.randn(4, 96)
+    product = pack(weight, bias, form)
+    expected = product(x)
+    x[0], x[1], x[2, 40] = 0.0, 1e-38, float("nan")
+    got = product(x)
+    assert got[0].equal(bias)
+    assert got[1].equal(bias)
+    assert got[2].isnan().all()
+    assert got[3].equal(expected[3])
