@@ -35,7 +35,7 @@ GROUP = 32
 _LEVELS = 15
 _LARGEST_BYTE = 127
 _BLOCK_ROWS = 2048
-_SET = 16
+_SET = 32
 # Columns of one word of levels, in the order of its bytes; of 4 bits the low halves, then the high.
 _INT8_ORDER = (0, 2, 1, 3)
 _INT4_ORDER = ((0, 4, 1, 5), (2, 6, 3, 7))
@@ -255,20 +255,19 @@ def _encode_int4(weight: Tensor) -> Tensor:
 
 
 def _sets(levels: Tensor, *scales: Tensor) -> Tensor:
-    """Levels [out, groups, words, 4] and scales [out, groups, 1] in sets of 16 rows, as bytes."""
-    parts = [scale.transpose(0, 1) for scale in scales] + [levels.permute(1, 2, 0, 3)]
+    """Levels [out, groups, words, 4] and scales [out, groups, 1] in sets of 32 rows, as bytes."""
     missing = -levels.shape[0] % _SET
     return torch.cat(
         [
-            F.pad(part, (0, 0, 0, missing))
-            .unflatten(-2, (-1, _SET))
-            .movedim(-3, 0)
-            .flatten(1)
+            F.pad(part.permute(1, 2, 0, 3), (0, 0, 0, missing))
+            .unflatten(2, (-1, _SET))
+            .movedim(2, 0)
+            .flatten(2)
             .contiguous()
             .view(torch.uint8)
-            for part in parts
+            for part in (*(scale.unsqueeze(-1) for scale in scales), levels)
         ],
-        dim=1,
+        dim=2,
     )
 
 

@@ -16,14 +16,16 @@
 #include "matmul_vector.h"
 
 enum { LARGEST_INPUT = 32512 };
-/* Rows of inputs multiplied with a set of weights at a time: their sums stay in registers. */
+/* Rows of inputs, and vectors of outputs, whose sums stay in registers. With two vectors, each
+ * input that is broadcast serves two products: processors broadcast fewer than they multiply. */
 #if defined(__AVX512F__)
-enum { INTEGER_ROWS = 8 };
+enum { INTEGER_ROWS = 6, INTEGER_WIDTH = 2 };
 #else
-enum { INTEGER_ROWS = 4 };
+enum { INTEGER_ROWS = 4, INTEGER_WIDTH = 1 };
 #endif
-/* Groups of weights between the one in use and the one that is prefetched. */
-enum { PREFETCH_GROUPS = 4 };
+/* Bytes between the weights in use and those prefetched: what memory delivers in the time it needs
+ * to answer, and more. */
+enum { PREFETCH_BYTES = 8192 };
 
 /* A row of inputs: columns of 16 bits; then for each group its scale; then for each group the scale
  * times the sum of its columns. */
@@ -104,96 +106,117 @@ static __attribute__((noinline)) void store_lanes(floats sums, const float *bias
     }
 }
 
-/* A set of weights times ROWS rows of inputs: outputs [begin, end) of the set are stored, the first
- * of which is output ``out``. */
-INLINE void multiply_set(int format, const uint8_t *set, int columns, const float *bias,
-                         const struct operands *t, int row, int out, int begin, int end,
-                         const struct worker *worker, const int ROWS) {
-    int groups = columns / GROUP, words = GROUP / word_columns(format);
+/* Weights of INTEGER_WIDTH vectors of outputs, the first of which starts at ``lane`` of ``set``,
+ * times ROWS rows of inputs. Of these outputs, ``begin`` to ``end`` are stored; ``out`` is the
+ * number of the set's first output. */
+INLINE void multiply_lanes(int format, const uint8_t *set, int lane, const struct matrix *m,
+                           const struct operands *t, int row, int out, int begin, int end,
+                           const struct worker *worker, const int ROWS) {
+    int columns = m->columns, groups = columns / GROUP, words = GROUP / word_columns(format);
     const int PAIRS = word_columns(format) / 2;
-    const uint8_t *levels = set + (size_t)SET * groups * SCALE_BYTES[format];
     struct fixed_point_row inputs[INTEGER_ROWS];
+    floats sums[INTEGER_ROWS][INTEGER_WIDTH];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) inputs[r] = fixed_point_row(worker, row + r, columns);
-    for (int lane = 0; lane < SET; lane += LANES) {
-        floats sums[INTEGER_ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        inputs[r] = fixed_point_row(worker, row + r, columns);
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) sums[r][v] = (floats){0};
+    }
+    for (int g = 0; g < groups; g++, set += set_group_bytes(format)) {
+        ints dots[INTEGER_ROWS][INTEGER_WIDTH];
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) sums[r] = (floats){0};
-        for (int g = 0; g < groups; g++) {
-            const uint8_t *at = levels + (size_t)SET * g * LEVEL_BYTES[format] + 4 * lane;
-            ints dots[INTEGER_ROWS];
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) dots[r] = (ints){0};
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < INTEGER_WIDTH; v++) dots[r][v] = (ints){0};
+        for (size_t i = 0; i < set_group_bytes(format); i += 64)
+            __builtin_prefetch(set + PREFETCH_BYTES + i);
+        const uint8_t *levels = set + SET * SCALE_BYTES[format] + 4 * lane;
 #pragma GCC unroll 1
-            for (int w = 0; w < words; w++, at += 4 * SET) {
-                ints pairs[4];
-                __builtin_prefetch(at + PREFETCH_GROUPS * SET * LEVEL_BYTES[format]);
-                unpack_pairs(format, at, pairs);
+        for (int w = 0; w < words; w++) {
+            ints pairs[INTEGER_WIDTH][4];
+#pragma GCC unroll 2
+            for (int v = 0; v < INTEGER_WIDTH; v++)
+                unpack_pairs(format, levels + 4 * (SET * w + LANES * v), pairs[v]);
 #pragma GCC unroll 4
-                for (int p = 0; p < PAIRS; p++)
+            for (int p = 0; p < PAIRS; p++)
 #pragma GCC unroll 8
-                    for (int r = 0; r < ROWS; r++) {
-                        int32_t pair;
-                        memcpy(&pair, inputs[r].columns + g * GROUP + 2 * (PAIRS * w + p), 4);
-                        dots[r] = add_pairs(dots[r], pairs[p], pair);
-                    }
-            }
-            floats scale = load_fp16(set + 2 * (SET * g + lane));
+                for (int r = 0; r < ROWS; r++) {
+                    int32_t pair;
+                    memcpy(&pair, inputs[r].columns + g * GROUP + 2 * (PAIRS * w + p), 4);
+#pragma GCC unroll 2
+                    for (int v = 0; v < INTEGER_WIDTH; v++)
+                        dots[r][v] = add_pairs(dots[r][v], pairs[v][p], pair);
+                }
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) {
+            floats scale = load_fp16(set + 2 * (lane + LANES * v));
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
-                sums[r] += __builtin_convertvector(dots[r], floats) * inputs[r].scales[g] * scale;
+                sums[r][v] +=
+                    __builtin_convertvector(dots[r][v], floats) * (inputs[r].scales[g] * scale);
             if (format == FORMAT_INT4) {
-                floats minimum = load_fp16(set + 2 * (SET * (groups + g) + lane));
+                floats minimum = load_fp16(set + 2 * (SET + lane + LANES * v));
 #pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) sums[r] += minimum * inputs[r].sums[g];
+                for (int r = 0; r < ROWS; r++) sums[r][v] += minimum * inputs[r].sums[g];
             }
         }
+    }
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            float *to = t->out + (row + r) * t->out_stride + out - begin + lane;
-            const float *added = bias ? bias + out - begin + lane : NULL;
-            if (begin <= lane && lane + LANES <= end) {
-                floats sum = sums[r];
-                if (added) sum += *(const floats *)added;
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) {
+            int first = lane + v * LANES;
+            float *to = t->out + (row + r) * t->out_stride + out + first;
+            const float *bias = m->bias ? m->bias + out + first : NULL;
+            if (begin <= first && first + LANES <= end) {
+                floats sum = sums[r][v];
+                if (bias) sum += *(const floats *)bias;
                 if (t->add) sum += *(const floats *)to;
                 *(floats *)to = sum;
             } else {
-                store_lanes(sums[r], added, to, MAX(begin - lane, 0), MIN(end - lane, LANES),
+                store_lanes(sums[r][v], bias, to, MAX(begin - first, 0), MIN(end - first, LANES),
                             t->add);
             }
+        }
+}
+
+#define MULTIPLY_ROWS(ROWS)                                                                        \
+    case ROWS: multiply_lanes(format, set, lane, m, t, row, out, begin, end, worker, ROWS); break;
+
+/* The same for all rows: as many at a time as keep their sums in registers, about as many each
+ * time. */
+INLINE void multiply_all_rows(int format, const uint8_t *set, int lane, const struct matrix *m,
+                              const struct operands *t, int out, int begin, int end,
+                              const struct worker *worker) {
+    int tiles = (t->rows + INTEGER_ROWS - 1) / INTEGER_ROWS;
+    for (int row = 0, rows; row < t->rows; row += rows, tiles--) {
+        rows = (t->rows - row + tiles - 1) / tiles;
+        switch (rows) {
+            MULTIPLY_ROWS(1)
+            MULTIPLY_ROWS(2)
+            MULTIPLY_ROWS(3)
+            MULTIPLY_ROWS(4)
+#if defined(__AVX512F__)
+            MULTIPLY_ROWS(5)
+            MULTIPLY_ROWS(6)
+#endif
         }
     }
 }
 
-#define MULTIPLY_SET(ROWS)                                                                         \
-    case ROWS:                                                                                     \
-        multiply_set(format, at, columns, m->bias, t, row, out, begin, end, worker, ROWS);         \
-        break;
+#undef MULTIPLY_ROWS
 
 /* Outputs [out, out + count) of all rows, whose inputs quantize_inputs has converted. */
 INLINE void multiply_integer(int format, const struct matrix *m, const struct operands *t, int out,
                              int count, struct worker *worker) {
-    int columns = m->columns, last = out + count;
-    for (; out < last; out = out / SET * SET + SET) {
-        const uint8_t *at = m->data + out / SET * SET * row_bytes(format, columns);
-        int begin = out % SET, end = MIN(SET, last - out / SET * SET);
-        for (int row = 0; row < t->rows; row += INTEGER_ROWS) {
-            switch (MIN(INTEGER_ROWS, t->rows - row)) {
-                MULTIPLY_SET(1)
-                MULTIPLY_SET(2)
-                MULTIPLY_SET(3)
-                MULTIPLY_SET(4)
-#if defined(__AVX512F__)
-                MULTIPLY_SET(5)
-                MULTIPLY_SET(6)
-                MULTIPLY_SET(7)
-                MULTIPLY_SET(8)
-#endif
-            }
-        }
+    int last = out + count;
+    for (int first = out / SET * SET; first < last; first += SET) {
+        const uint8_t *set = m->data + first * row_bytes(format, m->columns);
+        int begin = MAX(out - first, 0), end = MIN(SET, last - first);
+        for (int lane = 0; lane < SET; lane += INTEGER_WIDTH * LANES)
+            multiply_all_rows(format, set, lane, m, t, first, begin, end, worker);
     }
 }
-
-#undef MULTIPLY_SET
 
 #endif

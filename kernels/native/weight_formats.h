@@ -5,10 +5,10 @@
  *   INT4         an fp16 scale, an fp16 minimum and 32 levels of 4 bits for each group (ggml's
  * Q4_1)
  *
- * INT8 and INT4 are stored in sets of 16 rows, the last one filled up with zeros, so that a vector
- * holds the same columns of 16 rows. A set is: scales [groups][16]; for INT4 minima [groups][16];
- * levels [groups][columns of a word][16] in words of 32 bits. A word's halves of 16 bits hold the
- * even and the odd columns, the first column lowest:
+ * INT8 and INT4 are stored in sets of 32 rows, the last one filled up with zeros, so that a vector
+ * holds the same columns of 16 rows. A set is, group after group: scales [32]; for INT4 minima
+ * [32]; levels [words][32] in words of 32 bits. A word's halves of 16 bits hold the even and the
+ * odd columns, the first column lowest:
  *
  *   INT8   columns 0, 2 | 1, 3                 8 bits each
  *   INT4   columns 0, 2, 4, 6 | 1, 3, 5, 7     4 bits each
@@ -22,13 +22,18 @@
 #include "vector.h"
 
 enum weight_format { FORMAT_FP32, FORMAT_FP16, FORMAT_INT8, FORMAT_INT4 };
-enum { GROUP = 32, VECTORS = GROUP / LANES, SET = 16 };
+enum { GROUP = 32, VECTORS = GROUP / LANES, SET = 32 };
 
 /* Bytes of one group of one row. */
 static const int32_t LEVEL_BYTES[] = {128, 64, 32, 16}, SCALE_BYTES[] = {0, 0, 2, 4};
 
 INLINE size_t row_bytes(int format, int columns) {
     return (size_t)(columns / GROUP) * (SCALE_BYTES[format] + LEVEL_BYTES[format]);
+}
+
+/* Bytes of one group of a set of INT8 or INT4. */
+INLINE size_t set_group_bytes(int format) {
+    return SET * (SCALE_BYTES[format] + LEVEL_BYTES[format]);
 }
 
 /* Columns of a row in one word of INT8 or INT4. */
@@ -53,17 +58,16 @@ INLINE void dequantize_to(int format, const uint8_t *row, int g, float *to) {
 
 /* One row of a set of INT8 or INT4 as fp32, to [columns]. */
 static void dequantize_from_set(int format, const uint8_t *set, int columns, int row, float *to) {
-    int groups = columns / GROUP, columns_of_word = word_columns(format);
-    const uint8_t *levels = set + (size_t)SET * groups * SCALE_BYTES[format];
-    for (int g = 0; g < groups; g++) {
+    int columns_of_word = word_columns(format);
+    for (int g = 0; g < columns / GROUP; g++, set += set_group_bytes(format)) {
         _Float16 scale, minimum = 0;
-        memcpy(&scale, set + 2 * (SET * g + row), sizeof scale);
-        if (format == FORMAT_INT4)
-            memcpy(&minimum, set + 2 * (SET * (groups + g) + row), sizeof minimum);
+        memcpy(&scale, set + 2 * row, sizeof scale);
+        if (format == FORMAT_INT4) memcpy(&minimum, set + 2 * (SET + row), sizeof minimum);
+        const uint8_t *levels = set + SET * SCALE_BYTES[format];
         for (int column = 0; column < GROUP; column++, to++) {
-            int word_index = (g * GROUP + column) / columns_of_word, c = column % columns_of_word;
+            int c = column % columns_of_word;
             uint32_t word;
-            memcpy(&word, levels + 4 * (size_t)(SET * word_index + row), sizeof word);
+            memcpy(&word, levels + 4 * (SET * (column / columns_of_word) + row), sizeof word);
             uint32_t half = word >> (c % 2 * 16);
             int level = format == FORMAT_INT4 ? (int)(half >> (c / 2 * 4) & 15)
                                               : (int8_t)(half >> (c / 2 * 8));
