@@ -105,6 +105,7 @@ class Workspace(ctypes.Structure):
         ("phases", c_void_p),
         ("per_thread", c_void_p),
         ("per_thread_floats", c_int64),
+        ("run_starts", c_void_p),
         ("timers", c_void_p),
         ("threads", c_int32),
         ("columns", c_int32),
@@ -204,6 +205,7 @@ class Library:
             len(layers) * self._layer_phases * self._phase_bytes, dtype=torch.uint8
         )
         per_thread = torch.empty(threads, self._function("matmul_floats")(columns) + scores)
+        run_starts = torch.empty(batch.rows + 1, dtype=torch.int32)
         workspace = Workspace(
             normed=normed.data_ptr(),
             wide=wide.data_ptr(),
@@ -211,6 +213,7 @@ class Library:
             phases=phases.data_ptr(),
             per_thread=per_thread.data_ptr(),
             per_thread_floats=per_thread.shape[1],
+            run_starts=run_starts.data_ptr(),
             timers=None if self._time is None else self._time.data_ptr(),
             threads=threads,
             columns=columns,

@@ -1,33 +1,99 @@
-/* Attention of single rows over paged keys and values. */
+/* Attention over paged keys and values.
+ *
+ * Rows are taken in runs: up to RUN_ROWS consecutive tokens of one sequence, which read each key
+ * and value once. A row's result does not depend on the run it is in.
+ */
 #ifndef OFFRAMP_ATTENTION_H
 #define OFFRAMP_ATTENTION_H
 
 #include "elementwise.h"
 
-/* Keys or values between the one in use and the one that is prefetched. */
-enum { PREFETCH_KEYS = 16 };
+enum { RUN_ROWS = 8 };
+/* Columns of values whose sums stay in registers for four queries, in vectors. */
+enum { VALUE_VECTORS = LANES == 16 ? 4 : 2 };
 
-/* Floats between the scores of two queries: ``softmax`` writes whole vectors. */
+/* Runs of the batch: run i is the rows starts[i] .. starts[i + 1] - 1. Returns their number. */
+static int find_runs(const struct batch *b, int32_t *starts) {
+    int runs = 0;
+    for (int row = 0; row < b->rows; row++) {
+        int same = row > 0 && b->first_blocks[row] == b->first_blocks[row - 1] &&
+                   b->positions[row] == b->positions[row - 1] + 1;
+        if (!same || row - starts[runs - 1] == RUN_ROWS) starts[runs++] = row;
+    }
+    starts[runs] = b->rows;
+    return runs;
+}
+
+/* Floats between the scores of two queries: whole vectors are written. */
 INLINE size_t score_stride(const struct batch *b) {
     return b->longest + LANES;
 }
 
-/* Floats for the scores of the queries that share a head of keys and values. */
+/* Floats for the scores that a call of ``attention`` makes. */
 static size_t score_floats(const struct shape *s, const struct batch *b) {
-    return s->heads / s->kv_heads * score_stride(b);
+    return MAX(RUN_ROWS * (s->heads / s->kv_heads), s->heads) * score_stride(b);
 }
 
-/* Scores of queries q [group, dim] for ``count`` keys, ``stride`` floats apart. */
-INLINE void query_key_scores(const float *q, const float *k, size_t stride, int dim, int group,
-                             int count, float scale, float *scores, size_t span) {
-    for (int p = 0; p < count; p++, k += stride) {
-        for (int i = 0; i < dim; i += LANES) __builtin_prefetch(k + PREFETCH_KEYS * stride + i);
-        for (int g = 0; g < group; g++) {
-            floats sums = {0};
-            for (int i = 0; i < dim; i += LANES)
-                sums += *(const floats *)(q + g * dim + i) * *(const floats *)(k + i);
-            scores[g * span + p] = sum_lanes(sums) * scale;
+/* Scores of QUERIES (up to four) queries q [QUERIES, dim] for ``count`` keys, up to LANES,
+ * ``stride`` floats apart, to [QUERIES, span]; memory up to a multiple of LANES is written. Where
+ * ``ahead`` is not 0, what lies that many floats behind each key is fetched into the cache. */
+INLINE void score_keys(const float *q, const float *k, size_t stride, int dim, int count,
+                       float scale, float *to, size_t span, ptrdiff_t ahead, const int QUERIES,
+                       const int FULL) {
+    floats quarters[4][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        floats sums[4][LANES / 4];
+        const float *keys[LANES / 4];
+#pragma GCC unroll 4
+        for (int j = 0; j < LANES / 4; j++) {
+            keys[j] = k + (FULL ? 4 * j + i : MIN(4 * j + i, count - 1)) * stride;
+#pragma GCC unroll 4
+            for (int g = 0; g < QUERIES; g++) sums[g][j] = (floats){0};
         }
+        for (int column = 0; column < dim; column += LANES) {
+            floats parts[LANES / 4];
+#pragma GCC unroll 4
+            for (int j = 0; j < LANES / 4; j++) {
+                if (ahead) __builtin_prefetch(keys[j] + column + ahead);
+                parts[j] = in_register(*(const floats *)(keys[j] + column));
+            }
+#pragma GCC unroll 4
+            for (int g = 0; g < QUERIES; g++) {
+                floats query = *(const floats *)(q + g * dim + column);
+#pragma GCC unroll 4
+                for (int j = 0; j < LANES / 4; j++) sums[g][j] += query * parts[j];
+            }
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < QUERIES; g++) quarters[g][i] = sum_lanes_begin(sums[g]);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < QUERIES; g++)
+        *(floats *)(to + g * span) = scale * sum_lanes_end(quarters[g]);
+}
+
+INLINE void score_queries(const float *q, const float *k, size_t stride, int dim, int count,
+                          float scale, float *to, size_t span, ptrdiff_t ahead, const int QUERIES) {
+    for (; count >= LANES; count -= LANES, k += LANES * stride, to += LANES) {
+        if (ahead)
+            score_keys(q, k, stride, dim, LANES, scale, to, span, ahead, QUERIES, 1);
+        else
+            score_keys(q, k, stride, dim, LANES, scale, to, span, 0, QUERIES, 1);
+    }
+    if (count) score_keys(q, k, stride, dim, count, scale, to, span, ahead, QUERIES, 0);
+}
+
+/* The same for ``count`` keys in a block and ``group`` queries. */
+static void score_block(const float *q, const float *k, size_t stride, int dim, int count,
+                        float scale, float *to, size_t span, ptrdiff_t ahead, int group) {
+    for (; group >= 4; group -= 4, q += 4 * dim, to += 4 * span, ahead = 0)
+        score_queries(q, k, stride, dim, count, scale, to, span, ahead, 4);
+    switch (group) {
+    case 3: score_queries(q, k, stride, dim, count, scale, to, span, ahead, 3); break;
+    case 2: score_queries(q, k, stride, dim, count, scale, to, span, ahead, 2); break;
+    case 1: score_queries(q, k, stride, dim, count, scale, to, span, ahead, 1); break;
+    default: break;
     }
 }
 
@@ -53,76 +119,157 @@ static void softmax(float *scores, int64_t count) {
 }
 
 /* Add to out [QUERIES, dim], in WIDE * LANES columns, ``count`` values v, ``stride`` floats apart,
- * times the weights [QUERIES, span] of QUERIES (up to four) queries. */
+ * times the weights [QUERIES, span] of QUERIES (up to four) queries; ``ahead`` as above. */
 INLINE void weighted_values_columns(const float *v, size_t stride, int count, const float *weights,
-                                    size_t span, float *out, int dim, const int QUERIES,
-                                    const int WIDE) {
-    floats sums[4][2];
+                                    size_t span, float *out, int dim, ptrdiff_t ahead,
+                                    const int QUERIES, const int WIDE) {
+    floats sums[4][VALUE_VECTORS];
 #pragma GCC unroll 4
     for (int g = 0; g < QUERIES; g++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < WIDE; i++) sums[g][i] = *(floats *)(out + g * dim + i * LANES);
     for (int p = 0; p < count; p++, v += stride)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < WIDE; i++) {
-            __builtin_prefetch(v + PREFETCH_KEYS * stride + i * LANES);
-            floats value = *(const floats *)(v + i * LANES);
+            if (ahead) __builtin_prefetch(v + i * LANES + ahead);
+            floats value = in_register(*(const floats *)(v + i * LANES));
 #pragma GCC unroll 4
             for (int g = 0; g < QUERIES; g++) sums[g][i] += weights[g * span + p] * value;
         }
 #pragma GCC unroll 4
     for (int g = 0; g < QUERIES; g++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < WIDE; i++) *(floats *)(out + g * dim + i * LANES) = sums[g][i];
 }
 
 /* The same in all columns. */
 INLINE void weighted_values_queries(const float *v, size_t stride, int count, const float *weights,
-                                    size_t span, float *out, int dim, const int QUERIES) {
+                                    size_t span, float *out, int dim, ptrdiff_t ahead,
+                                    const int QUERIES) {
+    const int WIDTH = VALUE_VECTORS * LANES;
     int i = 0;
-    for (; dim - i >= 2 * LANES; i += 2 * LANES)
-        weighted_values_columns(v + i, stride, count, weights, span, out + i, dim, QUERIES, 2);
-    if (i < dim)
-        weighted_values_columns(v + i, stride, count, weights, span, out + i, dim, QUERIES, 1);
+    for (; dim - i >= WIDTH; i += WIDTH) {
+        if (ahead)
+            weighted_values_columns(v + i, stride, count, weights, span, out + i, dim, ahead,
+                                    QUERIES, VALUE_VECTORS);
+        else
+            weighted_values_columns(v + i, stride, count, weights, span, out + i, dim, 0, QUERIES,
+                                    VALUE_VECTORS);
+    }
+    for (; i < dim; i += LANES)
+        weighted_values_columns(v + i, stride, count, weights, span, out + i, dim, ahead, QUERIES,
+                                1);
 }
 
 /* The same for ``group`` queries. */
 static void weighted_values(const float *v, size_t stride, int count, const float *weights,
-                            size_t span, float *out, int dim, int group) {
-    for (; group >= 4; group -= 4, weights += 4 * span, out += 4 * dim)
-        weighted_values_queries(v, stride, count, weights, span, out, dim, 4);
+                            size_t span, float *out, int dim, ptrdiff_t ahead, int group) {
+    for (; group >= 4; group -= 4, weights += 4 * span, out += 4 * dim, ahead = 0)
+        weighted_values_queries(v, stride, count, weights, span, out, dim, ahead, 4);
     switch (group) {
-    case 3: weighted_values_queries(v, stride, count, weights, span, out, dim, 3); break;
-    case 2: weighted_values_queries(v, stride, count, weights, span, out, dim, 2); break;
-    case 1: weighted_values_queries(v, stride, count, weights, span, out, dim, 1); break;
+    case 3: weighted_values_queries(v, stride, count, weights, span, out, dim, ahead, 3); break;
+    case 2: weighted_values_queries(v, stride, count, weights, span, out, dim, ahead, 2); break;
+    case 1: weighted_values_queries(v, stride, count, weights, span, out, dim, ahead, 1); break;
     default: break;
     }
 }
 
-/* Attention of the queries q [group, head_dim] of one row that share the keys and values of
- * ``head``, into out [group, head_dim]; ``scores`` [score_floats] is scratch. The context is walked
- * block by block of the row's table. */
-static void attention(const struct shape *s, const struct layer *l, const struct batch *b,
-                      const float *q, float *out, int row, int head, float *scores) {
+/* The first position that a row at ``position`` sees. */
+INLINE int64_t context_start(const struct shape *s, int64_t position) {
+    return s->window && position >= s->window ? position + 1 - s->window : 0;
+}
+
+/* What a run reads of some heads' keys and values: a part for each block of its context, first of
+ * the keys, then of the values. */
+struct context {
+    const struct batch *batch;
+    const int64_t *blocks;
+    const float *keys;
+    size_t stride; /* floats from one key to the next */
+    int64_t first, end;
+    int parts; /* of the keys alone */
+};
+
+/* ``count`` keys, or values, from position ``first`` on. */
+struct part {
+    const float *at;
+    int64_t first;
+    int count;
+};
+
+INLINE struct part context_part(const struct context *c, int index) {
+    int size = c->batch->block_size, values = index >= c->parts;
+    int64_t block = c->first / size + index - (values ? c->parts : 0);
+    int64_t first = MAX(c->first, block * size), after = MIN((block + 1) * size, c->end);
+    int64_t place = c->blocks[block] * size + first - block * size;
+    const float *at = c->keys + (values ? c->batch->page_size : 0) + place * c->stride;
+    return (struct part){at, first, after - first};
+}
+
+/* Attention of a run's rows ``row`` to ``row + count - 1``: of those queries that read the keys and
+ * values of ``heads`` heads from ``head`` on. Queries q and results ``out`` of the rows are
+ * ``q_stride`` and ``out_stride`` floats apart; ``scores`` [score_floats] is scratch. */
+static void run_attention(const struct shape *s, const struct layer *l, const struct batch *b,
+                          const float *q, size_t q_stride, float *out, size_t out_stride, int row,
+                          int count, int head, int heads, float *scores) {
     int dim = s->head_dim, group = s->heads / s->kv_heads, size = b->block_size;
     size_t stride = (size_t)s->kv_heads * dim, span = score_stride(b);
-    const int64_t *blocks = b->blocks + b->first_blocks[row];
-    int64_t last = b->positions[row], end = last + 1;
-    int64_t first = s->window && end > s->window ? end - s->window : 0;
-    const float *k = layer_keys(l, b) + head * dim, *v = k + b->page_size;
+    const int64_t *positions = b->positions + row;
+    int64_t first = context_start(s, positions[0]), end = positions[count - 1] + 1;
+    const struct context c = {
+        b,   b->blocks + b->first_blocks[row],   layer_keys(l, b) + head * dim, stride, first,
+        end, (end - 1) / size - first / size + 1};
     float scale = 1 / sqrtf(dim);
-    for (int64_t p = first, to; p < end; p = to) {
-        to = MIN((p / size + 1) * size, end);
-        query_key_scores(q, k + (blocks[p / size] * size + p % size) * stride, stride, dim, group,
-                         to - p, scale, scores + p - first, span);
+    q += (size_t)head * group * dim;
+    out += (size_t)head * group * dim;
+    struct part part = context_part(&c, 0), next;
+    for (int i = 0; i < c.parts; i++, part = next) {
+        next = context_part(&c, i + 1);
+        float *to = scores + part.first - first;
+        for (int r = 0; r < count; r++)
+            for (int h = 0; h < heads; h++, to += group * span) {
+                score_block(q + r * q_stride + h * group * dim, part.at + h * dim, stride, dim,
+                            part.count, scale, to, span, r ? 0 : next.at - part.at, group);
+            }
     }
-    for (int g = 0; g < group; g++) softmax(scores + g * span, end - first);
-    memset(out, 0, sizeof(float) * group * dim);
-    for (int64_t p = first, to; p < end; p = to) {
-        to = MIN((p / size + 1) * size, end);
-        weighted_values(v + (blocks[p / size] * size + p % size) * stride, stride, to - p,
-                        scores + p - first, span, out, dim, group);
+    for (int r = 0; r < count; r++) {
+        int64_t own_first = context_start(s, positions[r]) - first;
+        int64_t own_end = positions[r] + 1 - first;
+        for (int j = 0; j < heads * group; j++) {
+            float *own = scores + (r * heads * group + j) * span;
+            softmax(own + own_first, own_end - own_first);
+            memset(own, 0, sizeof(float) * own_first);
+            memset(own + own_end, 0, sizeof(float) * (end - first - own_end));
+        }
+        memset(out + r * out_stride, 0, sizeof(float) * heads * group * dim);
     }
+    for (int i = c.parts; i < 2 * c.parts; i++, part = next) {
+        next = context_part(&c, MIN(i + 1, 2 * c.parts - 1));
+        const float *weights = scores + part.first - first;
+        for (int r = 0; r < count; r++)
+            for (int h = 0; h < heads; h++, weights += group * span)
+                weighted_values(part.at + h * dim, stride, part.count, weights, span,
+                                out + r * out_stride + h * group * dim, dim,
+                                r ? 0 : next.at - part.at, group);
+    }
+}
+
+/* Attention of all rows, one phase. Queries q and results ``out`` of the rows are ``q_stride`` and
+ * ``out_stride`` floats apart. */
+static void attention(const struct shape *s, const struct layer *l, const struct batch *b, int runs,
+                      const float *q, size_t q_stride, float *out, size_t out_stride,
+                      struct worker *worker) {
+    /* Reading all heads of a context at once reads memory in order; with runs of several rows or
+     * few runs, parallel work counts for more. */
+    int together = runs == b->rows && runs >= 2 * worker->shared->threads ? s->kv_heads : 1;
+    int items = runs * s->kv_heads / together, size = chunk_size(items, worker);
+    FOR_EACH_CHUNK(worker, i, end, size, items)
+        for (; i < end; i++) {
+            const int32_t *run = worker->shared->run_starts + i * together / s->kv_heads;
+            int row = run[0], count = run[1] - row;
+            run_attention(s, l, b, q + row * q_stride, q_stride, out + row * out_stride, out_stride,
+                          row, count, i * together % s->kv_heads, together, worker->scores);
+        }
 }
 
 #endif

@@ -16,9 +16,9 @@ enum { LAYER_PHASES = 4 + 4 * MATMUL_PHASES };
 /* The same on every processor, so that the same models run everywhere. */
 enum { HEAD_DIM_MULTIPLE = 16 };
 
-static void run_layer(const struct shape *s, const struct layer *l, const struct batch *b,
+static void run_layer(const struct shape *s, const struct layer *l, const struct batch *b, int runs,
                       float *hidden, struct worker *worker) {
-    int rows = b->rows, width = s->width, dim = s->head_dim, group = s->heads / s->kv_heads;
+    int rows = b->rows, width = s->width, dim = s->head_dim;
     size_t queries = s->heads * dim, qkv = queries + 2 * s->kv_heads * dim, wide = 2 * s->inner;
     float *normed = worker->shared->normed, *out = worker->shared->wide;
     rms_norm_rows(hidden, l->attn_norm, rows, width, s->eps, worker);
@@ -29,13 +29,7 @@ static void run_layer(const struct shape *s, const struct layer *l, const struct
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) rope_and_store(s, l, b, out + r * qkv, r);
     add_time(worker, TIME_ROPE);
-    FOR_EACH_CHUNK(worker, i, end, 1, rows * s->kv_heads)
-        for (; i < end; i++) {
-            int r = i / s->kv_heads, head = i % s->kv_heads;
-            size_t at = (size_t)head * group * dim;
-            attention(s, l, b, out + r * qkv + at, normed + r * queries + at, r, head,
-                      worker->scores);
-        }
+    attention(s, l, b, runs, out, qkv, normed, queries, worker);
     add_time(worker, TIME_ATTENTION);
     matmul(&l->o, &(struct operands){normed, queries, hidden, width, rows, 1}, worker);
     add_time(worker, TIME_OUTPUT);
@@ -72,11 +66,12 @@ int32_t offramp_initialize(void) {
 /* Advance hidden [rows, width] by ``count`` layers, in place. */
 void offramp_run_layers(const struct shape *s, const struct layer *layers, int32_t count,
                         const struct batch *b, float *hidden, const struct workspace *w) {
+    int runs = find_runs(b, w->run_starts);
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
         amx_configure();
-        for (int i = 0; i < count; i++) run_layer(s, layers + i, b, hidden, &worker);
+        for (int i = 0; i < count; i++) run_layer(s, layers + i, b, runs, hidden, &worker);
         amx_release();
     }
 }

@@ -47,7 +47,8 @@ struct workspace {
     struct phase *phases;   /* zeros: LAYER_PHASES a layer, or MATMUL_PHASES */
     float *per_thread;      /* [threads, per_thread_floats]: weight panel, scores */
     int64_t per_thread_floats;
-    int64_t *timers; /* [TIMERS] nanoseconds are added, or NULL */
+    int32_t *run_starts; /* [rows + 1], for attention */
+    int64_t *timers;     /* [TIMERS] nanoseconds are added, or NULL */
     int32_t threads;
     int32_t columns; /* of the widest matrix */
 };

@@ -34,6 +34,14 @@ INLINE floats select_lanes(ints mask, floats a, floats b) {
     return (floats)((mask & (ints)a) | (~mask & (ints)b));
 }
 
+/* ``v``, which several instructions use: keeps the compiler from loading it for each of them. */
+INLINE floats in_register(floats v) {
+#if defined(__AVX__)
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
+
 INLINE floats load_fp16(const uint8_t *at) {
 #if defined(__AVX512F__)
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
@@ -74,6 +82,37 @@ INLINE float sum_lanes(floats v) {
     floats4 b =
         __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
     return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+/* Sums of the lanes of LANES vectors, each added up in the order of sum_lanes. Vectors go in four
+ * at a time (two if LANES is 8): call ``i`` takes vector i and every fourth after it; a last call
+ * gives the sums in order. */
+INLINE floats sum_lanes_begin(const floats v[LANES / 4]) {
+#if defined(__AVX512F__)
+    __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    a = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xEE);
+    c = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xEE);
+    return (floats)(_mm512_shuffle_f32x4(a, c, 0x88) + _mm512_shuffle_f32x4(a, c, 0xDD));
+#else
+    return __builtin_shufflevector(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
+}
+
+INLINE floats sum_lanes_end(const floats v[4]) {
+#if defined(__AVX512F__)
+    __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    a = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xEE);
+    c = _mm512_shuffle_ps(c, d, 0x44) + _mm512_shuffle_ps(c, d, 0xEE);
+    return (floats)(_mm512_shuffle_ps(a, c, 0x88) + _mm512_shuffle_ps(a, c, 0xDD));
+#else
+    floats a = __builtin_shufflevector(v[0], v[1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(v[0], v[1], 2, 3, 10, 11, 6, 7, 14, 15);
+    floats b = __builtin_shufflevector(v[2], v[3], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(v[2], v[3], 2, 3, 10, 11, 6, 7, 14, 15);
+    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+#endif
 }
 
 /* exp with arguments clamped to [-87, 88]; relative error 2e-7 (the polynomial of Cephes' expf). */
