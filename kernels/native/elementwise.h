@@ -28,13 +28,17 @@ static void rms_norm_rows(const float *x, const float *weight, int rows, int wid
             rms_norm(x + (size_t)r * width, weight, normed + (size_t)r * width, width, eps);
 }
 
-/* Rotary embedding: the halves of x [dim] are rotated against each other; ``out`` may be ``x``. */
+/* Rotary embedding: the halves of x [dim], 16 columns a multiple of, are rotated against each
+ * other;
+ * ``out`` may be ``x``. */
 INLINE void rope(const float *x, float *out, const float *cos, const float *sin, int dim) {
     int half = dim / 2;
-    for (int i = 0; i < half; i++) {
-        float a = x[i], b = x[i + half];
-        out[i] = a * cos[i] + b * sin[i];
-        out[i + half] = b * cos[i + half] + a * sin[i + half];
+    for (int i = 0; i < half; i += 8) {
+        unaligned8 a = *(const unaligned8 *)(x + i), b = *(const unaligned8 *)(x + i + half);
+        *(unaligned8 *)(out + i) =
+            a * *(const unaligned8 *)(cos + i) + b * *(const unaligned8 *)(sin + i);
+        *(unaligned8 *)(out + i + half) =
+            b * *(const unaligned8 *)(cos + i + half) + a * *(const unaligned8 *)(sin + i + half);
     }
 }
 
