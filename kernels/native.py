@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
@@ -112,6 +113,20 @@ class Workspace(ctypes.Structure):
     ]
 
 
+class _Scratch(threading.local):
+    """Memory that calls use and need not find again, kept for the next call of the same thread."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def at(self, name: str, size: int) -> int:
+        """The address of ``size`` floats."""
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name] = torch.empty(size)
+        return kept.data_ptr()
+
+
 class Library:
     """The compiled kernels; tensors are fp32 and contiguous on the CPU.
 
@@ -127,9 +142,10 @@ class Library:
         self._function("constant").restype = c_int64
         self._function("timer_name").restype = c_char_p
         self.has_amx = bool(self._function("initialize")())
-        self._phase_bytes = self.constant("struct phase")
+        self._phase_floats = self.constant("struct phase") // torch.float32.itemsize
         self._layer_phases = self.constant("LAYER_PHASES")
         self._matmul_phases = self.constant("MATMUL_PHASES")
+        self._scratch = _Scratch()
         self.timers: tuple[str, ...] = tuple(self._timer_names())
         self._time: Tensor | None = None
 
@@ -158,14 +174,13 @@ class Library:
         """``x`` [n, columns] times the matrix transposed, plus its bias: [n, outs]."""
         rows, columns, threads = x.shape[0], matrix.columns, torch.get_num_threads()
         out = torch.empty(rows, matrix.outs)
-        split_inputs = torch.empty(self._function("split_input_floats")(rows, columns))
-        phases = torch.zeros(self._matmul_phases * self._phase_bytes, dtype=torch.uint8)
-        per_thread = torch.empty(threads, self._function("matmul_floats")(columns))
+        scratch, per_thread = self._scratch.at, self._function("matmul_floats")(columns)
+        inputs = self._function("split_input_floats")(rows, columns)
         workspace = Workspace(
-            split_inputs=split_inputs.data_ptr(),
-            phases=phases.data_ptr(),
-            per_thread=per_thread.data_ptr(),
-            per_thread_floats=per_thread.shape[1],
+            split_inputs=scratch("split_inputs", inputs),
+            phases=scratch("phases", self._matmul_phases * self._phase_floats),
+            per_thread=scratch("per_thread", threads * per_thread),
+            per_thread_floats=per_thread,
             threads=threads,
             columns=columns,
         )
@@ -198,22 +213,17 @@ class Library:
         qkv = queries + 2 * shape.kv_heads * shape.head_dim
         columns = max(shape.width, queries, shape.inner)
         scores = self._function("score_floats")(ctypes.byref(shape), ctypes.byref(batch))
-        normed = torch.empty(batch.rows, max(shape.width, queries))
-        wide = torch.empty(batch.rows, max(qkv, 2 * shape.inner))
-        split_inputs = torch.empty(self._function("split_input_floats")(batch.rows, columns))
-        phases = torch.zeros(
-            len(layers) * self._layer_phases * self._phase_bytes, dtype=torch.uint8
-        )
-        per_thread = torch.empty(threads, self._function("matmul_floats")(columns) + scores)
-        run_starts = torch.empty(batch.rows + 1, dtype=torch.int32)
+        per_thread = self._function("matmul_floats")(columns) + scores
+        inputs = self._function("split_input_floats")(batch.rows, columns)
+        scratch = self._scratch.at
         workspace = Workspace(
-            normed=normed.data_ptr(),
-            wide=wide.data_ptr(),
-            split_inputs=split_inputs.data_ptr(),
-            phases=phases.data_ptr(),
-            per_thread=per_thread.data_ptr(),
-            per_thread_floats=per_thread.shape[1],
-            run_starts=run_starts.data_ptr(),
+            normed=scratch("normed", batch.rows * max(shape.width, queries)),
+            wide=scratch("wide", batch.rows * max(qkv, 2 * shape.inner)),
+            split_inputs=scratch("split_inputs", inputs),
+            phases=scratch("phases", len(layers) * self._layer_phases * self._phase_floats),
+            per_thread=scratch("per_thread", threads * per_thread),
+            per_thread_floats=per_thread,
+            run_starts=scratch("run_starts", batch.rows + 1),
             timers=None if self._time is None else self._time.data_ptr(),
             threads=threads,
             columns=columns,

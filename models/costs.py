@@ -12,8 +12,7 @@ from offramp.models.step import (
     FillKV,
     HeadRow,
     OwedRows,
-    RunHead,
-    RunSegment,
+    RunSegments,
     SequenceRows,
     Step,
     StepRunner,
@@ -158,29 +157,30 @@ def profile_costs(runner: StepRunner, num_segments: int, most_rows: int) -> Cost
     for count in [rows for rows in _PROFILED_ROWS if rows <= most_rows]:
         for _ in range(2):
             results = [runner.run(step) for step in _profiled_steps(count, num_segments)]
-        for index, result in enumerate(results[:num_segments]):
-            costs.segments[index].add(count, result.seconds - result.check_seconds)
+        for index, result in enumerate(results[:-1]):
+            costs.segments[index].add(count, result.segment_seconds[0])
             costs.checks[index].add(count, result.check_seconds)
-        costs.head.add(count, results[-2].seconds)
+        costs.head.add(count, results[-2].head_seconds)
         costs.fill.add(count, results[-1].seconds)
     return costs
 
 
 def _profiled_steps(count: int, num_segments: int) -> list[Step]:
-    """All segments, the head and a fill of the lowest exit's debts for ``count`` sequences."""
-    heads = [HeadRow(row, _GREEDY, 0, (0,), 1) for row in range(count)]
+    """Each segment, the last one with the head, and a fill of the lowest exit's debts."""
+    heads = tuple(HeadRow(row, _GREEDY, 0, (0,), 1) for row in range(count))
     steps: list[Step] = []
     for segment in range(num_segments):
+        top = segment + 1 == num_segments
         work = tuple(
             SequenceRows(
                 (0,),
                 (row,),
                 (row,),
                 (0,) if segment == 0 else (),
-                None if segment + 1 == num_segments else ExitCheck(PROFILED, NEVER, heads[row]),
+                None if top else ExitCheck(PROFILED, NEVER, heads[row]),
             )
             for row in range(count)
         )
-        steps.append(RunSegment(segment, work))
+        steps.append(RunSegments(segment, segment, work, heads if top else ()))
     owed = tuple(OwedRows(1, (0,), (row,), (row,)) for row in range(count))
-    return [*steps, RunHead(tuple(heads)), FillKV(KVFill.PROJECT, owed)]
+    return [*steps, FillKV(KVFill.PROJECT, owed)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,10 +23,8 @@ from offramp.models.sampler import sample
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
     FillKV,
-    HeadRow,
     OwedRows,
-    RunHead,
-    RunSegment,
+    RunSegments,
     SequenceRows,
     Step,
     StepResult,
@@ -91,41 +90,59 @@ class Runner:
 
     def _run(self, step: Step, begun: float) -> StepResult:
         match step:
-            case RunSegment():
-                return self._run_segment(step, begun)
-            case RunHead():
-                tokens = tuple(self._run_head(step.work))
-                return StepResult(self._now() - begun, token_ids=tokens)
+            case RunSegments():
+                return self._run_segments(step, begun)
             case FillKV():
                 self._fill(step)
         return StepResult(self._now() - begun)
 
-    def _run_segment(self, step: RunSegment, begun: float) -> StepResult:
+    def _run_segments(self, step: RunSegments, begun: float) -> StepResult:
         model, work = self.model, step.work
-        rows = self._index([row for item in work for row in item.rows])
-        if step.segment == 0:
-            ids = [token for item in work for token in item.token_ids]
-            hidden = model.embed(self._index(ids))
+        numbers = [row for item in work for row in item.rows]
+        rows = self._index(numbers)
+        if step.first == 0:
+            hidden = model.embed(self._index([token for item in work for token in item.token_ids]))
         else:
             hidden = self.hidden[rows]
-        at = self._rows_of(step.segment, work)
-        hidden = model.segments[step.segment](hidden, at, self.cache)
+        at = self._rows_of(step.first, work)
+        times = [begun]
+        for segment in model.segments[step.first : step.last + 1]:
+            hidden = segment(hidden, at, self.cache)
+            times.append(self._now())
+        seconds = tuple(end - start for start, end in pairwise(times))
+        if step.last == len(self.exits.heads):
+            return self._run_head(step, hidden, numbers, seconds)
         self.hidden[rows] = hidden
-        if step.segment == len(self.exits.heads):
-            return StepResult(self._now() - begun)
-        ran = self._now()
-        checked = check_sequences(self.exits, step.segment, hidden, rows, work)
-        left = prompt_leavers(self.exits, step.segment, hidden, work)
+        checked = check_sequences(self.exits, step.last, hidden, rows, work)
+        left = prompt_leavers(self.exits, step.last, hidden, work)
         ended = self._now()
         return StepResult(
             ended - begun,
-            tuple(token is not None for token in checked.tokens),
-            tuple(-1 if token is None else token for token in checked.tokens),
-            checked.scores,
-            left,
-            ended - ran,
-            checked.head_rows,
+            seconds,
+            ended - times[-1],
+            leave=tuple(token is not None for token in checked.tokens),
+            token_ids=tuple(-1 if token is None else token for token in checked.tokens),
+            scores=checked.scores,
+            prompt_left=left,
+            exit_head_rows=checked.head_rows,
         )
+
+    def _run_head(
+        self,
+        step: RunSegments,
+        hidden: Tensor,
+        numbers: Sequence[int],
+        seconds: tuple[float, ...],
+    ) -> StepResult:
+        """One LM head for those of ``hidden``, the hidden rows ``numbers``, that need a token."""
+        begun = self._now()
+        tokens: tuple[int, ...] = ()
+        if step.head:
+            place = {row: index for index, row in enumerate(numbers)}
+            states = hidden[self._index([place[item.row] for item in step.head])]
+            tokens = tuple(sample(self.model.logits(self.model.normed(states)), step.head))
+        spent = self._now() - begun
+        return StepResult(sum(seconds) + spent, seconds, head_seconds=spent, head_tokens=tokens)
 
     def _rows_of(self, segment: int, work: Sequence[SequenceRows]) -> RowTable:
         """Positions and pages of the rows; kept while the same rows go on to the next segment.
@@ -139,11 +156,6 @@ class Runner:
             self._rows = RowTable.of(spans, size, self.model.rotary, device)
             self._running = running
         return self._rows
-
-    def _run_head(self, work: Sequence[HeadRow]) -> list[int]:
-        """One LM head for all rows."""
-        hidden = self.hidden[self._index([item.row for item in work])]
-        return sample(self.model.logits(self.model.normed(hidden)), work)
 
     def _fill(self, step: FillKV) -> None:
         for segment in sorted({item.segment for item in step.work}):

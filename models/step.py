@@ -62,11 +62,17 @@ class SequenceRows:
 
 
 @dataclass(frozen=True, slots=True)
-class RunSegment:
-    """Run all layers of one segment over the rows of several sequences."""
+class RunSegments:
+    """Run the segments ``first`` to ``last`` over the rows of several sequences.
 
-    segment: int
+    Nothing is decided in between: checks and prompt thresholds concern the last one. After the top
+    segment the LM head makes a token of each row in ``head``.
+    """
+
+    first: int
+    last: int
     work: tuple[SequenceRows, ...]
+    head: tuple[HeadRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,35 +96,32 @@ class FillKV:
     work: tuple[OwedRows, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RunHead:
-    """Turn full-depth rows into tokens: LM head and sampler."""
-
-    work: tuple[HeadRow, ...]
-
-
-Step = RunSegment | FillKV | RunHead
+Step = RunSegments | FillKV
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Outcome of a step.
 
-    ``seconds`` is time on the device, ``check_seconds`` the part of it spent on exit checks.
-    ``leave`` (segments): for each sequence whether its last row's score reached the threshold, and
-    ``scores`` that score (None without a check). ``prompt_left`` (segments): for each sequence the
-    indices of its prompt rows that left. ``token_ids``: one token per row of a head; of a segment
-    one per sequence, -1 where it does not leave. ``head_rows`` are rows an exit's LM head was run
-    for.
+    ``seconds`` is time on the device; of it ``segment_seconds`` were spent on each segment,
+    ``check_seconds`` on exit checks and ``head_seconds`` on the LM head and sampling. ``leave``:
+    for each sequence whether its last row's score reached the threshold, ``scores`` that score
+    (None without a check) and ``token_ids`` the exit's token, -1 where it does not leave; all empty
+    after the top segment. ``prompt_left``: for each sequence the indices of its prompt rows that
+    left, empty where none may. ``head_tokens``: one for each row of the step's head.
+    ``exit_head_rows`` are rows an exit's LM head was run for.
     """
 
     seconds: float
+    segment_seconds: tuple[float, ...] = ()
+    check_seconds: float = 0.0
+    head_seconds: float = 0.0
     leave: tuple[bool, ...] = ()
     token_ids: tuple[int, ...] = ()
     scores: tuple[float | None, ...] = ()
     prompt_left: tuple[tuple[int, ...], ...] = ()
-    check_seconds: float = 0.0
-    head_rows: int = 0
+    head_tokens: tuple[int, ...] = ()
+    exit_head_rows: int = 0
 
 
 class StepRunner(Protocol):

@@ -194,7 +194,6 @@ class Metrics:
 
     def _observe_step(self, stats: StepStats) -> None:
         rows = stats.prefill_rows + stats.decode_rows
-        segment = str(stats.segment)
         self.count("offramp:engine_steps")
         self.count("offramp:engine_seconds", stats.seconds)
         self.count("offramp:engine_host_seconds", stats.host_seconds)
@@ -208,9 +207,10 @@ class Metrics:
         self.count("offramp:exit_disagreements", stats.disagreements)
         self.count("offramp:exit_head_rows", stats.exit_head_rows)
         self._observe_prompt(stats)
-        if stats.kind == "segment":
-            self._batch_size.labels(*self._who, segment).observe(rows)
-        if stats.segment == 0 or stats.kind == "device":
+        if stats.kind == "segments":
+            for segment in range(stats.first_segment, stats.segment + 1):
+                self._batch_size.labels(*self._who, str(segment)).observe(rows)
+        if stats.kind != "fill" and stats.first_segment == 0:
             self.record("vllm:iteration_tokens_total", rows)
         if stats.fill_tokens:
             self._fill_tokens.labels(*self._who, stats.fill_method).inc(stats.fill_tokens)

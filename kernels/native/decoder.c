@@ -67,6 +67,7 @@ int32_t offramp_initialize(void) {
 void offramp_run_layers(const struct shape *s, const struct layer *layers, int32_t count,
                         const struct batch *b, float *hidden, const struct workspace *w) {
     int runs = find_runs(b, w->run_starts);
+    memset(w->phases, 0, sizeof(struct phase) * LAYER_PHASES * count);
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
@@ -80,6 +81,7 @@ void offramp_run_layers(const struct shape *s, const struct layer *layers, int32
 void offramp_matmul(const struct matrix *m, const float *x, float *out, int32_t rows,
                     const struct workspace *w) {
     const struct operands t = {x, m->columns, out, m->outs, rows, 0};
+    memset(w->phases, 0, sizeof(struct phase) * MATMUL_PHASES);
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);

@@ -44,7 +44,7 @@ struct workspace {
     float *normed;          /* [rows, max(width, heads * head_dim)] */
     float *wide;            /* [rows, max(qkv, 2 * inner)] */
     uint32_t *split_inputs; /* split_input_floats(rows, widest columns) */
-    struct phase *phases;   /* zeros: LAYER_PHASES a layer, or MATMUL_PHASES */
+    struct phase *phases;   /* LAYER_PHASES a layer, or MATMUL_PHASES */
     float *per_thread;      /* [threads, per_thread_floats]: weight panel, scores */
     int64_t per_thread_floats;
     int32_t *run_starts; /* [rows + 1], for attention */

@@ -131,13 +131,13 @@ def _steps(
         stats = output.stats
         if stats is None or stats.prefill_rows or stats.decode_rows != streams:
             return
-        head = stats.kind == "head"
         for name, seconds in timed.parts.items():
             spent[name] += seconds
-        spent["rest of segments"] += 0 if head else stats.seconds - sum(timed.parts.values())
-        spent["LM head, sampling"] += stats.seconds if head else 0
+        layers = stats.seconds - stats.head_seconds
+        spent["rest of segments"] += layers - sum(timed.parts.values())
+        spent["LM head, sampling"] += stats.head_seconds
         spent["planning, committing"] += stats.host_seconds
-        steps += head
+        steps += stats.head_seconds > 0
 
     for turn in ("warm-up", "measured"):
         spent.clear()

@@ -27,11 +27,11 @@ class ExitDecisions:
         self._worth = True
         self._draft_bound = NEVER
 
-    def weigh(self, segment: int, rows: int) -> None:
-        """Decide whether checks of ``rows`` sequences after ``segment`` pay, for the next step."""
-        if segment < len(self._info.exit_layers):
-            self._worth = self._governor.checks_pay(segment, rows)
-            self._draft_bound = self._governor.draft_bound(segment, rows)
+    def weigh(self, segment: int, sequences: abc.Sequence[Sequence]) -> None:
+        """Decide whether checks of ``sequences`` after ``segment`` pay, for the next step."""
+        if segment < len(self._info.exit_layers) and any(each.exits_on for each in sequences):
+            self._worth = self._governor.checks_pay(segment, len(sequences))
+            self._draft_bound = self._governor.draft_bound(segment, len(sequences))
 
     def check(self, sequence: Sequence, segment: int, now: float) -> ExitCheck | None:
         """The check of a sequence's last row after ``segment``; None where it has to go on.

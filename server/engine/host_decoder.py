@@ -16,10 +16,10 @@ from typing import Any
 
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
+    ExitCheck,
     FillKV,
     OwedRows,
-    RunHead,
-    RunSegment,
+    RunSegments,
     SequenceRows,
     Step,
     StepResult,
@@ -63,7 +63,6 @@ class HostDecoder:
         self._memory = memory
         self._exits = ExitDecisions(info, governor, memory.ledger)
         self._queues = [SequenceQueue() for _ in range(info.num_segments)]
-        self._head = SequenceQueue()
         self._counts: Counter[str] = Counter()
         """What has happened since the last statistics, by their field."""
 
@@ -92,7 +91,7 @@ class HostDecoder:
 
     def sequence_ids(self) -> list[int]:
         """See Decoder."""
-        return [sequence.id for queue in (*self._queues, self._head) for sequence in queue]
+        return [sequence.id for queue in self._queues for sequence in queue]
 
     def advance(self, now: float) -> tuple[list[TokenResult], StepStats | None]:
         """See Decoder."""
@@ -104,10 +103,8 @@ class HostDecoder:
         started = time.perf_counter()
         result = self.runner.run(step)
         ended = time.perf_counter()
-        if isinstance(step, RunSegment):
-            results = self._commit_segment(step, sequences, result, now)
-        elif isinstance(step, RunHead):
-            results = self._commit_head(step, sequences, result)
+        if isinstance(step, RunSegments):
+            results = self._commit_segments(step, sequences, result, now)
         else:
             results = self._commit_fill(step, sequences, result)
         host_seconds = started - begun + time.perf_counter() - ended
@@ -117,20 +114,17 @@ class HostDecoder:
         """Choose the next step and reserve what it needs; None if there is nothing to run.
 
         Sequences come in the order of the step's work. K,V that cannot wait are filled first. Then
-        upper segments run, the lowest first so that sequences gather on the way up; then the head
-        for all that arrived; then the first segment. A thin group may be held back while others go
-        ahead (ExitGovernor.holds).
+        upper segments run, the lowest first so that sequences gather on the way up; then the first
+        segment. A thin group may be held back while others go ahead (ExitGovernor.holds).
         """
         due = self._due()
         if due:
             return self._plan_fill(due)
         upper = [i for i in range(1, len(self._queues)) if self._queues[i]]
         for segment in upper:
-            queue, ready = self._queues[segment], len(self._head) + len(self._queues[0])
+            queue, ready = self._queues[segment], len(self._queues[0])
             if not self.governor.holds(segment, len(queue), ready, queue.oldest_age(now)):
                 return self._plan_upper(segment, now)
-        if self._head:
-            return self._plan_head()
         first = self._plan_first(now)
         return self._plan_upper(upper[0], now) if first is None and upper else first
 
@@ -162,10 +156,7 @@ class HostDecoder:
         ]
         if paying:
             return self._plan_fill(paying)
-        sequences = queue.take_all()
-        self._exits.weigh(segment, len(sequences))
-        work = tuple(self._work(sequence, segment, now) for sequence in sequences)
-        return RunSegment(segment, work), sequences
+        return self._plan_segments(segment, queue.take_all(), now)
 
     def _plan_fill(self, indebted: list[Sequence]) -> tuple[Step, list[Sequence]]:
         method = _fill_method(indebted[0])
@@ -177,15 +168,6 @@ class HostDecoder:
         )
         return FillKV(method, work), sequences
 
-    def _plan_head(self) -> tuple[Step, list[Sequence]]:
-        sequences = self._head.take_all()
-        work = tuple(
-            head_row(sequence, position, row)
-            for sequence in sequences
-            for position, row in zip(sequence.chunk, sequence.chunk_rows, strict=True)
-        )
-        return RunHead(work), sequences
-
     def _plan_first(self, now: float) -> tuple[Step, list[Sequence]] | None:
         chosen = self._admission.schedule(self._queues[0], now)
         for sequence in chosen:
@@ -194,51 +176,108 @@ class HostDecoder:
             sequence.decoder = self
         if not chosen:
             return None
-        self._exits.weigh(0, len(chosen))
-        return RunSegment(0, tuple(self._work(sequence, 0, now) for sequence in chosen)), chosen
+        return self._plan_segments(0, chosen, now)
 
-    def _work(self, sequence: Sequence, segment: int, now: float) -> SequenceRows:
-        """The sequence's rows for a segment: positions owed there (recompute), then its chunk."""
-        owed = self._memory.ledger.lacking(sequence.id, segment)
+    def _plan_segments(
+        self, first: int, sequences: list[Sequence], now: float
+    ) -> tuple[Step, list[Sequence]]:
+        """Run ``sequences`` from ``first`` up to where one may leave, others join, or the top."""
+        last = first
+        checks = self._checks(last, sequences, now)
+        while not self._stops(last, sequences, checks):
+            last += 1
+            checks = self._checks(last, sequences, now)
+        work = tuple(
+            self._work(sequence, first, last, check)
+            for sequence, check in zip(sequences, checks, strict=True)
+        )
+        if last + 1 < len(self._queues):
+            return RunSegments(first, last, work), sequences
+        head = tuple(
+            head_row(sequence, position, row)
+            for sequence, item in zip(sequences, work, strict=True)
+            for position, row in zip(item.positions, item.rows, strict=True)
+            if position >= sequence.verified - 1
+        )
+        return RunSegments(first, last, work, head), sequences
+
+    def _checks(
+        self, segment: int, sequences: list[Sequence], now: float
+    ) -> list[ExitCheck | None]:
+        self._exits.weigh(segment, sequences)
+        return [self._exits.check(sequence, segment, now) for sequence in sequences]
+
+    def _stops(self, last: int, sequences: list[Sequence], checks: list[ExitCheck | None]) -> bool:
+        """Whether a step ends after segment ``last``: something is decided, or others join."""
+        above = last + 1
+        if above == len(self._queues) or self._queues[above]:
+            return True
+        owed = self._memory.ledger.owed
+        return any(
+            check is not None
+            or self._exits.prompt_threshold(sequence, last) is not None
+            or any(debt.segment == above for debt in owed(sequence.id))
+            for sequence, check in zip(sequences, checks, strict=True)
+        )
+
+    def _work(
+        self, sequence: Sequence, first: int, last: int, check: ExitCheck | None
+    ) -> SequenceRows:
+        """The sequence's rows from segment ``first`` on, and what is decided after ``last``.
+
+        Positions owed at ``first`` (recompute) come before the chunk.
+        """
+        owed = self._memory.ledger.lacking(sequence.id, first)
         positions = [*(debt.position for debt in owed), *sequence.chunk]
-        if positions[0] != sequence.computed[segment] and sequence.exact is None:
-            raise BugError(f"Sequence {sequence.id} would skip positions in segment {segment}.")
-        tokens = sequence.tokens[positions[0] : positions[-1] + 1] if segment == 0 else ()
+        if positions[0] != sequence.computed[first] and sequence.exact is None:
+            raise BugError(f"Sequence {sequence.id} would skip positions in segment {first}.")
+        tokens = sequence.tokens[positions[0] : positions[-1] + 1] if first == 0 else ()
         return SequenceRows(
             positions,
             (*(debt.row for debt in owed), *sequence.chunk_rows),
             sequence.table,
             tuple(tokens),
-            check=self._exits.check(sequence, segment, now),
-            prompt_threshold=self._exits.prompt_threshold(sequence, segment),
-            prompt_rows=self._exits.prompt_rows(sequence),
+            check,
+            self._exits.prompt_threshold(sequence, last),
+            self._exits.prompt_rows(sequence),
         )
 
-    def _commit_segment(
-        self, step: RunSegment, sequences: list[Sequence], result: StepResult, now: float
+    def _commit_segments(
+        self, step: RunSegments, sequences: list[Sequence], result: StepResult, now: float
     ) -> list[TokenResult]:
-        """Rows went through a segment: tokens that leave, the others in the next queue."""
-        segment, work, costs = step.segment, step.work, self.governor.costs
-        seconds = result.seconds - result.check_seconds
-        costs.segments[segment].add(sum(len(item.rows) for item in work), seconds)
-        checked = sum(item.check is not None for item in work)
-        costs.checks[segment].add(checked, result.check_seconds)
-        leaving = self._exits.leaving(segment, sequences, work, result)
+        """Rows went up: tokens that leave, those that full depth chose, the others in a queue."""
+        work, last = step.work, step.last
+        self._learn_costs(step, result)
+        leaving = self._exits.leaving(last, sequences, work, result)
+        tokens = iter(result.head_tokens)
         results: list[TokenResult] = []
         for index, sequence in enumerate(sequences):
-            self._ran(sequence, segment, work[index])
+            for segment in range(step.first, last + 1):
+                self._ran(sequence, segment, work[index])
             if result.prompt_left and result.prompt_left[index]:
-                self._prompt_left(sequence, segment, result.prompt_left[index])
+                self._prompt_left(sequence, last, result.prompt_left[index])
             if leaving[index]:
                 score = result.scores[index] if result.scores else None
                 token = result.token_ids[index]
-                results += self._leave(sequence, segment, token, score, now)
+                results += self._leave(sequence, last, token, score, now)
                 continue
             if result.leave and result.leave[index] and sequence.num_generated > 0:
                 sequence.stayed += 1
                 self._counts["stayed"] += 1
-            self._go_up(sequence, segment, now)
+            if last + 1 == len(self._queues) and sequence.chunk:
+                results += self._commit_top(sequence, tokens, now)
+            else:
+                queue = last + 1 if sequence.chunk else 0
+                self._queues[queue].put(sequence, now)
         return results
+
+    def _learn_costs(self, step: RunSegments, result: StepResult) -> None:
+        costs, rows = self.governor.costs, sum(len(item.rows) for item in step.work)
+        for segment, seconds in enumerate(result.segment_seconds, step.first):
+            costs.segments[segment].add(rows, seconds)
+        checked = sum(item.check is not None for item in step.work)
+        costs.checks[step.last].add(checked, result.check_seconds)
+        costs.head.add(len(step.head), result.head_seconds)
 
     def _commit_fill(
         self, step: FillKV, sequences: list[Sequence], result: StepResult
@@ -259,20 +298,21 @@ class HostDecoder:
             self._memory.ledger.settle(sequence.id)
         return []
 
-    def _commit_head(
-        self, step: RunHead, sequences: list[Sequence], result: StepResult
+    def _commit_top(
+        self, sequence: Sequence, tokens: abc.Iterator[int], now: float
     ) -> list[TokenResult]:
-        """Full depth chose a token for each row: new tokens, verdicts on drafts and audits."""
-        self.governor.costs.head.add(len(step.work), result.seconds)
-        tokens = iter(result.token_ids)
-        results: list[TokenResult] = []
-        for sequence in sequences:
-            chosen = [next(tokens) for _ in sequence.chunk]
-            verify = self._verify_audit if sequence.audit else self._verify_drafts
-            verified = verify(sequence, chosen)
-            self._memory.free_chunk(sequence)
-            results.append(TokenResult(sequence, verified, self._info.num_layers))
-        return results
+        """The sequence ran the top segment; its rows that make tokens take theirs of ``tokens``."""
+        self._memory.publish(sequence)
+        # The row of position p verifies or makes token p + 1.
+        self._memory.free_chunk(sequence, keep_from=sequence.verified - 1)
+        if not sequence.chunk:
+            self._queues[0].put(sequence, now)
+            return []
+        chosen = [next(tokens) for _ in sequence.chunk]
+        verify = self._verify_audit if sequence.audit else self._verify_drafts
+        verified = verify(sequence, chosen)
+        self._memory.free_chunk(sequence)
+        return [TokenResult(sequence, verified, self._info.num_layers)]
 
     def _verify_drafts(self, sequence: Sequence, chosen: list[int]) -> list[int]:
         """The tokens that are now verified, of ``chosen`` for the rows of the sequence's chunk.
@@ -374,33 +414,18 @@ class HostDecoder:
         sequence.prompt_layers_skipped += len(gone) * above
         sequence.prompt_debt = True
 
-    def _go_up(self, sequence: Sequence, segment: int, now: float) -> None:
-        """To the next segment; from the top to the head, or back down for the next chunk."""
-        if not sequence.chunk:
-            self._queues[0].put(sequence, now)
-            return
-        if segment + 1 < len(self._queues):
-            self._queues[segment + 1].put(sequence, now)
-            return
-        self._memory.publish(sequence)
-        # The row of position p verifies or makes token p + 1.
-        self._memory.free_chunk(sequence, keep_from=sequence.verified - 1)
-        (self._head if sequence.chunk else self._queues[0]).put(sequence, now)
-
     def _stats(
         self, step: Step, sequences: list[Sequence], result: StepResult, host_seconds: float
     ) -> StepStats:
         counts, self._counts = self._counts, Counter()
         facts: dict[str, Any] = dict(counts, seconds=result.seconds, host_seconds=host_seconds)
-        if isinstance(step, RunHead):
-            return StepStats("head", -1, decode_rows=len(step.work), **facts)
         if isinstance(step, FillKV):
             rows = sum(len(item.rows) for item in step.work)
             facts |= {"fill_tokens": rows, "fill_method": str(step.method)}
             return StepStats("fill", step.work[0].segment, decode_rows=rows, **facts)
         if facts.get("fill_tokens"):
             facts["fill_method"] = str(KVFill.RECOMPUTE)
-        top = step.segment + 1 == len(self._queues)
+        top = step.last + 1 == len(self._queues)
         total = sum(len(item.rows) for item in step.work)
         decode = sum(
             len(item.positions) - bisect_left(item.positions, sequence.num_prompt)
@@ -408,11 +433,13 @@ class HostDecoder:
             if not sequence.audit
         )
         return StepStats(
-            "segment",
-            step.segment,
+            "segments",
+            step.last,
+            first_segment=step.first,
+            head_seconds=result.head_seconds,
             prefill_rows=total - decode,
             decode_rows=decode,
-            exit_head_rows=result.head_rows,
+            exit_head_rows=result.exit_head_rows,
             prompt_left=sum(map(len, result.prompt_left)),
             prompt_full=_checked_prompt_rows(step.work, sequences) if top else 0,
             **facts,

@@ -76,8 +76,9 @@ class TokenEvent:
 class StepStats:
     """What one engine step did and the state it left behind, for metrics and logs.
 
-    ``kind`` is ``segment``, ``head``, ``fill`` or ``device`` (a pass of all segments, decided on
-    the device); ``rows`` are token rows of that step. Fields up to ``disagreements`` are
+    ``kind`` is ``segments``, ``fill`` or ``device`` (a pass of all segments, decided on the
+    device); ``segment`` is the last one that ran, ``head_seconds`` the part of ``seconds`` for the
+    LM head and sampling; ``rows`` are token rows of that step. Fields up to ``disagreements`` are
     increments, the rest are values after the step. ``exit_head_rows`` are rows an exit's LM head
     ran for, ``prompt_left`` prompt tokens that left after this segment, ``prompt_full`` those that
     might have left and ran the whole stack.
@@ -87,6 +88,8 @@ class StepStats:
     segment: int
     seconds: float = 0.0
     host_seconds: float = 0.0
+    first_segment: int = 0
+    head_seconds: float = 0.0
     prefill_rows: int = 0
     decode_rows: int = 0
     layers_executed: int = 0

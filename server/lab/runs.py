@@ -84,8 +84,8 @@ def judge(model: Transformer, answers: Sequence[Answer]) -> Judgement:
     return Judgement(tuple(len(item.answer) for item in answers), tuple(wrong), tuple(log_probs))
 
 
-Kind = tuple[str, int, int, int]
-"""Kind and segment of a step, prompt rows (up to a power of two) and answer rows in it."""
+Kind = tuple[str, int, int, int, int]
+"""Kind of a step, first and last segment, prompt rows (up to a power of two) and answer rows."""
 
 
 @dataclass(slots=True)
@@ -98,7 +98,7 @@ class StepLog:
         """Note one step."""
         # Prompts cut into chunks give every row count; exact ones would hardly meet again.
         prompt = 1 << (stats.prefill_rows - 1).bit_length() if stats.prefill_rows else 0
-        kind = (stats.kind, stats.segment, prompt, stats.decode_rows)
+        kind = (stats.kind, stats.first_segment, stats.segment, prompt, stats.decode_rows)
         self.seconds[kind].append(stats.seconds + stats.host_seconds)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.runner import Runner
-from offramp.models.step import RunSegment, SequenceRows
+from offramp.models.step import RunSegments, SequenceRows
 from offramp.models.transformer import Transformer
 
 from .small import new_cache
@@ -44,7 +44,7 @@ class Pass:
         rows = tuple(range(start, end))
         tokens = tuple(self.ids[start:end]) if segment == 0 else ()
         work = SequenceRows(rows, rows, self.table, tokens)
-        self.runner.run(RunSegment(segment, (work,)))
+        self.runner.run(RunSegments(segment, segment, (work,)))
         self.computed[segment] = end
 
     def leave_after(self, segment: int, end: int) -> None:

@@ -18,7 +18,7 @@ from offramp.models.runner import Runner
 from offramp.models.sampling_params import NEVER, SamplingParams
 from offramp.models.step import (
     HeadRow,
-    RunSegment,
+    RunSegments,
     SequenceRows,
 )
 from offramp.models.transformer import Transformer
@@ -74,9 +74,8 @@ def texts(runner: Runner, thresholds: Sequence[tuple[float, ...]]) -> list[Text]
         blocks = list(range(index * MAX_BLOCKS, (index + 1) * MAX_BLOCKS))
         text = Text(random_ids(3 + 4 * index), blocks[::-1], asked)
         before = range(len(text.tokens) - 1)
-        for segment in range(len(EXITS) + 1):
-            ids = tuple(text.tokens[:-1]) if segment == 0 else ()
-            runner.run(RunSegment(segment, (SequenceRows(before, tuple(before), text.table, ids),)))
+        work = SequenceRows(before, tuple(before), text.table, tuple(text.tokens[:-1]))
+        runner.run(RunSegments(0, len(EXITS), (work,)))
         made.append(text)
     return made
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from offramp.kernels.rows import RowTable, Span
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion, SamplingParams
-from offramp.models.step import ExitCheck, HeadRow, RunHead, RunSegment, SequenceRows, StepResult
+from offramp.models.step import ExitCheck, HeadRow, RunSegments, SequenceRows, StepResult
 from offramp.models.transformer import Transformer
 
 from .passes import new_runner
@@ -35,7 +36,7 @@ def ground(
             check = ExitCheck(criterion, threshold, HeadRow(rows[-1], GREEDY, 0, (1,), 1))
         ids = tuple(random_ids(count))
         work.append(SequenceRows(range(count), rows, [index], ids, check))
-    return runner.run(RunSegment(0, tuple(work)))
+    return runner.run(RunSegments(0, 0, tuple(work)))
 
 
 def test_a_slot_leaves_by_the_score_of_its_last_row(model: Transformer) -> None:
@@ -78,7 +79,7 @@ def test_who_leaves_speaks_through_the_exits_head(model: Transformer) -> None:
     states = runner.hidden[[0, 4, 8, 9, 13]]
     normed = runner.exits.heads[0].normed(states, model.config.rms_norm_eps)
     assert list(result.token_ids) == model.logits(normed).argmax(dim=-1).tolist()
-    assert result.head_rows == 5
+    assert result.exit_head_rows == 5
 
 
 def test_a_small_vocabulary_names_whole_tokens(model: Transformer) -> None:
@@ -97,31 +98,58 @@ def test_a_biased_token_is_chosen_from_the_whole_vocabulary(model: Transformer) 
     sampling = SamplingParams(max_tokens=1, temperature=0.0, logit_bias=((7, 1000.0),))
     check = ExitCheck(ExitCriterion.FIXED, 1.0, HeadRow(0, sampling, 0, (1,), 1))
     work = SequenceRows((0,), (0,), [0], (3,), check)
-    assert runner.run(RunSegment(0, (work,))).token_ids == (7,)
+    assert runner.run(RunSegments(0, 0, (work,))).token_ids == (7,)
 
 
 def test_prompt_rows_leave_by_their_own_gates(model: Transformer) -> None:
     runner = new_runner(model)
     ids = tuple(random_ids(6))
     eps = model.config.rms_norm_eps
-    runner.run(RunSegment(0, (SequenceRows(range(6), tuple(range(6)), [0, 1], ids),)))
+    runner.run(RunSegments(0, 0, (SequenceRows(range(6), tuple(range(6)), [0, 1], ids),)))
     scores = runner.exits.heads[0].score(runner.hidden[:6], eps)
     bound = float(scores[:4].sort().values[1:3].mean())
     work = SequenceRows(range(6), tuple(range(6)), [0, 1], ids, None, bound, 4)
-    result = runner.run(RunSegment(0, (work,)))
+    result = runner.run(RunSegments(0, 0, (work,)))
     expected = tuple((scores[:4] >= bound).nonzero().squeeze(-1).tolist())
     assert result.prompt_left == (expected,)
     assert 0 < len(expected) < 4
 
 
 def test_the_head_reads_full_depth_rows(model: Transformer) -> None:
+    """Its rows are named by their place in the hidden buffer, in any order."""
     runner = new_runner(model)
-    runner.hidden.copy_(torch.randn(runner.hidden.shape) * 3)
-    rows = [11, 5, 0, 63, 7, 2, 30]
-    step = RunHead(tuple(HeadRow(row, GREEDY, 0, (1,), 1) for row in rows))
-    expected = model.logits(model.normed(runner.hidden[rows])).argmax(dim=-1).tolist()
-    assert list(runner.run(step).token_ids) == expected
-    assert len({token for token in expected if token < VOCAB}) > 2
+    top, rows = len(EXITS), (11, 5, 0, 63, 7, 2, 30)
+    before = torch.randn(len(rows), model.config.hidden_size) * 3
+    work = (SequenceRows(range(4), rows[:4], [1, 2]), SequenceRows(range(3), rows[4:], [3, 4]))
+    asked = (30, 5, 63)
+    heads = tuple(HeadRow(row, GREEDY, 0, (1,), 1) for row in asked)
+    runner.hidden[list(rows)] = before
+    found = runner.run(RunSegments(top, top, work, heads)).head_tokens
+    at = RowTable.of(
+        [Span(item.positions, item.table) for item in work],
+        runner.cache.block_size,
+        model.rotary,
+        model.device,
+    )
+    states = model.segments[top](before, at, runner.cache)[[rows.index(row) for row in asked]]
+    assert list(found) == model.logits(model.normed(states)).argmax(dim=-1).tolist()
+    assert len(set(found)) > 1
+
+
+def test_segments_of_one_step_are_those_of_several(model: Transformer) -> None:
+    ids = tuple(random_ids(5))
+    tokens = []
+    for steps in (((0, len(EXITS)),), tuple((i, i) for i in range(len(EXITS) + 1))):
+        runner = new_runner(model)
+        for first, last in steps:
+            work = SequenceRows(range(5), tuple(range(5)), [0, 1], ids if first == 0 else ())
+            top = last == len(EXITS)
+            head = tuple(HeadRow(row, GREEDY, 0, (1,), 1) for row in range(5)) if top else ()
+            result = runner.run(RunSegments(first, last, (work,), head))
+            assert len(result.segment_seconds) == last + 1 - first
+        tokens.append((result.head_tokens, runner.cache.flat[:, :, :5].clone()))
+    assert tokens[0][0] == tokens[1][0]
+    assert tokens[0][1].equal(tokens[1][1])
 
 
 def test_a_segment_above_the_ground_reads_its_rows(model: Transformer) -> None:
@@ -131,7 +159,7 @@ def test_a_segment_above_the_ground_reads_its_rows(model: Transformer) -> None:
     results = []
     for rows in ((1, 2, 3), (40, 9, 22)):
         runner.hidden[list(rows)] = states
-        runner.run(RunSegment(1, (SequenceRows(range(3), rows, [4]),)))
+        runner.run(RunSegments(1, 1, (SequenceRows(range(3), rows, [4]),)))
         results.append(runner.hidden[list(rows)].clone())
     assert results[0].equal(results[1])
     assert not results[0].equal(states)

@@ -165,7 +165,7 @@ class FakeEngine:
 
     def _stats(self, rows: int) -> StepStats:
         return StepStats(
-            kind="segment",
+            kind="segments",
             segment=0,
             seconds=0.001,
             host_seconds=0.0001,

@@ -20,7 +20,7 @@ from offramp.server.metrics import Metrics
 from tests.server.fakes import FakeEngine
 
 STATS = StepStats(
-    kind="segment",
+    kind="segments",
     segment=0,
     seconds=0.5,
     host_seconds=0.1,

@@ -25,8 +25,7 @@ from offramp.models.step import (
     FillKV,
     HeadRow,
     OwedRows,
-    RunHead,
-    RunSegment,
+    RunSegments,
     SequenceRows,
 )
 from offramp.models.transformer import Transformer
@@ -119,9 +118,8 @@ def _texts(runner: Runner, seed: int) -> list[_Text]:
         tokens = random_tokens(runner.model.config, 3 + 2 * seq, seed + seq)
         text = _Text(tokens, blocks[::-1], special[seq] if seq < len(special) else drawn)
         before = range(len(tokens) - 1)
-        for segment in range(exits + 1):
-            ids = tuple(tokens[:-1]) if segment == 0 else ()
-            runner.run(RunSegment(segment, (SequenceRows(before, tuple(before), text.table, ids),)))
+        work = SequenceRows(before, tuple(before), text.table, tuple(tokens[:-1]))
+        runner.run(RunSegments(0, exits, (work,)))
         made.append(text)
     return made
 
@@ -153,14 +151,14 @@ def next_by_steps(
         check = ExitCheck(DEFAULT_CRITERION, thresholds[segment], head)
         ids = (tokens[-1],) if segment == 0 else ()
         work = SequenceRows((position,), (0,), table, ids, check)
-        result = runner.run(RunSegment(segment, (work,)))
+        result = runner.run(RunSegments(segment, segment, (work,)))
         if result.leave == (True,):
             owed = OwedRows(segment + 1, (position,), (0,), table)
             runner.run(FillKV(KVFill.PROJECT, (owed,)))
             return DeviceToken(result.token_ids[0], exit_head.layer)
-    top = SequenceRows((position,), (0,), table)
-    runner.run(RunSegment(len(runner.exits.heads), (top,)))
-    token = runner.run(RunHead((head,))).token_ids[0]
+    top, ids = len(runner.exits.heads), (tokens[-1],) if not runner.exits.heads else ()
+    work = SequenceRows((position,), (0,), table, ids)
+    token = runner.run(RunSegments(top, top, (work,), (head,))).head_tokens[0]
     return DeviceToken(token, runner.model.config.num_layers)
 
 

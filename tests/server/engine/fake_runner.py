@@ -17,8 +17,7 @@ from offramp.models.step import (
     FillKV,
     HeadRow,
     OwedRows,
-    RunHead,
-    RunSegment,
+    RunSegments,
     SequenceRows,
     Step,
     StepResult,
@@ -75,22 +74,24 @@ class FakeRunner:
     def run(self, step: Step) -> StepResult:
         """Run one step; every step takes a microsecond a row."""
         match step:
-            case RunSegment(segment, work):
-                for item in work:
-                    self._run_sequence(segment, item)
+            case RunSegments(first, last, work, head):
+                for segment in range(first, last + 1):
+                    for item in work:
+                        self._run_sequence(segment, item)
                 tokens = [self._check(item) for item in work]
+                seconds = 1e-6 * sum(len(item.rows) for item in work)
                 return StepResult(
-                    1e-6 * sum(len(item.rows) for item in work),
-                    tuple(token is not None for token in tokens),
-                    tuple(-1 if token is None else token for token in tokens),
+                    seconds * (last + 1 - first),
+                    (seconds,) * (last + 1 - first),
+                    leave=tuple(token is not None for token in tokens),
+                    token_ids=tuple(-1 if token is None else token for token in tokens),
                     prompt_left=tuple(map(self._prompt_left, work)),
+                    head_tokens=tuple(map(self._head, head)),
                 )
             case FillKV(method, owed):
                 for debts in owed:
                     self._fill(method, debts)
                 return StepResult(1e-6)
-            case RunHead(heads):
-                return StepResult(1e-6, token_ids=tuple(map(self._head, heads)))
 
     def _place(self, table: Sequence[int], position: int) -> int:
         return table[position // self._block_size] * self._block_size + position % self._block_size

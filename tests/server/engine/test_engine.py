@@ -85,7 +85,7 @@ def test_layers_are_counted_where_they_ran() -> None:
     assert done[0].stats is not None
     assert done[0].stats.layers_executed == LAYERS + 9 * 5
     assert sum(item.layers_executed for item in stats) == LAYERS + 9 * 5
-    assert {item.kind for item in stats} == {"segment", "head"}
+    assert {item.kind for item in stats} == {"segments"}
 
 
 def test_recompute_counts_the_layers_it_runs_later() -> None:
@@ -138,7 +138,7 @@ def test_sequences_share_each_upper_step() -> None:
     engine, _ = fake_engine(leave_share=0.0, num_blocks=40, max_batched=40)
     requests = [request(str(i), [i, i], 5) for i in range(4)]
     _, stats = run(engine, requests)
-    tops = [item for item in stats if item.kind == "segment" and item.segment == 2]
+    tops = [item for item in stats if item.kind == "segments" and item.segment == 2]
     assert len(tops) == 5
     assert {item.prefill_rows + item.decode_rows for item in tops[1:]} == {4}
 

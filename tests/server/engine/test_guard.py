@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -58,7 +59,7 @@ class Drifting(FakeRunner):
             for leave, token in zip(result.leave, result.token_ids, strict=True)
         )
         scores = tuple(0.7 if leave else None for leave in result.leave)
-        return StepResult(result.seconds, result.leave, tokens, scores)
+        return replace(result, token_ids=tokens, scores=scores)
 
 
 def engine_with(wrong: float, rate: float = 1.0, *, every_exit: bool = False) -> Engine:

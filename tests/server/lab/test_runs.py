@@ -69,7 +69,7 @@ def test_full_depth_agrees_with_itself_and_skips_nothing(bench: Workbench, promp
     assert found.tokens_per_s > 0
     assert found.e2e_p99_ms >= found.e2e_p50_ms >= found.ttft_ms > 0
     kinds = {kind for kind, *_ in run.steps.seconds}
-    assert kinds >= {"segment", "head"}
+    assert kinds == {"segments"}
 
 
 def test_figures_of_known_answers() -> None:
@@ -121,8 +121,8 @@ def test_equal_steps_have_one_price() -> None:
             made.add(StepStats(kind, 0, seconds, 0.5, decode_rows=rows))
         return made
 
-    quick = log(("segment", 4, 1.5), ("segment", 4, 1.5), ("head", 4, 0.5))
-    slow = log(("segment", 4, 9.5), ("head", 4, 0.5))
+    quick = log(("segments", 4, 1.5), ("segments", 4, 1.5), ("fill", 4, 0.5))
+    slow = log(("segments", 4, 9.5), ("fill", 4, 0.5))
     assert priced([quick, slow]) == pytest.approx([2.0 + 2.0 + 1.0, 2.0 + 1.0])
 
 
