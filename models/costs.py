@@ -45,6 +45,7 @@ class StepCost:
         self._buckets: dict[int, _Bucket] = {}
         self._rows: list[float] = []
         self._seconds: list[float] = []
+        self._pooled = True
 
     @classmethod
     def of(cls, points: dict[int, float]) -> StepCost:
@@ -64,17 +65,19 @@ class StepCost:
         bucket.samples += 1
         bucket.seconds += max(_RENEWAL, 1 / bucket.samples) * (seconds - bucket.seconds)
         bucket.rows, bucket.renewed = rows, self._count
-        self._pool()
+        self._pooled = False
 
     @property
     def known(self) -> bool:
         """Whether anything was measured."""
-        return bool(self._rows)
+        return bool(self._buckets)
 
     def at(self, rows: float) -> float:
         """Predicted seconds for ``rows`` rows; no rows, no step."""
-        if rows <= 0 or not self._rows:
+        if rows <= 0 or not self._buckets:
             return 0.0
+        if not self._pooled:
+            self._pool()
         xs, ys = self._rows, self._seconds
         if len(xs) == 1 or rows <= xs[0]:
             return ys[0]
@@ -110,6 +113,7 @@ class StepCost:
             for rows in dict.fromkeys((first, last)):
                 self._rows.append(rows)
                 self._seconds.append(seconds)
+        self._pooled = True
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -182,6 +183,7 @@ class _Run:
         self.say("profiling")
         config = engine_config(args, self._capacity())
         engine = build_engine(config, self.folder, model_name=args.model)
+        gc.freeze()
         found = profile(engine, self.prompts, args.concurrency, args.max_tokens)
         weights = f"weights {args.weights}, {torch.get_num_threads()} threads"
         draw(found, f"A decode step of {args.model}, {weights}", args.profile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -73,6 +74,8 @@ def offramp(args: argparse.Namespace, folder: Path, capacity: Capacity) -> Itera
             yield _served(args, process.address(), {**facts, "threads": capacity.threads}, process)
     else:
         engine = build_engine(engine_config(args, capacity), folder, model_name=args.model)
+        # As the server does: what is loaded is never garbage.
+        gc.freeze()
         target = InProcess(engine, args.exit_threshold, args.kv_fill)
         info = engine.info
         facts |= {

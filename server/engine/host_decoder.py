@@ -252,8 +252,7 @@ class HostDecoder:
         tokens = iter(result.head_tokens)
         results: list[TokenResult] = []
         for index, sequence in enumerate(sequences):
-            for segment in range(step.first, last + 1):
-                self._ran(sequence, segment, work[index])
+            self._ran(sequence, step, work[index])
             if result.prompt_left and result.prompt_left[index]:
                 self._prompt_left(sequence, last, result.prompt_left[index])
             if leaving[index]:
@@ -384,20 +383,23 @@ class HostDecoder:
         sequence.add_drafts(tokens)
         self._counts["drafted"] += len(tokens)
 
-    def _ran(self, sequence: Sequence, segment: int, work: SequenceRows) -> None:
+    def _ran(self, sequence: Sequence, step: RunSegments, work: SequenceRows) -> None:
         # Above the first segment, what left the chunk on the way has its K,V by now.
-        done = sequence.computed[0] if segment else work.positions[-1] + 1
-        sequence.computed[segment] = done
-        if sequence.lossless and segment + 1 == len(self._queues):
+        done = sequence.computed[0] if step.first else work.positions[-1] + 1
+        segments = range(step.first, step.last + 1)
+        sequence.computed[step.first : step.last + 1] = [done] * len(segments)
+        ledger = self._memory.ledger
+        if sequence.lossless and step.last + 1 == len(self._queues):
             # What left early has now run every layer, and its tokens are due for verification.
             self._memory.rejoin(sequence)
-        else:
-            paid = self._memory.ledger.advance(sequence.id, segment)
+        elif ledger.owed(sequence.id):
+            paid = sum(ledger.advance(sequence.id, segment) for segment in segments)
             self._counts["fill_tokens"] += paid
         if not sequence.audit:
             # Position p makes token p + 1, so those from num_prompt - 1 on make the answer.
             prompt = bisect_left(work.positions, sequence.num_prompt - 1)
-            layers = (len(work.positions) - prompt) * self._info.layers_of(segment)
+            rows = len(work.positions) - prompt
+            layers = rows * sum(map(self._info.layers_of, segments))
             sequence.layers_executed += layers
             self._counts["layers_executed"] += layers
 
