@@ -102,7 +102,7 @@ class Workspace(ctypes.Structure):
     _fields_: ClassVar = [
         ("normed", c_void_p),
         ("wide", c_void_p),
-        ("split_inputs", c_void_p),
+        ("prepared", c_void_p),
         ("phases", c_void_p),
         ("per_thread", c_void_p),
         ("per_thread_floats", c_int64),
@@ -135,7 +135,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
-        for name in ("split_input_floats", "matmul_floats", "score_floats"):
+        for name in ("prepared_floats", "matmul_floats", "score_floats"):
             self._function(name).restype = c_int64
         for name in ("run_layers", "matmul", "rows"):
             self._function(name).restype = None
@@ -175,9 +175,9 @@ class Library:
         rows, columns, threads = x.shape[0], matrix.columns, torch.get_num_threads()
         out = torch.empty(rows, matrix.outs)
         scratch, per_thread = self._scratch.at, self._function("matmul_floats")(columns)
-        inputs = self._function("split_input_floats")(rows, columns)
+        inputs = self._function("prepared_floats")(rows, columns)
         workspace = Workspace(
-            split_inputs=scratch("split_inputs", inputs),
+            prepared=scratch("prepared", inputs),
             phases=scratch("phases", self._matmul_phases * self._phase_floats),
             per_thread=scratch("per_thread", threads * per_thread),
             per_thread_floats=per_thread,
@@ -214,12 +214,12 @@ class Library:
         columns = max(shape.width, queries, shape.inner)
         scores = self._function("score_floats")(ctypes.byref(shape), ctypes.byref(batch))
         per_thread = self._function("matmul_floats")(columns) + scores
-        inputs = self._function("split_input_floats")(batch.rows, columns)
+        inputs = self._function("prepared_floats")(batch.rows, columns)
         scratch = self._scratch.at
         workspace = Workspace(
             normed=scratch("normed", batch.rows * max(shape.width, queries)),
             wide=scratch("wide", batch.rows * max(qkv, 2 * shape.inner)),
-            split_inputs=scratch("split_inputs", inputs),
+            prepared=scratch("prepared", 2 * inputs),
             phases=scratch("phases", len(layers) * self._layer_phases * self._phase_floats),
             per_thread=scratch("per_thread", threads * per_thread),
             per_thread_floats=per_thread,

@@ -16,36 +16,61 @@ enum { LAYER_PHASES = 4 + 4 * MATMUL_PHASES };
 /* The same on every processor, so that the same models run everywhere. */
 enum { HEAD_DIM_MULTIPLE = 16 };
 
+/* RMSNorm of the rows of x [rows, m->columns] into the inputs of products with ``m``, one phase. */
+static void norm_inputs(const float *x, const float *weight, float eps, const struct matrix *m,
+                        const struct operands *t, struct worker *worker) {
+    int columns = m->columns, size = chunk_size(t->rows, worker);
+    FOR_EACH_CHUNK(worker, r, end, size, t->rows)
+        for (; r < end; r++) {
+            rms_norm(x + (size_t)r * columns, weight, (float *)t->x + r * t->x_stride, columns,
+                     eps);
+            prepare_columns(m, t, r, 0, columns);
+        }
+}
+
+/* Products with gate and up, and the activation, one phase (two with AMX). Gate and up of a column
+ * are by one thread, which has both in its cache then. */
+static void run_gate_up(const struct layer *l, const struct operands *in,
+                        const struct operands *down, struct worker *worker) {
+    int inner = l->down.columns, size = matmul_chunk_size(inner, worker);
+    matmul_outputs *multiply = MATMUL[l->gate_up.format];
+    prepare_inputs(&l->gate_up, in, worker);
+    FOR_EACH_CHUNK(worker, c, end, size, inner) {
+        multiply(&l->gate_up, in, c, end - c, worker);
+        multiply(&l->gate_up, in, inner + c, end - c, worker);
+        swiglu(in->out, inner, in->rows, c, end - c);
+        for (int r = 0; r < in->rows; r++) prepare_columns(&l->down, down, r, c, end);
+    }
+}
+
 static void run_layer(const struct shape *s, const struct layer *l, const struct batch *b, int runs,
                       float *hidden, struct worker *worker) {
-    int rows = b->rows, width = s->width, dim = s->head_dim;
-    size_t queries = s->heads * dim, qkv = queries + 2 * s->kv_heads * dim, wide = 2 * s->inner;
-    float *normed = worker->shared->normed, *out = worker->shared->wide;
-    rms_norm_rows(hidden, l->attn_norm, rows, width, s->eps, worker);
+    const struct workspace *w = worker->shared;
+    int rows = b->rows, width = s->width, queries = s->heads * s->head_dim;
+    int qkv = queries + 2 * s->kv_heads * s->head_dim, wide = 2 * s->inner;
+    float *next = w->prepared + prepared_floats(rows, w->columns);
+    const struct operands to_qkv = {w->normed, width, w->wide, qkv, rows, 0, w->prepared};
+    const struct operands to_o = {w->normed, queries, hidden, width, rows, 1, next};
+    const struct operands to_gate_up = {w->normed, width, w->wide, wide, rows, 0, w->prepared};
+    const struct operands to_down = {w->wide, wide, hidden, width, rows, 1, next};
+    norm_inputs(hidden, l->attn_norm, s->eps, &l->qkv, &to_qkv, worker);
     add_time(worker, TIME_NORMS);
-    matmul(&l->qkv, &(struct operands){normed, width, out, qkv, rows, 0}, worker);
+    matmul(&l->qkv, &to_qkv, worker);
     add_time(worker, TIME_QKV);
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
-        for (; r < end; r++) rope_and_store(s, l, b, out + r * qkv, r);
+        for (; r < end; r++) rope_and_store(s, l, b, w->wide + (size_t)r * qkv, r);
     add_time(worker, TIME_ROPE);
-    attention(s, l, b, runs, out, qkv, normed, queries, worker);
+    attention(s, l, b, runs, w->wide, qkv, w->normed, queries, worker);
     add_time(worker, TIME_ATTENTION);
-    matmul(&l->o, &(struct operands){normed, queries, hidden, width, rows, 1}, worker);
+    prepare_rows(&l->o, &to_o, worker);
+    matmul(&l->o, &to_o, worker);
     add_time(worker, TIME_OUTPUT);
-    rms_norm_rows(hidden, l->mlp_norm, rows, width, s->eps, worker);
+    norm_inputs(hidden, l->mlp_norm, s->eps, &l->gate_up, &to_gate_up, worker);
     add_time(worker, TIME_NORMS);
-    /* Gate and up of a column by one thread, which applies the activation while both are cached. */
-    const struct operands gate_up = {normed, width, out, wide, rows, 0};
-    matmul_prepare(&l->gate_up, &gate_up, worker);
-    size = matmul_chunk_size(s->inner, worker);
-    FOR_EACH_CHUNK(worker, c, end, size, s->inner) {
-        MATMUL[l->gate_up.format](&l->gate_up, &gate_up, c, end - c, worker);
-        MATMUL[l->gate_up.format](&l->gate_up, &gate_up, s->inner + c, end - c, worker);
-        swiglu(out, s->inner, rows, c, end - c);
-    }
+    run_gate_up(l, &to_gate_up, &to_down, worker);
     add_time(worker, TIME_GATE_UP);
-    matmul(&l->down, &(struct operands){out, wide, hidden, width, rows, 1}, worker);
+    matmul(&l->down, &to_down, worker);
     add_time(worker, TIME_DOWN);
 }
 
@@ -80,12 +105,13 @@ void offramp_run_layers(const struct shape *s, const struct layer *layers, int32
 /* x [rows, columns] times the matrix transposed, plus its bias, into out [rows, outs]. */
 void offramp_matmul(const struct matrix *m, const float *x, float *out, int32_t rows,
                     const struct workspace *w) {
-    const struct operands t = {x, m->columns, out, m->outs, rows, 0};
+    const struct operands t = {x, m->columns, out, m->outs, rows, 0, w->prepared};
     memset(w->phases, 0, sizeof(struct phase) * MATMUL_PHASES);
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
         amx_configure();
+        prepare_rows(m, &t, &worker);
         matmul(m, &t, &worker);
         amx_release();
     }
@@ -104,9 +130,9 @@ void offramp_rows(const struct matrix *m, const int64_t *ids, int32_t count, flo
     }
 }
 
-/* Floats of scratch memory for the inputs of matrices, shared by all threads. */
-int64_t offramp_split_input_floats(int32_t rows, int32_t columns) {
-    return split_input_floats(rows, columns);
+/* Floats of scratch memory for the inputs of a matrix, shared by all threads. */
+int64_t offramp_prepared_floats(int32_t rows, int32_t columns) {
+    return prepared_floats(rows, columns);
 }
 
 /* Floats of scratch memory for the products of each thread. */

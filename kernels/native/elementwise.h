@@ -18,16 +18,6 @@ INLINE void rms_norm(const float *x, const float *weight, float *out, int width,
         *(floats *)(out + i) = *(const floats *)(x + i) * scale * *(const floats *)(weight + i);
 }
 
-/* Rows of x [rows, width] into the workspace's ``normed``, one phase. */
-static void rms_norm_rows(const float *x, const float *weight, int rows, int width, float eps,
-                          struct worker *worker) {
-    float *normed = worker->shared->normed;
-    int size = chunk_size(rows, worker);
-    FOR_EACH_CHUNK(worker, r, end, size, rows)
-        for (; r < end; r++)
-            rms_norm(x + (size_t)r * width, weight, normed + (size_t)r * width, width, eps);
-}
-
 /* Rotary embedding: the halves of x [dim], 16 columns a multiple of, are rotated against each
  * other;
  * ``out`` may be ``x``. */

@@ -6,7 +6,7 @@
 #include "matmul_integer.h"
 #include "matmul_vector.h"
 
-/* Phases of ``matmul``; inputs are converted in the first, where they have to be. */
+/* Phases of a product with the conversion of its inputs. */
 enum { MATMUL_PHASES = 2 };
 
 /* Floats of a thread's weight panel: AMX_OUTS rows, more than the PANEL_OUTS of vectors. */
@@ -14,8 +14,8 @@ static size_t panel_floats(int columns) {
     return (size_t)AMX_OUTS * columns;
 }
 
-/* Floats of the inputs as ``matmul_prepare`` stores them; AMX needs more than fixed point. */
-static size_t split_input_floats(int rows, int columns) {
+/* Floats of prepared inputs; AMX needs more than fixed point. */
+static size_t prepared_floats(int rows, int columns) {
     return (size_t)(rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS * columns;
 }
 
@@ -38,12 +38,14 @@ static void matmul_fp16(const struct matrix *m, const struct operands *t, int ou
 
 static void matmul_int8(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    multiply_integer(FORMAT_INT8, m, t, out, count, worker);
+    (void)worker;
+    multiply_integer(FORMAT_INT8, m, t, out, count);
 }
 
 static void matmul_int4(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    multiply_integer(FORMAT_INT4, m, t, out, count, worker);
+    (void)worker;
+    multiply_integer(FORMAT_INT4, m, t, out, count);
 }
 
 static matmul_outputs *const MATMUL[] = {
@@ -53,14 +55,22 @@ static matmul_outputs *const MATMUL[] = {
     [FORMAT_INT4] = matmul_int4,
 };
 
-/* What each product with ``m`` needs of the inputs ``t`` beforehand; a phase of its own, or none.
- */
-static void matmul_prepare(const struct matrix *m, const struct operands *t,
+/* Whether products with ``m`` take fixed point inputs. Who computes a row's inputs then converts
+ * them at once, with ``prepare_columns``. */
+INLINE int takes_fixed_point(const struct matrix *m) {
+    return m->format >= FORMAT_INT8;
+}
+
+/* Convert columns [first, end) of a row of inputs, if products with ``m`` need it. */
+INLINE void prepare_columns(const struct matrix *m, const struct operands *t, int row, int first,
+                            int end) {
+    if (takes_fixed_point(m)) quantize_inputs(t, m->columns, row, first, end);
+}
+
+/* What else products with ``m`` need of the inputs beforehand; a phase of its own, or none. */
+static void prepare_inputs(const struct matrix *m, const struct operands *t,
                            struct worker *worker) {
-    if (m->format >= FORMAT_INT8)
-        quantize_inputs(t, m->columns, worker);
-    else if (uses_amx(m, t->rows))
-        amx_split_inputs(t, m->columns, worker);
+    if (!takes_fixed_point(m) && uses_amx(m, t->rows)) amx_split_inputs(t, m->columns, worker);
 }
 
 /* How many of ``outs`` outputs make a chunk of a phase: a multiple of AMX_OUTS. */
@@ -68,11 +78,19 @@ static int matmul_chunk_size(int outs, const struct worker *worker) {
     return chunk_size((outs + AMX_OUTS - 1) / AMX_OUTS, worker) * AMX_OUTS;
 }
 
-/* All outputs, by all threads. */
+/* All outputs, by all threads; fixed point inputs are there already. */
 static void matmul(const struct matrix *m, const struct operands *t, struct worker *worker) {
-    matmul_prepare(m, t, worker);
+    prepare_inputs(m, t, worker);
     int size = matmul_chunk_size(m->outs, worker);
     FOR_EACH_CHUNK(worker, out, end, size, m->outs) MATMUL[m->format](m, t, out, end - out, worker);
+}
+
+/* A phase that converts fixed point inputs, for those who did not. */
+static void prepare_rows(const struct matrix *m, const struct operands *t, struct worker *worker) {
+    if (!takes_fixed_point(m)) return;
+    int size = chunk_size(t->rows, worker);
+    FOR_EACH_CHUNK(worker, row, end, size, t->rows)
+        for (; row < end; row++) prepare_columns(m, t, row, 0, m->columns);
 }
 
 #endif

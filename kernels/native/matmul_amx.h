@@ -114,7 +114,7 @@ static void amx_split_inputs(const struct operands *t, int columns, struct worke
             }
             transpose(high);
             transpose(low);
-            uint32_t *to = worker->shared->split_inputs + (size_t)i * 2 * TILE_WORDS;
+            uint32_t *to = (uint32_t *)t->prepared + (size_t)i * 2 * TILE_WORDS;
             for (int r = 0; r < 16; r++) {
                 _mm512_storeu_si512(to + r * 16, high[r]);
                 _mm512_storeu_si512(to + TILE_WORDS + r * 16, low[r]);
@@ -193,7 +193,7 @@ INLINE void multiply_amx(int format, const struct matrix *m, const struct operan
     int columns = m->columns;
     size_t stride = row_bytes(format, columns);
     uint16_t *high = (uint16_t *)worker->panel, *low = high + (size_t)AMX_OUTS * columns;
-    const uint32_t *inputs = worker->shared->split_inputs;
+    const uint32_t *inputs = (const uint32_t *)t->prepared;
     for (; count > 0; count -= AMX_OUTS, out += AMX_OUTS) {
         int outs = MIN(AMX_OUTS, count), row = 0;
         for (int o = 0; o < outs; o++) {

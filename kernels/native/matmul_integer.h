@@ -39,8 +39,8 @@ INLINE size_t fixed_point_floats(int columns) {
     return columns / 2 + 2 * (columns / GROUP);
 }
 
-INLINE struct fixed_point_row fixed_point_row(const struct worker *worker, int row, int columns) {
-    float *at = (float *)worker->shared->split_inputs + row * fixed_point_floats(columns);
+INLINE struct fixed_point_row fixed_point_row(const struct operands *t, int row, int columns) {
+    float *at = t->prepared + row * fixed_point_floats(columns);
     float *scales = at + columns / 2;
     return (struct fixed_point_row){(int16_t *)at, scales, scales + columns / GROUP};
 }
@@ -74,15 +74,11 @@ INLINE void quantize_group(const float *x, int g, const struct fixed_point_row *
     to->sums[g] = to->scales[g] * total;
 }
 
-/* All inputs of a product, one phase. */
-static void quantize_inputs(const struct operands *t, int columns, struct worker *worker) {
-    int groups = columns / GROUP;
-    int size = chunk_size(t->rows, worker);
-    FOR_EACH_CHUNK(worker, row, end, size, t->rows)
-        for (; row < end; row++) {
-            struct fixed_point_row to = fixed_point_row(worker, row, columns);
-            for (int g = 0; g < groups; g++) quantize_group(t->x + row * t->x_stride, g, &to);
-        }
+/* Columns [first, end) of one row of ``columns`` inputs. */
+static void quantize_inputs(const struct operands *t, int columns, int row, int first, int end) {
+    struct fixed_point_row to = fixed_point_row(t, row, columns);
+    for (int g = first / GROUP; g < end / GROUP; g++)
+        quantize_group(t->x + row * t->x_stride, g, &to);
 }
 
 /* Word ``at`` of LANES rows as pairs of levels, the columns 0 and 1, 2 and 3, and so on. */
@@ -111,14 +107,14 @@ static __attribute__((noinline)) void store_lanes(floats sums, const float *bias
  * number of the set's first output. */
 INLINE void multiply_lanes(int format, const uint8_t *set, int lane, const struct matrix *m,
                            const struct operands *t, int row, int out, int begin, int end,
-                           const struct worker *worker, const int ROWS) {
+                           const int ROWS) {
     int columns = m->columns, groups = columns / GROUP, words = GROUP / word_columns(format);
     const int PAIRS = word_columns(format) / 2;
     struct fixed_point_row inputs[INTEGER_ROWS];
     floats sums[INTEGER_ROWS][INTEGER_WIDTH];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-        inputs[r] = fixed_point_row(worker, row + r, columns);
+        inputs[r] = fixed_point_row(t, row + r, columns);
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) sums[r][v] = (floats){0};
     }
@@ -182,13 +178,12 @@ INLINE void multiply_lanes(int format, const uint8_t *set, int lane, const struc
 }
 
 #define MULTIPLY_ROWS(ROWS)                                                                        \
-    case ROWS: multiply_lanes(format, set, lane, m, t, row, out, begin, end, worker, ROWS); break;
+    case ROWS: multiply_lanes(format, set, lane, m, t, row, out, begin, end, ROWS); break;
 
 /* The same for all rows: as many at a time as keep their sums in registers, about as many each
  * time. */
 INLINE void multiply_all_rows(int format, const uint8_t *set, int lane, const struct matrix *m,
-                              const struct operands *t, int out, int begin, int end,
-                              const struct worker *worker) {
+                              const struct operands *t, int out, int begin, int end) {
     int tiles = (t->rows + INTEGER_ROWS - 1) / INTEGER_ROWS;
     for (int row = 0, rows; row < t->rows; row += rows, tiles--) {
         rows = (t->rows - row + tiles - 1) / tiles;
@@ -209,13 +204,13 @@ INLINE void multiply_all_rows(int format, const uint8_t *set, int lane, const st
 
 /* Outputs [out, out + count) of all rows, whose inputs quantize_inputs has converted. */
 INLINE void multiply_integer(int format, const struct matrix *m, const struct operands *t, int out,
-                             int count, struct worker *worker) {
+                             int count) {
     int last = out + count;
     for (int first = out / SET * SET; first < last; first += SET) {
         const uint8_t *set = m->data + first * row_bytes(format, m->columns);
         int begin = MAX(out - first, 0), end = MIN(SET, last - first);
         for (int lane = 0; lane < SET; lane += INTEGER_WIDTH * LANES)
-            multiply_all_rows(format, set, lane, m, t, first, begin, end, worker);
+            multiply_all_rows(format, set, lane, m, t, first, begin, end);
     }
 }
 

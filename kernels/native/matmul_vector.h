@@ -29,7 +29,8 @@ struct operands {
     float *out;
     size_t out_stride;
     int rows;
-    int add; /* add to what is in ``out``, instead of replacing it */
+    int add;         /* add to what is in ``out``, instead of replacing it */
+    float *prepared; /* x as integer products (matmul_integer.h) or AMX take it */
 };
 
 /* OUTS x ROWS dot products. */

@@ -41,11 +41,11 @@ struct batch {
 
 /* Scratch memory of a call, and the threads that share it. */
 struct workspace {
-    float *normed;          /* [rows, max(width, heads * head_dim)] */
-    float *wide;            /* [rows, max(qkv, 2 * inner)] */
-    uint32_t *split_inputs; /* split_input_floats(rows, widest columns) */
-    struct phase *phases;   /* LAYER_PHASES a layer, or MATMUL_PHASES */
-    float *per_thread;      /* [threads, per_thread_floats]: weight panel, scores */
+    float *normed;   /* [rows, max(width, heads * head_dim)] */
+    float *wide;     /* [rows, max(qkv, 2 * inner)] */
+    float *prepared; /* [2, prepared_floats(rows, columns)]: inputs of a product, and of the next */
+    struct phase *phases; /* LAYER_PHASES a layer, or MATMUL_PHASES */
+    float *per_thread;    /* [threads, per_thread_floats]: weight panel, scores */
     int64_t per_thread_floats;
     int32_t *run_starts; /* [rows + 1], for attention */
     int64_t *timers;     /* [TIMERS] nanoseconds are added, or NULL */
