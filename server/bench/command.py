@@ -136,7 +136,7 @@ def _add_offramp(add: Callable[..., Any]) -> None:
     add(
         "--serve",
         action=argparse.BooleanOptionalAction,
-        help="measure a server started in a process of its own [with --peer llamacpp]",
+        help="measure a server started in a process of its own [with --peer llamacpp or vllm]",
     )
     add("--url", help="measure the server there; in this process if unset")
     add("--api-key", help="key of that server")
@@ -145,12 +145,13 @@ def _add_offramp(add: Callable[..., Any]) -> None:
 def _add_peer(add: Callable[..., Any]) -> None:
     add(
         "--peer",
-        choices=("llamacpp", "transformers", "transformers-batching"),
+        choices=("llamacpp", "vllm", "transformers", "transformers-batching"),
         help="measure this beside Offramp (transformers: generate, fp32, on the CPU; "
         "transformers-batching: its continuous batching, device and numbers as ours); a server "
         "under --url needs --no-enable-prefix-caching",
     )
-    add("--peer-gguf", type=Path, help="its model file [the embedded model's own]")
+    add("--peer-gguf", type=Path, help="llama.cpp's model file [the embedded model's own]")
+    add("--peer-python", metavar="PATH", help="the Python of an environment with vLLM")
     add("--noisy", action="store_true", help="report even if the machine is not quiet")
 
 

@@ -1,20 +1,26 @@
 """Servers as processes of their own, which end with the one that started them.
 
 Run as a program this module is such a server: ``python -m offramp.server.bench.process offramp``
-with the words of ``offramp serve``, or ``llamacpp`` with those of _serve_llamacpp. It imports
-neither torch nor transformers, or they would count as memory that llama.cpp needs.
+with the words of ``offramp serve``, or ``llamacpp`` or ``vllm`` with those of _serve_llamacpp and
+_serve_vllm. It imports neither torch nor transformers, or they would count as memory that llama.cpp
+needs.
 """
 
 from __future__ import annotations
 
+import http
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -23,6 +29,7 @@ from offramp.server.bench.common import BenchError
 
 SERVE_OFFRAMP = ("offramp.server.bench.process", "offramp")
 SERVE_LLAMACPP = ("offramp.server.bench.process", "llamacpp")
+SERVE_VLLM = ("offramp.server.bench.process", "vllm")
 
 _START_S = 300.0
 _STOP_S = 10.0
@@ -105,13 +112,19 @@ def serving(module: str, *words: str) -> Iterator[ServerProcess]:
         server.stop()
 
 
-def follow_parent() -> None:
-    """End this process when its standard input closes, which even a killed parent's does."""
+def follow_parent(child: subprocess.Popen[bytes] | None = None) -> None:
+    """End this process when its standard input closes, which even a killed parent's does.
+
+    With it ends ``child``, started as the leader of a session, and all that it started.
+    """
 
     def wait() -> None:
         # Not through sys.stdin, whose lock a thread that waits would hold while Python ends.
         while os.read(0, 1):
             pass
+        if child is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -148,6 +161,55 @@ def _serve_llamacpp(words: Sequence[str]) -> None:
     threading.Event().wait()
 
 
+def _serve_vllm(words: Sequence[str]) -> None:
+    """The server of vLLM, as a child of this process; the address is printed once it is healthy.
+
+    Words: the Python that has vLLM, threads, and words for its server.
+    """
+    python, threads, *options = words
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+    child = subprocess.Popen(  # noqa: S603 (the user names the interpreter)
+        [*command, "--port", str(port), "--disable-log-stats", *options],
+        stdin=subprocess.DEVNULL,
+        env={
+            **os.environ,
+            # A core for each thread, none kept for its front end, and no look at the network.
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{int(threads) - 1}",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
+        start_new_session=True,
+    )
+    follow_parent(child)
+    while not _healthy(url):
+        if child.poll() is not None:
+            sys.exit(f"vLLM ended with status {child.returncode}")
+        time.sleep(1)
+    sys.stdout.write(f"ready on {url}\n")
+    sys.stdout.flush()
+    sys.exit(child.wait())
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:  # noqa: S310 (http, ours)
+            return bool(reply.status == http.HTTPStatus.OK)
+    except OSError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 if __name__ == "__main__":
-    follow_parent()
-    {"offramp": _serve_offramp, "llamacpp": _serve_llamacpp}[sys.argv[1]](sys.argv[2:])
+    if sys.argv[1] != "vllm":
+        follow_parent()
+    serve = {"offramp": _serve_offramp, "llamacpp": _serve_llamacpp, "vllm": _serve_vllm}
+    serve[sys.argv[1]](sys.argv[2:])

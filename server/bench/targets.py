@@ -5,16 +5,13 @@ A load is closed: ``concurrency`` answers are under way, and the next begins whe
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import httpx2 as httpx
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -30,8 +27,6 @@ from offramp.server.engine.request import GenerationRequest
 Prompt = tuple[int, ...]
 """Token ids."""
 
-# A server may be slow to answer; one that is silent this long has failed.
-_TIMEOUT_S = 600
 _PAD = 0
 _PAGE = 256
 # A token that no vocabulary has: answers end by their length alone.
@@ -120,155 +115,6 @@ class InProcess(Target):
             prompt = item.request.prompt
             traces.append(Trace(prompt, item.submitted_at, item.token_ids, item.times, layers))
         return traces
-
-
-class OpenAI:
-    """OpenAI's completions with Offramp's fields.
-
-    ``early_exit`` are fields of the request's ``early_exit`` in mode adaptive.
-    """
-
-    path = "/v1/completions"
-
-    def __init__(self, model: str, early_exit: Mapping[str, Any]) -> None:
-        self._model = model
-        self._early_exit = early_exit
-
-    def body(self, prompt: Prompt, load: Load, *, stream: bool) -> dict[str, Any]:
-        """JSON of a request for one greedy answer."""
-        early_exit = self._early_exit if load.mode == "adaptive" else {}
-        streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-        return {
-            "model": self._model,
-            "prompt": list(prompt),
-            "max_tokens": load.max_tokens,
-            "temperature": 0,
-            "ignore_eos": load.ignore_eos,
-            "return_token_ids": True,
-            "early_exit": {"mode": load.mode, **early_exit},
-            **streaming,
-        }
-
-    def absorb(self, trace: Trace, chunk: Mapping[str, Any], now: float) -> None:
-        """Add the tokens of a streamed chunk, seen at ``now``, to ``trace``."""
-        for choice in chunk["choices"]:
-            ids = choice.get("token_ids") or []
-            trace.token_ids += ids
-            trace.times += [now] * len(ids)
-        early_exit = (chunk.get("metrics") or {}).get("early_exit")
-        if early_exit:
-            trace.layers_executed = early_exit["layers_executed"]
-
-    def token_ids(self, reply: Mapping[str, Any]) -> list[int]:
-        """Ids of an answer that was not streamed."""
-        return list(reply["choices"][0]["token_ids"])
-
-
-class LlamaCpp:
-    """llama.cpp's own completions: the OpenAI route next to it takes token ids but returns none.
-
-    ``cache_prompt`` lets a prompt reuse what its slot still holds of the one before.
-    """
-
-    path = "/completion"
-
-    def __init__(self, *, cache_prompt: bool) -> None:
-        self._cache_prompt = cache_prompt
-
-    def body(self, prompt: Prompt, load: Load, *, stream: bool) -> dict[str, Any]:
-        """JSON of a request for one greedy answer."""
-        return {
-            "prompt": list(prompt),
-            "n_predict": load.max_tokens,
-            "temperature": 0,
-            "ignore_eos": load.ignore_eos,
-            "cache_prompt": self._cache_prompt,
-            "return_tokens": True,
-            "stream": stream,
-        }
-
-    def absorb(self, trace: Trace, chunk: Mapping[str, Any], now: float) -> None:
-        """The same; ``tokens_predicted`` also counts tokens whose ids are never streamed."""
-        trace.token_ids += chunk["tokens"]
-        trace.times += [now] * (chunk["tokens_predicted"] - len(trace.times))
-
-    def token_ids(self, reply: Mapping[str, Any]) -> list[int]:
-        """Ids of an answer that was not streamed."""
-        return list(reply["tokens"])
-
-
-WireFormat = OpenAI | LlamaCpp
-"""How a kind of server is sent token ids, and how it returns its own."""
-
-
-class OverHTTP(Target):
-    """A running server, reached like any client: streamed completions of token ids."""
-
-    def __init__(self, url: str, wire: WireFormat, api_key: str | None = None) -> None:
-        self._url = url.rstrip("/")
-        self._wire = wire
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-    def answers(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
-        """See Target."""
-        try:
-            return asyncio.run(self._run(prompts, load))
-        except httpx.HTTPError as error:
-            raise BenchError(f"{self._url}: {str(error) or type(error).__name__}") from error
-
-    def get(self, path: str) -> dict[str, Any]:
-        """The JSON object at ``path``; raises BenchError."""
-        try:
-            reply = httpx.get(self._url + path, headers=self._headers, timeout=_TIMEOUT_S)
-            reply.raise_for_status()
-        except httpx.HTTPError as error:
-            raise BenchError(f"{self._url}{path}: {error}") from error
-        found: dict[str, Any] = reply.json()
-        return found
-
-    async def _run(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
-        gate = asyncio.Semaphore(load.concurrency)
-        # A connection for each request: llama.cpp closes them after a stream without saying so.
-        limits = httpx.Limits(max_connections=load.concurrency, max_keepalive_connections=0)
-        async with httpx.AsyncClient(
-            headers=self._headers, timeout=_TIMEOUT_S, limits=limits
-        ) as client:
-
-            async def one(prompt: Prompt) -> Trace:
-                async with gate:
-                    return await self._streamed(client, prompt, load)
-
-            traces = list(await asyncio.gather(*map(one, prompts)))
-            for trace in traces:
-                if len(trace.token_ids) < len(trace.times):
-                    # Some servers hold back tokens that end inside a character and then stream
-                    # their text without their ids. The times stand; the ids are requested again.
-                    body = self._wire.body(trace.prompt, load, stream=False)
-                    response = await client.post(self._url + self._wire.path, json=body)
-                    response.raise_for_status()
-                    trace.token_ids = self._wire.token_ids(response.json())
-        return traces
-
-    async def _streamed(self, client: httpx.AsyncClient, prompt: Prompt, load: Load) -> Trace:
-        body = self._wire.body(prompt, load, stream=True)
-        trace = Trace(prompt, time.monotonic())
-        async with client.stream("POST", self._url + self._wire.path, json=body) as response:
-            if response.is_error:
-                raise BenchError(f"{response.status_code}: {(await response.aread()).decode()}")
-            async for chunk in _events(response):
-                now = time.monotonic()
-                if "error" in chunk:
-                    raise BenchError(chunk["error"]["message"])
-                self._wire.absorb(trace, chunk, now)
-        if not trace.times:
-            raise BenchError("a stream ended without a token")
-        return trace
-
-
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in response.aiter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line.removeprefix("data: "))
 
 
 class Transformers(Target):

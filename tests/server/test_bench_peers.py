@@ -18,10 +18,11 @@ from offramp.models.loading import sources
 from offramp.server.bench import quiet, systems
 from offramp.server.bench.command import load_parser, main
 from offramp.server.bench.common import BenchError, spread
+from offramp.server.bench.over_http import LlamaCpp, OverHTTP
 from offramp.server.bench.process import ServerProcess, serving
 from offramp.server.bench.reference import agreement, load_judge
 from offramp.server.bench.rounds import Entry, Result, Round, long_prompt, ratios
-from offramp.server.bench.targets import LlamaCpp, Load, OverHTTP, Trace, Transformers
+from offramp.server.bench.targets import Load, Trace, Transformers
 from offramp.server.text.tokenizer import Tokenizer
 from tests.server.fake_llamacpp import answer
 
