@@ -1,25 +1,25 @@
 """Triton, where it is installed: the kernels' side of GPUs.
 
 Under TRITON_INTERPRET=1 kernels run on CPU tensors, slowly, to be compared with their references.
+Where that variable is not set and no GPU is found, Triton's 70 MB are not loaded.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
 
-try:
-    import triton as _triton
-    import triton.language as _language
-except ImportError:
-    _triton = _language = None
-
-triton: Any = _triton
-tl: Any = _language
+triton: Any = None
+tl: Any = None
+if "TRITON_INTERPRET" in os.environ or torch.cuda.is_available():
+    with suppress(ImportError):
+        triton = importlib.import_module("triton")
+        tl = importlib.import_module("triton.language")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from offramp.kernels.backend import uses_triton
@@ -28,13 +30,13 @@ class DecoderLayer:
         self,
         config: ModelConfig,
         index: int,
-        weights: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
         forms: Forms | None = None,
     ) -> None:
         self.config = config
         self.index = index
         prefix = f"layers.{index}."
-        own = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+        own = {k.removeprefix(prefix): weights[k] for k in weights if k.startswith(prefix)}
 
         def product(name: str) -> Linear:
             weight = own[name]

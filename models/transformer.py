@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -53,19 +54,16 @@ class Transformer:
     """A model cut into segments at ``exit_layers`` (ascending, each in 1 .. num_layers - 1).
 
     ``weights`` are the loader's canonical tensors, all of one dtype on one device; ``recipes`` say
-    in which form their matrices are kept (None: exactly). ``consume`` takes what is packed out of
-    ``weights``, so that no model is held twice.
+    in which form their matrices are kept (None: exactly).
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        weights: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
         exit_layers: tuple[int, ...],
         max_positions: int,
         recipes: Recipes | None = None,
-        *,
-        consume: bool = False,
     ) -> None:
         self.config = config
         self.exit_layers = exit_layers
@@ -77,15 +75,10 @@ class Transformer:
         # A tied head that can be read row by row need not be kept twice.
         tied = config.tie_word_embeddings and self.lm_head.native is not None
         self._embed = None if tied else embed
+        del embed, head
         self.exit_forms = recipes.exits if recipes else None
         own = recipes.layers if recipes else None
-        layers = []
-        for index in range(config.num_layers):
-            layers.append(DecoderLayer(config, index, weights, own))
-            if consume:
-                prefix = f"layers.{index}."
-                for name in [name for name in weights if name.startswith(prefix)]:
-                    del weights[name]
+        layers = [DecoderLayer(config, index, weights, own) for index in range(config.num_layers)]
         bounds = [0, *exit_layers, config.num_layers]
         self.segments = [Segment(layers[begin:end]) for begin, end in pairwise(bounds)]
         self.rotary = RotaryTable(

@@ -149,8 +149,7 @@ class Service:
         info = await self._driver.ready()
         self._metrics.configure(info)
         self._stats.configure(info.num_layers)
-        # Nothing loaded so far is ever garbage; do not walk through it again and again.
-        gc.freeze()
+        await asyncio.to_thread(_settle_memory)
         return info
 
     def _resolve(self) -> Path:
@@ -233,6 +232,15 @@ def _exit_now(status: int) -> NoReturn:
     """End the process without waiting for threads."""
     logging.shutdown()
     os._exit(status)
+
+
+def _settle_memory() -> None:
+    """Give back what only loading needed; what is left is never garbage: never look at it again."""
+    from offramp.models.cpu import return_freed_memory  # noqa: PLC0415 (takes torch with it)
+
+    gc.collect()
+    gc.freeze()
+    return_freed_memory()
 
 
 def _raise_file_limit() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +40,8 @@ class Fused:
         return (sum(shape[0] for _, shape in self.parts), *first[1:])
 
 
-def load_weights(
-    folder: Path,
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Read all weights of ``folder`` as ``dtype`` tensors on the CPU.
+class StoredWeights(Mapping[str, Tensor]):
+    """Weights of ``folder`` as ``dtype`` tensors on the CPU, each read anew when it is asked for.
 
     Names and shapes, with d hidden, H and K query and KV heads of size hd, ff the MLP's width and
     V the vocabulary: ``embed`` [V, d], ``final_norm`` [d], ``lm_head`` [V, d] (absent when tied),
@@ -55,24 +49,59 @@ def load_weights(
     ``mlp_norm`` [d], ``gate_up`` [2 * ff, d], ``down`` [d, ff]; where the family has them
     ``qkv_bias``, ``o_bias``, ``gate_up_bias``, ``down_bias`` and ``q_norm``, ``k_norm`` [hd].
 
-    ``progress`` is called with (tensors done, tensors in all). Nothing is read before every name
-    and shape is checked. Raises CheckpointError for missing, unexpected, misshapen or damaged
-    tensors, naming them.
+    ``progress`` is called with (tensors read so far, tensors in all). Every name and shape is
+    checked first. Raises CheckpointError for missing, unexpected, misshapen or damaged tensors,
+    naming them, also when one is read.
     """
-    plan = list(_plan(config))
-    weights: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        files = {path: _open(path, stack) for path in _weight_files(folder)}
-        homes = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118
-        _check(plan, {name: files[path] for name, path in homes.items()}, config)
-    for done, fused in enumerate(plan, start=1):
-        weights[fused.name] = _read(fused, homes, dtype)
-        if progress is not None:
-            progress(done, len(plan))
-    return weights
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        plan = list(_plan(config))
+        with ExitStack() as stack:
+            files = {path: _open(path, stack) for path in _weight_files(folder)}
+            names = {path: file.keys() for path, file in files.items()}
+            self._homes = {name: path for path, own in names.items() for name in own}
+            _check(plan, {name: files[path] for name, path in self._homes.items()}, config)
+        self._plan = {fused.name: fused for fused in plan}
+        self._dtype = dtype
+        self._progress = progress
+        self._read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = _read(self._plan[name], self._homes, self._dtype)
+        if self._progress is not None and name not in self._read:
+            self._read.add(name)
+            self._progress(len(self._read), len(self._plan))
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._plan
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan)
+
+    def __len__(self) -> int:
+        return len(self._plan)
 
 
-def fingerprint(weights: dict[str, Tensor]) -> str:
+def load_weights(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """All `StoredWeights`, read."""
+    return dict(StoredWeights(folder, config, dtype=dtype, progress=progress))
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Name of a model's weights: 32 hex digits of a sha256.
 
     Covers all vectors and up to 64 rows spread over every matrix, rounded to bf16, so that fp32 and

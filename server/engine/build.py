@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from offramp.models.exits.head import shared_heads
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.formats import as_they_are, choose
-from offramp.models.loading.safetensors import fingerprint, load_weights
+from offramp.models.loading.safetensors import StoredWeights, fingerprint
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import DEFAULT_CRITERION
 from offramp.models.step import StepRunner
@@ -199,9 +199,10 @@ def _load(
     device, dtype = placement(config)
     shape = config_from_hf(folder)
     check_shape(shape, device)
-    weights = load_weights(folder, shape, dtype=dtype, progress=progress)
-    weights, own = _tuned(config.exits, weights)
-    weights = {name: tensor.to(device) for name, tensor in weights.items()}
+    stored = StoredWeights(folder, shape, dtype=dtype, progress=progress)
+    weights, own = _tuned(config.exits, stored)
+    if device.type != "cpu":
+        weights = {name: tensor.to(device) for name, tensor in weights.items()}
     exits = _exits(config.exits, own, weights, shape, dtype, device)
     heads, max_len = exits.heads, context_length(shape, config)
     blocks = num_blocks or blocks_that_fit(shape, config, heads, max_len, dtype, device)
@@ -212,7 +213,7 @@ def _load(
     recipes = choose(config.weights, weights, native=native_kernels(config))
     recipes = as_they_are() if on_device else recipes
     layers = tuple(head.layer for head in heads)
-    model = Transformer(shape, weights, layers, max_len, recipes, consume=True)
+    model = Transformer(shape, weights, layers, max_len, recipes)
     del weights
     return_freed_memory()
     info = EngineInfo(
@@ -253,7 +254,9 @@ def _prompt_threshold(config: EngineConfig, exits: ExitFile) -> float | None:
     return max(found, default=None)
 
 
-def _tuned(choice: str, weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+def _tuned(
+    choice: str, weights: Mapping[str, torch.Tensor]
+) -> tuple[Mapping[str, torch.Tensor], str]:
     """The weights with the deltas beside the exit file, if there are any, and their fingerprint."""
     own = fingerprint(weights)
     paths = [] if choice in {"auto", "none"} else delta_paths(Path(choice))
@@ -266,7 +269,7 @@ def _tuned(choice: str, weights: dict[str, torch.Tensor]) -> tuple[dict[str, tor
 def _exits(
     choice: str,
     own: str,
-    weights: dict[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
     shape: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,

@@ -53,7 +53,7 @@ class Compiler:
     """The compiling process; start it once, it takes seconds."""
 
     def __enter__(self) -> Self:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment = {**os.environ, "TRITON_INTERPRET": "0"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             env=environment,
