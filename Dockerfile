@@ -7,17 +7,17 @@ FROM python:${PYTHON}-slim AS build
 ARG PIP_ARGS=""
 WORKDIR /src
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m venv /opt/offramp \
-    && pip install -c constraints.txt build hatchling \
-    && python -m build --wheel --no-isolation --outdir /wheels \
-    && /opt/offramp/bin/pip install $PIP_ARGS -c constraints.txt "$(echo /wheels/*.whl)[fast]"
-
-FROM python:${PYTHON}-slim
-# The C kernels are compiled for the processor that runs them.
+# The wheel carries the C kernels, for every instruction set.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m venv /opt/offramp \
+    && pip install -c constraints.txt build hatchling \
+    && OFFRAMP_PREBUILT=1 python -m build --wheel --no-isolation --outdir /wheels \
+    && /opt/offramp/bin/pip install $PIP_ARGS -c constraints.txt "$(echo /wheels/*.whl)[fast]"
+
+FROM python:${PYTHON}-slim
 RUN useradd --create-home --uid 10001 offramp \
     && install --directory --owner=offramp /var/cache/offramp
 COPY --from=build /opt/offramp /opt/offramp

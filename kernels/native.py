@@ -1,4 +1,4 @@
-"""The C kernels of native/: compiled for this machine at the first use, then kept, and bound here.
+"""The C kernels of native/, bound here; native_build.py finds or makes their library.
 
 They are called through ctypes, which lets other Python threads run meanwhile. Where there is no C
 compiler there are no such kernels, and torch's operators serve.
@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,14 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from offramp.kernels.native_build import candidates
 from offramp.paths import cache_folder
 
 logger = logging.getLogger("offramp.kernels")
-
-_FOLDER = Path(__file__).parent / "native"
-_SOURCE = "decoder.c"
-_COMPILERS = ("cc", "gcc", "clang")
-_TIMEOUT_S = 120
 
 
 class Matrix(ctypes.Structure):
@@ -250,65 +240,15 @@ class Library:
 @functools.cache
 def library() -> Library | None:
     """The kernels, compiled if need be; None, and a log line that says why, if they cannot be."""
-    compiler = _compiler()
-    if compiler is None:
-        logger.warning("no C compiler (CC, cc, gcc, clang): torch's operators serve, more slowly")
-        return None
+    reason = ""
     try:
-        return Library(compiled(compiler, cache_folder() / "kernels"))
+        for path in candidates(cache_folder() / "kernels"):
+            try:
+                return Library(path)
+            except OSError as error:
+                reason = str(error)
+                logger.warning("C kernels in %s do not load: %s", path.name, reason)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        logger.warning("C kernels do not compile, torch's operators serve: %s", reason.strip())
-        return None
-
-
-def compiled(compiler: list[str], folder: Path) -> Path:
-    """The shared library in ``folder``, compiled unless it is there already.
-
-    Its name has a hash of all sources, the command and the processor. Raises OSError or
-    SubprocessError.
-    """
-    flags = ["-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi", *_tuning()]
-    words = [*compiler, *flags, *shlex.split(os.environ.get("CFLAGS", ""))]
-    sources = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.[ch]"))]
-    identity = "\n".join([*sources, *words, _processor()])
-    target = folder / f"decoder-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    logger.info("compiling the C kernels for this machine, once")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch, target.name)
-        # The compiler is the user's own, and no text of a request gets here.
-        subprocess.run(  # noqa: S603
-            [*words, str(_FOLDER / _SOURCE), "-o", str(made), "-lm"],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-        )
-        # Two processes may compile at once; each renames a whole file.
-        made.replace(target)
-    return target
-
-
-def _compiler() -> list[str] | None:
-    chosen = shlex.split(os.environ.get("CC", ""))
-    if chosen:
-        return chosen if shutil.which(chosen[0]) else None
-    return next(([name] for name in _COMPILERS if shutil.which(name)), None)
-
-
-def _tuning() -> list[str]:
-    arm = platform.machine().lower() in {"aarch64", "arm64"}
-    return ["-mcpu=native"] if arm else ["-march=native"]
-
-
-def _processor() -> str:
-    """What the compiled code depends on: the cache folder may be shared between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    kept = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join(sorted(set(kept)))
+    logger.warning("no C kernels, torch's operators serve, more slowly: %s", reason.strip())
+    return None

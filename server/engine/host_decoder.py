@@ -107,8 +107,12 @@ class HostDecoder:
             results = self._commit_segments(step, sequences, result, now)
         else:
             results = self._commit_fill(step, sequences, result)
-        host_seconds = started - begun + time.perf_counter() - ended
-        return results, self._stats(step, sequences, result, host_seconds)
+        counts, self._counts = self._counts, Counter()
+        facts: dict[str, Any] = dict(counts, seconds=result.seconds)
+        if isinstance(step, RunSegments) and step.last + 1 == len(self._queues):
+            facts["prompt_full"] = _checked_prompt_rows(step.work, sequences)
+        facts["host_seconds"] = started - begun + time.perf_counter() - ended
+        return results, _step_stats(step, sequences, result, facts)
 
     def _plan(self, now: float) -> tuple[Step, list[Sequence]] | None:
         """Choose the next step and reserve what it needs; None if there is nothing to run.
@@ -416,36 +420,34 @@ class HostDecoder:
         sequence.prompt_layers_skipped += len(gone) * above
         sequence.prompt_debt = True
 
-    def _stats(
-        self, step: Step, sequences: list[Sequence], result: StepResult, host_seconds: float
-    ) -> StepStats:
-        counts, self._counts = self._counts, Counter()
-        facts: dict[str, Any] = dict(counts, seconds=result.seconds, host_seconds=host_seconds)
-        if isinstance(step, FillKV):
-            rows = sum(len(item.rows) for item in step.work)
-            facts |= {"fill_tokens": rows, "fill_method": str(step.method)}
-            return StepStats("fill", step.work[0].segment, decode_rows=rows, **facts)
-        if facts.get("fill_tokens"):
-            facts["fill_method"] = str(KVFill.RECOMPUTE)
-        top = step.last + 1 == len(self._queues)
-        total = sum(len(item.rows) for item in step.work)
-        decode = sum(
-            len(item.positions) - bisect_left(item.positions, sequence.num_prompt)
-            for item, sequence in zip(step.work, sequences, strict=True)
-            if not sequence.audit
-        )
-        return StepStats(
-            "segments",
-            step.last,
-            first_segment=step.first,
-            head_seconds=result.head_seconds,
-            prefill_rows=total - decode,
-            decode_rows=decode,
-            exit_head_rows=result.exit_head_rows,
-            prompt_left=sum(map(len, result.prompt_left)),
-            prompt_full=_checked_prompt_rows(step.work, sequences) if top else 0,
-            **facts,
-        )
+
+def _step_stats(
+    step: Step, sequences: list[Sequence], result: StepResult, facts: dict[str, Any]
+) -> StepStats:
+    """What a step did; ``facts`` are fields that are known already."""
+    if isinstance(step, FillKV):
+        rows = sum(len(item.rows) for item in step.work)
+        facts |= {"fill_tokens": rows, "fill_method": str(step.method)}
+        return StepStats("fill", step.work[0].segment, decode_rows=rows, **facts)
+    if facts.get("fill_tokens"):
+        facts["fill_method"] = str(KVFill.RECOMPUTE)
+    total = sum(len(item.rows) for item in step.work)
+    decode = sum(
+        len(item.positions) - bisect_left(item.positions, sequence.num_prompt)
+        for item, sequence in zip(step.work, sequences, strict=True)
+        if not sequence.audit
+    )
+    return StepStats(
+        "segments",
+        step.last,
+        first_segment=step.first,
+        head_seconds=result.head_seconds,
+        prefill_rows=total - decode,
+        decode_rows=decode,
+        exit_head_rows=result.exit_head_rows,
+        prompt_left=sum(map(len, result.prompt_left)),
+        **facts,
+    )
 
 
 def _fill_method(sequence: Sequence) -> KVFill:

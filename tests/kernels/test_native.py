@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from offramp.kernels import native, weight_formats
-from offramp.kernels.native import compiled, library
+from offramp.kernels import native, native_build, weight_formats
+from offramp.kernels.native import library
+from offramp.kernels.native_build import VARIANTS, Variant, compiled
 from offramp.kernels.weight_formats import GROUP, pack
 from tests.kernels.test_weight_formats import MAKE, NATIVE
 
@@ -29,7 +29,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
 
 
 def compiler() -> list[str]:
-    found = native._compiler()
+    found = native_build.find_compiler()
     if found is None:
         pytest.skip("no C compiler")
     return found
@@ -47,15 +47,15 @@ def test_another_processor_or_source_gets_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = compiled(compiler(), tmp_path)
-    monkeypatch.setattr(native, "_processor", lambda: "another")
+    monkeypatch.setattr(native_build, "_processor", lambda: "another")
     second = compiled(compiler(), tmp_path)
     made = {first, second}
     for number, name in enumerate(("decoder.c", "matmul.h")):
         sources = tmp_path / str(number)
-        shutil.copytree(native._FOLDER, sources)
+        shutil.copytree(native_build._FOLDER, sources)
         with (sources / name).open("a", encoding="utf-8") as source:
             source.write("/* changed */\n")
-        monkeypatch.setattr(native, "_FOLDER", sources)
+        monkeypatch.setattr(native_build, "_FOLDER", sources)
         made.add(compiled(compiler(), tmp_path))
     assert len(made) == 4
 
@@ -75,7 +75,7 @@ def test_a_compiler_that_fails_is_told_and_leaves_nothing(
     fresh.setenv("CC", "false")
     with caplog.at_level(logging.WARNING):
         assert library() is None
-    assert "do not compile" in caplog.text
+    assert "no C kernels" in caplog.text
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
@@ -89,43 +89,111 @@ def test_a_damaged_library_is_told(
     assert made.name in caplog.text
 
 
-@pytest.mark.parametrize("tuning", ["-march=haswell", "-march=x86-64-v2", "-march=skylake-avx512"])
-def test_older_processors_compute_the_same(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tuning: str
+@pytest.fixture(scope="module")
+def portable_and_avx2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not native_build._is_x86():
+        pytest.skip("not this kind of processor")
+    folder = tmp_path_factory.mktemp("variants")
+    for name in ("portable", "avx2"):
+        compiled(compiler(), folder, named(name)).rename(folder / f"{name}.so")
+    return folder
+
+
+@pytest.fixture
+def prebuilt(fresh: pytest.MonkeyPatch, portable_and_avx2: Path, tmp_path: Path) -> Path:
+    """A folder as in a wheel for x86-64, and no compiler."""
+    folder = tmp_path / "prebuilt"
+    shutil.copytree(portable_and_avx2, folder)
+    fresh.setattr(native_build, "PREBUILT", folder)
+    fresh.setenv("CC", "no-such-compiler")
+    return folder
+
+
+def named(name: str) -> Variant:
+    return next(variant for variant in VARIANTS if variant.name == name)
+
+
+def test_a_prebuilt_library_needs_no_compiler(
+    prebuilt: Path, fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Code for a processor without this one's instructions, as far as this one can run it.
+    """The best that the processor has; without AVX2 the portable one."""
+    with caplog.at_level(logging.INFO):
+        assert library() is not None
+    best = "avx2" if named("avx2").needs <= native_build._features() else "portable"
+    assert f"prebuilt for {best}" in caplog.text
+    library.cache_clear()
+    fresh.setattr(native_build, "_features", frozenset)
+    with caplog.at_level(logging.INFO):
+        assert library() is not None
+    assert "prebuilt for portable" in caplog.text
+
+
+def test_a_prebuilt_library_of_another_machine_is_not_the_end(
+    prebuilt: Path, fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in prebuilt.iterdir():
+        path.write_bytes(b"\x7fELF of another machine")
+    fresh.delenv("CC")
+    with caplog.at_level(logging.WARNING):
+        assert library() is not None
+    assert "do not load" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [("avx3", "is none of amx, vnni"), ("amx", "this processor has no amx_bf16"), ("portable", "")],
+)
+def test_a_wished_instruction_set_is_taken_or_told(
+    prebuilt: Path,
+    fresh: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wish: str,
+    said: str,
+) -> None:
+    lacking = native_build._features() - {"amx_bf16"}
+    fresh.setattr(native_build, "_features", lambda: lacking)
+    fresh.setenv("OFFRAMP_SIMD", wish)
+    with caplog.at_level(logging.INFO):
+        assert library() is not None
+    assert said in caplog.text
+    assert ("prebuilt for portable" in caplog.text) == (wish == "portable")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_instruction_set_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: Variant
+) -> None:
+    """As far as this processor can run them.
 
     Integer products are the same bit for bit wherever there is a fused multiply-add.
     """
-    if "x86" not in platform.machine() or library() is None:
+    if library() is None or not native_build._is_x86():
         pytest.skip("not this kind of processor")
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    if "avx512" in tuning and "avx512vl" not in flags:
+    if not variant.needs <= native_build._features():
         pytest.skip("this processor lacks these instructions")
     weights = {form: MAKE.get(form, torch.randn)(77, 96).half().float() for form in NATIVE}
     weights |= {form: make(77, 96) for form, make in MAKE.items()}
-    x = {rows: torch.randn(rows, 96) for rows in (1, 5, 40)}
+    x = {rows: torch.randn(rows, 96) for rows in (1, 2, 3, 4, 5, 6, 7, 40)}
     expected = {
         (form, rows): pack(weight, None, form)(x[rows])
         for form, weight in weights.items()
         for rows in x
     }
-    monkeypatch.setattr(native, "_tuning", lambda: [tuning])
-    older = native.Library(compiled(compiler(), tmp_path))
-    assert not older.has_amx
-    monkeypatch.setattr(weight_formats, "library", lambda: older)
+    other = native.Library(compiled(compiler(), tmp_path, variant))
+    assert other.has_amx == (variant.name == "amx")
+    monkeypatch.setattr(weight_formats, "library", lambda: other)
     for (form, rows), right in expected.items():
         got = pack(weights[form], None, form)(x[rows])
         torch.testing.assert_close(got, right, rtol=0, atol=1e-4 * float(right.abs().max()))
-        if form in MAKE and "v2" not in tuning:
+        if form in MAKE and "fma" in variant.needs:
             assert got.equal(right)
 
 
 def test_the_source_has_no_warnings(tmp_path: Path) -> None:
     words = [*compiler(), "-std=gnu11", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    for tuning in (native._tuning(), ["-march=x86-64-v2"]):
-        source = native._FOLDER / native._SOURCE
-        command = [*words, *tuning, "-c", str(source), "-o", str(tmp_path / "decoder.o")]
+    for tuning in (native_build._tuning(None), "-march=x86-64-v2"):
+        source = native_build._FOLDER / native_build._SOURCE
+        command = [*words, tuning, "-c", str(source), "-o", str(tmp_path / "decoder.o")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
         assert done.returncode == 0, done.stderr
 

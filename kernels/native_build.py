@@ -1,0 +1,161 @@
+"""How the C kernels of native/ become a library for this processor.
+
+A wheel for a platform carries them compiled for several instruction sets (`VARIANTS`), of which the
+best that the processor has is taken. Elsewhere, as in a checkout, they are compiled for this
+machine at the first use and kept. OFFRAMP_SIMD names another instruction set. This module needs no
+torch, because building a wheel uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger("offramp.kernels")
+
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Where a wheel has compiled variants, each named after its instruction set."""
+_FOLDER = Path(__file__).parent / "native"
+_SOURCE = "decoder.c"
+_FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi")
+_COMPILERS = ("cc", "gcc", "clang")
+_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Kernels for processors that have the instructions ``needs``, as /proc/cpuinfo names them."""
+
+    name: str
+    march: str
+    needs: frozenset[str]
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+VARIANTS = (
+    Variant("amx", "sapphirerapids", _AVX512 | {"avx512_vnni", "avx512_fp16", "amx_bf16"}),
+    Variant("vnni", "cascadelake", _AVX512 | {"avx512_vnni"}),
+    Variant("avx512", "skylake-avx512", _AVX512),
+    Variant("avxvnni", "alderlake", _AVX2 | {"avx_vnni"}),
+    Variant("avx2", "haswell", _AVX2),
+    Variant("portable", "x86-64", frozenset()),
+)
+"""The best first; the last runs on every x86-64 processor."""
+
+
+def candidates(folder: Path) -> Iterator[Path]:
+    """Libraries that should work on this machine, the best first; they may fail to load.
+
+    The last is compiled into ``folder`` unless it is there already. Raises OSError or
+    SubprocessError, with a reason, where none can be had.
+    """
+    variant = _wished()
+    for found in [variant] if variant else VARIANTS:
+        path = PREBUILT / f"{found.name}.so"
+        if found.needs <= _features() and path.exists():
+            logger.info("C kernels: prebuilt for %s", found.name)
+            yield path
+            break
+    compiler = find_compiler()
+    if compiler is None:
+        raise OSError("no C compiler (CC, cc, gcc, clang)")
+    yield compiled(compiler, folder, variant)
+
+
+def compiled(compiler: list[str], folder: Path, variant: Variant | None = None) -> Path:
+    """The shared library in ``folder``, compiled unless it is there already.
+
+    For this machine, or for ``variant``. Its name has a hash of all sources, the command and the
+    processor. Raises OSError or SubprocessError.
+    """
+    words = [*compiler, *_FLAGS, _tuning(variant), *shlex.split(os.environ.get("CFLAGS", ""))]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.[ch]"))]
+    identity = "\n".join([*sources, *words, _processor()])
+    target = folder / f"decoder-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info("compiling the C kernels for %s, once", variant.name if variant else "this machine")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch, target.name)
+        # The compiler is the user's own, and no text of a request gets here.
+        subprocess.run(  # noqa: S603
+            [*words, str(_FOLDER / _SOURCE), "-o", str(made), "-lm"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+        )
+        # Two processes may compile at once; each renames a whole file.
+        made.replace(target)
+    return target
+
+
+def find_compiler() -> list[str] | None:
+    """Command of the C compiler: CC, or one of the usual names; None without one."""
+    chosen = shlex.split(os.environ.get("CC", ""))
+    if chosen:
+        return chosen if shutil.which(chosen[0]) else None
+    return next(([name] for name in _COMPILERS if shutil.which(name)), None)
+
+
+def _wished() -> Variant | None:
+    """The variant that OFFRAMP_SIMD names; None, and a log line, if it cannot run here."""
+    name = os.environ.get("OFFRAMP_SIMD", "")
+    if not name:
+        return None
+    found = next((each for each in VARIANTS if each.name == name), None)
+    missing = "" if found is None else ", ".join(sorted(found.needs - _features()))
+    if found is None:
+        names = ", ".join(each.name for each in VARIANTS)
+        logger.warning("OFFRAMP_SIMD=%s is none of %s: the best for this machine", name, names)
+    elif not _is_x86():
+        logger.warning("OFFRAMP_SIMD=%s is for x86-64: the best for this machine", name)
+    elif missing:
+        logger.warning(
+            "OFFRAMP_SIMD=%s: this processor has no %s: the best for this machine", name, missing
+        )
+    else:
+        return found
+    return None
+
+
+def _tuning(variant: Variant | None) -> str:
+    if variant is not None:
+        return f"-march={variant.march}"
+    arm = platform.machine().lower() in {"aarch64", "arm64"}
+    return "-mcpu=native" if arm else "-march=native"
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in {"x86_64", "amd64"}
+
+
+def _features() -> frozenset[str]:
+    """Instructions of this processor, as /proc/cpuinfo names them; none where that is not known."""
+    lines = [line for line in _cpuinfo() if line.startswith("flags")]
+    return frozenset(lines[0].split(":", 1)[1].split()) if lines else frozenset()
+
+
+def _processor() -> str:
+    """What the compiled code depends on: the cache folder may be shared between machines."""
+    starts = ("model name", "flags", "Features")
+    kept = [line for line in _cpuinfo() if line.startswith(starts)]
+    return "\n".join(sorted(set(kept))) or platform.machine() + platform.processor()
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
