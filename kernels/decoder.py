@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from offramp.kernels.linear import Linear
@@ -81,13 +82,15 @@ class NativeLayers:
     def __call__(self, hidden: Tensor, rows: RowTable, pages: Tensor) -> Tensor:
         """``hidden`` [T, width] after the layers.
 
-        Writes the rows' K,V into ``pages`` [layers, 2, blocks, block_size, kv_heads, head_dim].
+        Writes the rows' K,V into ``pages`` [layers, 2, blocks, block_size, kv_heads, head_dim],
+        fp32 or fp16.
         """
         out = hidden.clone()
         batch = Batch(
             hidden.shape[0],
             rows.block_size,
             rows.longest,
+            pages.dtype is torch.float16,
             pages.data_ptr(),
             pages[0, 0].numel(),
             rows.places.data_ptr(),

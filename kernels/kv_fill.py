@@ -140,7 +140,7 @@ def _scatter(kv: Tensor, pages: Tensor, places: Tensor) -> None:
     """Write ``kv`` [n, layers, 2, kv_heads, head_dim] at ``places`` of every layer."""
     layers, _, blocks, size, kv_heads, dim = pages.shape
     flat = pages.view(layers, 2, blocks * size, kv_heads, dim)
-    flat.index_copy_(2, places, kv.permute(1, 2, 0, 3, 4))
+    flat.index_copy_(2, places, kv.permute(1, 2, 0, 3, 4).to(flat.dtype))
 
 
 @jit

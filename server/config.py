@@ -65,6 +65,12 @@ class EngineConfig(_Options):
     max_num_seqs: int = _option("Scheduling", 64, "Sequences in the engine at once.", ge=1)
     max_num_batched_tokens: int = _option("Scheduling", 512, "Token rows in one step.", ge=1)
     threads: int = _option("Scheduling", 0, "CPU threads of the engine; 0 takes all cores.", ge=0)
+    kv_cache_dtype: Literal["auto", "float32", "float16"] = _option(
+        "Cache",
+        "auto",
+        "Number format of K and V: auto is that of --dtype. On a CPU float16 halves their memory "
+        "and rounds them; it needs the C kernels.",
+    )
     block_size: int = _option("Cache", 32, "Tokens in a KV block.", ge=1, le=1024)
     kv_cache_memory: float | None = _option(
         "Cache",

@@ -153,7 +153,7 @@ class Metrics:
         facts = {
             "block_size": str(info.block_size),
             "num_gpu_blocks": str(info.num_blocks),
-            "cache_dtype": info.dtype,
+            "cache_dtype": info.cache_dtype,
         }
         labels = (*_LABELS, *facts)
         config = Gauge("vllm:cache_config_info", "KV cache.", labels, registry=self.registry)

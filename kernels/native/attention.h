@@ -34,17 +34,27 @@ static size_t score_floats(const struct shape *s, const struct batch *b) {
     return MAX(RUN_ROWS * (s->heads / s->kv_heads), s->heads) * score_stride(b);
 }
 
+/* Keys and values are fp16 (HALF) or fp32; their addresses and the distances between them are in
+ * bytes. */
+INLINE size_t number_bytes(const int HALF) {
+    return HALF ? 2 : 4;
+}
+
+INLINE floats load_kv(const uint8_t *at, const int HALF) {
+    return HALF ? load_fp16(at) : *(const floats *)at;
+}
+
 /* Scores of QUERIES (up to four) queries q [QUERIES, dim] for ``count`` keys, up to LANES,
- * ``stride`` floats apart, to [QUERIES, span]; memory up to a multiple of LANES is written. Where
- * ``ahead`` is not 0, what lies that many floats behind each key is fetched into the cache. */
-INLINE void score_keys(const float *q, const float *k, size_t stride, int dim, int count,
+ * ``stride`` apart, to [QUERIES, span]; memory up to a multiple of LANES is written. Where
+ * ``ahead`` is not 0, what lies so far behind each key is fetched into the cache. */
+INLINE void score_keys(const float *q, const uint8_t *k, size_t stride, int dim, int count,
                        float scale, float *to, size_t span, ptrdiff_t ahead, const int QUERIES,
-                       const int FULL) {
+                       const int FULL, const int HALF) {
     floats quarters[4][4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         floats sums[4][LANES / 4];
-        const float *keys[LANES / 4];
+        const uint8_t *keys[LANES / 4];
 #pragma GCC unroll 4
         for (int j = 0; j < LANES / 4; j++) {
             keys[j] = k + (FULL ? 4 * j + i : MIN(4 * j + i, count - 1)) * stride;
@@ -55,8 +65,9 @@ INLINE void score_keys(const float *q, const float *k, size_t stride, int dim, i
             floats parts[LANES / 4];
 #pragma GCC unroll 4
             for (int j = 0; j < LANES / 4; j++) {
-                if (ahead) __builtin_prefetch(keys[j] + column + ahead);
-                parts[j] = in_register(*(const floats *)(keys[j] + column));
+                const uint8_t *at = keys[j] + column * number_bytes(HALF);
+                if (ahead) __builtin_prefetch(at + ahead);
+                parts[j] = in_register(load_kv(at, HALF));
             }
 #pragma GCC unroll 4
             for (int g = 0; g < QUERIES; g++) {
@@ -73,29 +84,35 @@ INLINE void score_keys(const float *q, const float *k, size_t stride, int dim, i
         *(floats *)(to + g * span) = scale * sum_lanes_end(quarters[g]);
 }
 
-INLINE void score_queries(const float *q, const float *k, size_t stride, int dim, int count,
-                          float scale, float *to, size_t span, ptrdiff_t ahead, const int QUERIES) {
+INLINE void score_queries(const float *q, const uint8_t *k, size_t stride, int dim, int count,
+                          float scale, float *to, size_t span, ptrdiff_t ahead, const int QUERIES,
+                          const int HALF) {
     for (; count >= LANES; count -= LANES, k += LANES * stride, to += LANES) {
         if (ahead)
-            score_keys(q, k, stride, dim, LANES, scale, to, span, ahead, QUERIES, 1);
+            score_keys(q, k, stride, dim, LANES, scale, to, span, ahead, QUERIES, 1, HALF);
         else
-            score_keys(q, k, stride, dim, LANES, scale, to, span, 0, QUERIES, 1);
+            score_keys(q, k, stride, dim, LANES, scale, to, span, 0, QUERIES, 1, HALF);
     }
-    if (count) score_keys(q, k, stride, dim, count, scale, to, span, ahead, QUERIES, 0);
+    if (count) score_keys(q, k, stride, dim, count, scale, to, span, ahead, QUERIES, 0, HALF);
 }
 
+#define SCORE_QUERIES(QUERIES)                                                                     \
+    score_queries(q, k, stride, dim, count, scale, to, span, ahead, QUERIES, HALF)
+
 /* The same for ``count`` keys in a block and ``group`` queries. */
-static void score_block(const float *q, const float *k, size_t stride, int dim, int count,
-                        float scale, float *to, size_t span, ptrdiff_t ahead, int group) {
-    for (; group >= 4; group -= 4, q += 4 * dim, to += 4 * span, ahead = 0)
-        score_queries(q, k, stride, dim, count, scale, to, span, ahead, 4);
+INLINE void score_block(const float *q, const uint8_t *k, size_t stride, int dim, int count,
+                        float scale, float *to, size_t span, ptrdiff_t ahead, int group,
+                        const int HALF) {
+    for (; group >= 4; group -= 4, q += 4 * dim, to += 4 * span, ahead = 0) SCORE_QUERIES(4);
     switch (group) {
-    case 3: score_queries(q, k, stride, dim, count, scale, to, span, ahead, 3); break;
-    case 2: score_queries(q, k, stride, dim, count, scale, to, span, ahead, 2); break;
-    case 1: score_queries(q, k, stride, dim, count, scale, to, span, ahead, 1); break;
+    case 3: SCORE_QUERIES(3); break;
+    case 2: SCORE_QUERIES(2); break;
+    case 1: SCORE_QUERIES(1); break;
     default: break;
     }
 }
+
+#undef SCORE_QUERIES
 
 /* Softmax of scores [count] in place; memory up to a multiple of LANES is written. */
 static void softmax(float *scores, int64_t count) {
@@ -118,11 +135,12 @@ static void softmax(float *scores, int64_t count) {
     for (int64_t i = 0; i < padded; i += LANES) *(floats *)(scores + i) *= share;
 }
 
-/* Add to out [QUERIES, dim], in WIDE * LANES columns, ``count`` values v, ``stride`` floats apart,
- * times the weights [QUERIES, span] of QUERIES (up to four) queries; ``ahead`` as above. */
-INLINE void weighted_values_columns(const float *v, size_t stride, int count, const float *weights,
-                                    size_t span, float *out, int dim, ptrdiff_t ahead,
-                                    const int QUERIES, const int WIDE) {
+/* Add to out [QUERIES, dim], in WIDE * LANES columns, ``count`` values v, ``stride`` apart, times
+ * the weights [QUERIES, span] of QUERIES (up to four) queries; ``ahead`` as above. */
+INLINE void weighted_values_columns(const uint8_t *v, size_t stride, int count,
+                                    const float *weights, size_t span, float *out, int dim,
+                                    ptrdiff_t ahead, const int QUERIES, const int WIDE,
+                                    const int HALF) {
     floats sums[4][VALUE_VECTORS];
 #pragma GCC unroll 4
     for (int g = 0; g < QUERIES; g++)
@@ -131,8 +149,9 @@ INLINE void weighted_values_columns(const float *v, size_t stride, int count, co
     for (int p = 0; p < count; p++, v += stride)
 #pragma GCC unroll 4
         for (int i = 0; i < WIDE; i++) {
-            if (ahead) __builtin_prefetch(v + i * LANES + ahead);
-            floats value = in_register(*(const floats *)(v + i * LANES));
+            const uint8_t *at = v + i * LANES * number_bytes(HALF);
+            if (ahead) __builtin_prefetch(at + ahead);
+            floats value = in_register(load_kv(at, HALF));
 #pragma GCC unroll 4
             for (int g = 0; g < QUERIES; g++) sums[g][i] += weights[g * span + p] * value;
         }
@@ -142,37 +161,44 @@ INLINE void weighted_values_columns(const float *v, size_t stride, int count, co
         for (int i = 0; i < WIDE; i++) *(floats *)(out + g * dim + i * LANES) = sums[g][i];
 }
 
+#define WEIGHTED_VALUES(AHEAD, WIDE)                                                               \
+    weighted_values_columns(v + i * number_bytes(HALF), stride, count, weights, span, out + i,     \
+                            dim, AHEAD, QUERIES, WIDE, HALF)
+
 /* The same in all columns. */
-INLINE void weighted_values_queries(const float *v, size_t stride, int count, const float *weights,
-                                    size_t span, float *out, int dim, ptrdiff_t ahead,
-                                    const int QUERIES) {
+INLINE void weighted_values_queries(const uint8_t *v, size_t stride, int count,
+                                    const float *weights, size_t span, float *out, int dim,
+                                    ptrdiff_t ahead, const int QUERIES, const int HALF) {
     const int WIDTH = VALUE_VECTORS * LANES;
     int i = 0;
     for (; dim - i >= WIDTH; i += WIDTH) {
         if (ahead)
-            weighted_values_columns(v + i, stride, count, weights, span, out + i, dim, ahead,
-                                    QUERIES, VALUE_VECTORS);
+            WEIGHTED_VALUES(ahead, VALUE_VECTORS);
         else
-            weighted_values_columns(v + i, stride, count, weights, span, out + i, dim, 0, QUERIES,
-                                    VALUE_VECTORS);
+            WEIGHTED_VALUES(0, VALUE_VECTORS);
     }
-    for (; i < dim; i += LANES)
-        weighted_values_columns(v + i, stride, count, weights, span, out + i, dim, ahead, QUERIES,
-                                1);
+    for (; i < dim; i += LANES) WEIGHTED_VALUES(ahead, 1);
 }
 
+#undef WEIGHTED_VALUES
+#define WEIGHTED_VALUES(QUERIES)                                                                   \
+    weighted_values_queries(v, stride, count, weights, span, out, dim, ahead, QUERIES, HALF)
+
 /* The same for ``group`` queries. */
-static void weighted_values(const float *v, size_t stride, int count, const float *weights,
-                            size_t span, float *out, int dim, ptrdiff_t ahead, int group) {
+INLINE void weighted_values(const uint8_t *v, size_t stride, int count, const float *weights,
+                            size_t span, float *out, int dim, ptrdiff_t ahead, int group,
+                            const int HALF) {
     for (; group >= 4; group -= 4, weights += 4 * span, out += 4 * dim, ahead = 0)
-        weighted_values_queries(v, stride, count, weights, span, out, dim, ahead, 4);
+        WEIGHTED_VALUES(4);
     switch (group) {
-    case 3: weighted_values_queries(v, stride, count, weights, span, out, dim, ahead, 3); break;
-    case 2: weighted_values_queries(v, stride, count, weights, span, out, dim, ahead, 2); break;
-    case 1: weighted_values_queries(v, stride, count, weights, span, out, dim, ahead, 1); break;
+    case 3: WEIGHTED_VALUES(3); break;
+    case 2: WEIGHTED_VALUES(2); break;
+    case 1: WEIGHTED_VALUES(1); break;
     default: break;
     }
 }
+
+#undef WEIGHTED_VALUES
 
 /* The first position that a row at ``position`` sees. */
 INLINE int64_t context_start(const struct shape *s, int64_t position) {
@@ -184,15 +210,15 @@ INLINE int64_t context_start(const struct shape *s, int64_t position) {
 struct context {
     const struct batch *batch;
     const int64_t *blocks;
-    const float *keys;
-    size_t stride; /* floats from one key to the next */
+    const uint8_t *keys;
+    size_t stride, values; /* bytes from one key to the next, and from keys to values */
     int64_t first, end;
     int parts; /* of the keys alone */
 };
 
 /* ``count`` keys, or values, from position ``first`` on. */
 struct part {
-    const float *at;
+    const uint8_t *at;
     int64_t first;
     int count;
 };
@@ -202,23 +228,30 @@ INLINE struct part context_part(const struct context *c, int index) {
     int64_t block = c->first / size + index - (values ? c->parts : 0);
     int64_t first = MAX(c->first, block * size), after = MIN((block + 1) * size, c->end);
     int64_t place = c->blocks[block] * size + first - block * size;
-    const float *at = c->keys + (values ? c->batch->page_size : 0) + place * c->stride;
+    const uint8_t *at = c->keys + (values ? c->values : 0) + place * c->stride;
     return (struct part){at, first, after - first};
 }
 
 /* Attention of a run's rows ``row`` to ``row + count - 1``: of those queries that read the keys and
  * values of ``heads`` heads from ``head`` on. Queries q and results ``out`` of the rows are
  * ``q_stride`` and ``out_stride`` floats apart; ``scores`` [score_floats] is scratch. */
-static void run_attention(const struct shape *s, const struct layer *l, const struct batch *b,
+INLINE void run_attention(const struct shape *s, const struct layer *l, const struct batch *b,
                           const float *q, size_t q_stride, float *out, size_t out_stride, int row,
-                          int count, int head, int heads, float *scores) {
+                          int count, int head, int heads, float *scores, const int HALF) {
     int dim = s->head_dim, group = s->heads / s->kv_heads, size = b->block_size;
-    size_t stride = (size_t)s->kv_heads * dim, span = score_stride(b);
+    size_t bytes = number_bytes(HALF), stride = s->kv_heads * dim * bytes, span = score_stride(b);
     const int64_t *positions = b->positions + row;
     int64_t first = context_start(s, positions[0]), end = positions[count - 1] + 1;
     const struct context c = {
-        b,   b->blocks + b->first_blocks[row],   layer_keys(l, b) + head * dim, stride, first,
-        end, (end - 1) / size - first / size + 1};
+        .batch = b,
+        .blocks = b->blocks + b->first_blocks[row],
+        .keys = layer_keys(l, b) + head * dim * bytes,
+        .stride = stride,
+        .values = b->page_size * bytes,
+        .first = first,
+        .end = end,
+        .parts = (end - 1) / size - first / size + 1,
+    };
     float scale = 1 / sqrtf(dim);
     q += (size_t)head * group * dim;
     out += (size_t)head * group * dim;
@@ -228,8 +261,9 @@ static void run_attention(const struct shape *s, const struct layer *l, const st
         float *to = scores + part.first - first;
         for (int r = 0; r < count; r++)
             for (int h = 0; h < heads; h++, to += group * span) {
-                score_block(q + r * q_stride + h * group * dim, part.at + h * dim, stride, dim,
-                            part.count, scale, to, span, r ? 0 : next.at - part.at, group);
+                score_block(q + r * q_stride + h * group * dim, part.at + h * dim * bytes, stride,
+                            dim, part.count, scale, to, span, r ? 0 : next.at - part.at, group,
+                            HALF);
             }
     }
     for (int r = 0; r < count; r++) {
@@ -248,11 +282,22 @@ static void run_attention(const struct shape *s, const struct layer *l, const st
         const float *weights = scores + part.first - first;
         for (int r = 0; r < count; r++)
             for (int h = 0; h < heads; h++, weights += group * span)
-                weighted_values(part.at + h * dim, stride, part.count, weights, span,
+                weighted_values(part.at + h * dim * bytes, stride, part.count, weights, span,
                                 out + r * out_stride + h * group * dim, dim,
-                                r ? 0 : next.at - part.at, group);
+                                r ? 0 : next.at - part.at, group, HALF);
     }
 }
+
+#define ATTENTION_OF(NAME, HALF)                                                                   \
+    static void NAME(const struct shape *s, const struct layer *l, const struct batch *b,          \
+                     const float *q, size_t q_stride, float *out, size_t out_stride, int row,      \
+                     int count, int head, int heads, float *scores) {                              \
+        run_attention(s, l, b, q, q_stride, out, out_stride, row, count, head, heads, scores,      \
+                      HALF);                                                                       \
+    }
+ATTENTION_OF(attention_fp32, 0)
+ATTENTION_OF(attention_fp16, 1)
+#undef ATTENTION_OF
 
 /* Attention of all rows, one phase. Queries q and results ``out`` of the rows are ``q_stride`` and
  * ``out_stride`` floats apart. */
@@ -267,8 +312,9 @@ static void attention(const struct shape *s, const struct layer *l, const struct
         for (; i < end; i++) {
             const int32_t *run = worker->shared->run_starts + i * together / s->kv_heads;
             int row = run[0], count = run[1] - row;
-            run_attention(s, l, b, q + row * q_stride, q_stride, out + row * out_stride, out_stride,
-                          row, count, i * together % s->kv_heads, together, worker->scores);
+            (b->half ? attention_fp16 : attention_fp32)(
+                s, l, b, q + row * q_stride, q_stride, out + row * out_stride, out_stride, row,
+                count, i * together % s->kv_heads, together, worker->scores);
         }
 }
 

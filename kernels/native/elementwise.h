@@ -32,25 +32,40 @@ INLINE void rope(const float *x, float *out, const float *cos, const float *sin,
     }
 }
 
-/* The layer's keys [places, kv_heads, head_dim]; its values are ``page_size`` floats further on. */
-INLINE float *layer_keys(const struct layer *l, const struct batch *b) {
-    return b->pages + 2 * l->index * b->page_size;
+/* The layer's keys [places, kv_heads, head_dim]; its values are ``page_size`` numbers further on.
+ */
+INLINE uint8_t *layer_keys(const struct layer *l, const struct batch *b) {
+    return b->pages + 2 * l->index * b->page_size * (b->half ? 2 : 4);
 }
 
-/* Per-head norm and rope of the row's queries, in place, and of its keys, into the pages, where its
- * values go too. ``qkv`` [(heads + 2 kv_heads) * head_dim] is the row's. */
+/* Write x [count] to ``at`` as the pages' numbers; count is a multiple of 8. */
+INLINE void store_kv(const float *x, uint8_t *at, int count, int half) {
+    if (!half) {
+        memcpy(at, x, sizeof(float) * count);
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        _Float16 number = x[i];
+        memcpy(at + 2 * i, &number, sizeof number);
+    }
+}
+
+/* Per-head norm and rope of the row's queries and keys, in place; keys and values go into the
+ * pages. ``qkv`` [(heads + 2 kv_heads) * head_dim] is the row's. */
 static void rope_and_store(const struct shape *s, const struct layer *l, const struct batch *b,
                            float *qkv, int row) {
     int dim = s->head_dim, kv = s->kv_heads * dim;
     const float *cos = b->cos + (size_t)row * dim, *sin = b->sin + (size_t)row * dim;
-    float *k = layer_keys(l, b) + b->places[row] * kv, *v = k + b->page_size;
+    size_t bytes = b->half ? 2 : 4;
+    uint8_t *k = layer_keys(l, b) + b->places[row] * kv * bytes, *v = k + b->page_size * bytes;
     for (int h = 0; h < s->heads + s->kv_heads; h++) {
         float *x = qkv + h * dim;
         const float *norm = h < s->heads ? l->q_norm : l->k_norm;
         if (norm) rms_norm(x, norm, x, dim, s->eps);
-        rope(x, h < s->heads ? x : k + (h - s->heads) * dim, cos, sin, dim);
+        rope(x, x, cos, sin, dim);
     }
-    memcpy(v, qkv + (s->heads + s->kv_heads) * dim, sizeof(float) * kv);
+    store_kv(qkv + s->heads * dim, k, kv, b->half);
+    store_kv(qkv + s->heads * dim + kv, v, kv, b->half);
 }
 
 /* silu(gate) * up for ``count`` columns from ``column`` on, in place of gate; gate_up is

@@ -30,8 +30,9 @@ struct shape {
 struct batch {
     int32_t rows, block_size;
     int32_t longest;             /* longest context of a row, in tokens */
-    float *pages;                /* [layers, 2, places, kv_heads, head_dim]: keys, then values */
-    int64_t page_size;           /* floats of one layer's keys */
+    int32_t half;                /* whether pages are fp16, else fp32 */
+    uint8_t *pages;              /* [layers, 2, places, kv_heads, head_dim]: keys, then values */
+    int64_t page_size;           /* numbers of one layer's keys */
     const int64_t *places;       /* [rows]: where each row's own key and value are stored */
     const int64_t *positions;    /* [rows] */
     const int64_t *first_blocks; /* [rows]: start of the row's block table in ``blocks`` */

@@ -123,6 +123,12 @@ def _add_offramp(add: Callable[..., Any]) -> None:
         default="float32",
         help="number format of K,V and, on a GPU, of the weights [float32]",
     )
+    add(
+        "--kv-cache-dtype",
+        choices=("auto", "float32", "float16"),
+        default="auto",
+        help="number format of K,V [auto: as --dtype]",
+    )
     add("--exits", default="auto", help='exit file, "auto" or "none"')
     add("--exit-threshold", type=float, help="score instead of the calibrated one")
     add("--exit-quality", type=float, help="agreement promised [0.98 if reached]")

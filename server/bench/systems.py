@@ -81,6 +81,7 @@ def offramp(args: argparse.Namespace, folder: Path, capacity: Capacity) -> Itera
         facts |= {
             "threads": capacity.threads,
             "dtype": info.dtype,
+            "cache_dtype": info.cache_dtype,
             "exit_layers": info.exit_layers,
             "exit_thresholds": info.exit_thresholds,
         }
@@ -200,6 +201,7 @@ def _serve_words(args: argparse.Namespace, capacity: Capacity) -> list[str]:
     words += ["--max-num-seqs", str(capacity.slots), "--max-model-len", str(capacity.context)]
     words += ["--exits", args.exits, "--exit-audit-rate", "0"]
     words += ["--device", args.device, "--dtype", args.dtype, "--weights", _weights(args)]
+    words += ["--kv-cache-dtype", args.kv_cache_dtype]
     if args.exit_quality is not None:
         words += ["--exit-quality", str(args.exit_quality)]
     if not capacity.keep_prompts:
@@ -218,6 +220,7 @@ def engine_config(args: argparse.Namespace, capacity: Capacity) -> EngineConfig:
         threads=capacity.threads,
         device=args.device,
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         weights=_weights(args),
         enable_prefix_caching=capacity.keep_prompts,
     )

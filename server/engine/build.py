@@ -44,6 +44,7 @@ from offramp.server.engine.device import (
     blocks_that_fit,
     check_shape,
     context_length,
+    kv_cache_dtype,
     native_kernels,
     placement,
 )
@@ -206,7 +207,7 @@ def _load(
     exits = _exits(config.exits, own, weights, shape, dtype, device)
     heads, max_len = exits.heads, context_length(shape, config)
     blocks = num_blocks or blocks_that_fit(shape, config, heads, max_len, dtype, device)
-    cache = KVCache(shape, blocks, config.block_size, dtype, device)
+    cache = KVCache(shape, blocks, config.block_size, kv_cache_dtype(config, dtype, device), device)
     on_device = _decides_on_device(device, on_device=on_device)
     if config.exit_hold == "throughput" and not on_device:
         raise EngineConfigError("--exit-hold throughput is for GPUs; use --exit-hold latency")
@@ -216,6 +217,10 @@ def _load(
     model = Transformer(shape, weights, layers, max_len, recipes)
     del weights
     return_freed_memory()
+    if cache.pages.dtype is not dtype and not all(each.is_native for each in model.segments):
+        raise EngineConfigError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs the C kernels; use auto"
+        )
     info = EngineInfo(
         model_name=model_name,
         num_layers=shape.num_layers,
@@ -227,6 +232,7 @@ def _load(
         num_blocks=cache.num_blocks,
         max_num_seqs=config.max_num_seqs,
         dtype=str(model.dtype).removeprefix("torch."),
+        cache_dtype=str(cache.pages.dtype).removeprefix("torch."),
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_exit_debt=config.max_exit_debt,
         eos_token_ids=shape.eos_token_ids,

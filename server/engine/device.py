@@ -69,6 +69,17 @@ def context_length(shape: ModelConfig, config: EngineConfig) -> int:
     return config.max_model_len
 
 
+def kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Number format of K and V beside a model of ``dtype``."""
+    wish = _DTYPES.get(config.kv_cache_dtype, dtype)
+    if wish is not dtype and (device.type != "cpu" or wish is not torch.float16):
+        raise EngineConfigError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} does not go with {dtype} on "
+            f"{device.type}; use auto"
+        )
+    return wish
+
+
 def blocks_that_fit(
     shape: ModelConfig,
     config: EngineConfig,
@@ -77,7 +88,7 @@ def blocks_that_fit(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """K,V blocks that fit; at least one full-length request must.
+    """K,V blocks that fit beside a model of ``dtype``; at least one full-length request must.
 
     Weights have to be in place: on a GPU, K,V take what they leave of the share that
     --gpu-memory-utilization grants, unless --kv-cache-memory says how much.
@@ -89,7 +100,7 @@ def blocks_that_fit(
         memory = _ON_A_CPU
     else:
         flag, memory = "--gpu-memory-utilization", _spare(shape, config, heads, dtype, device)
-    size = bytes_per_block(shape, config.block_size, dtype)
+    size = bytes_per_block(shape, config.block_size, kv_cache_dtype(config, dtype, device))
     needed = -(-max_model_len // config.block_size)
     if memory < needed * size:
         raise EngineConfigError(

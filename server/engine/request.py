@@ -150,6 +150,7 @@ class EngineInfo:
     points: tuple[OperatingPoint, ...] = ()
     prompt_threshold: float | None = None
     quality_floor: float | None = None
+    cache_dtype: str = "float32"
 
     @property
     def num_segments(self) -> int:

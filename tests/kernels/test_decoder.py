@@ -91,8 +91,8 @@ def build(shape: ModelConfig, found: dict[str, Tensor], form: WeightFormat) -> T
     return Transformer(shape, found, (1,), POSITIONS, recipes)
 
 
-def cache_of(shape: ModelConfig, blocks: int = 200) -> KVCache:
-    cache = KVCache(shape, blocks, BLOCK, torch.float32, CPU)
+def cache_of(shape: ModelConfig, blocks: int = 200, dtype: torch.dtype = torch.float32) -> KVCache:
+    cache = KVCache(shape, blocks, BLOCK, dtype, CPU)
     cache.pages.fill_(float("nan"))
     return cache
 
@@ -147,15 +147,18 @@ def test_one_call_does_what_the_operators_do(
     torch.testing.assert_close(caches[0].pages, caches[1].pages, rtol=0, atol=bound, equal_nan=True)
 
 
+@pytest.mark.parametrize("pages", [torch.float32, torch.float16])
 @pytest.mark.parametrize("form", [WeightFormat.FP32, WeightFormat.INT8, WeightFormat.INT4])
-def test_results_do_not_depend_on_company_chunks_or_threads(form: WeightFormat) -> None:
+def test_results_do_not_depend_on_company_chunks_or_threads(
+    form: WeightFormat, pages: torch.dtype
+) -> None:
     """Bit for bit: a chunk of a prompt, a token alone and one among many are the same."""
     shape = config()
     model = build(shape, weights(shape, form), form)
     hidden = torch.randn(70, shape.hidden_size)
     own = table(0, 70)
-    whole = run(model, cache_of(shape), [Span(range(70), own)], hidden)
-    cache = cache_of(shape)
+    whole = run(model, cache_of(shape, dtype=pages), [Span(range(70), own)], hidden)
+    cache = cache_of(shape, dtype=pages)
     other = Span(range(9), table(100, 9))
     threads = torch.get_num_threads()
     try:
@@ -168,6 +171,21 @@ def test_results_do_not_depend_on_company_chunks_or_threads(form: WeightFormat) 
             assert part.equal(whole[begin:end])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("changes", SIZES.values(), ids=list(SIZES))
+def test_keys_and_values_in_half_the_memory(changes: dict[str, object]) -> None:
+    """Pages of fp16 hold the rounded numbers, and attention reads them as such."""
+    shape = config(**changes)
+    model = build(shape, weights(shape, WeightFormat.FP32), WeightFormat.FP32)
+    hidden = torch.randn(45, shape.hidden_size)
+    spans = [Span(range(38), table(0, 38)), Span(range(7), table(50, 7))]
+    whole, half = cache_of(shape), cache_of(shape, dtype=torch.float16)
+    expected, got = run(model, whole, spans, hidden), run(model, half, spans, hidden)
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
+    assert not got.equal(expected)
+    # The first layer's inputs are the same in both.
+    torch.testing.assert_close(half.pages[0], whole.pages[0].half(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_input_is_left_as_it_was() -> None:

@@ -12,7 +12,13 @@ from offramp.kernels.native import library
 from offramp.models.config import Weights
 from offramp.models.exits.file import ExitFileError, OperatingPoint
 from offramp.models.runner import Runner
-from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
+from offramp.models.sampling_params import (
+    ExitCriterion,
+    ExitMode,
+    ExitSettings,
+    KVFill,
+    SamplingParams,
+)
 from offramp.server.config import EngineConfig, EngineConfigError
 from offramp.server.engine.build import build_engine, exit_thresholds
 from offramp.server.engine.engine import Engine
@@ -64,6 +70,50 @@ def test_both_kinds_of_kernels_give_the_same_answer(tiny_dir: Path, kernels: str
     reference = build(tiny_dir, max_model_len=64, weights=Weights.FP32, kernels="torch")
     expected = run_all(reference, [request], concurrency=1)
     assert run_all(engine, [request], concurrency=1)[0].token_ids == expected[0].token_ids
+
+
+@pytest.mark.parametrize("fill", [KVFill.PROJECT, KVFill.COPY, KVFill.RECOMPUTE])
+def test_keys_and_values_may_take_half_the_memory(tiny_dir: Path, fill: KVFill) -> None:
+    """Every way of filling them included."""
+    if library() is None:
+        pytest.skip("no C kernels on this machine")
+    config = EngineConfig(max_model_len=64, exits="shared:1,3", device="cpu")
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    leave = ExitSettings(ExitMode.ADAPTIVE, thresholds=(0.0, 0.0), kv_fill=fill)
+    found = []
+    for dtype in ("auto", "float16"):
+        own = config.model_copy(update={"kv_cache_dtype": dtype})
+        engine = build_engine(own, tiny_dir, model_name="t", every_exit=True, check_invariants=True)
+        requests = [
+            GenerationRequest(str(n), tuple(range(5, 25 + n)), sampling, exits)
+            for n, exits in enumerate((ExitSettings(), leave))
+        ]
+        done = run_all(engine, requests, concurrency=2)
+        assert len({*done[1].exit_layers}) > 1
+        found.append((engine.info, [item.token_ids for item in done]))
+    (whole, expected), (half, got) = found
+    assert (whole.cache_dtype, half.cache_dtype) == ("float32", "float16")
+    assert half.num_blocks == 2 * whole.num_blocks
+    same = [
+        a == b
+        for own, other in zip(got, expected, strict=True)
+        for a, b in zip(own, other, strict=True)
+    ]
+    assert sum(same) >= 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernels": "torch"}, "--kv-cache-dtype float16 needs the C kernels"),
+        ({"kv_cache_dtype": "float32", "dtype": "bfloat16"}, "does not go with torch.bfloat16"),
+    ],
+)
+def test_formats_of_keys_and_values_that_cannot_be(
+    tiny_dir: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EngineConfigError, match=message):
+        build(tiny_dir, **{"max_model_len": 64, "kv_cache_dtype": "float16", **options})
 
 
 def test_kernels_that_must_and_cannot_be_compiled_are_refused(
