@@ -46,8 +46,8 @@ class EngineConfig(_Options):
     kernels: Literal["auto", "native", "torch"] = _option(
         "Model",
         "auto",
-        "Kernels on a CPU: native (C, compiled for this machine at the first start), torch's "
-        "operators, or auto (native where there is a C compiler). Those of a GPU are Triton's.",
+        "Kernels on a CPU: native (C, from the wheel or compiled at the first start), torch's "
+        "operators, or auto (native where they can be had). Those of a GPU are Triton's.",
     )
     weights: Weights = _option(
         "Model",

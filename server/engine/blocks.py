@@ -134,14 +134,18 @@ class SequenceMemory:
         """Take blocks for all the sequence's tokens, cached ones first; False if they do not fit.
 
         At least the last token is left to compute, since its logits are wanted; of an audit, every
-        position that makes a token of the answer.
+        position that makes a token of the answer. A prompt's last token may lie in a cached block:
+        it runs every layer, so its K,V are written again as they are.
         """
         size = self.blocks.block_size
         shared: list[int] = []
+        cached = 0
         if self._prefix_caching:
             sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes)
             wanted = sequence.num_prompt if sequence.audit else len(sequence.tokens)
-            shared = self.blocks.share(sequence.hashes[: (wanted - 1) // size])
+            last = 0 if wanted == sequence.num_prompt else 1
+            shared = self.blocks.share(sequence.hashes[: (wanted - last) // size])
+            cached = min(len(shared) * size, wanted - 1)
         missing = -(-len(sequence.tokens) // size) - len(shared)
         # Sequences begin far apart, so that each finds neighbours free when it grows.
         after = shared[-1] if shared else sequence.id * 7919 % self.blocks.num_blocks
@@ -150,7 +154,6 @@ class SequenceMemory:
             self.blocks.release(shared)
             return False
         sequence.table = shared + new
-        cached = len(shared) * size
         sequence.computed = [cached] * sequence.num_segments
         if self._prefix_caching:
             self.prefix_queries += len(sequence.tokens)

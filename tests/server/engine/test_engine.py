@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from offramp.models.sampling_params import ExitMode, KVFill
+from offramp.server.engine import sequence as sequences
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import EngineOutput, FinishReason, GenerationRequest, StepStats
@@ -30,15 +31,27 @@ def run(
 
 
 def test_a_second_prompt_reuses_the_blocks_of_the_first() -> None:
-    """Full blocks of an equal beginning are found, the last token is always computed."""
+    """Full blocks of an equal beginning are found, but the last token is always computed."""
     engine, _ = fake_engine()
     prompt = list(range(12))
     first, _ = run(engine, [request("a", prompt, 2)])
     second, _ = run(engine, [request("b", prompt, 2)])
     assert first[0].stats is not None
     assert second[0].stats is not None
-    assert (first[0].stats.cached_tokens, second[0].stats.cached_tokens) == (0, 8)
+    assert (first[0].stats.cached_tokens, second[0].stats.cached_tokens) == (0, 11)
     assert second[0].token_ids == first[0].token_ids == expected_answer(prompt, 2)
+
+
+def test_the_last_token_of_an_answer_is_not_written_into_a_shared_block() -> None:
+    """It may leave early, and the block of full-depth K,V is another request's too."""
+    engine, _ = fake_engine(num_blocks=40)
+    text = [1, 2, *expected_answer([1, 2], 10)]
+    run(engine, [request("a", text, 2)])
+    sequence = sequences.Sequence(99, request("b", [1, 2], 20, ExitMode.ADAPTIVE), 0.0, 3)
+    sequence.tokens = text
+    assert engine.memory.admit(sequence)
+    assert sequence.computed == [8, 8, 8]
+    assert sequence.table[-1] not in engine.memory.blocks._hash_of
 
 
 @pytest.mark.parametrize("fill", [KVFill.PROJECT, KVFill.COPY])
