@@ -29,9 +29,12 @@ class ExitDecisions:
 
     def weigh(self, segment: int, sequences: abc.Sequence[Sequence]) -> None:
         """Decide whether checks of ``sequences`` after ``segment`` pay, for the next step."""
-        if segment < len(self._info.exit_layers) and any(each.exits_on for each in sequences):
-            self._worth = self._governor.checks_pay(segment, len(sequences))
+        if segment == len(self._info.exit_layers):
+            return
+        if any(each.lossless for each in sequences):
             self._draft_bound = self._governor.draft_bound(segment, len(sequences))
+        if any(each.exits_on and not each.lossless for each in sequences):
+            self._worth = self._governor.checks_pay(segment, len(sequences))
 
     def check(self, sequence: Sequence, segment: int, now: float) -> ExitCheck | None:
         """The check of a sequence's last row after ``segment``; None where it has to go on.

@@ -7,8 +7,9 @@ force are shared.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 from offramp.models.costs import CostModel
 from offramp.models.sampling_params import NEVER
@@ -26,6 +27,12 @@ _MARGIN = 2.0
 # try that changes nothing makes the next one rarer, since a try costs a step what exits would.
 _PROBE_FIRST, _PROBE_RAREST = 32, 1024
 MAX_NGRAM_DRAFTS = 8
+# Decisions stand for so many steps: costs and shares drift slowly, and weighing them takes 2 % of a
+# step of one row.
+_STEPS_KEPT = 16
+
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -71,6 +78,7 @@ class ExitGovernor:
         self._every_exit = every_exit
         # Counted apart: decisions that alternate would take each other's turns.
         self._probes: defaultdict[str, _Probes] = defaultdict(_Probes)
+        self._kept: dict[tuple[str, int, int], tuple[int, Any]] = {}
         num_segments = len(costs.segments)
         # Share of checked tokens that may leave, by segment; learnt from every check.
         self._fires = [0.3] * num_segments
@@ -96,14 +104,17 @@ class ExitGovernor:
             return True
         if self.delay is not None:
             return self._probes[f"check {segment}"].allow(pays=self.delay.exits_pay)
+        pays = self._standing("check", segment, rows, self._checks_save)
+        return self._probes[f"check {segment}"].allow(pays=pays)
+
+    def _checks_save(self, segment: int, rows: int) -> bool:
         costs, share = self.costs, self._fires[segment]
         all_leave = share**rows
         leaving = share * rows
         saved = all_leave * self._saved(segment, rows, 0)
         saved += (1 - all_leave) * self._saved(segment, leaving, rows - leaving)
         paid = (1 - (1 - share) ** rows) * self._payment(segment, max(1.0, leaving))
-        pays = saved >= _MARGIN * (paid + costs.checks[segment].at(rows))
-        return self._probes[f"check {segment}"].allow(pays=pays)
+        return saved >= _MARGIN * (paid + costs.checks[segment].at(rows))
 
     def exits_pay(self, segment: int, leaving: int, staying: int) -> bool:
         """Whether ``leaving`` sequences gain time by leaving after ``segment``.
@@ -126,12 +137,23 @@ class ExitGovernor:
 
         NEVER where checks cost more than the drafts they lead to are likely to gain.
         """
+        gain, loss, pays = self._standing("draft", segment, rows, self._draft_gains)
+        allowed = gain > 0 and self._probes["draft"].allow(pays=pays)
+        return loss / (gain + loss) if allowed else NEVER
+
+    def _draft_gains(self, segment: int, rows: int) -> tuple[float, float, bool]:
         gain, loss = self._draft(segment, rows)
         right = self._confirmed[segment]
         expected = self._fires[segment] * (right * gain - (1 - right) * loss)
-        pays = expected > self.costs.checks[segment].at(rows) / rows
-        allowed = gain > 0 and self._probes["draft"].allow(pays=pays)
-        return loss / (gain + loss) if allowed else NEVER
+        return gain, loss, expected > self.costs.checks[segment].at(rows) / rows
+
+    def _standing(self, name: str, segment: int, rows: int, weigh: Callable[[int, int], T]) -> T:
+        """What ``weigh`` said of ``segment`` and ``rows``; asked again now and then."""
+        left, found = self._kept.get((name, segment, rows), (0, None))
+        if not left:
+            left, found = _STEPS_KEPT, weigh(segment, rows)
+        self._kept[name, segment, rows] = left - 1, found
+        return cast("T", found)
 
     def ngram_length(self, rates: AcceptanceRates, size: int, rows: int) -> int:
         """How many n-gram drafts to verify along with a sequence's next token.

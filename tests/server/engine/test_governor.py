@@ -166,6 +166,8 @@ def test_drafts_that_cost_more_than_they_gain_are_not_made() -> None:
     assert made.draft_bound(0, 1) < 1
     for _ in range(400):
         made.observe_draft(0, right=False)
+    # What was decided before stands for a few steps.
+    assert [made.draft_bound(0, 1) < 1 for _ in range(15)] == [True] * 15
     bounds = [made.draft_bound(0, 1) for _ in range(320)]
     assert sum(bound < 1 for bound in bounds) == 3
 
