@@ -101,13 +101,15 @@ class ExitDecisions:
 
     def ngram_drafts(self, sequence: Sequence, running: int) -> list[int]:
         """Drafts from the text so far, as many as are worth verifying beside ``running`` others."""
-        match = sequence.proposer.find(sequence.tokens)
+        rows = max(1, running)
         sequence.match = 0
+        sequence.acceptance = sequence.acceptance or self._governor.acceptance.copy()
+        if not self._governor.ngrams_pay(sequence.acceptance, rows):
+            return []
+        match = sequence.proposer.find(sequence.tokens)
         if match is None:
             return []
         sequence.match = match.size
-        sequence.acceptance = sequence.acceptance or self._governor.acceptance.copy()
-        rows = max(1, running)
         count = self._governor.ngram_length(sequence.acceptance, match.size, rows)
         room = min(self._draft_room(sequence), self._info.max_num_batched_tokens - 1)
         return sequence.tokens[match.end : match.end + max(0, min(count, room))]

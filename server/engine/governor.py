@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 from offramp.models.costs import CostModel
@@ -162,16 +163,24 @@ class ExitGovernor:
         pays while the chance that all drafts up to it are right, times the time of a token, exceeds
         what the row adds to a pass of ``rows``.
         """
-        costs = self.costs
-        token = costs.full_pass(rows) / rows
+        token, extra = self._standing("n-gram", 0, rows, self._row_costs)
         chance, length = 1.0, 0
         while length < MAX_NGRAM_DRAFTS:
             chance *= rates.of(size + length)
-            extra = costs.full_pass(rows + length + 1) - costs.full_pass(rows + length)
-            if chance * token <= extra:
+            if chance * token <= extra[length]:
                 break
             length += 1
         return length
+
+    def ngrams_pay(self, rates: AcceptanceRates, rows: int) -> bool:
+        """Whether any match could be worth verifying, so that it is worth a search."""
+        token, extra = self._standing("n-gram", 0, rows, self._row_costs)
+        return max(rates.rates) * token > extra[0]
+
+    def _row_costs(self, _: int, rows: int) -> tuple[float, list[float]]:
+        """Seconds a token takes in a pass of ``rows``, and what each further row adds."""
+        passes = [self.costs.full_pass(rows + more) for more in range(MAX_NGRAM_DRAFTS + 1)]
+        return passes[0] / rows, [more - less for less, more in pairwise(passes)]
 
     def hold_share(self, segment: int, waiting: int, ready: int) -> float:
         """The share of the sequences ready at the first segment that must wait at ``segment``.
