@@ -204,3 +204,33 @@ def test_aborting_twice_or_the_unknown_is_harmless() -> None:
     events = engine.step().events
     assert [event.finish_reason for event in events] == [FinishReason.ABORT]
     assert not engine.has_work
+
+
+def test_a_step_goes_as_far_as_nothing_is_decided() -> None:
+    """All segments and the head in mode off; up to the exit where a token may leave else."""
+    engine, _ = fake_engine(leave_share=0.0, num_blocks=40, every_exit=True)
+    _, off = run(engine, [request("a", [1, 2, 3], 5)])
+    assert [(item.first_segment, item.segment) for item in off] == [(0, 2)] * 5
+    _, adaptive = run(engine, [request("b", [4, 5, 6], 5, ExitMode.ADAPTIVE)])
+    steps = [(item.first_segment, item.segment) for item in adaptive]
+    assert steps == [(0, 2), *[(0, 0), (1, 1), (2, 2)] * 4]
+
+
+def test_a_step_stops_where_others_wait() -> None:
+    """Who must go on joins those that are held above, and all go up together."""
+    engine, _ = fake_engine(leave_share=0.0, num_blocks=40, every_exit=True)
+    governor = host_of(engine).governor
+    held = [True]
+    governor.holds = lambda *_: held[0]  # type: ignore[method-assign]
+    done, stats = run(
+        engine,
+        [request("a", [1, 2], 4, ExitMode.ADAPTIVE), request("b", [3, 4, 5], 6)],
+        concurrency=2,
+    )
+    assert [item.token_ids for item in done] == [
+        expected_answer([1, 2], 4),
+        expected_answer([3, 4, 5], 6),
+    ]
+    joined = [item for item in stats if item.first_segment == 1]
+    assert joined
+    assert {item.decode_rows for item in joined} == {2}
