@@ -68,10 +68,10 @@ INLINE void quantize_group(const float *x, int g, const struct fixed_point_row *
         sum += fixed;
         *(shorts *)(to->columns + g * GROUP + i * LANES) = __builtin_convertvector(fixed, shorts);
     }
-    int32_t total = 0;
+    uint32_t total = 0; /* of inputs that are no numbers, any */
     for (int i = 0; i < LANES; i++) total += sum[i];
     to->scales[g] = size < smallest ? 0 : size / LARGEST_INPUT;
-    to->sums[g] = to->scales[g] * total;
+    to->sums[g] = to->scales[g] * (int32_t)total;
 }
 
 /* Columns [first, end) of one row of ``columns`` inputs. */
