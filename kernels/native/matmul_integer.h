@@ -62,11 +62,12 @@ INLINE void quantize_group(const float *x, int g, const struct fixed_point_row *
     /* Of a smaller group the reciprocal overflows. */
     const float smallest = 1e-30f;
     float inverse = size < smallest ? 0 : LARGEST_INPUT / size;
-    ints sum = {0};
+    uints sum = {0};
     for (int i = 0; i < VECTORS; i++) {
-        ints fixed = (ints)(values[i] * inverse + magic) - (ints)broadcast(magic);
+        uints fixed = (uints)(values[i] * inverse + magic) - (uints)broadcast(magic);
         sum += fixed;
-        *(shorts *)(to->columns + g * GROUP + i * LANES) = __builtin_convertvector(fixed, shorts);
+        *(shorts *)(to->columns + g * GROUP + i * LANES) =
+            __builtin_convertvector((ints)fixed, shorts);
     }
     uint32_t total = 0; /* of inputs that are no numbers, any */
     for (int i = 0; i < LANES; i++) total += sum[i];

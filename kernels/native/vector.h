@@ -23,6 +23,8 @@ typedef float floats8 __attribute__((vector_size(32)));
 typedef float unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float floats4 __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+/* Whose sums and differences may wrap around. */
+typedef uint32_t uints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef int16_t pair_lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
