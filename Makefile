@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := server models kernels offramp tests
 
-.PHONY: install serve test lint type docs bench clean
+.PHONY: install serve test sanitize lint type docs bench clean
 
 install: $(STAMP)
 
@@ -25,6 +25,14 @@ test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/offramp pull smollm2-135m
 	$(BIN)/python -m pytest $(ARGS)
+
+# The C kernels' tests with the address and undefined-behaviour sanitizers of GCC, built for MARCH.
+MARCH ?= native
+sanitize: install
+	ASAN_OPTIONS=detect_leaks=0,verify_asan_link_order=0 OFFRAMP_CACHE_DIR=$(VENV)/sanitize \
+	CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1 -march=$(MARCH)' \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/kernels/test_decoder.py tests/kernels/test_weight_formats.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
