@@ -38,7 +38,7 @@ INLINE uint8_t *layer_keys(const struct layer *l, const struct batch *b) {
     return b->pages + 2 * l->index * b->page_size * (b->half ? 2 : 4);
 }
 
-/* Write x [count] to ``at`` as the pages' numbers; count is a multiple of 8. */
+/* Write x [count] to ``at`` as the pages' numbers. */
 INLINE void store_kv(const float *x, uint8_t *at, int count, int half) {
     if (!half) {
         memcpy(at, x, sizeof(float) * count);

@@ -71,13 +71,13 @@ class StoredWeights(Mapping[str, Tensor]):
         self._plan = {fused.name: fused for fused in plan}
         self._dtype = dtype
         self._progress = progress
-        self._read: set[str] = set()
+        self._seen: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = _read(self._plan[name], self._homes, self._dtype)
-        if self._progress is not None and name not in self._read:
-            self._read.add(name)
-            self._progress(len(self._read), len(self._plan))
+        if self._progress is not None and name not in self._seen:
+            self._seen.add(name)
+            self._progress(len(self._seen), len(self._plan))
         return tensor
 
     def __contains__(self, name: object) -> bool:

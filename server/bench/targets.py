@@ -1,4 +1,4 @@
-"""What answers prompts: an engine here, a server over HTTP, or transformers; every token timed.
+"""What answers prompts: an engine here or transformers (servers: over_http.py); all tokens timed.
 
 A load is closed: ``concurrency`` answers are under way, and the next begins when one ends.
 """

@@ -148,11 +148,13 @@ class ExitGovernor:
         expected = self._fires[segment] * (right * gain - (1 - right) * loss)
         return gain, loss, expected > self.costs.checks[segment].at(rows) / rows
 
-    def _standing(self, name: str, segment: int, rows: int, weigh: Callable[[int, int], T]) -> T:
-        """What ``weigh`` said of ``segment`` and ``rows``; asked again now and then."""
+    def _standing(
+        self, name: str, segment: int, rows: int, weigh: Callable[[int, int], T], *, asked: int = 1
+    ) -> T:
+        """What ``weigh`` said of ``segment`` and ``rows``, for steps that ask ``asked`` times."""
         left, found = self._kept.get((name, segment, rows), (0, None))
         if not left:
-            left, found = _STEPS_KEPT, weigh(segment, rows)
+            left, found = _STEPS_KEPT * asked, weigh(segment, rows)
         self._kept[name, segment, rows] = left - 1, found
         return cast("T", found)
 
@@ -163,7 +165,7 @@ class ExitGovernor:
         pays while the chance that all drafts up to it are right, times the time of a token, exceeds
         what the row adds to a pass of ``rows``.
         """
-        token, extra = self._standing("n-gram", 0, rows, self._row_costs)
+        token, extra = self._costs_of_rows(rows)
         chance, length = 1.0, 0
         while length < MAX_NGRAM_DRAFTS:
             chance *= rates.of(size + length)
@@ -174,11 +176,15 @@ class ExitGovernor:
 
     def ngrams_pay(self, rates: AcceptanceRates, rows: int) -> bool:
         """Whether any match could be worth verifying, so that it is worth a search."""
-        token, extra = self._standing("n-gram", 0, rows, self._row_costs)
+        token, extra = self._costs_of_rows(rows)
         return max(rates.rates) * token > extra[0]
 
-    def _row_costs(self, _: int, rows: int) -> tuple[float, list[float]]:
+    def _costs_of_rows(self, rows: int) -> tuple[float, list[float]]:
         """Seconds a token takes in a pass of ``rows``, and what each further row adds."""
+        # Each of the sequences asks.
+        return self._standing("n-gram", 0, rows, self._weigh_rows, asked=rows)
+
+    def _weigh_rows(self, _: int, rows: int) -> tuple[float, list[float]]:
         passes = [self.costs.full_pass(rows + more) for more in range(MAX_NGRAM_DRAFTS + 1)]
         return passes[0] / rows, [more - less for less, more in pairwise(passes)]
 
