@@ -50,15 +50,34 @@ class LayerSizes:
     window: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """States of a pass that are kept on the way up.
+
+    Row i of the pass is kept in ``states[rows[i], slots[layer]]`` after each layer that has a slot:
+    ``states`` [n, F, width] fp32, ``rows`` [T] int64, ``slots`` [all layers] int32 (-1: none).
+    """
+
+    states: Tensor
+    rows: Tensor
+    slots: Tensor
+
+    def keep(self, layer: int, hidden: Tensor) -> None:
+        """Keep ``hidden`` [T, width] after ``layer``, if that has a slot."""
+        slot = int(self.slots[layer])
+        if slot >= 0:
+            self.states[self.rows, slot] = hidden.float()
+
+
 class NativeLayers:
     """Consecutive decoder layers, all of whose matrices the C kernels hold."""
 
     def __init__(self, found: Library, layers: Sequence[LayerWeights], sizes: LayerSizes) -> None:
         self._library = found
         self._kept = list(layers)
-        self._layers = (Layer * len(layers))(*map(_struct, layers))
+        self.layers = (Layer * len(layers))(*map(_struct, layers))
         window = sizes.window or 0
-        self._shape = Shape(
+        self.shape = Shape(
             sizes.width,
             sizes.heads,
             sizes.kv_heads,
@@ -79,37 +98,53 @@ class NativeLayers:
             return None
         return cls(found, layers, sizes)
 
-    def __call__(self, hidden: Tensor, rows: RowTable, pages: Tensor) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, rows: RowTable, pages: Tensor, taps: Taps | None = None
+    ) -> Tensor:
         """``hidden`` [T, width] after the layers.
 
         Writes the rows' K,V into ``pages`` [layers, 2, blocks, block_size, kv_heads, head_dim],
         fp32 or fp16.
         """
         out = hidden.clone()
-        batch = Batch(
-            hidden.shape[0],
-            rows.block_size,
-            rows.longest,
-            pages.dtype is torch.float16,
-            pages.data_ptr(),
-            pages[0, 0].numel(),
-            rows.places.data_ptr(),
-            rows.positions.data_ptr(),
-            rows.first_blocks.data_ptr(),
-            rows.blocks.data_ptr(),
-            rows.cos.data_ptr(),
-            rows.sin.data_ptr(),
-        )
-        self._library.run_layers(self._shape, self._layers, batch, out)
+        batch = batch_of(hidden.shape[0], rows, pages, taps)
+        self._library.run_layers(self.shape, self.layers, batch, out)
         return out
+
+
+def batch_of(count: int, rows: RowTable, pages: Tensor, taps: Taps | None) -> Batch:
+    """``count`` rows with their pages and states, as the C kernels take them."""
+    return Batch(
+        count,
+        rows.block_size,
+        rows.longest,
+        pages.dtype is torch.float16,
+        pages.data_ptr(),
+        pages[0, 0].numel(),
+        rows.places.data_ptr(),
+        rows.positions.data_ptr(),
+        rows.first_blocks.data_ptr(),
+        rows.blocks.data_ptr(),
+        rows.cos.data_ptr(),
+        rows.sin.data_ptr(),
+        *_tap_pointers(taps),
+    )
+
+
+def _tap_pointers(taps: Taps | None) -> tuple[int | None, ...]:
+    if taps is None:
+        return None, 0, None, None
+    stride = taps.states.stride(0)
+    return taps.states.data_ptr(), stride, taps.rows.data_ptr(), taps.slots.data_ptr()
 
 
 def _struct(layer: LayerWeights) -> Layer:
     norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
     pointers = [None if norm is None else norm.data_ptr() for norm in norms]
-    return Layer(*pointers, *map(_matrix, layer.products), layer.index)
+    return Layer(*pointers, *map(matrix_of, layer.products), layer.index)
 
 
-def _matrix(product: Linear) -> Matrix:
+def matrix_of(product: Linear) -> Matrix:
+    """A weight that the C kernels hold, as they take it."""
     assert product.native is not None
     return product.native

@@ -84,6 +84,51 @@ class Batch(ctypes.Structure):
         ("blocks", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("states", c_void_p),
+        ("state_stride", c_int64),
+        ("state_rows", c_void_p),
+        ("state_slots", c_void_p),
+    ]
+
+
+class DraftHeadWeights(ctypes.Structure):
+    """Weights of the draft head; ``vocab`` [outs of the LM head] are token ids."""
+
+    _fields_: ClassVar = [
+        ("layer", Layer),
+        ("fuse", Matrix),
+        ("feedback", Matrix),
+        ("embeddings", Matrix),
+        ("lm_head", Matrix),
+        ("norm", c_void_p),
+        ("vocab", c_void_p),
+    ]
+
+
+class DraftCall(ctypes.Structure):
+    """Entries to make and sequences to guess for; results and scratch memory behind."""
+
+    _fields_: ClassVar = [
+        ("sequences", c_int32),
+        ("guesses", c_int32),
+        ("bound", c_float),
+        ("entries", c_void_p),
+        ("asked", c_void_p),
+        ("ends", c_void_p),
+        ("limits", c_void_p),
+        ("tokens", c_void_p),
+        ("chances", c_void_p),
+        ("ids", c_void_p),
+        ("hidden", c_void_p),
+        ("inputs", c_void_p),
+        ("logits", c_void_p),
+        ("steps", c_void_p),
+        ("numbers", c_void_p),
+        ("angles", c_void_p),
+        ("alive", c_void_p),
+        ("best", c_void_p),
+        ("product", c_void_p),
+        ("chance", c_void_p),
     ]
 
 
@@ -128,7 +173,7 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
         for name in ("prepared_floats", "matmul_floats", "score_floats"):
             self._function(name).restype = c_int64
-        for name in ("run_layers", "matmul", "rows"):
+        for name in ("run_layers", "matmul", "rows", "draft"):
             self._function(name).restype = None
         self._function("constant").restype = c_int64
         self._function("timer_name").restype = c_char_p
@@ -136,6 +181,7 @@ class Library:
         self._phase_floats = self.constant("struct phase") // torch.float32.itemsize
         self._layer_phases = self.constant("LAYER_PHASES")
         self._matmul_phases = self.constant("MATMUL_PHASES")
+        self._draft_phases = self.constant("DRAFT_PHASES")
         self._scratch = _Scratch()
         self.timers: tuple[str, ...] = tuple(self._timer_names())
         self._time: Tensor | None = None
@@ -199,26 +245,8 @@ class Library:
         self, shape: Shape, layers: ctypes.Array[Layer], batch: Batch, hidden: Tensor
     ) -> None:
         """Advance ``hidden`` [T, width] through ``layers``, in place."""
-        threads = torch.get_num_threads()
-        queries = shape.heads * shape.head_dim
-        qkv = queries + 2 * shape.kv_heads * shape.head_dim
-        columns = max(shape.width, queries, shape.inner)
-        scores = self._function("score_floats")(ctypes.byref(shape), ctypes.byref(batch))
-        per_thread = self._function("matmul_floats")(columns) + scores
-        inputs = self._function("prepared_floats")(batch.rows, columns)
-        scratch = self._scratch.at
-        workspace = Workspace(
-            normed=scratch("normed", batch.rows * max(shape.width, queries)),
-            wide=scratch("wide", batch.rows * max(qkv, 2 * shape.inner)),
-            prepared=scratch("prepared", 2 * inputs),
-            phases=scratch("phases", len(layers) * self._layer_phases * self._phase_floats),
-            per_thread=scratch("per_thread", threads * per_thread),
-            per_thread_floats=per_thread,
-            run_starts=scratch("run_starts", batch.rows + 1),
-            timers=None if self._time is None else self._time.data_ptr(),
-            threads=threads,
-            columns=columns,
-        )
+        phases = len(layers) * self._layer_phases
+        workspace = self._workspace(shape, batch, batch.rows, phases)
         self._function("run_layers")(
             ctypes.byref(shape),
             layers,
@@ -226,6 +254,61 @@ class Library:
             ctypes.byref(batch),
             c_void_p(hidden.data_ptr()),
             ctypes.byref(workspace),
+        )
+
+    def draft(
+        self,
+        shape: Shape,
+        head: DraftHeadWeights,
+        entries: Batch,
+        asked: Batch,
+        call: DraftCall,
+    ) -> None:
+        """Make ``entries``, and the guesses that follow ``asked``; ``call`` lacks its scratch."""
+        scratch, rows = self._scratch.at, entries.rows
+        sequences, guesses = call.sequences, call.guesses
+        batch_floats = ctypes.sizeof(Batch) // 4
+        call.entries, call.asked = ctypes.addressof(entries), ctypes.addressof(asked)
+        call.hidden = scratch("draft hidden", rows * shape.width)
+        call.inputs = scratch("draft inputs", rows * head.fuse.columns)
+        call.logits = scratch("draft logits", sequences * (head.lm_head.outs + 16))
+        call.steps = scratch("draft steps", max(1, guesses) * batch_floats)
+        call.numbers = scratch("draft numbers", 6 * guesses * sequences)
+        call.angles = scratch("draft angles", 2 * guesses * sequences * shape.head_dim)
+        call.alive = scratch("draft alive", sequences)
+        call.best = scratch("draft best", sequences)
+        call.product = scratch("draft product", sequences)
+        call.chance = scratch("draft chance", sequences)
+        phases = max(1, guesses) * self._draft_phases
+        longest = asked if sequences else entries
+        workspace = self._workspace(shape, longest, rows, phases, head.fuse.columns)
+        self._function("draft")(
+            ctypes.byref(shape), ctypes.byref(head), ctypes.byref(call), ctypes.byref(workspace)
+        )
+
+    def _workspace(
+        self, shape: Shape, batch: Batch, rows: int, phases: int, columns: int = 0
+    ) -> Workspace:
+        """Scratch memory for layers over ``rows`` rows, with contexts as long as in ``batch``."""
+        threads = torch.get_num_threads()
+        queries = shape.heads * shape.head_dim
+        qkv = queries + 2 * shape.kv_heads * shape.head_dim
+        columns = max(shape.width, queries, shape.inner, columns)
+        scores = self._function("score_floats")(ctypes.byref(shape), ctypes.byref(batch))
+        per_thread = self._function("matmul_floats")(columns) + scores
+        inputs = self._function("prepared_floats")(rows, columns)
+        scratch = self._scratch.at
+        return Workspace(
+            normed=scratch("normed", rows * max(shape.width, queries)),
+            wide=scratch("wide", rows * max(qkv, 2 * shape.inner)),
+            prepared=scratch("prepared", 2 * inputs),
+            phases=scratch("phases", phases * self._phase_floats),
+            per_thread=scratch("per_thread", threads * per_thread),
+            per_thread_floats=per_thread,
+            run_starts=scratch("run_starts", rows + 1),
+            timers=None if self._time is None else self._time.data_ptr(),
+            threads=threads,
+            columns=columns,
         )
 
     def _function(self, name: str) -> Any:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from offramp.models.exits.criteria import PROFILED
 from offramp.models.sampling_params import NEVER, KVFill, SamplingParams
 from offramp.models.step import (
+    Draft,
+    DraftRows,
     ExitCheck,
     FillKV,
     HeadRow,
@@ -22,6 +24,7 @@ from offramp.models.step import (
 # drifts and forget a burst of noise.
 _RENEWAL = 0.05
 _PROFILED_ROWS = (1, 2, 4, 8, 16)
+_PROFILED_GUESSES = 2
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
@@ -121,13 +124,14 @@ class CostModel:
     """Seconds of each kind of step by its rows.
 
     ``checks[i]`` are the exit checks after segment i, apart from ``segments[i]``; ``fill`` makes
-    K,V of skipped layers by projection.
+    K,V of skipped layers by projection; ``draft`` is one guess of the draft head for each sequence.
     """
 
     segments: list[StepCost]
     checks: list[StepCost]
     head: StepCost = field(default_factory=StepCost)
     fill: StepCost = field(default_factory=StepCost)
+    draft: StepCost = field(default_factory=StepCost)
 
     @classmethod
     def of(cls, num_segments: int) -> CostModel:
@@ -149,23 +153,31 @@ class CostModel:
         return self.above(0, rows) + self.head.at(rows)
 
 
-def profile_costs(runner: StepRunner, num_segments: int, most_rows: int) -> CostModel:
+def profile_costs(
+    runner: StepRunner, num_segments: int, most_rows: int, *, drafts: bool = False
+) -> CostModel:
     """Run every kind of step twice at a few row counts up to ``most_rows``; the second run counts.
 
     Each row is a sequence of one token in a block of its own, so no request may hold blocks yet.
-    Nothing is measured where there is no exit: then there is nothing to decide.
+    ``drafts`` says that there is a draft head. Nothing is measured where there is neither that nor
+    an exit: then there is nothing to decide.
     """
     costs = CostModel.of(num_segments)
-    if num_segments == 1:
+    if num_segments == 1 and not drafts:
         return costs
     for count in [rows for rows in _PROFILED_ROWS if rows <= most_rows]:
         for _ in range(2):
             results = [runner.run(step) for step in _profiled_steps(count, num_segments)]
-        for index, result in enumerate(results[:-1]):
+            if drafts:
+                drafted = runner.run(_profiled_draft(count))
+        for index, result in enumerate(results[:num_segments]):
             costs.segments[index].add(count, result.segment_seconds[0])
             costs.checks[index].add(count, result.check_seconds)
-        costs.head.add(count, results[-2].head_seconds)
-        costs.fill.add(count, results[-1].seconds)
+        costs.head.add(count, results[num_segments - 1].head_seconds)
+        if num_segments > 1:
+            costs.fill.add(count, results[-1].seconds)
+        if drafts:
+            costs.draft.add(count, drafted.seconds / _PROFILED_GUESSES)
     return costs
 
 
@@ -186,5 +198,12 @@ def _profiled_steps(count: int, num_segments: int) -> list[Step]:
             for row in range(count)
         )
         steps.append(RunSegments(segment, segment, work, heads if top else ()))
+    if num_segments == 1:
+        return steps
     owed = tuple(OwedRows(1, (0,), (row,), (row,)) for row in range(count))
     return [*steps, FillKV(KVFill.PROJECT, owed)]
+
+
+def _profiled_draft(count: int) -> Draft:
+    own = (DraftRows(range(1), (0,), (-1,), (row,), 0, _PROFILED_GUESSES) for row in range(count))
+    return Draft(tuple(own), 0.0)

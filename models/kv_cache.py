@@ -12,7 +12,8 @@ class KVCache:
     """K and V pages: one tensor [layers, 2, blocks, block_size, kv_heads, head_dim].
 
     A block id names the same page in every layer. The engine decides which
-    sequence owns which block; this class only holds memory.
+    sequence owns which block; this class only holds memory. ``extra_layers`` lie above the stack's
+    and are in ``layers`` alone.
     """
 
     def __init__(
@@ -22,19 +23,24 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        extra_layers: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        layers = config.num_layers + extra_layers
+        shape = (layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         # Not cleared: a page is read only where it was written, and on a CPU one that was never
         # used then takes no memory.
-        self.pages = torch.empty(shape, dtype=dtype, device=device)
+        memory = torch.empty(shape, dtype=dtype, device=device)
+        self.pages = memory[: config.num_layers]
         self.flat = self.pages.flatten(2, 3)
         """The same memory as [layers, 2, places, kv_heads, head_dim]."""
-        parts = self.flat.flatten(0, 1).unbind()
+        parts = memory.flatten(2, 3).flatten(0, 1).unbind()
         self.layers: list[tuple[Tensor, Tensor]] = list(zip(parts[::2], parts[1::2], strict=True))
 
 
-def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+def bytes_per_block(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, extra_layers: int = 0
+) -> int:
     """Bytes one block takes over all layers, K and V together."""
-    return 2 * config.num_layers * block_size * config.kv_size * dtype.itemsize
+    return 2 * (config.num_layers + extra_layers) * block_size * config.kv_size * dtype.itemsize

@@ -16,12 +16,14 @@ from offramp.kernels.rows import RowTable, Span, flat_places
 from offramp.models.cpu import ThreadGovernor
 from offramp.models.device_loop import DeviceLoop
 from offramp.models.device_pass import plain
+from offramp.models.drafting import Drafter
 from offramp.models.exits.checks import Exits, check_sequences, prompt_leavers
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
 from offramp.models.sampler import sample
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
+    Draft,
     FillKV,
     OwedRows,
     RunSegments,
@@ -44,7 +46,7 @@ class Runner:
     """Owns the device side: weights, K,V pages and the hidden buffer [rows, d].
 
     ``heads`` are the exit heads, one for each of the model's exit layers; ``vocab`` the token ids
-    they tell apart (None: all).
+    they tell apart (None: all). ``drafter`` carries out drafts, where there is a draft head.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class Runner:
         cache: KVCache,
         num_rows: int,
         vocab: Tensor | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         if tuple(head.layer for head in heads) != model.exit_layers:
             raise ValueError("each exit layer of the model needs its exit head")
         self.model = model
         self.exits = Exits(model, heads, num_rows, vocab)
         self.cache = cache
+        self.drafter = drafter
         self.hidden = torch.zeros(
             num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device
         )
@@ -94,6 +98,8 @@ class Runner:
                 return self._run_segments(step, begun)
             case FillKV():
                 self._fill(step)
+            case Draft():
+                return self._draft(step, begun)
         return StepResult(self._now() - begun)
 
     def _run_segments(self, step: RunSegments, begun: float) -> StepResult:
@@ -105,9 +111,10 @@ class Runner:
         else:
             hidden = self.hidden[rows]
         at = self._rows_of(step.first, work)
+        taps = None if self.drafter is None else self.drafter.taps(rows)
         times = [begun]
         for segment in model.segments[step.first : step.last + 1]:
-            hidden = segment(hidden, at, self.cache)
+            hidden = segment(hidden, at, self.cache, taps)
             times.append(self._now())
         seconds = tuple(end - start for start, end in pairwise(times))
         if step.last == len(self.exits.heads):
@@ -143,6 +150,12 @@ class Runner:
             tokens = tuple(sample(self.model.logits(self.model.normed(states)), step.head))
         spent = self._now() - begun
         return StepResult(sum(seconds) + spent, seconds, head_seconds=spent, head_tokens=tokens)
+
+    def _draft(self, step: Draft, begun: float) -> StepResult:
+        if self.drafter is None:
+            raise ValueError("there is no draft head")
+        made = self.drafter.run(step.work, step.bound)
+        return StepResult(self._now() - begun, guesses=made.tokens, chances=made.chances)
 
     def _rows_of(self, segment: int, work: Sequence[SequenceRows]) -> RowTable:
         """Positions and pages of the rows; kept while the same rows go on to the next segment.

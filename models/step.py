@@ -96,7 +96,35 @@ class FillKV:
     work: tuple[OwedRows, ...]
 
 
-Step = RunSegments | FillKV
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """Entries that the draft head makes for one sequence, and how many guesses it may add.
+
+    The entry at each of ``positions`` is made of its token and of the stack's states one position
+    before, which are in ``rows`` (-1: there are none). ``table`` lists the sequence's K,V blocks;
+    those before the ``first_block``-th hold no entries.
+    """
+
+    positions: range
+    token_ids: tuple[int, ...]
+    rows: tuple[int, ...]
+    table: Sequence[int]
+    first_block: int = 0
+    guesses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Let the draft head guess what follows the last entry of each sequence.
+
+    A sequence's guesses end where the product of their probabilities falls below ``bound``.
+    """
+
+    work: tuple[DraftRows, ...]
+    bound: float
+
+
+Step = RunSegments | FillKV | Draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +137,8 @@ class StepResult:
     (None without a check) and ``token_ids`` the exit's token, -1 where it does not leave; all empty
     after the top segment. ``prompt_left``: for each sequence the indices of its prompt rows that
     left, empty where none may. ``head_tokens``: one for each row of the step's head.
-    ``exit_head_rows`` are rows an exit's LM head was run for.
+    ``exit_head_rows`` are rows an exit's LM head was run for. ``guesses`` and ``chances``: for each
+    sequence of a draft its guesses, and the draft head's probability of each.
     """
 
     seconds: float
@@ -122,6 +151,8 @@ class StepResult:
     prompt_left: tuple[tuple[int, ...], ...] = ()
     head_tokens: tuple[int, ...] = ()
     exit_head_rows: int = 0
+    guesses: tuple[tuple[int, ...], ...] = ()
+    chances: tuple[tuple[float, ...], ...] = ()
 
 
 class StepRunner(Protocol):

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from offramp.kernels.decoder import NativeLayers
+from offramp.kernels.decoder import NativeLayers, Taps
 from offramp.kernels.kv_fill import Projection
 from offramp.kernels.linear import Linear
 from offramp.kernels.rms_norm import rms_norm
@@ -34,6 +34,11 @@ class Segment:
         return self.layers[0].index
 
     @property
+    def native(self) -> NativeLayers | None:
+        """All its layers for one call of the C kernels, where those hold them."""
+        return self._native
+
+    @property
     def is_native(self) -> bool:
         """Whether one call of the C kernels runs all its layers."""
         return self._native is not None
@@ -41,12 +46,19 @@ class Segment:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __call__(self, hidden: Tensor, rows: RowTable, cache: KVCache) -> Tensor:
-        """Advance ``hidden`` [T, d] through every layer, writing the rows' K,V into the cache."""
+    def __call__(
+        self, hidden: Tensor, rows: RowTable, cache: KVCache, taps: Taps | None = None
+    ) -> Tensor:
+        """Advance ``hidden`` [T, d] through every layer, writing the rows' K,V into the cache.
+
+        ``taps`` keep states on the way.
+        """
         if self._native is not None:
-            return self._native(hidden, rows, cache.pages)
+            return self._native(hidden, rows, cache.pages, taps)
         for layer in self.layers:
             hidden = layer(hidden, rows, cache)
+            if taps is not None:
+                taps.keep(layer.index, hidden)
         return hidden
 
 
@@ -77,6 +89,7 @@ class Transformer:
         self._embed = None if tied else embed
         del embed, head
         self.exit_forms = recipes.exits if recipes else None
+        self.draft_forms = recipes.drafts if recipes else None
         own = recipes.layers if recipes else None
         layers = [DecoderLayer(config, index, weights, own) for index in range(config.num_layers)]
         bounds = [0, *exit_layers, config.num_layers]
@@ -105,6 +118,11 @@ class Transformer:
         """All embeddings [vocab, d], where they are kept as they are."""
         assert self._embed is not None
         return self._embed
+
+    @property
+    def embedding_weight(self) -> Linear | Tensor:
+        """The embeddings [vocab, d] in the form in which they are kept."""
+        return self.lm_head if self._embed is None else self._embed
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [n, d] of token ids [n]."""

@@ -93,6 +93,11 @@ class EngineConfig(_Options):
         'Exit file (a tuned backbone\'s deltas lie beside it), "auto" (the shipped one that fits), '
         '"none", or "shared:8,12" for a model whose own head reads those layers (LayerSkip).',
     )
+    draft_head: str = _option(
+        "Early exit",
+        "auto",
+        'Draft head for lossless requests: a file, "auto" (the shipped one that fits) or "none".',
+    )
     exit_quality: float | None = _option(
         "Early exit",
         None,

@@ -6,14 +6,25 @@
 
 #include "threads.h"
 
-/* x [width] over its root mean square, times ``weight``; ``out`` may be ``x``. */
-INLINE void rms_norm(const float *x, const float *weight, float *out, int width, float eps) {
+/* One over the root mean square of x [width]. */
+INLINE float unit_scale(const float *x, int width, float eps) {
     floats squares = {0};
     for (int i = 0; i < width; i += LANES) {
         floats v = *(const floats *)(x + i);
         squares += v * v;
     }
-    float scale = 1 / sqrtf(sum_lanes(squares) / width + eps);
+    return 1 / sqrtf(sum_lanes(squares) / width + eps);
+}
+
+/* x [width] over its root mean square; ``out`` may be ``x``. */
+INLINE void scale_to_unit(const float *x, float *out, int width, float eps) {
+    float scale = unit_scale(x, width, eps);
+    for (int i = 0; i < width; i += LANES) *(floats *)(out + i) = *(const floats *)(x + i) * scale;
+}
+
+/* The same, times ``weight``. */
+INLINE void rms_norm(const float *x, const float *weight, float *out, int width, float eps) {
+    float scale = unit_scale(x, width, eps);
     for (int i = 0; i < width; i += LANES)
         *(floats *)(out + i) = *(const floats *)(x + i) * scale * *(const floats *)(weight + i);
 }

@@ -38,6 +38,41 @@ struct batch {
     const int64_t *first_blocks; /* [rows]: start of the row's block table in ``blocks`` */
     const int64_t *blocks;
     const float *cos, *sin; /* [rows, head_dim], the sine negative in the first half */
+    /* Where states are kept on the way, or NULL: row r after layer i in slot ``state_slots[i]``, if
+     * that is not negative, of the states of row ``state_rows[r]``. */
+    float *states;              /* [.., slots, width] */
+    int64_t state_stride;       /* floats of a row's states */
+    const int64_t *state_rows;  /* [rows] */
+    const int32_t *state_slots; /* [all layers] */
+};
+
+/* Weights of the draft head (see models/exits/draft_head.py). */
+struct draft_head {
+    struct layer layer;
+    struct matrix fuse, feedback, embeddings, lm_head;
+    const float *norm;    /* [width] */
+    const int64_t *vocab; /* [lm_head.outs] token ids */
+};
+
+/* Entries to make, and sequences whose next tokens are to be guessed. */
+struct draft {
+    int32_t sequences, guesses; /* that ask, and the most guesses one of them asks for */
+    float bound; /* of the product of a sequence's chances, below which it asks for no more */
+    const struct batch *entries; /* with the states that they are made of */
+    const struct batch *asked;   /* [guesses, sequences] rows, the first ones as in ``entries`` */
+    const int32_t *ends;         /* [sequences] last rows among the entries, ascending */
+    const int32_t *limits;       /* [sequences] guesses */
+    int64_t *tokens;             /* [guesses, sequences] results; untouched where none was made */
+    float *chances;              /* likewise */
+    int64_t *ids;                /* [entries] tokens, then scratch like all that follows */
+    float *hidden;               /* [entries, width] */
+    float *inputs;               /* [entries, fuse.columns] */
+    float *logits;               /* [sequences, lm_head.outs up to a multiple of LANES] */
+    struct batch *steps;         /* [guesses] */
+    int64_t *numbers;            /* [guesses, 3, sequences] */
+    float *angles;               /* [guesses, 2, sequences, head_dim] */
+    int32_t *alive, *best;       /* [sequences] */
+    float *product, *chance;     /* [sequences] */
 };
 
 /* Scratch memory of a call, and the threads that share it. */

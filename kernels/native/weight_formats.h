@@ -76,4 +76,15 @@ static void dequantize_from_set(int format, const uint8_t *set, int columns, int
     }
 }
 
+/* Row ``id`` of a matrix as fp32, to [columns]. */
+static void read_row(const struct matrix *m, int64_t id, float *to) {
+    size_t stride = row_bytes(m->format, m->columns);
+    int row = id % SET;
+    if (m->format >= FORMAT_INT8)
+        dequantize_from_set(m->format, m->data + (id - row) * stride, m->columns, row, to);
+    else
+        for (int g = 0; g < m->columns / GROUP; g++)
+            dequantize_to(m->format, m->data + id * stride, g, to + g * GROUP);
+}
+
 #endif

@@ -248,7 +248,7 @@ def shipped_exits(fingerprint: str) -> Path | None:
     """The exit file that comes with Offramp for this model, if there is one."""
     folder = resources.files("offramp") / "models" / "exits"
     for entry in folder.iterdir():
-        if entry.name.endswith(".safetensors"):
+        if entry.name.endswith(".safetensors") and ".draft." not in entry.name:
             path = Path(str(entry))
             if read_metadata(path)["fingerprint"] == fingerprint:
                 return path

@@ -23,11 +23,12 @@ class WeightFormatError(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Recipes:
-    """Formats of the layers' matrices, of the LM head's, and of the exits'."""
+    """Formats of the layers' matrices, of the LM head's, of the exits' and of the draft head's."""
 
     layers: Forms
     head: Forms
     exits: Forms
+    drafts: Forms
 
 
 def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True) -> Recipes:
@@ -64,7 +65,7 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
         Weights.FP32: whole,
         Weights.INT4: functools.partial(_nearest, (WeightFormat.INT8, half, exact, spare)),
     }
-    return Recipes(layers.get(wish, nearest), head.get(wish, nearest), nearest)
+    return Recipes(layers.get(wish, nearest), head.get(wish, nearest), nearest, smallest)
 
 
 def as_they_are() -> Recipes:
@@ -73,7 +74,7 @@ def as_they_are() -> Recipes:
 
 
 def _all(form: WeightFormat) -> Recipes:
-    return Recipes(lambda _: form, lambda _: form, lambda _: form)
+    return Recipes(*[lambda _: form] * 4)
 
 
 def _first(form: WeightFormat, other: WeightFormat) -> WeightFormat:

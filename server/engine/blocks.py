@@ -42,6 +42,8 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self.with_entries: set[int] = set()
+        """Blocks whose positions all have their entries of the draft head."""
 
     @property
     def num_free(self) -> int:
@@ -110,6 +112,7 @@ class BlockPool:
 
     def _take(self, block: int) -> int:
         del self._free[block]
+        self.with_entries.discard(block)
         digest = self._hash_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
@@ -155,6 +158,10 @@ class SequenceMemory:
             return False
         sequence.table = shared + new
         sequence.computed = [cached] * sequence.num_segments
+        without = [i for i, block in enumerate(shared) if block not in self.blocks.with_entries]
+        sequence.entry_blocks = without[-1] + 1 if without else 0
+        sequence.first_entry = sequence.entry_blocks * size
+        sequence.next_entry = len(shared) * size
         if self._prefix_caching:
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += cached
@@ -206,6 +213,12 @@ class SequenceMemory:
         for index in range(sequence.published, whole // size):
             self.blocks.register(sequence.table[index], sequence.hashes[index])
         sequence.published = max(sequence.published, whole // size)
+
+    def mark_entries(self, sequence: Sequence) -> None:
+        """The draft head has made the sequence's entries: note the blocks that are complete."""
+        whole = sequence.next_entry // self.blocks.block_size
+        self.blocks.with_entries.update(sequence.table[sequence.entry_blocks : whole])
+        sequence.entry_blocks = max(sequence.entry_blocks, whole)
 
     def release(self, sequence: Sequence) -> None:
         """Give back everything the sequence holds."""

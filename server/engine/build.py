@@ -12,12 +12,19 @@ from offramp.models.config import ModelConfig
 from offramp.models.costs import CostModel, profile_costs
 from offramp.models.cpu import ThreadGovernor, keep_freed_memory, return_freed_memory
 from offramp.models.device_loop import DeviceLoop, profile_device
+from offramp.models.drafting import Drafter
 from offramp.models.exits.calibration import OnlineThresholds
 from offramp.models.exits.deltas import (
     apply_deltas,
     delta_paths,
     load_deltas,
     tuned_fingerprint,
+)
+from offramp.models.exits.draft_head import (
+    DraftFile,
+    DraftFileError,
+    load_draft_head,
+    shipped_draft_head,
 )
 from offramp.models.exits.file import (
     ExitFile,
@@ -122,8 +129,11 @@ def assemble(
     )
     admission = Admission(info, memory)
     max_hold = config.exit_max_hold_ms / 1000
-    costs = profile_costs(runner, info.num_segments, min(info.max_num_seqs, info.num_blocks))
-    governor = ExitGovernor(costs, thresholds, max_hold, every_exit=every_exit)
+    most = min(info.max_num_seqs, info.num_blocks)
+    costs = profile_costs(runner, info.num_segments, most, drafts=info.draft_head)
+    governor = ExitGovernor(
+        costs, thresholds, max_hold, every_exit=every_exit, head_chances=info.head_chances
+    )
     decoders: list[Decoder] = [HostDecoder(info, admission, memory, governor, runner)]
     if loop is not None:
         costs = profile_device(loop, info.num_segments, info.max_num_seqs)
@@ -206,9 +216,12 @@ def _load(
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
     exits = _exits(config.exits, own, weights, shape, dtype, device)
     heads, max_len = exits.heads, context_length(shape, config)
-    blocks = num_blocks or blocks_that_fit(shape, config, heads, max_len, dtype, device)
-    cache = KVCache(shape, blocks, config.block_size, kv_cache_dtype(config, dtype, device), device)
     on_device = _decides_on_device(device, on_device=on_device)
+    drafts = None if on_device else _draft_head(config.draft_head, own, shape)
+    extra = 0 if drafts is None else 1
+    blocks = num_blocks or blocks_that_fit(shape, config, heads, max_len, dtype, device, extra)
+    cache_dtype = kv_cache_dtype(config, dtype, device)
+    cache = KVCache(shape, blocks, config.block_size, cache_dtype, device, extra)
     if config.exit_hold == "throughput" and not on_device:
         raise EngineConfigError("--exit-hold throughput is for GPUs; use --exit-hold latency")
     recipes = choose(config.weights, weights, native=native_kernels(config))
@@ -239,8 +252,11 @@ def _load(
         points=exits.points,
         prompt_threshold=_prompt_threshold(config, exits),
         quality_floor=config.quality_floor,
+        head_chances=() if drafts is None else drafts.chances,
     )
-    return Runner(model, heads, cache, hidden_rows(info), exits.vocab), info
+    rows = hidden_rows(info)
+    drafter = None if drafts is None else Drafter(model, drafts.head, cache, rows)
+    return Runner(model, heads, cache, rows, exits.vocab, drafter), info
 
 
 def _decides_on_device(device: torch.device, *, on_device: bool | None) -> bool:
@@ -297,6 +313,17 @@ def _exits(
     )
     check_fit(path, file, shape)
     return file
+
+
+def _draft_head(choice: str, own: str, shape: ModelConfig) -> DraftFile | None:
+    path = None
+    if choice == "auto":
+        path = shipped_draft_head(own)
+    elif choice != "none":
+        path = Path(choice)
+        if not path.exists():
+            raise DraftFileError(f"--draft-head {choice}: no such file")
+    return None if path is None else load_draft_head(path, fingerprint=own, config=shape)
 
 
 def _layers(choice: str) -> list[int]:

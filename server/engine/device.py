@@ -87,6 +87,7 @@ def blocks_that_fit(
     max_model_len: int,
     dtype: torch.dtype,
     device: torch.device,
+    extra_layers: int = 0,
 ) -> int:
     """K,V blocks that fit beside a model of ``dtype``; at least one full-length request must.
 
@@ -100,7 +101,8 @@ def blocks_that_fit(
         memory = _ON_A_CPU
     else:
         flag, memory = "--gpu-memory-utilization", _spare(shape, config, heads, dtype, device)
-    size = bytes_per_block(shape, config.block_size, kv_cache_dtype(config, dtype, device))
+    cache_dtype = kv_cache_dtype(config, dtype, device)
+    size = bytes_per_block(shape, config.block_size, cache_dtype, extra_layers)
     needed = -(-max_model_len // config.block_size)
     if memory < needed * size:
         raise EngineConfigError(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 SHORTEST, LONGEST = 2, 7
 """Tokens that have to match, and up to which a longer match is distinguished from a shorter one."""
 _CANDIDATES = 16
+_HEAD_RENEWAL = 0.005
 
 
 class Match(NamedTuple):
@@ -20,6 +21,47 @@ class Match(NamedTuple):
 
     size: int
     end: int
+
+
+@dataclass(slots=True)
+class HeadAcceptance:
+    """How guesses of the draft head fare, by tenths of the head's own probability of them.
+
+    ``shares`` of first guesses fall into each tenth; full depth accepts ``rates`` of the guesses
+    there.
+    """
+
+    shares: list[float]
+    rates: list[float]
+
+    @classmethod
+    def of(cls, chances: Sequence[tuple[float, float]]) -> HeadAcceptance:
+        """What an exit file says of held-out guesses; without, half of all guesses are right."""
+        chances = chances or [(0.1, 0.05 + tenth / 10) for tenth in range(10)]
+        return cls([share for share, _ in chances], [rate for _, rate in chances])
+
+    def rate(self, chance: float) -> float:
+        """P(accepted) of a guess of which the head is sure with probability ``chance``."""
+        return self.rates[self._tenth(chance)]
+
+    def saw(self, chance: float) -> None:
+        """A sequence's first guess has this probability."""
+        tenth = self._tenth(chance)
+        for index, share in enumerate(self.shares):
+            self.shares[index] = share + _HEAD_RENEWAL * ((index == tenth) - share)
+
+    def add(self, chance: float, *, accepted: bool) -> None:
+        """A guess of this probability was verified."""
+        tenth = self._tenth(chance)
+        self.rates[tenth] += _HEAD_RENEWAL * (accepted - self.rates[tenth])
+
+    def gain(self, token: float, row: float) -> float:
+        """What a first guess is expected to gain where one more ``row`` may spare a ``token``."""
+        pairs = zip(self.shares, self.rates, strict=True)
+        return sum(share * max(0.0, rate * token - row) for share, rate in pairs)
+
+    def _tenth(self, chance: float) -> int:
+        return min(int(chance * len(self.rates)), len(self.rates) - 1)
 
 
 class NgramProposer:

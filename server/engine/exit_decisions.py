@@ -8,6 +8,7 @@ from collections import abc
 from offramp.models.exits.criteria import CRITERIA
 from offramp.models.sampling_params import NEVER, KVFill
 from offramp.models.step import ExitCheck, HeadRow, SequenceRows, StepResult
+from offramp.server.engine.drafting import draft_room
 from offramp.server.engine.governor import ExitGovernor
 from offramp.server.engine.kv_debt import DebtLedger
 from offramp.server.engine.request import EngineInfo
@@ -99,21 +100,6 @@ class ExitDecisions:
             for fire, sequence, token in zip(fired, sequences, result.token_ids, strict=True)
         ]
 
-    def ngram_drafts(self, sequence: Sequence, running: int) -> list[int]:
-        """Drafts from the text so far, as many as are worth verifying beside ``running`` others."""
-        rows = max(1, running)
-        sequence.match = 0
-        sequence.acceptance = sequence.acceptance or self._governor.acceptance.copy()
-        if not self._governor.ngrams_pay(sequence.acceptance, rows):
-            return []
-        match = sequence.proposer.find(sequence.tokens)
-        if match is None:
-            return []
-        sequence.match = match.size
-        count = self._governor.ngram_length(sequence.acceptance, match.size, rows)
-        room = min(self._draft_room(sequence), self._info.max_num_batched_tokens - 1)
-        return sequence.tokens[match.end : match.end + max(0, min(count, room))]
-
     def _threshold(self, sequence: Sequence, segment: int, now: float) -> float:
         exits = sequence.request.exits
         if self._info.exit_layers[segment] < exits.min_layer or self._must_pay(sequence):
@@ -145,13 +131,7 @@ class ExitDecisions:
     def _may_draft(self, sequence: Sequence, token: int) -> bool:
         """A draft that would end the answer is verified instead of built upon."""
         stops = token in sequence.request.sampling.stop_token_ids
-        return not stops and self._draft_room(sequence) > 0
-
-    def _draft_room(self, sequence: Sequence) -> int:
-        """Drafts a sequence may add and still have a token of the answer left to make."""
-        answer = len(sequence.tokens) - sequence.num_prompt
-        room = sequence.request.sampling.max_tokens - answer
-        return min(room, self._info.max_model_len - len(sequence.tokens)) - 1
+        return not stops and draft_room(sequence, self._info) > 0
 
 
 def head_row(sequence: Sequence, position: int, row: int) -> HeadRow:

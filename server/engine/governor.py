@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from offramp.models.costs import CostModel
 from offramp.models.sampling_params import NEVER
 from offramp.server.engine.batch_delay import BatchDelay, Holds
-from offramp.server.engine.drafts import AcceptanceRates
+from offramp.server.engine.drafts import AcceptanceRates, HeadAcceptance
 from offramp.server.engine.thresholds import ExitThresholds
 
 # The share of tokens that leave is estimated slowly: renewed faster, chance would close exits.
@@ -28,6 +28,7 @@ _MARGIN = 2.0
 # try that changes nothing makes the next one rarer, since a try costs a step what exits would.
 _PROBE_FIRST, _PROBE_RAREST = 32, 1024
 MAX_NGRAM_DRAFTS = 8
+MAX_HEAD_DRAFTS = 5
 # Decisions stand for so many steps: costs and shares drift slowly, and weighing them takes 2 % of a
 # step of one row.
 _STEPS_KEPT = 16
@@ -55,6 +56,20 @@ class _Probes:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """What the draft head is asked for in a step.
+
+    ``most`` guesses a sequence, 0 where drafts do not pay; none behind guesses that are all right
+    with less probability than ``bound``. A j-th guess is worth verifying where those up to it are
+    all right with a probability of ``worth[j]``.
+    """
+
+    most: int
+    bound: float
+    worth: tuple[float, ...]
+
+
 class ExitGovernor:
     """The choices that trade time between sequences, for one decoder.
 
@@ -71,6 +86,7 @@ class ExitGovernor:
         delay: BatchDelay | None = None,
         *,
         every_exit: bool = False,
+        head_chances: Sequence[tuple[float, float]] = (),
     ) -> None:
         self.costs = costs
         self.thresholds = thresholds
@@ -87,6 +103,7 @@ class ExitGovernor:
         self._confirmed = [0.6] * num_segments
         self.acceptance = AcceptanceRates()
         """How n-gram drafts of all requests fared."""
+        self.head_acceptance = HeadAcceptance.of(head_chances)
 
     def observe_checks(self, segment: int, checked: int, fired: int) -> None:
         """``fired`` of ``checked`` tokens reached their threshold after ``segment``."""
@@ -187,6 +204,30 @@ class ExitGovernor:
     def _weigh_rows(self, _: int, rows: int) -> tuple[float, list[float]]:
         passes = [self.costs.full_pass(rows + more) for more in range(MAX_NGRAM_DRAFTS + 1)]
         return passes[0] / rows, [more - less for less, more in pairwise(passes)]
+
+    def head_plan(self, rows: int) -> HeadPlan:
+        """What to ask of the draft head where ``rows`` sequences run."""
+        return self._standing("head", 0, max(1, rows), self._weigh_head)
+
+    def _weigh_head(self, _: int, rows: int) -> HeadPlan:
+        # All sequences draft, so their rows add up.
+        passes = [self.costs.full_pass(rows * (1 + more)) for more in range(MAX_HEAD_DRAFTS + 1)]
+        token, draft = passes[0], self.costs.draft.at(rows)
+        extra = [more - less for less, more in pairwise(passes)]
+        if self.head_acceptance.gain(token, extra[0]) <= draft:
+            return HeadPlan(0, 1.0, ())
+        worth = tuple(row / token for row in extra)
+        return HeadPlan(MAX_HEAD_DRAFTS, (draft + extra[1]) / token, worth)
+
+    def worth_verifying(self, plan: HeadPlan, chances: Sequence[float], luck: float) -> int:
+        """How many of a sequence's guesses, with the head's ``chances``, are worth verifying."""
+        right, count = 1.0, 0
+        for chance, worth in zip(chances, plan.worth, strict=False):
+            right *= min(1.0, luck * self.head_acceptance.rate(chance))
+            if right <= worth:
+                break
+            count += 1
+        return count
 
     def hold_share(self, segment: int, waiting: int, ready: int) -> float:
         """The share of the sequences ready at the first segment that must wait at ``segment``.

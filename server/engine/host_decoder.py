@@ -21,13 +21,13 @@ from offramp.models.step import (
     OwedRows,
     RunSegments,
     SequenceRows,
-    Step,
     StepResult,
     StepRunner,
 )
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.blocks import SequenceMemory
 from offramp.server.engine.decoder import TokenResult
+from offramp.server.engine.drafting import Drafting
 from offramp.server.engine.exit_decisions import PAID_LATER, ExitDecisions, head_row
 from offramp.server.engine.governor import ExitGovernor
 from offramp.server.engine.kv_debt import Owed
@@ -35,9 +35,7 @@ from offramp.server.engine.request import EngineInfo, StepStats
 from offramp.server.engine.sequence import Sequence, SequenceQueue
 from offramp.server.errors import BugError
 
-# How much a verified n-gram draft moves its own request's acceptance rates, and those of requests
-# to come.
-_OWN_RENEWAL, _COMMON_RENEWAL = 0.1, 0.01
+_Planned = RunSegments | FillKV
 
 
 class HostDecoder:
@@ -62,6 +60,7 @@ class HostDecoder:
         self._admission = admission
         self._memory = memory
         self._exits = ExitDecisions(info, governor, memory.ledger)
+        self._drafting = Drafting(info, governor, memory, runner)
         self._queues = [SequenceQueue() for _ in range(info.num_segments)]
         self._counts: Counter[str] = Counter()
         """What has happened since the last statistics, by their field."""
@@ -72,9 +71,9 @@ class HostDecoder:
         return True
 
     def add(self, sequence: Sequence, now: float) -> None:
-        """See Decoder: the sequence waits for the first segment, with n-gram drafts if lossless."""
+        """See Decoder: the sequence waits for the first segment, if lossless for drafts before."""
         if sequence.lossless and not sequence.drafts:
-            self._draft(sequence, self._exits.ngram_drafts(sequence, len(self._admission.running)))
+            self._drafting.ask(sequence)
         sequence.decoder = self
         self._queues[0].put(sequence, now)
 
@@ -82,6 +81,7 @@ class HostDecoder:
         """See Decoder."""
         if sequence.queue is not None:
             sequence.queue.remove(sequence)
+        self._drafting.forget(sequence)
         sequence.decoder = None
 
     @property
@@ -96,6 +96,7 @@ class HostDecoder:
     def advance(self, now: float) -> tuple[list[TokenResult], StepStats | None]:
         """See Decoder."""
         begun = time.perf_counter()
+        drafting = self._drafting.run(len(self._admission.running))
         planned = self._plan(now)
         if planned is None:
             return [], None
@@ -108,13 +109,15 @@ class HostDecoder:
         else:
             results = self._commit_fill(step, sequences, result)
         counts, self._counts = self._counts, Counter()
-        facts: dict[str, Any] = dict(counts, seconds=result.seconds)
+        facts: dict[str, Any] = dict(counts, seconds=result.seconds, draft_seconds=drafting)
+        facts["drafted"] = self._drafting.drafted.total()
+        self._drafting.drafted.clear()
         if isinstance(step, RunSegments) and step.last + 1 == len(self._queues):
             facts["prompt_full"] = _checked_prompt_rows(step.work, sequences)
-        facts["host_seconds"] = started - begun + time.perf_counter() - ended
+        facts["host_seconds"] = started - begun - drafting + time.perf_counter() - ended
         return results, _step_stats(step, sequences, result, facts)
 
-    def _plan(self, now: float) -> tuple[Step, list[Sequence]] | None:
+    def _plan(self, now: float) -> tuple[_Planned, list[Sequence]] | None:
         """Choose the next step and reserve what it needs; None if there is nothing to run.
 
         Sequences come in the order of the step's work. K,V that cannot wait are filled first. Then
@@ -145,7 +148,7 @@ class HostDecoder:
             if len(ledger.owed(sequence.id)) >= most and sequence.fill not in PAID_LATER
         ]
 
-    def _plan_upper(self, segment: int, now: float) -> tuple[Step, list[Sequence]]:
+    def _plan_upper(self, segment: int, now: float) -> tuple[_Planned, list[Sequence]]:
         """Run an upper segment; debts that a projection pays are filled first, in one launch."""
         queue, ledger = self._queues[segment], self._memory.ledger
         lacking = {each.id: len(ledger.lacking(each.id, segment)) for each in queue}
@@ -162,7 +165,7 @@ class HostDecoder:
             return self._plan_fill(paying)
         return self._plan_segments(segment, queue.take_all(), now)
 
-    def _plan_fill(self, indebted: list[Sequence]) -> tuple[Step, list[Sequence]]:
+    def _plan_fill(self, indebted: list[Sequence]) -> tuple[_Planned, list[Sequence]]:
         method = _fill_method(indebted[0])
         sequences = [sequence for sequence in indebted if _fill_method(sequence) is method]
         work = tuple(
@@ -172,7 +175,7 @@ class HostDecoder:
         )
         return FillKV(method, work), sequences
 
-    def _plan_first(self, now: float) -> tuple[Step, list[Sequence]] | None:
+    def _plan_first(self, now: float) -> tuple[_Planned, list[Sequence]] | None:
         chosen = self._admission.schedule(self._queues[0], now)
         for sequence in chosen:
             if sequence.queue is not None:
@@ -184,7 +187,7 @@ class HostDecoder:
 
     def _plan_segments(
         self, first: int, sequences: list[Sequence], now: float
-    ) -> tuple[Step, list[Sequence]]:
+    ) -> tuple[_Planned, list[Sequence]]:
         """Run ``sequences`` from ``first`` up to where one may leave, others join, or the top."""
         last = first
         checks = self._checks(last, sequences, now)
@@ -306,6 +309,7 @@ class HostDecoder:
     ) -> list[TokenResult]:
         """The sequence ran the top segment; its rows that make tokens take theirs of ``tokens``."""
         self._memory.publish(sequence)
+        self._drafting.passed(sequence)
         # The row of position p verifies or makes token p + 1.
         self._memory.free_chunk(sequence, keep_from=sequence.verified - 1)
         if not sequence.chunk:
@@ -332,10 +336,7 @@ class HostDecoder:
                 sequence.rejected += not right
                 self._counts["accepted"] += right
                 self._learn(sequence, position + 1, agreed=right)
-                if sequence.match and sequence.acceptance is not None:
-                    size = sequence.match + place
-                    sequence.acceptance.add(size, _OWN_RENEWAL, accepted=right)
-                    self.governor.acceptance.add(size, _COMMON_RENEWAL, accepted=right)
+                self._drafting.verified(sequence, place, right=right)
                 if right:
                     sequence.drafts -= 1
                     continue
@@ -376,16 +377,11 @@ class HostDecoder:
         sequence.chunk, sequence.chunk_rows = [], []
         sequence.left_early += 1
         if sequence.lossless:
-            self._draft(sequence, [token])
-            sequence.match = 0
+            self._drafting.left_early(sequence, token)
             self.add(sequence, now)
             return []
         sequence.tokens.append(token)
         return [TokenResult(sequence, [token], self._info.exit_layers[segment])]
-
-    def _draft(self, sequence: Sequence, tokens: list[int]) -> None:
-        sequence.add_drafts(tokens)
-        self._counts["drafted"] += len(tokens)
 
     def _ran(self, sequence: Sequence, step: RunSegments, work: SequenceRows) -> None:
         # Above the first segment, what left the chunk on the way has its K,V by now.
@@ -422,7 +418,7 @@ class HostDecoder:
 
 
 def _step_stats(
-    step: Step, sequences: list[Sequence], result: StepResult, facts: dict[str, Any]
+    step: _Planned, sequences: list[Sequence], result: StepResult, facts: dict[str, Any]
 ) -> StepStats:
     """What a step did; ``facts`` are fields that are known already."""
     if isinstance(step, FillKV):

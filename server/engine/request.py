@@ -78,16 +78,17 @@ class StepStats:
 
     ``kind`` is ``segments``, ``fill`` or ``device`` (a pass of all segments, decided on the
     device); ``segment`` is the last one that ran, ``head_seconds`` the part of ``seconds`` for the
-    LM head and sampling; ``rows`` are token rows of that step. Fields up to ``disagreements`` are
-    increments, the rest are values after the step. ``exit_head_rows`` are rows an exit's LM head
-    ran for, ``prompt_left`` prompt tokens that left after this segment, ``prompt_full`` those that
-    might have left and ran the whole stack.
+    LM head and sampling; ``draft_seconds`` were spent on guesses before. ``rows`` are token rows of
+    that step. Fields up to ``disagreements`` are increments, the rest are values after the step.
+    ``exit_head_rows`` are rows an exit's LM head ran for, ``prompt_left`` prompt tokens that left
+    after this segment, ``prompt_full`` those that might have left and ran the whole stack.
     """
 
     kind: str
     segment: int
     seconds: float = 0.0
     host_seconds: float = 0.0
+    draft_seconds: float = 0.0
     first_segment: int = 0
     head_seconds: float = 0.0
     prefill_rows: int = 0
@@ -131,7 +132,8 @@ class EngineInfo:
 
     ``exit_layers`` are the exit points, ascending; they cut the ``num_layers`` layers into
     segments. ``max_num_batched_tokens`` bounds the rows of one step, ``max_exit_debt`` the
-    positions that one sequence may owe.
+    positions that one sequence may owe. ``head_chances`` are those of the draft head's file, empty
+    without a draft head.
     """
 
     model_name: str
@@ -151,6 +153,12 @@ class EngineInfo:
     prompt_threshold: float | None = None
     quality_floor: float | None = None
     cache_dtype: str = "float32"
+    head_chances: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def draft_head(self) -> bool:
+        """Whether there is a draft head."""
+        return bool(self.head_chances)
 
     @property
     def num_segments(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from offramp.models.sampling_params import ExitMode, KVFill
@@ -12,6 +13,14 @@ from offramp.server.engine.request import GenerationRequest, RequestStats
 
 if TYPE_CHECKING:
     from offramp.server.engine.decoder import Decoder
+
+
+class DraftSource(StrEnum):
+    """Who guessed a draft: the draft head, the text so far, or an exit."""
+
+    HEAD = "head"
+    NGRAM = "ngram"
+    EXIT = "exit"
 
 
 @dataclass(slots=True, eq=False)
@@ -27,8 +36,11 @@ class Sequence:
     leading positions whose K,V are what full depth would give (None: all); the first ``published``
     blocks are findable by other requests. ``depth`` is the exit chosen for the whole answer, if its
     criterion chooses one. ``scores`` holds of tokens that left early, by their index, the exit
-    point and the score. ``match`` is the length of the match that n-gram drafts were found by, 0
-    without, ``acceptance`` how such drafts fared. An ``audit`` reads a finished answer again at
+    point and the score. Drafts are by ``source``: an n-gram's after a ``match`` of so many tokens,
+    ``acceptance`` saying how such drafts fared; the draft head's with its probabilities,
+    ``chances``, right ``luck`` times as often as others' of the kind. The head has made its entries
+    of positions ``first_entry`` to ``next_entry`` (exclusive), noted of the first ``entry_blocks``
+    blocks. An ``audit`` reads a finished answer again at
     full depth; all of the answer counts as drafts.
     """
 
@@ -64,8 +76,14 @@ class Sequence:
     rejected: int = 0
     audit: bool = False
     proposer: NgramProposer = field(default_factory=NgramProposer)
+    source: DraftSource = DraftSource.EXIT
     match: int = 0
     acceptance: AcceptanceRates | None = None
+    chances: tuple[float, ...] = ()
+    luck: float = 1.0
+    first_entry: int = 0
+    next_entry: int = 0
+    entry_blocks: int = 0
     preemptions: int = 0
 
     def __post_init__(self) -> None:

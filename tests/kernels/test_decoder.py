@@ -87,7 +87,7 @@ def weights(shape: ModelConfig, form: WeightFormat) -> dict[str, Tensor]:
 
 
 def build(shape: ModelConfig, found: dict[str, Tensor], form: WeightFormat) -> Transformer:
-    recipes = Recipes(lambda _: form, lambda _: WeightFormat.PLAIN, lambda _: form)
+    recipes = Recipes(lambda _: form, lambda _: WeightFormat.PLAIN, lambda _: form, lambda _: form)
     return Transformer(shape, found, (1,), POSITIONS, recipes)
 
 

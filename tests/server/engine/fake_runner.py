@@ -14,6 +14,8 @@ from random import Random
 
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
+    Draft,
+    DraftRows,
     FillKV,
     HeadRow,
     OwedRows,
@@ -66,6 +68,9 @@ class FakeRunner:
     def __init__(self, num_segments: int, block_size: int, leave_share: float, seed: int) -> None:
         self.pages: dict[tuple[int, int], Cell] = {}
         self.rows: dict[int, Cell] = {}
+        self.entries: dict[int, bytes | None] = {}
+        """The draft head's entries by place; None for one that was made without a state."""
+        self.guesses = 0
         self._num_segments = num_segments
         self._block_size = block_size
         self._leave_share = leave_share
@@ -92,6 +97,31 @@ class FakeRunner:
                 for debts in owed:
                     self._fill(method, debts)
                 return StepResult(1e-6)
+            case Draft(work, _):
+                made = tuple(map(self._draft, work))
+                self.guesses += sum(map(len, made))
+                chances = tuple((0.75,) * len(own) for own in made)
+                return StepResult(1e-6, guesses=made, chances=chances)
+
+    def _draft(self, item: DraftRows) -> tuple[int, ...]:
+        """Make entries, which have to follow on those there, and guess, often right."""
+        content: bytes | None = None
+        for position, token, row in zip(item.positions, item.token_ids, item.rows, strict=True):
+            content = None if row < 0 else link(self.rows[row].content, token)
+            self.entries[self._place(item.table, position)] = content
+        for position in range(item.first_block * self._block_size, item.positions[-1]):
+            place = self._place(item.table, position)
+            assert self.entries[place] in {None, self.pages[0, place].content}
+        guesses: list[int] = []
+        for position in range(item.positions.stop, item.positions.stop + item.guesses):
+            token = token_after(content) if content else 0
+            guesses.append(token if self._random.random() < 0.7 else (token + 1) % VOCAB)
+            content = link(content or b"", guesses[-1])
+            if len(guesses) < item.guesses:
+                self.entries[self._place(item.table, position)] = content
+            if self._random.random() < 0.2:
+                break
+        return tuple(guesses)
 
     def _place(self, table: Sequence[int], position: int) -> int:
         return table[position // self._block_size] * self._block_size + position % self._block_size

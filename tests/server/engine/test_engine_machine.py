@@ -23,7 +23,7 @@ from offramp.server.engine.blocks import BlockPool, SequenceMemory
 from offramp.server.engine.decoder import Decoder
 from offramp.server.engine.device_decoder import DeviceDecoder
 from offramp.server.engine.engine import Engine
-from offramp.server.engine.governor import ExitGovernor
+from offramp.server.engine.governor import ExitGovernor, HeadPlan
 from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.host_decoder import HostDecoder
 from offramp.server.engine.kv_debt import DebtLedger, RowPool
@@ -58,13 +58,15 @@ def fake_engine(
     audit_rate: float = 0.0,
     on_device: bool = False,
     every_exit: bool = False,
+    drafts: bool = False,
     seed: int = 0,
     runner: FakeRunner | None = None,
     thresholds: ExitThresholds | None = None,
 ) -> tuple[Engine, FakeRunner]:
     """A real engine over a fake runner, its invariants checked after every step.
 
-    With ``on_device`` decoding is decided on a fake device, as on a GPU.
+    With ``on_device`` decoding is decided on a fake device, as on a GPU. With ``drafts`` a draft
+    head guesses whenever it is asked.
     """
     segments = len(exit_layers) + 1
     info = EngineInfo(
@@ -80,6 +82,7 @@ def fake_engine(
         "none",
         max_batched,
         max_debt,
+        head_chances=((0.1, 0.5),) * 10 if drafts else (),
     )
     rows = RowPool(max_num_seqs * (1 + max_debt) + max_batched)
     memory = SequenceMemory(
@@ -90,6 +93,9 @@ def fake_engine(
     runner = runner or FakeRunner(segments, BLOCK, leave_share, seed)
     costs = CostModel.of(segments)
     governor = ExitGovernor(costs, thresholds, max_hold, every_exit=every_exit)
+    if drafts:
+        plan = HeadPlan(3, 0.0, (0.0,) * 3)
+        governor.head_plan = lambda rows: plan  # type: ignore[method-assign]
     decoders: list[Decoder] = [HostDecoder(info, admission, memory, governor, runner)]
     if on_device:
         loop = FakeLoop(runner, BLOCK, exit_layers, LAYERS)
@@ -148,6 +154,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_hold=st.sampled_from([0.0, 10.0]),
         audit_rate=st.sampled_from([0.0, 0.5, 1.0]),
         on_device=st.booleans(),
+        drafts=st.booleans(),
         seed=st.integers(0, 5),
     )
     def build(
@@ -161,6 +168,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_hold: float,
         audit_rate: float,
         on_device: bool,  # noqa: FBT001 (drawn by hypothesis)
+        drafts: bool,  # noqa: FBT001 (drawn by hypothesis)
         seed: int,
     ) -> None:
         """An engine of arbitrary sizes."""
@@ -174,6 +182,7 @@ class EngineMachine(RuleBasedStateMachine):
             caching=caching,
             audit_rate=audit_rate,
             on_device=on_device,
+            drafts=drafts,
             seed=seed,
         )
         self.requests: dict[str, GenerationRequest] = {}

@@ -1,0 +1,139 @@
+/* The draft head: entries of its layer for any number of rows, then guesses of the next tokens of
+ * several sequences, each made of the one before, in one call.
+ *
+ * Threads take chunks of phases as in a layer. A thread may lag behind by a whole guess, so what
+ * decides the chunks of a phase, the rows of each guess, is written once and kept.
+ */
+#ifndef OFFRAMP_DRAFT_H
+#define OFFRAMP_DRAFT_H
+
+#include "layer.h"
+
+/* Phases of ``draft_step``. */
+enum { DRAFT_PHASES = 6 + 2 * MATMUL_PHASES + LAYER_PHASES };
+
+/* Phase of one chunk: what one thread does while the others wait. */
+#define ONE_THREAD(worker) while (next_chunk(worker, 1) == 0)
+
+/* Inputs of a row: its token's embedding, and the states before it, each over its root mean square;
+ * zeros where there are none. */
+static void draft_inputs(const struct shape *s, const struct draft_head *h, int64_t id,
+                         const float *states, int count, float *to) {
+    read_row(&h->embeddings, id, to);
+    scale_to_unit(to, to, s->width, s->eps);
+    for (int i = 0; i < count; i++) {
+        to += s->width;
+        if (states)
+            scale_to_unit(states + (size_t)i * s->width, to, s->width, s->eps);
+        else
+            memset(to, 0, sizeof(float) * s->width);
+    }
+}
+
+/* The largest of ``count`` logits and its probability. */
+static int likeliest(const float *logits, int count, float *chance) {
+    int best = 0;
+    for (int i = 1; i < count; i++)
+        if (logits[i] > logits[best]) best = i;
+    floats sums = {0};
+    int whole = count / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES)
+        sums += vector_exp(*(const floats *)(logits + i) - logits[best]);
+    float sum = sum_lanes(sums);
+    for (int i = whole; i < count; i++) sum += expf(logits[i] - logits[best]);
+    *chance = sum >= 1 ? 1 / sum : 0; /* 0 also for what is no number */
+    return best;
+}
+
+/* The rows of guess ``step``: those of the first ``count`` sequences of ``alive``. */
+static void take_rows(const struct shape *s, const struct draft *d, int step, int count,
+                      const struct workspace *w) {
+    struct batch *to = d->steps + step;
+    int dim = s->head_dim, own = step * d->sequences;
+    int64_t *numbers = d->numbers + 3 * own;
+    float *angles = d->angles + 2 * (size_t)own * dim;
+    *to = *d->asked;
+    to->rows = count;
+    to->places = numbers;
+    to->positions = numbers + d->sequences;
+    to->first_blocks = numbers + 2 * d->sequences;
+    to->cos = angles;
+    to->sin = angles + (size_t)d->sequences * dim;
+    for (int i = 0; i < count; i++, numbers++, angles += dim) {
+        int from = own + d->alive[i];
+        numbers[0] = d->asked->places[from];
+        numbers[d->sequences] = d->asked->positions[from];
+        numbers[2 * d->sequences] = d->asked->first_blocks[from];
+        memcpy(angles, d->asked->cos + (size_t)from * dim, sizeof(float) * dim);
+        memcpy(angles + (size_t)d->sequences * dim, d->asked->sin + (size_t)from * dim,
+               sizeof(float) * dim);
+    }
+    /* Rows are of different sequences, each a run of its own. */
+    for (int i = 0; i <= count; i++) w->run_starts[i] = i;
+}
+
+/* Note the guesses of ``step``; the sequences that go on get a row each in the next one. */
+static void end_step(const struct shape *s, const struct draft_head *h, const struct draft *d,
+                     int step, const struct workspace *w) {
+    int rows = d->steps[step].rows, going = 0;
+    for (int i = 0; i < rows; i++) {
+        int sequence = d->alive[i], at = step * d->sequences + sequence;
+        d->tokens[at] = h->vocab[d->best[i]];
+        d->chances[at] = d->chance[i];
+        d->product[sequence] *= d->chance[i];
+        if (step + 1 == d->limits[sequence] || !(d->product[sequence] >= d->bound)) continue;
+        d->alive[going] = sequence;
+        d->ids[going] = d->tokens[at];
+        memmove(d->hidden + (size_t)going * s->width, d->hidden + (size_t)i * s->width,
+                sizeof(float) * s->width);
+        going++;
+    }
+    if (step + 1 < d->guesses) take_rows(s, d, step + 1, going, w);
+}
+
+/* Entries of the rows of ``b``, and guess ``step`` of the sequences that still ask. */
+static void draft_step(const struct shape *s, const struct draft_head *h, const struct draft *d,
+                       const struct batch *b, int step, struct worker *worker) {
+    const struct workspace *w = worker->shared;
+    const struct matrix *m = step ? &h->feedback : &h->fuse;
+    int rows = b->rows, width = s->width, parts = m->columns / width - 1;
+    const struct operands to_hidden = {d->inputs, m->columns, d->hidden,  width,
+                                       rows,      0,          w->prepared};
+    int size = chunk_size(rows, worker);
+    FOR_EACH_CHUNK(worker, r, end, size, rows)
+        for (; r < end; r++) {
+            const float *states = d->hidden + (size_t)r * width;
+            if (step == 0)
+                states =
+                    b->state_rows[r] < 0 ? NULL : b->states + b->state_rows[r] * b->state_stride;
+            draft_inputs(s, h, d->ids[r], states, parts, d->inputs + (size_t)r * m->columns);
+            prepare_columns(m, &to_hidden, r, 0, m->columns);
+        }
+    matmul(m, &to_hidden, worker);
+    make_keys_values(s, &h->layer, b, d->hidden, worker);
+    if (!d->sequences) return;
+    const struct batch *asked = d->steps + step;
+    if (step == 0) ONE_THREAD(worker) {
+            int qkv = h->layer.qkv.outs;
+            for (int i = 0; i < d->sequences; i++) {
+                int from = d->ends[i];
+                memmove(d->hidden + (size_t)i * width, d->hidden + (size_t)from * width,
+                        sizeof(float) * width);
+                memmove(w->wide + (size_t)i * qkv, w->wide + (size_t)from * qkv,
+                        sizeof(float) * qkv);
+            }
+        }
+    attend_and_transform(s, &h->layer, asked, asked->rows, d->hidden, worker);
+    int outs = h->lm_head.outs, stride = (outs + LANES - 1) / LANES * LANES;
+    const struct operands to_logits = {w->normed,   width, d->logits,  stride,
+                                       asked->rows, 0,     w->prepared};
+    norm_inputs(d->hidden, h->norm, s->eps, &h->lm_head, &to_logits, worker);
+    matmul(&h->lm_head, &to_logits, worker);
+    size = chunk_size(asked->rows, worker);
+    FOR_EACH_CHUNK(worker, r, end, size, asked->rows)
+        for (; r < end; r++)
+            d->best[r] = likeliest(d->logits + (size_t)r * stride, outs, d->chance + r);
+    ONE_THREAD(worker) end_step(s, h, d, step, w);
+}
+
+#endif

@@ -1,0 +1,191 @@
+"""The draft head at work: entries of the draft layer, and guesses of the next tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from offramp.kernels.decoder import Taps
+from offramp.kernels.draft import DraftParts, NativeDraft
+from offramp.kernels.linear import Linear
+from offramp.kernels.rms_norm import rms_norm
+from offramp.kernels.rows import RowTable, Span
+from offramp.models.exits.draft_head import MATRICES, VECTORS, DraftHead
+from offramp.models.kv_cache import KVCache
+from offramp.models.layers import DecoderLayer
+from offramp.models.step import DraftRows
+from offramp.models.transformer import Segment, Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Guesses:
+    """For each sequence its guesses and the draft head's probability of each."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    chances: tuple[tuple[float, ...], ...]
+
+
+class Drafter:
+    """The draft head of ``model``, whose K,V lie in the pages of ``cache`` above the stack's.
+
+    ``states`` [num_rows + 1, F, d] keeps what the stack had in each hidden row after the layers
+    that the head reads; the last row is zero.
+    """
+
+    def __init__(self, model: Transformer, head: DraftHead, cache: KVCache, num_rows: int) -> None:
+        config = model.config
+        self.head = head
+        self._model = model
+        self._cache = cache
+        forms = model.draft_forms
+        own = {
+            name: tensor.to(model.device, model.dtype) for name, tensor in head.parameters.items()
+        }
+
+        def product(weight: Tensor) -> Linear:
+            return Linear(weight, None, forms and forms(weight))
+
+        self._fuse, self._feedback = product(own["fuse"]), product(own["feedback"])
+        self._norm = own["norm"]
+        self._vocab = head.vocab.to(model.device)
+        self._lm_head = product(model.head_rows(self._vocab))
+        index = config.num_layers
+        named = {
+            f"layers.{index}.{name}": own[name]
+            for name in (*VECTORS, *MATRICES)
+            if name not in {"fuse", "feedback", "norm"}
+        }
+        self._layer = Segment([DecoderLayer(config, index, named, forms)])
+        parts = DraftParts(
+            self._fuse,
+            self._feedback,
+            self._lm_head,
+            model.embedding_weight,
+            self._norm,
+            self._vocab,
+        )
+        self._native = NativeDraft.of(self._layer.native, parts)
+        slots = torch.full((config.num_layers,), -1, dtype=torch.int32)
+        slots[torch.tensor(head.layers) - 1] = torch.arange(len(head.layers), dtype=torch.int32)
+        self._slots = slots
+        self.states = torch.zeros(
+            num_rows + 1, len(head.layers), config.hidden_size, device=model.device
+        )
+
+    def taps(self, rows: Tensor) -> Taps:
+        """Keep the states of a pass over the hidden ``rows`` [T]."""
+        return Taps(self.states, rows, self._slots)
+
+    def run(self, work: Sequence[DraftRows], bound: float) -> Guesses:
+        """Make the entries of ``work``, and guesses of the sequences that ask for them.
+
+        A sequence's guesses end where the product of their probabilities falls below ``bound``.
+        """
+        device, eps = self._model.device, self._model.config.rms_norm_eps
+        ids = torch.tensor([token for item in work for token in item.token_ids], device=device)
+        rows = torch.tensor([row for item in work for row in item.rows], device=device)
+        if self._native is not None:
+            return self._run_native(self._native, work, ids, rows, bound)
+        states = rms_norm(self.states[rows], None, eps).flatten(1).to(self._model.dtype)
+        hidden = self._fuse(torch.cat((self._embedded(ids), states), dim=1))
+        hidden = self._layer(hidden, self._table(work, 0), self._cache)
+        ends = torch.tensor([len(item.rows) for item in work]).cumsum(0) - 1
+        tokens: list[list[int]] = [[] for _ in work]
+        chances: list[list[float]] = [[] for _ in work]
+        going = [index for index, item in enumerate(work) if item.guesses]
+        hidden = hidden[ends[going].to(device)]
+        step = 0
+        while going:
+            for index, token, chance in zip(going, *self._guess(hidden), strict=True):
+                tokens[index].append(token)
+                chances[index].append(chance)
+            step += 1
+            kept = [
+                place
+                for place, index in enumerate(going)
+                if work[index].guesses > step and math.prod(chances[index]) >= bound
+            ]
+            going = [going[place] for place in kept]
+            if going:
+                ids = torch.tensor([tokens[index][-1] for index in going], device=device)
+                fed = rms_norm(hidden[torch.tensor(kept, device=device)], None, eps)
+                hidden = self._feedback(torch.cat((self._embedded(ids), fed), dim=1))
+                table = self._table([work[index] for index in going], step)
+                hidden = self._layer(hidden, table, self._cache)
+        return Guesses(tuple(map(tuple, tokens)), tuple(map(tuple, chances)))
+
+    def _run_native(
+        self,
+        native: NativeDraft,
+        work: Sequence[DraftRows],
+        ids: Tensor,
+        rows: Tensor,
+        bound: float,
+    ) -> Guesses:
+        ends = list(accumulate(len(item.rows) for item in work))
+        asking = [index for index, item in enumerate(work) if item.guesses]
+        limits = [work[index].guesses for index in asking]
+        entries = self._table(work, 0)
+        asked = self._asked([work[index] for index in asking], max(limits)) if limits else entries
+        tokens, chances = native(
+            ids,
+            self.taps(rows),
+            entries,
+            asked,
+            [ends[index] - 1 for index in asking],
+            limits,
+            bound,
+            self._cache.pages,
+        )
+        found: list[tuple[tuple[int, ...], tuple[float, ...]]] = [((), ())] * len(work)
+        columns = zip(tokens.t().tolist(), chances.t().tolist(), strict=True)
+        for index, (own, sure) in zip(asking, columns, strict=False):
+            made = own.index(-1) if -1 in own else len(own)
+            found[index] = tuple(own[:made]), tuple(sure[:made])
+        return Guesses(tuple(each[0] for each in found), tuple(each[1] for each in found))
+
+    def _asked(self, work: Sequence[DraftRows], most: int) -> RowTable:
+        """The rows of all first guesses, of all second ones, and so on.
+
+        Those beyond what a sequence asks for are never run; they stand in for the last one.
+        """
+        rows = [
+            replace(item, positions=range(at, at + 1))
+            for step in range(most)
+            for item in work
+            for at in (item.positions[-1] + min(step, item.guesses - 1),)
+        ]
+        return self._table(rows, 0)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return rms_norm(self._model.embed(ids), None, self._model.config.rms_norm_eps)
+
+    def _guess(self, hidden: Tensor) -> tuple[list[int], list[float]]:
+        """The likeliest token of each row, and its probability over the draft vocabulary."""
+        eps = self._model.config.rms_norm_eps
+        logits = self._lm_head(rms_norm(hidden, self._norm, eps)).float()
+        best, places = logits.max(dim=-1)
+        chances = (best - logits.logsumexp(dim=-1)).exp()
+        return self._vocab[places].tolist(), chances.tolist()
+
+    def _table(self, work: Sequence[DraftRows], step: int) -> RowTable:
+        """Rows of all entries (step 0), or of the one entry ``step`` behind the last.
+
+        Attention begins at a sequence's first block with entries, as if its text did.
+        """
+        size = self._cache.block_size
+        spans, positions = [], []
+        for item in work:
+            own = [item.positions[-1] + step] if step else list(item.positions)
+            before = item.first_block * size
+            spans.append(Span([p - before for p in own], item.table[item.first_block :]))
+            positions += own
+        table = RowTable.of(spans, size, self._model.rotary, self._model.device)
+        at = torch.tensor(positions, device=self._model.device)
+        table.cos, table.sin = self._model.rotary.at(at)
+        return table

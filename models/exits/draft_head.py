@@ -1,0 +1,196 @@
+"""The draft head: one decoder layer that guesses the next tokens from states of the stack.
+
+(EAGLE-3, arXiv 2503.01840, with the model's own LM head over a reduced vocabulary as in FR-Spec,
+arXiv 2502.14856.) Guesses are verified at full depth, so the head decides speed and never answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.kernels.weight_formats import GROUP
+from offramp.models.config import ModelConfig
+from offramp.models.errors import ModelError
+from offramp.models.exits.file import check_finite, read_safetensors, save_safetensors
+
+FORMAT = "offramp-draft-1"
+SUFFIX = ".draft.safetensors"
+CHANCE_BINS = 10
+VECTORS = ("attn_norm", "mlp_norm", "norm")
+MATRICES = ("fuse", "feedback", "qkv", "o", "gate_up", "down")
+_LARGEST_LEVEL = 127
+
+
+@dataclass(frozen=True, slots=True)
+class DraftHead:
+    """Weights of a draft head for a model of hidden size d with L layers.
+
+    The head's *entry* of position p is made of the token at p and of the states that the stack had
+    at p - 1 after each of ``layers`` (F of them, ascending, the last one L): ``fuse``
+    [d, (1 + F) * d] takes the token's embedding and these states, each divided by its root mean
+    square. Where the stack has not been yet, the head's own state at p - 1 stands in: ``feedback``
+    [d, 2 * d] takes the embedding and that state. Then comes one decoder layer in the model's sizes
+    (``attn_norm`` [d], ``qkv``, ``o``, ``mlp_norm`` [d], ``gate_up``, ``down``), whose K,V lie in
+    the pages of a layer above the stack's. ``norm`` [d] and the rows of the model's LM head for the
+    token ids ``vocab`` [v] (ascending) give the distribution of token p + 1.
+    """
+
+    layers: tuple[int, ...]
+    fuse: Tensor
+    feedback: Tensor
+    attn_norm: Tensor
+    qkv: Tensor
+    o: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    norm: Tensor
+    vocab: Tensor
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The trained tensors by name."""
+        return {name: getattr(self, name) for name in (*VECTORS, *MATRICES)}
+
+
+class DraftFileError(ModelError):
+    """The file is no draft head, or not one for this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftFile:
+    """A draft head with where it came from.
+
+    ``chances`` [10][2] says of held-out first guesses, by tenths of the head's own probability,
+    which share fell there and which share of those was right.
+    """
+
+    fingerprint: str
+    head: DraftHead
+    chances: tuple[tuple[float, float], ...]
+    metrics: dict[str, Any]
+    data: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write atomically, matrices as 8-bit levels with an fp16 scale for 32 columns (Q8_0)."""
+        tensors: dict[str, Tensor] = {"vocab": self.head.vocab.to(torch.int32)}
+        for name, tensor in self.head.parameters.items():
+            plain = tensor.detach().float().cpu()
+            if name in VECTORS:
+                tensors[name] = plain.half()
+            else:
+                tensors[f"{name}.levels"], tensors[f"{name}.scales"] = quantize(plain)
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "layers": json.dumps(self.head.layers),
+            "chances": json.dumps(self.chances),
+            "metrics": json.dumps(self.metrics),
+            "data": json.dumps(self.data),
+        }
+        save_safetensors(path, {k: t.contiguous().cpu() for k, t in tensors.items()}, metadata)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels int8 [out, in] and scales fp16 [out, in / 32] nearest to ``weight`` [out, in].
+
+    The largest value of each group gets the level 127, as the 8-bit format of the products wants.
+    """
+    groups = weight.unflatten(-1, (-1, GROUP))
+    scales = (groups.abs().amax(dim=-1) / _LARGEST_LEVEL).half()
+    divisor = scales.float().clamp_min(torch.finfo(torch.float16).tiny).unsqueeze(-1)
+    levels = (groups / divisor).round().clamp(-_LARGEST_LEVEL, _LARGEST_LEVEL)
+    return levels.to(torch.int8).flatten(-2), scales
+
+
+def dequantize(levels: Tensor, scales: Tensor) -> Tensor:
+    """Weights fp32 [out, in] of `quantize`'s result."""
+    groups = levels.float().unflatten(-1, (-1, GROUP))
+    weight: Tensor = (groups * scales.float().unsqueeze(-1)).flatten(-2)
+    return weight
+
+
+def load_draft_head(path: Path, *, fingerprint: str, config: ModelConfig) -> DraftFile:
+    """Read the draft head of the model with this ``fingerprint``, fp32 on the CPU.
+
+    Raises DraftFileError.
+    """
+    metadata, stored = read_safetensors(path, "a draft head", DraftFileError)
+    if metadata.get("format") != FORMAT:
+        raise DraftFileError(f"{path} is not a draft head of format {FORMAT}")
+    if metadata.get("fingerprint") != fingerprint:
+        raise DraftFileError(
+            f"{path} holds the draft head of another model (fingerprint "
+            f"{metadata.get('fingerprint')}, this model has {fingerprint}); train one for it with "
+            "`offramp exits train --draft`"
+        )
+    check_finite(path, stored, DraftFileError)
+    try:
+        layers = tuple(json.loads(metadata["layers"]))
+        chances = tuple((float(a), float(b)) for a, b in json.loads(metadata["chances"]))
+        metrics, data = json.loads(metadata["metrics"]), json.loads(metadata["data"])
+        tensors = {name: stored[name].float() for name in VECTORS}
+        for name in MATRICES:
+            tensors[name] = dequantize(stored[f"{name}.levels"], stored[f"{name}.scales"])
+        vocab = stored["vocab"].long()
+        _check(layers, chances, tensors, vocab, config)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise DraftFileError(f"{path}: {reason}") from error
+    return DraftFile(fingerprint, DraftHead(layers, **tensors, vocab=vocab), chances, metrics, data)
+
+
+def shipped_draft_head(fingerprint: str) -> Path | None:
+    """The draft head that comes with Offramp for this model, if there is one."""
+    folder = resources.files("offramp") / "models" / "exits"
+    for entry in folder.iterdir():
+        if entry.name.endswith(SUFFIX):
+            path = Path(str(entry))
+            metadata, _ = read_safetensors(path, "a draft head", DraftFileError)
+            if metadata.get("fingerprint") == fingerprint:
+                return path
+    return None
+
+
+def _check(
+    layers: tuple[int, ...],
+    chances: tuple[tuple[float, float], ...],
+    tensors: Mapping[str, Tensor],
+    vocab: Tensor,
+    config: ModelConfig,
+) -> None:
+    """Raise ValueError where the head has no place in a model of this ``config``."""
+    ascending = list(layers) == sorted({int(layer) for layer in layers})
+    if not layers or not ascending or layers[0] < 1 or layers[-1] != config.num_layers:
+        raise ValueError(
+            f"it takes states after layers {list(layers)}; of this model it may be ascending ones "
+            f"up to {config.num_layers}, the last included"
+        )
+    if len(chances) != CHANCE_BINS or not all(0 <= n <= 1 for pair in chances for n in pair):
+        raise ValueError(f"chances must be {CHANCE_BINS} pairs of shares")
+    d, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        "fuse": (d, (1 + len(layers)) * d),
+        "feedback": (d, 2 * d),
+        "qkv": (config.query_size + 2 * config.kv_size, d),
+        "o": (d, config.query_size),
+        "gate_up": (2 * inner, d),
+        "down": (d, inner),
+    } | dict.fromkeys(VECTORS, (d,))
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, not {shape}")
+    if vocab.dim() != 1 or not len(vocab) or int(vocab[0]) < 0 or not (vocab.diff() > 0).all():
+        raise ValueError("vocab is no ascending list of token ids")
+    if int(vocab[-1]) >= config.vocab_size:
+        raise ValueError(
+            f"vocab has the token {int(vocab[-1])}; this model has {config.vocab_size} tokens"
+        )
