@@ -6,6 +6,7 @@ The reference is the composition of the other kernels in models/drafting.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import addressof, c_int64
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +75,10 @@ class NativeDraft:
         limits: Sequence[int],
         bound: float,
         pages: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, float]:
         """Guesses int64 and their probabilities fp32, both [most guesses, sequences].
+
+        The third result is the time until the first guesses were there, in seconds.
 
         The entries are made of the tokens ``ids`` [T] and of the states that ``taps`` kept in its
         rows (-1: none). ``ends`` are the sequences' last entries, ``limits`` the guesses they ask
@@ -92,6 +95,8 @@ class NativeDraft:
         call.ends, call.limits = at.data_ptr(), at[count:].data_ptr()
         call.tokens, call.chances = tokens.data_ptr(), chances.data_ptr()
         call.ids = ids.data_ptr()
+        first = c_int64(0)
+        call.first = addressof(first)
         own = batch_of(len(ids), entries, pages, taps)
         self._library.draft(
             self._layer.shape,
@@ -100,7 +105,7 @@ class NativeDraft:
             batch_of(most * count, asked, pages, None),
             call,
         )
-        return tokens, chances
+        return tokens, chances, first.value / 1e9
 
 
 def _plain(found: Library, weight: Tensor) -> Matrix | None:

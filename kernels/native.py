@@ -118,6 +118,8 @@ class DraftCall(ctypes.Structure):
         ("limits", c_void_p),
         ("tokens", c_void_p),
         ("chances", c_void_p),
+        ("first", c_void_p),
+        ("begun", c_int64),
         ("ids", c_void_p),
         ("hidden", c_void_p),
         ("inputs", c_void_p),

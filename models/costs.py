@@ -17,6 +17,7 @@ from offramp.models.step import (
     RunSegments,
     SequenceRows,
     Step,
+    StepResult,
     StepRunner,
 )
 
@@ -24,7 +25,8 @@ from offramp.models.step import (
 # drifts and forget a burst of noise.
 _RENEWAL = 0.05
 _PROFILED_ROWS = (1, 2, 4, 8, 16)
-_PROFILED_GUESSES = 2
+_PROFILED_GUESSES = 3
+_PROFILED_RUNS = 4
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
@@ -124,14 +126,16 @@ class CostModel:
     """Seconds of each kind of step by its rows.
 
     ``checks[i]`` are the exit checks after segment i, apart from ``segments[i]``; ``fill`` makes
-    K,V of skipped layers by projection; ``draft`` is one guess of the draft head for each sequence.
+    K,V of skipped layers by projection. ``first_guess`` is the draft head's first guess of each
+    sequence, ``next_guess`` one more.
     """
 
     segments: list[StepCost]
     checks: list[StepCost]
     head: StepCost = field(default_factory=StepCost)
     fill: StepCost = field(default_factory=StepCost)
-    draft: StepCost = field(default_factory=StepCost)
+    first_guess: StepCost = field(default_factory=StepCost)
+    next_guess: StepCost = field(default_factory=StepCost)
 
     @classmethod
     def of(cls, num_segments: int) -> CostModel:
@@ -139,6 +143,13 @@ class CostModel:
         return cls(
             [StepCost() for _ in range(num_segments)], [StepCost() for _ in range(num_segments)]
         )
+
+    def learn_draft(self, sequences: int, result: StepResult) -> None:
+        """Learn from guesses for so many sequences."""
+        more = max(map(len, result.guesses)) - 1
+        self.first_guess.add(sequences, result.first_seconds)
+        if more:
+            self.next_guess.add(sequences, (result.seconds - result.first_seconds) / more)
 
     def above(self, segment: int, rows: float) -> float:
         """Seconds for ``rows`` rows through ``segment`` and all above it, without the LM head."""
@@ -156,7 +167,9 @@ class CostModel:
 def profile_costs(
     runner: StepRunner, num_segments: int, most_rows: int, *, drafts: bool = False
 ) -> CostModel:
-    """Run every kind of step twice at a few row counts up to ``most_rows``; the second run counts.
+    """Run every kind of step at a few row counts up to ``most_rows``, each four times.
+
+    The fastest run but the first counts: others may use the machine meanwhile.
 
     Each row is a sequence of one token in a block of its own, so no request may hold blocks yet.
     ``drafts`` says that there is a draft head. Nothing is measured where there is neither that nor
@@ -166,18 +179,19 @@ def profile_costs(
     if num_segments == 1 and not drafts:
         return costs
     for count in [rows for rows in _PROFILED_ROWS if rows <= most_rows]:
-        for _ in range(2):
-            results = [runner.run(step) for step in _profiled_steps(count, num_segments)]
-            if drafts:
-                drafted = runner.run(_profiled_draft(count))
-        for index, result in enumerate(results[:num_segments]):
-            costs.segments[index].add(count, result.segment_seconds[0])
-            costs.checks[index].add(count, result.check_seconds)
-        costs.head.add(count, results[num_segments - 1].head_seconds)
-        if num_segments > 1:
-            costs.fill.add(count, results[-1].seconds)
+        steps = _profiled_steps(count, num_segments)
         if drafts:
-            costs.draft.add(count, drafted.seconds / _PROFILED_GUESSES)
+            steps.append(_profiled_draft(count))
+        runs = [[runner.run(step) for step in steps] for _ in range(_PROFILED_RUNS)][1:]
+        for index in range(num_segments):
+            results = [run[index] for run in runs]
+            costs.segments[index].add(count, min(each.segment_seconds[0] for each in results))
+            costs.checks[index].add(count, min(each.check_seconds for each in results))
+        costs.head.add(count, min(run[num_segments - 1].head_seconds for run in runs))
+        if num_segments > 1:
+            costs.fill.add(count, min(run[num_segments].seconds for run in runs))
+        if drafts:
+            costs.learn_draft(count, min((run[-1] for run in runs), key=lambda each: each.seconds))
     return costs
 
 

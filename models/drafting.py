@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -24,10 +25,14 @@ from offramp.models.transformer import Segment, Transformer
 
 @dataclass(frozen=True, slots=True)
 class Guesses:
-    """For each sequence its guesses and the draft head's probability of each."""
+    """For each sequence its guesses and the draft head's probability of each.
+
+    ``first_seconds`` is the time until the first ones were there.
+    """
 
     tokens: tuple[tuple[int, ...], ...]
     chances: tuple[tuple[float, ...], ...]
+    first_seconds: float = 0.0
 
 
 class Drafter:
@@ -86,6 +91,7 @@ class Drafter:
 
         A sequence's guesses end where the product of their probabilities falls below ``bound``.
         """
+        begun = time.perf_counter()
         device, eps = self._model.device, self._model.config.rms_norm_eps
         ids = torch.tensor([token for item in work for token in item.token_ids], device=device)
         rows = torch.tensor([row for item in work for row in item.rows], device=device)
@@ -98,6 +104,7 @@ class Drafter:
         tokens: list[list[int]] = [[] for _ in work]
         chances: list[list[float]] = [[] for _ in work]
         going = [index for index, item in enumerate(work) if item.guesses]
+        first = 0.0
         hidden = hidden[ends[going].to(device)]
         step = 0
         while going:
@@ -105,6 +112,7 @@ class Drafter:
                 tokens[index].append(token)
                 chances[index].append(chance)
             step += 1
+            first = first or time.perf_counter() - begun
             kept = [
                 place
                 for place, index in enumerate(going)
@@ -117,7 +125,7 @@ class Drafter:
                 hidden = self._feedback(torch.cat((self._embedded(ids), fed), dim=1))
                 table = self._table([work[index] for index in going], step)
                 hidden = self._layer(hidden, table, self._cache)
-        return Guesses(tuple(map(tuple, tokens)), tuple(map(tuple, chances)))
+        return Guesses(tuple(map(tuple, tokens)), tuple(map(tuple, chances)), first)
 
     def _run_native(
         self,
@@ -132,7 +140,7 @@ class Drafter:
         limits = [work[index].guesses for index in asking]
         entries = self._table(work, 0)
         asked = self._asked([work[index] for index in asking], max(limits)) if limits else entries
-        tokens, chances = native(
+        tokens, chances, first = native(
             ids,
             self.taps(rows),
             entries,
@@ -147,7 +155,7 @@ class Drafter:
         for index, (own, sure) in zip(asking, columns, strict=False):
             made = own.index(-1) if -1 in own else len(own)
             found[index] = tuple(own[:made]), tuple(sure[:made])
-        return Guesses(tuple(each[0] for each in found), tuple(each[1] for each in found))
+        return Guesses(tuple(each[0] for each in found), tuple(each[1] for each in found), first)
 
     def _asked(self, work: Sequence[DraftRows], most: int) -> RowTable:
         """The rows of all first guesses, of all second ones, and so on.

@@ -155,7 +155,12 @@ class Runner:
         if self.drafter is None:
             raise ValueError("there is no draft head")
         made = self.drafter.run(step.work, step.bound)
-        return StepResult(self._now() - begun, guesses=made.tokens, chances=made.chances)
+        return StepResult(
+            self._now() - begun,
+            guesses=made.tokens,
+            chances=made.chances,
+            first_seconds=made.first_seconds,
+        )
 
     def _rows_of(self, segment: int, work: Sequence[SequenceRows]) -> RowTable:
         """Positions and pages of the rows; kept while the same rows go on to the next segment.

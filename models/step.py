@@ -138,7 +138,8 @@ class StepResult:
     after the top segment. ``prompt_left``: for each sequence the indices of its prompt rows that
     left, empty where none may. ``head_tokens``: one for each row of the step's head.
     ``exit_head_rows`` are rows an exit's LM head was run for. ``guesses`` and ``chances``: for each
-    sequence of a draft its guesses, and the draft head's probability of each.
+    sequence of a draft its guesses, and the draft head's probability of each; the first ones took
+    ``first_seconds``.
     """
 
     seconds: float
@@ -153,6 +154,7 @@ class StepResult:
     exit_head_rows: int = 0
     guesses: tuple[tuple[int, ...], ...] = ()
     chances: tuple[tuple[float, ...], ...] = ()
+    first_seconds: float = 0.0
 
 
 class StepRunner(Protocol):

@@ -62,8 +62,9 @@ void offramp_rows(const struct matrix *m, const int64_t *ids, int32_t count, flo
 }
 
 /* Make the entries of a draft, and its guesses. */
-void offramp_draft(const struct shape *s, const struct draft_head *h, const struct draft *d,
+void offramp_draft(const struct shape *s, const struct draft_head *h, struct draft *d,
                    const struct workspace *w) {
+    d->begun = nanoseconds();
     memset(w->phases, 0, sizeof(struct phase) * DRAFT_PHASES * MAX(d->guesses, 1));
     for (int i = 0; i < d->sequences; i++) {
         d->alive[i] = i;

@@ -76,6 +76,7 @@ static void take_rows(const struct shape *s, const struct draft *d, int step, in
 static void end_step(const struct shape *s, const struct draft_head *h, const struct draft *d,
                      int step, const struct workspace *w) {
     int rows = d->steps[step].rows, going = 0;
+    if (step == 0) *d->first = nanoseconds() - d->begun;
     for (int i = 0; i < rows; i++) {
         int sequence = d->alive[i], at = step * d->sequences + sequence;
         d->tokens[at] = h->vocab[d->best[i]];

@@ -64,6 +64,8 @@ struct draft {
     const int32_t *limits;       /* [sequences] guesses */
     int64_t *tokens;             /* [guesses, sequences] results; untouched where none was made */
     float *chances;              /* likewise */
+    int64_t *first;              /* nanoseconds from ``begun`` to the end of the first guesses */
+    int64_t begun;
     int64_t *ids;                /* [entries] tokens, then scratch like all that follows */
     float *hidden;               /* [entries, width] */
     float *inputs;               /* [entries, fuse.columns] */

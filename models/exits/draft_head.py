@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from offramp.kernels.weight_formats import GROUP
@@ -27,6 +28,7 @@ CHANCE_BINS = 10
 VECTORS = ("attn_norm", "mlp_norm", "norm")
 MATRICES = ("fuse", "feedback", "qkv", "o", "gate_up", "down")
 _LARGEST_LEVEL = 127
+_JSON = ("layers", "chances", "metrics", "data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +125,18 @@ def load_draft_head(path: Path, *, fingerprint: str, config: ModelConfig) -> Dra
 
     Raises DraftFileError.
     """
-    metadata, stored = read_safetensors(path, "a draft head", DraftFileError)
-    if metadata.get("format") != FORMAT:
-        raise DraftFileError(f"{path} is not a draft head of format {FORMAT}")
-    if metadata.get("fingerprint") != fingerprint:
+    metadata = read_draft_metadata(path)
+    if metadata["fingerprint"] != fingerprint:
         raise DraftFileError(
             f"{path} holds the draft head of another model (fingerprint "
-            f"{metadata.get('fingerprint')}, this model has {fingerprint}); train one for it with "
-            "`offramp exits train --draft`"
+            f"{metadata['fingerprint']}, this model has {fingerprint}); train one for it with "
+            "`offramp exits train-draft`"
         )
+    _, stored = read_safetensors(path, "a draft head", DraftFileError)
     check_finite(path, stored, DraftFileError)
     try:
-        layers = tuple(json.loads(metadata["layers"]))
-        chances = tuple((float(a), float(b)) for a, b in json.loads(metadata["chances"]))
-        metrics, data = json.loads(metadata["metrics"]), json.loads(metadata["data"])
+        layers = tuple(metadata["layers"])
+        chances = tuple((float(a), float(b)) for a, b in metadata["chances"])
         tensors = {name: stored[name].float() for name in VECTORS}
         for name in MATRICES:
             tensors[name] = dequantize(stored[f"{name}.levels"], stored[f"{name}.scales"])
@@ -145,7 +145,27 @@ def load_draft_head(path: Path, *, fingerprint: str, config: ModelConfig) -> Dra
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DraftFileError(f"{path}: {reason}") from error
-    return DraftFile(fingerprint, DraftHead(layers, **tensors, vocab=vocab), chances, metrics, data)
+    head = DraftHead(layers, **tensors, vocab=vocab)
+    return DraftFile(fingerprint, head, chances, metadata["metrics"], metadata["data"])
+
+
+def read_draft_metadata(path: Path) -> dict[str, Any]:
+    """The file's metadata, JSON values decoded; raises DraftFileError."""
+    try:
+        with safe_open(path, "pt") as file:
+            raw = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DraftFileError(f"{path} cannot be read as a draft head: {error}") from error
+    if raw.get("format") != FORMAT:
+        raise DraftFileError(f"{path} is not a draft head of format {FORMAT}")
+    try:
+        return {
+            "format": FORMAT,
+            "fingerprint": raw["fingerprint"],
+            **{name: json.loads(raw[name]) for name in _JSON},
+        }
+    except (KeyError, ValueError) as error:
+        raise DraftFileError(f"{path} has broken metadata: {error}") from error
 
 
 def shipped_draft_head(fingerprint: str) -> Path | None:
@@ -154,8 +174,7 @@ def shipped_draft_head(fingerprint: str) -> Path | None:
     for entry in folder.iterdir():
         if entry.name.endswith(SUFFIX):
             path = Path(str(entry))
-            metadata, _ = read_safetensors(path, "a draft head", DraftFileError)
-            if metadata.get("fingerprint") == fingerprint:
+            if read_draft_metadata(path)["fingerprint"] == fingerprint:
                 return path
     return None
 

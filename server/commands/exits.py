@@ -1,4 +1,4 @@
-"""``offramp exits``: train, calibrate and evaluate exits, and look into an exit file."""
+"""``offramp exits``: train, calibrate and evaluate exits and draft heads, and look into files."""
 
 from __future__ import annotations
 
@@ -34,9 +34,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="train exit heads", allow_abbrev=False)
     train.set_defaults(command=_train)
-    _add_data(train)
+    _add_data(train, "exit file to write")
     _add_training(train)
     _add_tuning(train)
+    draft = commands.add_parser("train-draft", help="train a draft head", allow_abbrev=False)
+    draft.set_defaults(command=_train_draft)
+    _add_data(draft, "draft head to write (.draft.safetensors)")
+    _add_drafting(draft)
     calibrate.add_parser(commands)
     evaluate.add_parser(commands)
     info = commands.add_parser("info", help="show what an exit file holds")
@@ -45,10 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data(train: argparse.ArgumentParser) -> None:
+def _add_data(train: argparse.ArgumentParser, out: str) -> None:
     """Options on what to train on, and where results go."""
     train.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
-    train.add_argument("--out", type=Path, required=True, help="exit file to write")
+    train.add_argument("--out", type=Path, required=True, help=out)
     source = train.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompts", type=Path, nargs="+", help="prompt files; answers are generated"
@@ -91,6 +95,24 @@ def _add_training(train: argparse.ArgumentParser) -> None:
     train.add_argument("--width", type=_count, default=1024, help="adapter width [1024]")
     train.add_argument("--router", type=_count, default=256, help="gate width [256]")
     train.add_argument("--epochs", type=_count, default=4, help="over the adapters' answers [4]")
+    train.add_argument("--seed", type=_size, default=0)
+
+
+def _add_drafting(train: argparse.ArgumentParser) -> None:
+    """Options on the draft head and how it learns."""
+    train.add_argument(
+        "--layers", type=_layers, help="states it reads [after each third of the layers]"
+    )
+    train.add_argument(
+        "--vocab", type=_size, default=8192, help="tokens it can guess, 0 for all [8192]"
+    )
+    train.add_argument("--guesses", type=_count, default=3, help="one after another [3]")
+    train.add_argument("--epochs", type=_count, default=6, help="over the answers [6]")
+    train.add_argument("--minutes", type=_positive, help="end the training after so long")
+    train.add_argument(
+        "--batch", type=_count, default=2048, help="answer tokens in a training step [2048]"
+    )
+    train.add_argument("--lr", type=_amount, default=1.2e-3, help="learning rate [1.2e-3]")
     train.add_argument("--seed", type=_size, default=0)
 
 
@@ -164,11 +186,21 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def _info(args: argparse.Namespace) -> int:
     from offramp.models.exits.deltas import delta_paths  # noqa: PLC0415
+    from offramp.models.exits.draft_head import SUFFIX, read_draft_metadata  # noqa: PLC0415
     from offramp.models.exits.file import read_metadata  # noqa: PLC0415
 
+    if args.file.name.endswith(SUFFIX):
+        sys.stdout.write(json.dumps(read_draft_metadata(args.file), indent=2) + "\n")
+        return 0
     shown = read_metadata(args.file) | {"deltas": [path.name for path in delta_paths(args.file)]}
     sys.stdout.write(json.dumps(shown, indent=2) + "\n")
     return 0
+
+
+def _train_draft(args: argparse.Namespace) -> int:
+    from offramp.server.commands.train_draft import run  # noqa: PLC0415
+
+    return run(args)
 
 
 def _train(args: argparse.Namespace) -> int:

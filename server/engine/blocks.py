@@ -27,6 +27,10 @@ def block_hashes(
     return hashes
 
 
+# Blocks at the end of a cached prefix whose entries of the draft head are made anew if need be.
+_ENTRIES_REMADE = 2
+
+
 class BlockPool:
     """Reference-counted blocks ``0 .. num_blocks``.
 
@@ -158,10 +162,7 @@ class SequenceMemory:
             return False
         sequence.table = shared + new
         sequence.computed = [cached] * sequence.num_segments
-        without = [i for i, block in enumerate(shared) if block not in self.blocks.with_entries]
-        sequence.entry_blocks = without[-1] + 1 if without else 0
-        sequence.first_entry = sequence.entry_blocks * size
-        sequence.next_entry = len(shared) * size
+        self._find_entries(sequence, shared)
         if self._prefix_caching:
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += cached
@@ -214,6 +215,32 @@ class SequenceMemory:
             self.blocks.register(sequence.table[index], sequence.hashes[index])
         sequence.published = max(sequence.published, whole // size)
 
+    def _find_entries(self, sequence: Sequence, shared: list[int]) -> None:
+        """Which of the sequence's first blocks hold entries of the draft head."""
+        without = [i for i, block in enumerate(shared) if block not in self.blocks.with_entries]
+        size, end = self.blocks.block_size, len(shared)
+        if without and without[0] < end - _ENTRIES_REMADE:
+            sequence.entry_blocks = without[-1] + 1
+            sequence.first_entry = sequence.entry_blocks * size
+            end = max(sequence.entry_blocks, end)
+        else:
+            # An answer ends before its last entries are made. Made without states they are poor,
+            # but better than nothing from the answer or before.
+            end = without[0] if without else end
+            sequence.entry_blocks, sequence.first_entry = end, 0
+        sequence.next_entry = end * size
+
+    def keep_states(self, sequence: Sequence) -> None:
+        """Let the sequence hold the rows of its chunk, whose states the draft head will need."""
+        sequence.state_positions += sequence.chunk
+        sequence.state_rows += sequence.chunk_rows
+        sequence.chunk_rows = []
+
+    def free_states(self, sequence: Sequence) -> None:
+        """Give those rows back."""
+        self.rows.give(sequence.state_rows)
+        sequence.state_positions, sequence.state_rows = [], []
+
     def mark_entries(self, sequence: Sequence) -> None:
         """The draft head has made the sequence's entries: note the blocks that are complete."""
         whole = sequence.next_entry // self.blocks.block_size
@@ -223,6 +250,7 @@ class SequenceMemory:
     def release(self, sequence: Sequence) -> None:
         """Give back everything the sequence holds."""
         self.free_chunk(sequence)
+        self.free_states(sequence)
         self.ledger.settle(sequence.id)
         self.blocks.release(sequence.table)
         sequence.table = []
@@ -233,7 +261,9 @@ class SequenceMemory:
         self.blocks.check([sequence.table for sequence in live.values()])
         if not self.ledger.sequences <= live.keys():
             raise BugError("A released sequence is still in debt.")
-        held = self.ledger.total + sum(len(sequence.chunk_rows) for sequence in live.values())
+        held = self.ledger.total + sum(
+            len(sequence.chunk_rows) + len(sequence.state_rows) for sequence in live.values()
+        )
         if held + self.rows.num_free != self.rows.num_rows:
             raise BugError("Held and free hidden rows do not add up.")
         for sequence in live.values():

@@ -61,7 +61,7 @@ from offramp.server.engine.governor import ExitGovernor, device_patience
 from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.host_decoder import HostDecoder
 from offramp.server.engine.kv_debt import DebtLedger, RowPool
-from offramp.server.engine.request import EngineInfo
+from offramp.server.engine.request import MOST_STATES, EngineInfo
 from offramp.server.engine.thresholds import ExitThresholds
 
 logger = logging.getLogger("offramp.engine")
@@ -155,8 +155,9 @@ def runner_of(engine: Engine) -> Runner:
 
 
 def hidden_rows(info: EngineInfo) -> int:
-    """Rows of the hidden buffer: a step's, and those that sequences owe layers."""
-    return info.max_num_seqs * (1 + info.max_exit_debt) + info.max_num_batched_tokens
+    """Rows of the hidden buffer: a step's, those owed layers, and states for the draft head."""
+    held = 1 + info.max_exit_debt + (2 * MOST_STATES if info.draft_head else 0)
+    return info.max_num_seqs * held + info.max_num_batched_tokens
 
 
 def exit_thresholds(info: EngineInfo, config: EngineConfig) -> ExitThresholds:

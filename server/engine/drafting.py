@@ -8,30 +8,15 @@ worth guessing has no drafts. (Exits draft as well, see HostDecoder: a token tha
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 
 from offramp.models.step import Draft, DraftRows, StepRunner
 from offramp.server.engine.blocks import SequenceMemory
-from offramp.server.engine.governor import ExitGovernor
-from offramp.server.engine.request import EngineInfo
+from offramp.server.engine.governor import MAX_HEAD_DRAFTS, NO_DRAFTS, ExitGovernor, HeadPlan
+from offramp.server.engine.request import MOST_STATES, EngineInfo
 from offramp.server.engine.sequence import DraftSource, Sequence
 
 # How much a verified draft moves its own request's acceptance rates, and those of all requests.
 _OWN_RENEWAL, _COMMON_RENEWAL = 0.1, 0.01
-
-
-@dataclass(slots=True)
-class _Due:
-    """A sequence whose draft head has something to do.
-
-    The stack's states at ``positions`` are in ``rows``; the entries behind them are missing.
-    ``asks`` says that the sequence waits for drafts.
-    """
-
-    sequence: Sequence
-    positions: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    asks: bool = False
 
 
 def draft_room(sequence: Sequence, info: EngineInfo) -> int:
@@ -44,7 +29,9 @@ def draft_room(sequence: Sequence, info: EngineInfo) -> int:
 class Drafting:
     """Adds drafts to the sequences that wait for them, all at once, before a step is planned.
 
-    The rows of a pass may be given to others from then on, so entries are made at that time too.
+    The draft head needs the stack's states at all positions, for its entries. The rows that hold
+    them stay with their sequence until the head is next run: for guesses, or because a sequence
+    holds many.
     """
 
     def __init__(
@@ -58,20 +45,20 @@ class Drafting:
         self._governor = governor
         self._memory = memory
         self._runner = runner
-        self._due: dict[int, _Due] = {}
+        self._asking: dict[int, Sequence] = {}
+        self._holding: dict[int, Sequence] = {}
         self.drafted: Counter[DraftSource] = Counter()
         """Drafts added since the last statistics."""
 
     def ask(self, sequence: Sequence) -> None:
         """The sequence, lossless and without drafts, is ready for its next token."""
-        self._of(sequence).asks = True
+        self._asking[sequence.id] = sequence
 
     def passed(self, sequence: Sequence) -> None:
         """The sequence's chunk has run the whole stack."""
         if self._info.draft_head and sequence.lossless and not sequence.audit:
-            due = self._of(sequence)
-            due.positions += sequence.chunk
-            due.rows += sequence.chunk_rows
+            self._memory.keep_states(sequence)
+            self._holding[sequence.id] = sequence
 
     def left_early(self, sequence: Sequence, token: int) -> None:
         """An exit guessed the sequence's next token."""
@@ -79,19 +66,20 @@ class Drafting:
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ended or lost its blocks."""
-        self._due.pop(sequence.id, None)
+        self._asking.pop(sequence.id, None)
+        self._holding.pop(sequence.id, None)
 
     def run(self, running: int) -> float:
         """Draft for all who asked, beside ``running`` sequences; returns seconds on the device."""
-        if not self._due:
-            return 0.0
-        found, self._due = list(self._due.values()), {}
-        for due in found:
-            if due.asks:
-                self._copy(due.sequence, running)
+        asking, self._asking = self._asking, {}
+        for sequence in asking.values():
+            self._copy(sequence, running)
         if not self._info.draft_head:
             return 0.0
-        return self._ask_head([due for due in found if due.positions], running)
+        lacking = {id_ for id_, sequence in asking.items() if not sequence.drafts}
+        plan = self._governor.head_plan(running) if lacking else NO_DRAFTS
+        many = any(len(each.state_rows) > MOST_STATES for each in self._holding.values())
+        return self._run_head(plan, lacking) if plan.most or many else 0.0
 
     def verified(self, sequence: Sequence, place: int, *, right: bool) -> None:
         """Full depth accepted the sequence's ``place``-th draft, or refused it."""
@@ -104,9 +92,6 @@ class Drafting:
             wanted = self._governor.head_acceptance.rate(chance)
             self._governor.head_acceptance.add(chance, accepted=right)
             sequence.luck += _OWN_RENEWAL * wanted * (right / wanted - sequence.luck)
-
-    def _of(self, sequence: Sequence) -> _Due:
-        return self._due.setdefault(sequence.id, _Due(sequence))
 
     def _room(self, sequence: Sequence) -> int:
         return min(draft_room(sequence, self._info), self._info.max_num_batched_tokens - 1)
@@ -126,29 +111,26 @@ class Drafting:
         sequence.match = match.size
         self._add(sequence, sequence.tokens[match.end : match.end + count], DraftSource.NGRAM)
 
-    def _ask_head(self, found: list[_Due], running: int) -> float:
-        """Make the entries that are due; let the head guess where that pays."""
-        plan = self._governor.head_plan(running)
-        work: list[DraftRows] = []
-        asked_for: list[Sequence] = []
-        for due in found:
-            sure = due.sequence.drafts > 0
-            most = 0 if sure or not due.asks else min(plan.most, self._room(due.sequence))
-            rows = self._rows(due, max(0, most))
+    def _run_head(self, plan: HeadPlan, lacking: set[int]) -> float:
+        """Make all entries that are due, and guesses for the sequences with ids ``lacking``."""
+        holding, self._holding = self._holding, {}
+        work: dict[int, DraftRows] = {}
+        for id_, sequence in holding.items():
+            most = min(plan.most, self._room(sequence)) if id_ in lacking else 0
+            rows = self._rows(sequence, most)
+            self._memory.free_states(sequence)
             if rows.positions:
-                work.append(rows)
-                asked_for.append(due.sequence)
+                work[id_] = rows
         if not work:
             return 0.0
-        result = self._runner.run(Draft(tuple(work), plan.bound))
-        asked = sum(item.guesses > 0 for item in work)
-        entries = sum(len(item.rows) for item in work)
-        if asked and entries <= asked * (1 + plan.most):
+        result = self._runner.run(Draft(tuple(work.values()), plan.bound))
+        asked = sum(item.guesses > 0 for item in work.values())
+        entries = sum(len(item.rows) for item in work.values())
+        if asked and entries <= asked * (1 + MAX_HEAD_DRAFTS):
             # Of chunks of prompts, entries would take more than the guesses.
-            steps = max(map(len, result.guesses))
-            self._governor.costs.draft.add(asked, result.seconds / steps)
-        guesses = zip(asked_for, result.guesses, result.chances, strict=True)
-        for sequence, tokens, chances in guesses:
+            self._governor.costs.learn_draft(asked, result)
+        for id_, tokens, chances in zip(work, result.guesses, result.chances, strict=True):
+            sequence = holding[id_]
             self._memory.mark_entries(sequence)
             if tokens:
                 self._governor.head_acceptance.saw(chances[0])
@@ -157,22 +139,22 @@ class Drafting:
                 self._add(sequence, list(tokens[:kept]), DraftSource.HEAD)
         return result.seconds
 
-    def _rows(self, due: _Due, most: int) -> DraftRows:
+    def _rows(self, sequence: Sequence, most: int) -> DraftRows:
         """The entries due, whose tokens are known by now, and ``most`` guesses behind them."""
-        sequence, size = due.sequence, self._info.block_size
-        end = min(due.positions[-1] + 2, sequence.verified)
+        states = sequence.state_positions
+        end = min(states[-1] + 2, sequence.verified)
         if not self._memory.grow(sequence, end + most):
-            end, most = min(end, len(sequence.table) * size), 0
+            end, most = min(end, len(sequence.table) * self._info.block_size), 0
         positions = range(sequence.next_entry, end)
-        sequence.next_entry = end
+        sequence.next_entry = max(end, sequence.next_entry)
         # Where a text begins, or goes on behind cached blocks, there are no states before.
-        row_of = dict(zip(due.positions, due.rows, strict=True))
+        row_of = dict(zip(states, sequence.state_rows, strict=True))
         return DraftRows(
             positions,
             tuple(sequence.tokens[positions.start : end]),
             tuple(row_of.get(position - 1, -1) for position in positions),
             sequence.table,
-            sequence.first_entry // size,
+            sequence.first_entry // self._info.block_size,
             most,
         )
 

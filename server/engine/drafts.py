@@ -55,6 +55,11 @@ class HeadAcceptance:
         tenth = self._tenth(chance)
         self.rates[tenth] += _HEAD_RENEWAL * (accepted - self.rates[tenth])
 
+    @property
+    def mean(self) -> float:
+        """The share of first guesses that are accepted."""
+        return sum(share * rate for share, rate in zip(self.shares, self.rates, strict=True))
+
     def gain(self, token: float, row: float) -> float:
         """What a first guess is expected to gain where one more ``row`` may spare a ``token``."""
         pairs = zip(self.shares, self.rates, strict=True)

@@ -70,6 +70,11 @@ class HeadPlan:
     worth: tuple[float, ...]
 
 
+NO_DRAFTS = HeadPlan(0, 1.0, ())
+# Verified whatever it is, so that the cost of its row is learnt.
+_TRY = HeadPlan(1, 1.0, (-1.0,))
+
+
 class ExitGovernor:
     """The choices that trade time between sequences, for one decoder.
 
@@ -207,17 +212,23 @@ class ExitGovernor:
 
     def head_plan(self, rows: int) -> HeadPlan:
         """What to ask of the draft head where ``rows`` sequences run."""
-        return self._standing("head", 0, max(1, rows), self._weigh_head)
+        plan = self._standing("head", 0, max(1, rows), self._weigh_head)
+        allowed = self._probes["head"].allow(pays=plan.most > 0)
+        return _TRY if allowed and not plan.most else plan
 
     def _weigh_head(self, _: int, rows: int) -> HeadPlan:
         # All sequences draft, so their rows add up.
         passes = [self.costs.full_pass(rows * (1 + more)) for more in range(MAX_HEAD_DRAFTS + 1)]
-        token, draft = passes[0], self.costs.draft.at(rows)
-        extra = [more - less for less, more in pairwise(passes)]
-        if self.head_acceptance.gain(token, extra[0]) <= draft:
-            return HeadPlan(0, 1.0, ())
-        worth = tuple(row / token for row in extra)
-        return HeadPlan(MAX_HEAD_DRAFTS, (draft + extra[1]) / token, worth)
+        token, extra = passes[0], [more - less for less, more in pairwise(passes)]
+        first, further = self.costs.first_guess.at(rows), self.costs.next_guess.at(rows)
+        # What a guess gains if those before it are right, and how likely that is.
+        gains = [self.head_acceptance.gain(token, row) for row in extra]
+        likely = self.head_acceptance.mean
+        more = [max(0.0, gain * likely**index - further) for index, gain in enumerate(gains)]
+        if gains[0] + sum(more[1:]) <= first:
+            return NO_DRAFTS
+        bound = further / gains[1] if gains[1] else 1.0
+        return HeadPlan(MAX_HEAD_DRAFTS, bound, tuple(row / token for row in extra))
 
     def worth_verifying(self, plan: HeadPlan, chances: Sequence[float], luck: float) -> int:
         """How many of a sequence's guesses, with the head's ``chances``, are worth verifying."""

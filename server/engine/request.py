@@ -8,6 +8,10 @@ from enum import StrEnum
 from offramp.models.exits.file import OperatingPoint
 from offramp.models.sampling_params import ExitSettings, SamplingParams
 
+# Rows with states for the draft head that a sequence may hold before its entries are made. Sixteen
+# entries at once take little more than one.
+MOST_STATES = 16
+
 
 class FinishReason(StrEnum):
     """The one terminal event of a request."""

@@ -40,8 +40,8 @@ class Sequence:
     ``acceptance`` saying how such drafts fared; the draft head's with its probabilities,
     ``chances``, right ``luck`` times as often as others' of the kind. The head has made its entries
     of positions ``first_entry`` to ``next_entry`` (exclusive), noted of the first ``entry_blocks``
-    blocks. An ``audit`` reads a finished answer again at
-    full depth; all of the answer counts as drafts.
+    blocks; the stack's states at ``state_positions`` are in ``state_rows`` for the next ones. An
+    ``audit`` reads a finished answer again at full depth; all of the answer counts as drafts.
     """
 
     id: int
@@ -84,6 +84,8 @@ class Sequence:
     first_entry: int = 0
     next_entry: int = 0
     entry_blocks: int = 0
+    state_positions: list[int] = field(default_factory=list)
+    state_rows: list[int] = field(default_factory=list)
     preemptions: int = 0
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,8 @@ def drafter(
         on_grid = form is not WeightFormat.INT8 or weight.shape[0] != VOCAB // 2
         return form if on_grid else spare
 
-    recipes = Recipes(*[lambda _: spare if native else WeightFormat.PLAIN] * 3, forms)
+    plain = spare if native else WeightFormat.PLAIN
+    recipes = Recipes(lambda _: plain, lambda _: plain, lambda _: plain, forms)
     _, model = make(MODELS[kind], folder, recipes)
     torch.manual_seed(5)
     head = new_head(layers, form)
@@ -128,8 +130,8 @@ def run(made: Drafter, work: Sequence[DraftRows], bound: float = 0.0) -> Guesses
 
 
 def is_close(one: Guesses, other: Guesses) -> bool:
-    chances = [torch.tensor(sum(each.chances, ())) for each in (one, other)]
-    return one.tokens == other.tokens and torch.allclose(*chances, atol=2e-3)
+    mine, theirs = (torch.tensor(list(chain(*each.chances))) for each in (one, other))
+    return one.tokens == other.tokens and torch.allclose(mine, theirs, atol=2e-3)
 
 
 @needs_kernels
@@ -191,7 +193,7 @@ def test_a_sequence_stops_where_its_guesses_are_unlikely(
     made = drafter(tmp_path, "tied", WeightFormat.FP32, native=native)
     all_of_them = run(made, MIXED)
     products = [torch.tensor(own).cumprod(0).tolist() for own in all_of_them.chances]
-    bound = sorted(sum(products, []))[-4] * 1.001
+    bound = sorted(chain(*products))[-4] * 1.001
     found = run(made, MIXED, bound)
     for tokens, wanted, own in zip(found.tokens, all_of_them.tokens, products, strict=True):
         # The first guess below the bound is made, none behind it.

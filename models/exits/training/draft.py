@@ -7,30 +7,39 @@ distribution over the draft vocabulary.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable, rotate
 from offramp.models.config import ModelConfig
-from offramp.models.exits.draft_head import DraftHead
-from offramp.models.exits.training.data import Answer
-from offramp.models.exits.training.pipeline import Part, Work
+from offramp.models.exits.draft_head import (
+    CHANCE_BINS,
+    MATRICES,
+    DraftFile,
+    DraftHead,
+    dequantize,
+    quantize,
+)
+from offramp.models.exits.training.draft_data import (
+    DraftBatch,
+    DraftFeatures,
+    make_batch,
+    make_groups,
+    parts_of,
+)
+from offramp.models.exits.training.second_key import draft_vocab
 from offramp.models.exits.training.train import Report
 from offramp.models.exits.training.training_model import DenseModel
 
-_SHARD = 256
-_COLLECT_TOKENS = 4096
 _WARM_UP_STEPS = 50
 _CHECKPOINT_SECONDS = 120
 _LOSS_ROWS = 256
@@ -51,90 +60,29 @@ class DraftOptions:
     vocab: int = 8192
     guesses: int = 3
     epochs: int = 6
-    batch: int = 4096
-    lr: float = 1.5e-3
+    batch: int = 2048
+    lr: float = 1.2e-3
     minutes: float | None = None
     seed: int = 0
 
 
-class DraftFeatures:
-    """States along answers, in shards of 256 answers that ``work`` keeps on disk as fp16."""
-
-    def __init__(self, paths: Sequence[Path], answers: Sequence[Answer]) -> None:
-        self.answers = answers
-        self._files = [safe_open(path, "pt") for path in paths]
-        self._starts: list[int] = []
-        for first in range(0, len(answers), _SHARD):
-            start = 0
-            for item in answers[first : first + _SHARD]:
-                self._starts.append(start)
-                start += _length(item)
-
-    def of(self, index: int) -> Tensor:
-        """States [T, F, d] of all positions of an answer but its last token's."""
-        start = self._starts[index]
-        size = _length(self.answers[index])
-        file: Any = self._files[index // _SHARD]
-        states: Tensor = file.get_slice("states")[start : start + size]
-        return states
-
-
-def collect_features(
-    model: DenseModel,
-    answers: Sequence[Answer],
-    layers: Sequence[int],
-    work: Work,
-    progress: Callable[[int], None],
-) -> DraftFeatures:
-    """States after ``layers`` at every position of prompts and answers, teacher-forced."""
-    paths = []
-    for first in range(0, len(answers), _SHARD):
-        own = answers[first : first + _SHARD]
-        name = f"draft-states-{first // _SHARD:05d}"
-        path = work.path(f"{name}.safetensors")
-        assert path is not None, "features need a folder"
-        if not path.exists():
-            work.part(name, functools.partial(_shard, model, own, layers))
-        paths.append(path)
-        progress(first + len(own))
-    return DraftFeatures(paths, answers)
-
-
-@torch.inference_mode()
-def _shard(model: DenseModel, answers: Sequence[Answer], layers: Sequence[int]) -> Part:
-    found: dict[int, Tensor] = {}
-    order = sorted(range(len(answers)), key=lambda index: _length(answers[index]))
-    while order:
-        longest = _length(answers[order[-1]])
-        count = max(1, _COLLECT_TOKENS // longest)
-        batch, order = order[-count:], order[:-count]
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, index in enumerate(batch):
-            text = (*answers[index].prompt, *answers[index].answer[:-1])
-            ids[row, : len(text)] = torch.tensor(text)
-        device = model.embed.device
-        with torch.autocast(device.type, torch.bfloat16):
-            seen = model(ids.to(device), layers)
-        states = torch.stack([seen.at[layer] for layer in layers], dim=2).half().cpu()
-        for row, index in enumerate(batch):
-            found[index] = states[row, : _length(answers[index])].clone()
-    return {"states": torch.cat([found[index] for index in range(len(answers))])}, {}
-
-
-def _length(item: Answer) -> int:
-    return len(item.prompt) + len(item.answer) - 1
-
-
 def new_draft_head(
-    model: DenseModel, layers: Sequence[int], vocab: Tensor, scale: float, seed: int
+    model: DenseModel, features: DraftFeatures, layers: Sequence[int], options: DraftOptions
 ) -> DraftHead:
     """A head whose decoder layer starts as the model's last one.
 
-    ``scale`` is the root mean square of states that such a layer is used to.
+    It can guess the tokens that are most frequent in the answers of ``features``.
     """
+    generator = torch.Generator().manual_seed(options.seed)
+    # As large as the states that such a layer is used to: half way to those that it makes.
+    scale = 0.5 * float(features.of(0)[:, -1].float().square().mean().sqrt())
+    labels = torch.tensor([token for item in features.answers for token in item.answer])
+    config = model.config
+    vocab = draft_vocab(labels, config.eos_token_ids, config.vocab_size, options.vocab)
+    if vocab is None:
+        vocab = torch.arange(config.vocab_size)
     d = model.config.hidden_size
     prefix = f"layers.{model.config.num_layers - 1}."
-    generator = torch.Generator().manual_seed(seed)
 
     def of(name: str) -> Tensor:
         return model.weights[f"{prefix}{name}"].detach().clone().float()
@@ -156,32 +104,23 @@ def new_draft_head(
         gate_up=of("gate_up"),
         down=of("down"),
         norm=model.weights["final_norm"].detach().clone().float(),
-        vocab=vocab,
+        vocab=vocab.to(model.embed.device),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Texts one after another: ``ids``, the tokens ``following`` and ``positions`` [N].
+class Verdict:
+    """How a draft head guesses held-out answers.
 
-    ``states`` [N, F, d] are the stack's there.
-    ``spans`` lists of each text where it begins, its length, and the position of its first guess.
+    ``acceptance[j]`` is the share of the (j + 1)-th guesses that are the answer's own token where
+    those before it are; ``loss`` the cross-entropy (nats) of first guesses with the full depth;
+    ``chances`` as in DraftFile; ``positions`` the number of first guesses.
     """
 
-    ids: Tensor
-    following: Tensor
-    positions: Tensor
-    states: Tensor
-    spans: list[tuple[int, int, int]]
-
-    def rows(self, step: int) -> Tensor:
-        """The entries that make the guesses of ``step`` (0: from the stack's states)."""
-        return torch.cat(
-            [
-                torch.arange(start + min(first + step, size), start + size)
-                for start, size, first in self.spans
-            ]
-        )
+    acceptance: list[float]
+    loss: float
+    chances: tuple[tuple[float, float], ...]
+    positions: int
 
 
 class DraftTrainer:
@@ -191,6 +130,7 @@ class DraftTrainer:
         self.config: ModelConfig = model.config
         self.head = head
         self.options = options
+        self._device = model.embed.device
         self._embed = model.embed
         self._final_norm = model.weights["final_norm"]
         self._lm_head = model.lm_head[head.vocab].detach().bfloat16()
@@ -237,7 +177,9 @@ class DraftTrainer:
                 progress = self._progress(total)
                 if progress >= 1:
                     break
-                loss += 0.05 * (self._learn(_batch(features, group), progress) - loss)
+                with self._device:
+                    batch = make_batch(features, group, self._device)
+                    loss += 0.05 * (self._learn(batch, progress) - loss)
                 self.step += 1
                 self.seconds = before + time.monotonic() - begun
                 if self.step % _REPORT_STEPS == 0:
@@ -250,31 +192,69 @@ class DraftTrainer:
             param.requires_grad_(False)
 
     @torch.no_grad()
-    def acceptance(self, features: DraftFeatures) -> tuple[list[float], float]:
-        """The share of guesses that are the answer's own token, each given those before, and loss.
-
-        On greedy answers that is the share that verification accepts.
-        """
+    def judge(self, features: DraftFeatures) -> Verdict:
+        """How the head guesses answers: on greedy ones, what verification would accept."""
         asked, right = [0] * self.options.guesses, [0] * self.options.guesses
-        losses, count = 0.0, 0
-        for group in _groups(features.answers, range(len(features.answers)), self.options.batch):
-            batch = _batch(features, group)
-            alive = torch.ones(len(batch.ids), dtype=torch.bool)
-            for step, (rows, normed, loss) in enumerate(self._guesses(batch)):
-                if step == 0:
-                    losses += float(loss) * len(rows)
-                    count += len(rows)
-                places = (normed.bfloat16() @ self._lm_head.t()).argmax(dim=-1)
-                correct = self.head.vocab[places] == batch.following[rows]
-                # The chain that begins at entry r makes its next guess at r + 1, if this one holds.
-                asking = alive[rows - step]
-                asked[step] += int(asking.sum())
-                right[step] += int((correct & asking).sum())
-                alive = torch.zeros_like(alive)
-                alive[rows[correct & asking] - step] = True
-        return [a / max(1, b) for a, b in zip(right, asked, strict=True)], losses / max(1, count)
+        counts = torch.zeros(2, CHANCE_BINS)
+        losses = 0.0
+        order = range(len(features.answers))
+        with self._device:
+            for group in make_groups(features.answers, order, self.options.batch):
+                batch = make_batch(features, group, self._device)
+                alive = torch.ones(len(batch.ids), dtype=torch.bool)
+                for step, (rows, normed, loss) in enumerate(self._guesses(batch)):
+                    sure, places = self._likeliest(normed)
+                    correct = self.head.vocab[places] == batch.following[rows]
+                    if step == 0:
+                        losses += float(loss) * len(rows)
+                        tenth = (CHANCE_BINS * sure).long().clamp_max(CHANCE_BINS - 1).cpu()
+                        counts[0] += torch.bincount(tenth, minlength=CHANCE_BINS)
+                        counts[1] += torch.bincount(tenth[correct.cpu()], minlength=CHANCE_BINS)
+                    # A chain that begins at entry r makes its next guess at r + 1, if this holds.
+                    asking = alive[rows - step]
+                    asked[step] += int(asking.sum())
+                    right[step] += int((correct & asking).sum())
+                    alive = torch.zeros_like(alive)
+                    alive[rows[correct & asking] - step] = True
+        total = max(1.0, float(counts[0].sum()))
+        # Where nothing fell, the middle of the tenth stands in.
+        middles = (torch.arange(CHANCE_BINS) + 0.5) / CHANCE_BINS
+        rates = (counts[1] + middles) / (counts[0] + 1)
+        return Verdict(
+            [a / max(1, b) for a, b in zip(right, asked, strict=True)],
+            losses / total,
+            tuple(zip((counts[0] / total).tolist(), rates.tolist(), strict=True)),
+            int(total),
+        )
 
-    def _learn(self, batch: _Batch, progress: float) -> float:
+    def file(self, held_out: DraftFeatures, fingerprint: str, data: dict[str, Any]) -> DraftFile:
+        """The head as it would be read from a file, judged on ``held_out``.
+
+        ``fingerprint`` is the model's, ``data`` what the head was trained on.
+        """
+        for name in MATRICES:
+            weight = getattr(self.head, name)
+            weight.copy_(dequantize(*quantize(weight)))
+        found = self.judge(held_out)
+        metrics = {
+            "acceptance": [round(share, 4) for share in found.acceptance],
+            "loss": round(found.loss, 4),
+            "positions": found.positions,
+            "curve": self.curve,
+        }
+        chances = tuple((round(share, 4), round(rate, 4)) for share, rate in found.chances)
+        return DraftFile(fingerprint, self.head, chances, metrics, data)
+
+    def _likeliest(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest probability [n] of LM-head inputs [n, d], and where it is."""
+        parts = []
+        for rows in normed.split(_LOSS_ROWS):
+            logits = (rows.bfloat16() @ self._lm_head.t()).float()
+            best, place = logits.max(dim=-1)
+            parts.append(((best - logits.logsumexp(dim=-1)).exp(), place))
+        return torch.cat([sure for sure, _ in parts]), torch.cat([place for _, place in parts])
+
+    def _learn(self, batch: DraftBatch, progress: float) -> float:
         ramp = min(1.0, (self.step + 1) / _WARM_UP_STEPS)
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.param_groups[0]["lr"] = self.options.lr * ramp * decay
@@ -286,7 +266,7 @@ class DraftTrainer:
         self.optimizer.step()
         return float(losses[0].detach())
 
-    def _guesses(self, batch: _Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _guesses(self, batch: DraftBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each guess the entries it is made at, LM-head inputs there, and its loss."""
         head, eps = self.head, self.config.rms_norm_eps
         embedded = rms_norm(F.embedding(batch.ids, self._embed), None, eps)
@@ -302,15 +282,15 @@ class DraftTrainer:
         place[first] = torch.arange(len(first))
         own: list[tuple[Tensor, Tensor]] = []
         cross_entropy: Any = _CrossEntropy.apply
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self._device.type, torch.bfloat16):
             hidden = F.linear(torch.cat((embedded, states), dim=1), head.fuse).float()
             keys, values = self._keys_values(hidden, batch.positions)
         out: Tensor | None = None
         for step in range(self.options.guesses):
             rows = batch.rows(step)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self._device.type, torch.bfloat16):
                 if out is not None:
-                    kept = [torch.arange(max(0, n - 1)) + at for at, n in _parts(batch, step - 1)]
+                    kept = [torch.arange(max(0, n - 1)) + at for at, n in parts_of(batch, step - 1)]
                     fed = rms_norm(out[torch.cat(kept)], None, eps)
                     x = F.linear(torch.cat((embedded[rows], fed), dim=1), head.feedback).float()
                     own.append(self._keys_values(x, batch.positions[rows]))
@@ -341,7 +321,7 @@ class DraftTrainer:
     def _layer(
         self,
         hidden: Tensor,
-        batch: _Batch,
+        batch: DraftBatch,
         step: int,
         keys: Tensor,
         values: Tensor,
@@ -353,11 +333,11 @@ class DraftTrainer:
         q = q.view(len(x), config.num_heads, config.head_dim)
         q = rotate(q, *self._rotary.at(batch.positions[batch.rows(step)]))
         parts = []
-        for index, (at, count) in enumerate(_parts(batch, step)):
+        for index, (at, count) in enumerate(parts_of(batch, step)):
             start, size, first = batch.spans[index]
             ahead = []
             for earlier, (k, v) in enumerate(own, start=1):
-                from_ = _parts(batch, earlier)[index][0]
+                from_ = parts_of(batch, earlier)[index][0]
                 ahead.append((k[from_ : from_ + count], v[from_ : from_ + count]))
             text = slice(start, start + size)
             parts.append(_attend(q[at : at + count], keys[text], values[text], first, ahead))
@@ -374,12 +354,12 @@ class DraftTrainer:
     def _groups(self, features: DraftFeatures, epoch: int) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.options.seed + epoch)
         order = torch.randperm(len(features.answers), generator=generator).tolist()
-        return _groups(features.answers, order, self.options.batch)
+        return make_groups(features.answers, order, self.options.batch)
 
     def _note(self, epoch: float, held_out: DraftFeatures) -> None:
-        shares, loss = self.acceptance(held_out)
-        row = {"epoch": round(epoch, 2), "step": self.step, "loss": round(loss, 4)}
-        self.curve.append(row | {"acceptance": [round(share, 4) for share in shares]})
+        found = self.judge(held_out)
+        row = {"epoch": round(epoch, 2), "step": self.step, "loss": round(found.loss, 4)}
+        self.curve.append(row | {"acceptance": [round(share, 4) for share in found.acceptance]})
 
     def _save(self, path: Path) -> None:
         partial = path.with_suffix(".partial")
@@ -400,50 +380,6 @@ class DraftTrainer:
             for param, kept in zip(self.params, state["params"], strict=True):
                 param.copy_(kept)
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def _groups(answers: Sequence[Answer], order: Sequence[int], positions: int) -> Iterator[list[int]]:
-    """Indices in ``order``, cut into groups of about so many answer positions."""
-    group: list[int] = []
-    size = 0
-    for index in order:
-        if len(answers[index].answer) < 2:
-            continue
-        group.append(index)
-        size += len(answers[index].answer)
-        if size >= positions:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _batch(features: DraftFeatures, group: Sequence[int]) -> _Batch:
-    ids: list[int] = []
-    following: list[int] = []
-    positions: list[int] = []
-    spans = []
-    for index in group:
-        item = features.answers[index]
-        text = (*item.prompt, *item.answer[:-1])
-        # The answer's first token is made by the prompt's last position; guesses begin behind it.
-        spans.append((len(ids), len(text), len(item.prompt)))
-        ids += text
-        following += (*text[1:], item.answer[-1])
-        positions += range(len(text))
-    states = torch.cat([features.of(index) for index in group])
-    columns = [torch.tensor(each) for each in (ids, following, positions)]
-    return _Batch(columns[0], columns[1], columns[2], states, spans)
-
-
-def _parts(batch: _Batch, step: int) -> list[tuple[int, int]]:
-    """Where each text's guesses begin among all of ``step``, and how many they are."""
-    parts, at = [], 0
-    for _, size, first in batch.spans:
-        count = max(0, size - first - step)
-        parts.append((at, count))
-        at += count
-    return parts
 
 
 def _attend(

@@ -386,6 +386,44 @@ def plot_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -
 
     ``curves`` holds, by exit layer, rows of ``epoch``, ``agreement`` (share) and ``loss`` (nats).
     """
+
+    def lines(name: str, factor: float) -> Lines:
+        return {
+            f"exit after layer {layer}": [(row["epoch"], factor * row[name]) for row in rows]
+            for layer, rows in curves.items()
+        }
+
+    panels = {
+        "agreement with full depth (% of tokens)": lines("agreement", 100),
+        "distillation loss (nats per token)": lines("loss", 1),
+    }
+    _plot(path, "Exit adapters on held-out answers", panels)
+
+
+def plot_draft(path: Path, curve: Sequence[Mapping[str, Any]]) -> None:
+    """Draw acceptance of each guess and the loss over the epochs as a PNG.
+
+    ``curve`` holds rows of ``epoch``, ``acceptance`` (shares by guess) and ``loss`` (nats).
+    """
+    guesses = range(len(curve[-1]["acceptance"]))
+    panels = {
+        "accepted, if those before are (% of guesses)": {
+            f"guess {index + 1}": [(row["epoch"], 100 * row["acceptance"][index]) for row in curve]
+            for index in guesses
+        },
+        "cross-entropy of first guesses (nats)": {
+            "loss": [(row["epoch"], row["loss"]) for row in curve]
+        },
+    }
+    _plot(path, "Draft head on held-out answers", panels)
+
+
+Lines = Mapping[str, Sequence[tuple[float, float]]]
+"""Points of each line, by its label."""
+
+
+def _plot(path: Path, title: str, panels: Mapping[str, Lines]) -> None:
+    """Draw panels with lines over the epochs side by side, by the labels of their axes."""
     check_plot()
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -393,16 +431,11 @@ def plot_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("Exit adapters on held-out answers")
-    panels = (
-        ("agreement", 100, "agreement with full depth (% of tokens)"),
-        ("loss", 1, "distillation loss (nats per token)"),
-    )
-    for axes, (name, factor, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        for layer, rows in curves.items():
-            epochs = [row["epoch"] for row in rows]
-            values = [factor * row[name] for row in rows]
-            axes.plot(epochs, values, marker="o", markersize=4, label=f"exit after layer {layer}")
+    figure.suptitle(title)
+    columns = figure.subplots(1, len(panels))
+    for axes, (label, lines) in zip(columns, panels.items(), strict=True):
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
         axes.set_xlabel("epochs of training")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

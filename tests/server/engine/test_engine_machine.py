@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from random import Random
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -20,10 +21,11 @@ from offramp.models.sampling_params import (
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.batch_delay import BatchDelay
 from offramp.server.engine.blocks import BlockPool, SequenceMemory
+from offramp.server.engine.build import hidden_rows
 from offramp.server.engine.decoder import Decoder
 from offramp.server.engine.device_decoder import DeviceDecoder
 from offramp.server.engine.engine import Engine
-from offramp.server.engine.governor import ExitGovernor, HeadPlan
+from offramp.server.engine.governor import NO_DRAFTS, ExitGovernor, HeadPlan
 from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.host_decoder import HostDecoder
 from offramp.server.engine.kv_debt import DebtLedger, RowPool
@@ -65,8 +67,8 @@ def fake_engine(
 ) -> tuple[Engine, FakeRunner]:
     """A real engine over a fake runner, its invariants checked after every step.
 
-    With ``on_device`` decoding is decided on a fake device, as on a GPU. With ``drafts`` a draft
-    head guesses whenever it is asked.
+    With ``on_device`` decoding is decided on a fake device, as on a GPU. With ``drafts`` there is a
+    draft head, which pays most of the time.
     """
     segments = len(exit_layers) + 1
     info = EngineInfo(
@@ -84,7 +86,7 @@ def fake_engine(
         max_debt,
         head_chances=((0.1, 0.5),) * 10 if drafts else (),
     )
-    rows = RowPool(max_num_seqs * (1 + max_debt) + max_batched)
+    rows = RowPool(hidden_rows(info))
     memory = SequenceMemory(
         BlockPool(num_blocks, BLOCK), rows, DebtLedger(rows, segments), prefix_caching=caching
     )
@@ -95,7 +97,12 @@ def fake_engine(
     governor = ExitGovernor(costs, thresholds, max_hold, every_exit=every_exit)
     if drafts:
         plan = HeadPlan(3, 0.0, (0.0,) * 3)
-        governor.head_plan = lambda rows: plan  # type: ignore[method-assign]
+        pays = Random(seed)
+
+        def head_plan(rows: int) -> HeadPlan:
+            return plan if pays.random() < 0.7 else NO_DRAFTS
+
+        governor.head_plan = head_plan  # type: ignore[method-assign]
     decoders: list[Decoder] = [HostDecoder(info, admission, memory, governor, runner)]
     if on_device:
         loop = FakeLoop(runner, BLOCK, exit_layers, LAYERS)
@@ -297,3 +304,16 @@ EngineMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestEngineMachine = EngineMachine.TestCase
+
+
+def test_the_draft_head_is_asked_and_often_right() -> None:
+    """So that the machine above has drafts to lose."""
+    engine, runner = fake_engine(num_blocks=40, drafts=True)
+    for index in range(8):
+        engine.add(request(str(index), [index % 2] * 9, 14, ExitMode.LOSSLESS), time.monotonic())
+    events = [event for _ in range(200) if engine.has_work for event in engine.step().events]
+    ended = [event.stats for event in events if event.finish_reason]
+    assert len(ended) == 8
+    assert runner.guesses > 50
+    assert sum(stats.accepted for stats in ended) > 20
+    assert sum(stats.rejected for stats in ended) > 5

@@ -1,0 +1,119 @@
+"""What ``offramp exits train-draft`` does: answers, states along them, a draft head, its file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from offramp.models.config import ModelConfig
+from offramp.models.cpu import keep_freed_memory
+from offramp.models.errors import UnsupportedModel
+from offramp.models.exits.draft_head import SUFFIX, DraftFile
+from offramp.models.exits.training.data import Answer
+from offramp.models.exits.training.draft import DraftOptions, DraftTrainer, new_draft_head
+from offramp.models.exits.training.draft_data import collect_features
+from offramp.models.exits.training.pipeline import Work, check_plot, plot_draft
+from offramp.models.exits.training.training_model import DenseModel
+from offramp.models.families import config_from_hf
+from offramp.models.loading.safetensors import fingerprint, load_weights
+from offramp.models.loading.sources import resolve
+from offramp.server.commands.own_answers import (
+    Job,
+    TrainingError,
+    check_out,
+    digest,
+    own_answers,
+    reporter,
+)
+from offramp.server.commands.tune_backbone import device_of, on_device
+
+# Every so many answers, one is kept aside to judge the head on.
+_HELD_OUT = 16
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as ``args`` say and print the metrics as one line of JSON."""
+    if args.plot is not None:
+        check_plot()
+    device_of(args.device)
+    if not args.out.name.endswith(SUFFIX):
+        raise TrainingError(f"--out {args.out}: the name of a draft head ends in {SUFFIX}")
+    check_out(args.out)
+    folder = resolve(args.model)
+    config = config_from_hf(folder)
+    layers = args.layers or _thirds(config)
+    _check_layers(layers, config)
+    weights = load_weights(folder, config, dtype=torch.float32)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as spare, Progress(console=Console(stderr=True)) as bars:
+        kept = args.work or Path(spare) / "work"
+        work = Work.open(kept, _identity(args, layers, fingerprint(weights)))
+        file = _train(Job(args, folder, config, weights, work, bars), layers)
+    file.save(args.out)
+    if args.plot is not None:
+        plot_draft(args.plot, file.metrics["curve"])
+    sys.stdout.write(json.dumps(file.metrics) + "\n")
+    return 0
+
+
+def _thirds(config: ModelConfig) -> tuple[int, ...]:
+    count = config.num_layers
+    return tuple(sorted({max(1, count // 3), max(1, 2 * count // 3), count}))
+
+
+def _check_layers(layers: Sequence[int], config: ModelConfig) -> None:
+    count = config.num_layers
+    if layers[-1] != count:
+        raise UnsupportedModel("--layers", list(layers), f"ascending ones, the last one {count}")
+
+
+def _identity(args: argparse.Namespace, layers: Sequence[int], model: str) -> dict[str, Any]:
+    """All that decides the result, as plain values."""
+    return {
+        "model": model,
+        "layers": layers,
+        "sources": [digest(path) for path in args.prompts or args.answers],
+        "generated": bool(args.prompts),
+        "max_tokens": args.max_tokens,
+        **asdict(_options(args)),
+    }
+
+
+def _options(args: argparse.Namespace) -> DraftOptions:
+    names = ("vocab", "guesses", "epochs", "batch", "lr", "minutes", "seed")
+    return DraftOptions(**{name: getattr(args, name) for name in names})
+
+
+def _train(job: Job, layers: Sequence[int]) -> DraftFile:
+    args = job.args
+    answers = [item for item in own_answers(job) if len(item.answer) > 1]
+    weights = on_device(job.weights, device_of(args.device))
+    longest = max(len(item.prompt) + len(item.answer) for item in answers)
+    model = DenseModel(job.config, weights, longest)
+    features = collect_features(model, answers, layers, job.work, job.bar("states", len(answers)))
+    held = range(_HELD_OUT - 1, len(answers), _HELD_OUT)
+    held_out = features.select(held)
+    learnt = features.select([index for index in range(len(answers)) if index not in held])
+    head = new_draft_head(model, learnt, layers, _options(args))
+    trainer = DraftTrainer(model, head, _options(args))
+    trainer.train(learnt, held_out, reporter(job.bars), job.work.path("draft.pt"))
+    data = {
+        "answers": len(learnt.answers),
+        "tokens": _tokens(learnt.answers),
+        "sources": [path.name for path in args.prompts or args.answers],
+    }
+    return trainer.file(held_out, fingerprint(job.weights), data)
+
+
+def _tokens(answers: Sequence[Answer]) -> int:
+    return sum(len(item.answer) for item in answers)
