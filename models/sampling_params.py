@@ -38,6 +38,14 @@ DEFAULT_CRITERION = ExitCriterion.TWO_KEY
 """The rule that the exit file's own thresholds are for, and the one that GPUs decide by."""
 
 
+class DraftSource(StrEnum):
+    """Who guessed a draft: the draft head, the text so far, or an exit."""
+
+    HEAD = "head"
+    NGRAM = "ngram"
+    EXIT = "exit"
+
+
 class KVFill(StrEnum):
     """How the K,V of layers a token skipped are made (design: KV fill).
 

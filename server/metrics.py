@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from offramp.models.sampling_params import KVFill
+from offramp.models.sampling_params import DraftSource, KVFill
 
 if TYPE_CHECKING:
     from offramp.server.engine.request import (
@@ -68,8 +68,6 @@ _COUNTERS: Final = (
     ("offramp:stayed_tokens", "Tokens whose gate fired but that were kept in the stack."),
     ("offramp:exit_audits", "Exited tokens checked at full depth."),
     ("offramp:exit_disagreements", "Checked tokens that full depth would have chosen differently."),
-    ("offramp:draft_tokens", "Tokens guessed in lossless mode."),
-    ("offramp:accepted_tokens", "Guessed tokens that full depth confirmed."),
     ("offramp:exit_head_rows", "Rows an exit's adapter and LM head ran for."),
     ("offramp:engine_steps", "Engine steps."),
     ("offramp:engine_seconds", "Time in engine steps."),
@@ -105,6 +103,15 @@ class Metrics:
         self._finished = self._counter("vllm:request_success", "Ended requests.", "finished_reason")
         for reason in _REASONS:
             self._finished.labels(*self._who, reason)
+        self._draft_tokens = self._counter(
+            "offramp:draft_tokens", "Tokens guessed in lossless mode, by who guessed.", "source"
+        )
+        self._accepted_tokens = self._counter(
+            "offramp:accepted_tokens", "Guessed tokens that full depth confirmed.", "source"
+        )
+        for source in DraftSource:
+            self._draft_tokens.labels(*self._who, source.value)
+            self._accepted_tokens.labels(*self._who, source.value)
         self._exit_tokens = self._counter(
             "offramp:exit_tokens", "Tokens by the layer they left after.", "exit_layer"
         )
@@ -201,8 +208,10 @@ class Metrics:
         self.count("vllm:prefix_cache_queries", stats.prefix_queries)
         self.count("vllm:prefix_cache_hits", stats.prefix_hits)
         self.count("offramp:stayed_tokens", stats.stayed)
-        self.count("offramp:draft_tokens", stats.drafted)
-        self.count("offramp:accepted_tokens", stats.accepted)
+        for source, count in stats.drafted.items():
+            self._draft_tokens.labels(*self._who, source.value).inc(count)
+        for source, count in stats.accepted.items():
+            self._accepted_tokens.labels(*self._who, source.value).inc(count)
         self.count("offramp:exit_audits", stats.audited)
         self.count("offramp:exit_disagreements", stats.disagreements)
         self.count("offramp:exit_head_rows", stats.exit_head_rows)

@@ -61,11 +61,10 @@ def early_exit(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
         "layers_skipped_fraction": round(1 - executed / possible, 4) if possible else 0.0,
         "exit_histogram": {str(layer): histogram[layer] for layer in sorted(histogram)},
         "stayed": sum(choice.stats.stayed for choice in choices),
-        # In lossless mode full depth verifies every draft before it is sent.
-        "audited_tokens": sum(c.stats.accepted + c.stats.rejected for c in choices),
-        "audit_disagreements": sum(choice.stats.rejected for choice in choices),
+        "passes": sum(choice.stats.passes for choice in choices),
         "drafted_tokens": sum(choice.stats.drafted for choice in choices),
         "accepted_tokens": sum(choice.stats.accepted for choice in choices),
+        "drafts": _drafts(choices),
         "prompt_layers_skipped": sum(choice.stats.prompt_layers_skipped for choice in choices),
     }
 
@@ -84,6 +83,15 @@ def summary(request_id: str, choices: Sequence[Choice]) -> str:
         f"mean_exit_layer={depth / tokens if tokens else 0:.2f} "
         f"ttft_ms={_ms(first - started) if first else '-'}"
     )
+
+
+def _drafts(choices: Sequence[Choice]) -> dict[str, dict[str, int]]:
+    """Drafted and accepted tokens by who guessed them."""
+    found: dict[str, Counter[str]] = {}
+    for choice in choices:
+        for source, (drafted, accepted) in choice.stats.drafts.items():
+            found.setdefault(source.value, Counter()).update(drafted=drafted, accepted=accepted)
+    return {source: dict(counts) for source, counts in found.items()}
 
 
 def _histogram(choices: Sequence[Choice]) -> Counter[int]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from offramp.models.sampling_params import DraftSource
 from offramp.models.step import Draft, DraftRows, StepRunner
 from offramp.server.engine.blocks import SequenceMemory
 from offramp.server.engine.governor import MAX_HEAD_DRAFTS, NO_DRAFTS, ExitGovernor, HeadPlan
 from offramp.server.engine.request import MOST_STATES, EngineInfo
-from offramp.server.engine.sequence import DraftSource, Sequence
+from offramp.server.engine.sequence import Sequence
 
 # How much a verified draft moves its own request's acceptance rates, and those of all requests.
 _OWN_RENEWAL, _COMMON_RENEWAL = 0.1, 0.01
@@ -47,8 +48,8 @@ class Drafting:
         self._runner = runner
         self._asking: dict[int, Sequence] = {}
         self._holding: dict[int, Sequence] = {}
-        self.drafted: Counter[DraftSource] = Counter()
-        """Drafts added since the last statistics."""
+        self._drafted: Counter[DraftSource] = Counter()
+        self._accepted: Counter[DraftSource] = Counter()
 
     def ask(self, sequence: Sequence) -> None:
         """The sequence, lossless and without drafts, is ready for its next token."""
@@ -83,6 +84,9 @@ class Drafting:
 
     def verified(self, sequence: Sequence, place: int, *, right: bool) -> None:
         """Full depth accepted the sequence's ``place``-th draft, or refused it."""
+        sequence.accepted[sequence.source] += right
+        sequence.rejected += not right
+        self._accepted[sequence.source] += right
         rates, common = sequence.acceptance, self._governor.acceptance
         if sequence.source is DraftSource.NGRAM and rates is not None:
             rates.add(sequence.match + place, _OWN_RENEWAL, accepted=right)
@@ -92,6 +96,12 @@ class Drafting:
             wanted = self._governor.head_acceptance.rate(chance)
             self._governor.head_acceptance.add(chance, accepted=right)
             sequence.luck += _OWN_RENEWAL * wanted * (right / wanted - sequence.luck)
+
+    def counts(self) -> dict[str, Counter[DraftSource]]:
+        """Drafts added and accepted since the last call, as StepStats has them."""
+        found = {"drafted": self._drafted, "accepted": self._accepted}
+        self._drafted, self._accepted = Counter(), Counter()
+        return found
 
     def _room(self, sequence: Sequence) -> int:
         return min(draft_room(sequence, self._info), self._info.max_num_batched_tokens - 1)
@@ -159,6 +169,5 @@ class Drafting:
         )
 
     def _add(self, sequence: Sequence, tokens: list[int], source: DraftSource) -> None:
-        sequence.source = source
-        sequence.add_drafts(tokens)
-        self.drafted[source] += len(tokens)
+        sequence.add_drafts(tokens, source)
+        self._drafted[source] += len(tokens)

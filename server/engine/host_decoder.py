@@ -110,8 +110,7 @@ class HostDecoder:
             results = self._commit_fill(step, sequences, result)
         counts, self._counts = self._counts, Counter()
         facts: dict[str, Any] = dict(counts, seconds=result.seconds, draft_seconds=drafting)
-        facts["drafted"] = self._drafting.drafted.total()
-        self._drafting.drafted.clear()
+        facts |= self._drafting.counts()
         if isinstance(step, RunSegments) and step.last + 1 == len(self._queues):
             facts["prompt_full"] = _checked_prompt_rows(step.work, sequences)
         facts["host_seconds"] = started - begun - drafting + time.perf_counter() - ended
@@ -315,6 +314,7 @@ class HostDecoder:
         if not sequence.chunk:
             self._queues[0].put(sequence, now)
             return []
+        sequence.passes += 1
         chosen = [next(tokens) for _ in sequence.chunk]
         verify = self._verify_audit if sequence.audit else self._verify_drafts
         verified = verify(sequence, chosen)
@@ -332,9 +332,6 @@ class HostDecoder:
             verified.append(token)
             if position + 1 < len(sequence.tokens):
                 right = sequence.tokens[position + 1] == token
-                sequence.accepted += right
-                sequence.rejected += not right
-                self._counts["accepted"] += right
                 self._learn(sequence, position + 1, agreed=right)
                 self._drafting.verified(sequence, place, right=right)
                 if right:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from offramp.models.exits.file import OperatingPoint
-from offramp.models.sampling_params import ExitSettings, SamplingParams
+from offramp.models.sampling_params import DraftSource, ExitSettings, SamplingParams
 
 # Rows with states for the draft head that a sequence may hold before its entries are made. Sixteen
 # entries at once take little more than one.
@@ -39,9 +40,10 @@ class RequestStats:
     ``layers_executed`` counts layers really run for the generated tokens, recomputed debts
     included; ``cached_tokens`` is the part of the prompt found in the prefix cache; ``stayed``
     counts tokens whose score would have let them leave but that were kept in the stack.
-    ``prompt_layers_skipped`` are layers prompt tokens did not run. ``drafted`` tokens were guessed
-    in lossless mode, of which full depth ``accepted`` some and ``rejected`` others; those behind a
-    rejected one are neither.
+    ``prompt_layers_skipped`` are layers prompt tokens did not run. The answer's tokens came of
+    ``passes`` through the top of the stack. ``drafts`` says by source how many tokens were guessed
+    (lossless mode) and how many of them full depth accepted; it ``rejected`` others, and those
+    behind a rejected one are neither.
     """
 
     submitted_at: float
@@ -54,10 +56,20 @@ class RequestStats:
     layers_executed: int = 0
     prompt_layers_skipped: int = 0
     stayed: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    passes: int = 0
+    drafts: Mapping[DraftSource, tuple[int, int]] = field(default_factory=dict)
     rejected: int = 0
     preemptions: int = 0
+
+    @property
+    def drafted(self) -> int:
+        """Guessed tokens."""
+        return sum(drafted for drafted, _ in self.drafts.values())
+
+    @property
+    def accepted(self) -> int:
+        """Guessed tokens that full depth accepted."""
+        return sum(accepted for _, accepted in self.drafts.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +116,8 @@ class StepStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     stayed: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    drafted: Mapping[DraftSource, int] = field(default_factory=dict)
+    accepted: Mapping[DraftSource, int] = field(default_factory=dict)
     exit_head_rows: int = 0
     prompt_left: int = 0
     prompt_full: int = 0

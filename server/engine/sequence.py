@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from offramp.models.sampling_params import ExitMode, KVFill
+from offramp.models.sampling_params import DraftSource, ExitMode, KVFill
 from offramp.server.engine.drafts import AcceptanceRates, NgramProposer
 from offramp.server.engine.request import GenerationRequest, RequestStats
 
 if TYPE_CHECKING:
     from offramp.server.engine.decoder import Decoder
-
-
-class DraftSource(StrEnum):
-    """Who guessed a draft: the draft head, the text so far, or an exit."""
-
-    HEAD = "head"
-    NGRAM = "ngram"
-    EXIT = "exit"
 
 
 @dataclass(slots=True, eq=False)
@@ -71,8 +63,9 @@ class Sequence:
     left_early: int = 0
     scores: dict[int, tuple[int, float]] = field(default_factory=dict)
     stayed: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    passes: int = 0
+    drafted: Counter[DraftSource] = field(default_factory=Counter)
+    accepted: Counter[DraftSource] = field(default_factory=Counter)
     rejected: int = 0
     audit: bool = False
     proposer: NgramProposer = field(default_factory=NgramProposer)
@@ -137,11 +130,12 @@ class Sequence:
         """How its debts are paid."""
         return KVFill.RECOMPUTE if self.lossless else self.request.exits.kv_fill
 
-    def add_drafts(self, tokens: list[int]) -> None:
+    def add_drafts(self, tokens: list[int], source: DraftSource) -> None:
         """Add tokens that full depth has yet to verify."""
+        self.source = source
+        self.drafted[source] += len(tokens)
         self.tokens += tokens
         self.drafts += len(tokens)
-        self.drafted += len(tokens)
 
     def drop_drafts(self, verified: int) -> None:
         """Forget drafts from the ``verified``-th token on, and what was computed of them."""
@@ -192,8 +186,8 @@ class Sequence:
             layers_executed=self.layers_executed,
             prompt_layers_skipped=self.prompt_layers_skipped,
             stayed=self.stayed,
-            drafted=self.drafted,
-            accepted=self.accepted,
+            passes=self.passes,
+            drafts={each: (n, self.accepted[each]) for each, n in self.drafted.items() if n},
             rejected=self.rejected,
             preemptions=self.preemptions,
         )
