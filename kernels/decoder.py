@@ -107,13 +107,12 @@ class NativeLayers:
         fp32 or fp16.
         """
         out = hidden.clone()
-        batch = batch_of(hidden.shape[0], rows, pages, taps)
+        batch = _batch(hidden.shape[0], rows, pages, taps)
         self._library.run_layers(self.shape, self.layers, batch, out)
         return out
 
 
-def batch_of(count: int, rows: RowTable, pages: Tensor, taps: Taps | None) -> Batch:
-    """``count`` rows with their pages and states, as the C kernels take them."""
+def _batch(count: int, rows: RowTable, pages: Tensor, taps: Taps | None) -> Batch:
     return Batch(
         count,
         rows.block_size,
@@ -127,6 +126,7 @@ def batch_of(count: int, rows: RowTable, pages: Tensor, taps: Taps | None) -> Ba
         rows.blocks.data_ptr(),
         rows.cos.data_ptr(),
         rows.sin.data_ptr(),
+        None,
         *_tap_pointers(taps),
     )
 

@@ -5,24 +5,34 @@ The reference is the composition of the other kernels in models/drafting.py.
 
 from __future__ import annotations
 
+import time
+from array import array
 from collections.abc import Sequence
 from ctypes import addressof, c_int64
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from offramp.kernels.decoder import NativeLayers, Taps, batch_of, matrix_of
+from offramp.kernels.decoder import NativeLayers, matrix_of
 from offramp.kernels.linear import Linear
-from offramp.kernels.native import DraftCall, DraftHeadWeights, Library, Matrix, library
-from offramp.kernels.rows import RowTable
+from offramp.kernels.native import (
+    Batch,
+    DraftCall,
+    DraftHeadWeights,
+    Library,
+    Matrix,
+    library,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftParts:
     """Weights of a draft head but its layer's: see models/exits/draft_head.py.
 
-    ``embeddings`` are the model's, as a product's weight or plain [vocab, d].
+    ``embeddings`` are the model's, as a product's weight or plain [vocab, d], and ``angles`` those
+    of all positions (see RotaryTable).
     """
 
     fuse: Linear
@@ -31,6 +41,49 @@ class DraftParts:
     embeddings: Linear | Tensor
     norm: Tensor
     vocab: Tensor
+    angles: tuple[Tensor, Tensor]
+
+
+class DraftSpan(Protocol):
+    """Entries of one sequence; see DraftRows in models/step.py."""
+
+    @property
+    def positions(self) -> range:
+        """Of the entries."""
+        ...
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the entries."""
+        ...
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows with the states that the entries are made of."""
+        ...
+
+    @property
+    def table(self) -> Sequence[int]:
+        """Blocks of the sequence."""
+        ...
+
+    @property
+    def first_block(self) -> int:
+        """The first block with entries."""
+        ...
+
+    @property
+    def guesses(self) -> int:
+        """Wanted at most."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NativeGuesses:
+    """For each sequence its guesses and their probabilities; when the first ones were there."""
+
+    found: list[tuple[tuple[int, ...], tuple[float, ...]]]
+    first_seconds: float
 
 
 class NativeDraft:
@@ -66,46 +119,116 @@ class NativeDraft:
         return None if embeddings is None else cls(found, layer, parts, embeddings)
 
     def __call__(
-        self,
-        ids: Tensor,
-        taps: Taps,
-        entries: RowTable,
-        asked: RowTable,
-        ends: Sequence[int],
-        limits: Sequence[int],
-        bound: float,
-        pages: Tensor,
-    ) -> tuple[Tensor, Tensor, float]:
-        """Guesses int64 and their probabilities fp32, both [most guesses, sequences].
+        self, work: Sequence[DraftSpan], bound: float, states: Tensor, pages: Tensor
+    ) -> NativeGuesses:
+        """Make the entries of ``work``, and guesses of the sequences that ask for them.
 
-        The third result is the time until the first guesses were there, in seconds.
-
-        The entries are made of the tokens ``ids`` [T] and of the states that ``taps`` kept in its
-        rows (-1: none). ``ends`` are the sequences' last entries, ``limits`` the guesses they ask
-        for; the rows of ``asked`` are those of all sequences for the first guess, for the second,
-        and so on. A token is -1 where no guess was made: beyond its limit, or where the product of
-        the sequence's probabilities has fallen below ``bound``.
+        An entry's states are in its row of ``states`` [n, F, d] (-1: none). A sequence's guesses
+        end where the product of their probabilities falls below ``bound``. ``pages`` are those of
+        all layers, fp32 or fp16.
         """
-        most, count = max(limits, default=0), len(limits)
-        tokens = torch.full((most, count), -1)
-        chances = torch.zeros(most, count)
-        call = DraftCall(sequences=count, guesses=most, bound=bound)
-        at = torch.tensor([*ends, *limits], dtype=torch.int32)
-        ids = ids.clone()
-        call.ends, call.limits = at.data_ptr(), at[count:].data_ptr()
-        call.tokens, call.chances = tokens.data_ptr(), chances.data_ptr()
-        call.ids = ids.data_ptr()
+        begun = time.perf_counter()
+        size = pages.shape[3]
+        asking = [span for span in work if span.guesses]
+        limits = array("i", [span.guesses for span in asking])
+        most, count = max(limits, default=0), len(asking)
+        own, asked = _Rows(size), _Rows(size)
+        for span in work:
+            own.add_table(span)
+            own.add(span, span.positions)
+        for span in asking:
+            asked.add_table(span)
+        for step in range(most):
+            for index, span in enumerate(asking):
+                # What lies beyond a sequence's last guess is never run.
+                at = span.positions[-1] + min(step, span.guesses - 1)
+                asked.add(span, range(at, at + 1), index)
+        ends = array("i", [own.ends[index] for index, span in enumerate(work) if span.guesses])
+        ids = array("q", [token for span in work for token in span.token_ids])
+        rows = array("q", [row for span in work for row in span.rows])
+        tokens, chances = array("q", [-1]) * (most * count), array("f", [0]) * (most * count)
         first = c_int64(0)
-        call.first = addressof(first)
-        own = batch_of(len(ids), entries, pages, taps)
-        self._library.draft(
-            self._layer.shape,
-            self._weights,
-            own,
-            batch_of(most * count, asked, pages, None),
-            call,
+        call = DraftCall(
+            sequences=count,
+            guesses=most,
+            bound=bound,
+            ends=_address(ends),
+            limits=_address(limits),
+            tokens=_address(tokens),
+            chances=_address(chances),
+            first=addressof(first),
+            ids=_address(ids),
         )
-        return tokens, chances, first.value / 1e9
+        entries = self._batch(own, pages)
+        entries.states, entries.state_stride = states.data_ptr(), states.stride(0)
+        entries.state_rows = _address(rows)
+        prepared = time.perf_counter() - begun
+        self._library.draft(
+            self._layer.shape, self._weights, entries, self._batch(asked, pages), call
+        )
+        columns = iter(range(count))
+        found: list[tuple[tuple[int, ...], tuple[float, ...]]] = []
+        for span in work:
+            if not span.guesses:
+                found.append(((), ()))
+                continue
+            column = next(columns)
+            made = tokens[column::count]
+            length = made.index(-1) if -1 in made else most
+            found.append((tuple(made[:length]), tuple(chances[column::count][:length])))
+        return NativeGuesses(found, prepared + first.value / 1e9)
+
+    def _batch(self, rows: _Rows, pages: Tensor) -> Batch:
+        cos, sin = self._parts.angles
+        return Batch(
+            rows=len(rows.positions),
+            block_size=rows.block_size,
+            longest=max(rows.positions, default=0) + 1,
+            half=pages.dtype is torch.float16,
+            pages=pages.data_ptr(),
+            page_size=pages[0, 0].numel(),
+            places=_address(rows.places),
+            positions=_address(rows.positions),
+            first_blocks=_address(rows.first_blocks),
+            blocks=_address(rows.blocks),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            angles=_address(rows.angles),
+        )
+
+
+class _Rows:
+    """Where rows stand, as the C kernels take it.
+
+    Attention begins at a sequence's first block with entries, as if its text did.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.places, self.positions, self.first_blocks = array("q"), array("q"), array("q")
+        self.blocks, self.angles = array("q"), array("q")
+        self.ends: list[int] = []
+        """Of each sequence the last row added with its table."""
+        self._starts: list[int] = []
+
+    def add_table(self, span: DraftSpan) -> None:
+        """Append a sequence's blocks."""
+        self._starts.append(len(self.blocks))
+        self.blocks.extend(span.table[span.first_block :])
+
+    def add(self, span: DraftSpan, positions: range, index: int = -1) -> None:
+        """Append rows of the ``index``-th sequence."""
+        size, before = self.block_size, span.first_block * self.block_size
+        for position in positions:
+            self.places.append(span.table[position // size] * size + position % size)
+            self.positions.append(position - before)
+            self.first_blocks.append(self._starts[index])
+            self.angles.append(position)
+        self.ends.append(len(self.places) - 1)
+
+
+def _address(values: array[int] | array[float]) -> int:
+    return values.buffer_info()[0]
 
 
 def _plain(found: Library, weight: Tensor) -> Matrix | None:

@@ -84,6 +84,7 @@ class Batch(ctypes.Structure):
         ("blocks", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("angles", c_void_p),
         ("states", c_void_p),
         ("state_stride", c_int64),
         ("state_rows", c_void_p),
@@ -126,7 +127,6 @@ class DraftCall(ctypes.Structure):
         ("logits", c_void_p),
         ("steps", c_void_p),
         ("numbers", c_void_p),
-        ("angles", c_void_p),
         ("alive", c_void_p),
         ("best", c_void_p),
         ("product", c_void_p),
@@ -275,8 +275,7 @@ class Library:
         call.inputs = scratch("draft inputs", rows * head.fuse.columns)
         call.logits = scratch("draft logits", sequences * (head.lm_head.outs + 16))
         call.steps = scratch("draft steps", max(1, guesses) * batch_floats)
-        call.numbers = scratch("draft numbers", 6 * guesses * sequences)
-        call.angles = scratch("draft angles", 2 * guesses * sequences * shape.head_dim)
+        call.numbers = scratch("draft numbers", 8 * guesses * sequences)
         call.alive = scratch("draft alive", sequences)
         call.best = scratch("draft best", sequences)
         call.product = scratch("draft product", sequences)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from offramp.kernels.draft import DraftParts, NativeDraft
 from offramp.kernels.linear import Linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rows import RowTable, Span
-from offramp.models.exits.draft_head import MATRICES, VECTORS, DraftHead
+from offramp.models.exits.draft_head import MATRICES, VECTORS, DraftHead, rounded
 from offramp.models.kv_cache import KVCache
 from offramp.models.layers import DecoderLayer
 from offramp.models.step import DraftRows
@@ -58,7 +57,7 @@ class Drafter:
         self._fuse, self._feedback = product(own["fuse"]), product(own["feedback"])
         self._norm = own["norm"]
         self._vocab = head.vocab.to(model.device)
-        self._lm_head = product(model.head_rows(self._vocab))
+        self._lm_head = product(rounded(model.head_rows(self._vocab)).to(model.dtype))
         index = config.num_layers
         named = {
             f"layers.{index}.{name}": own[name]
@@ -73,6 +72,7 @@ class Drafter:
             model.embedding_weight,
             self._norm,
             self._vocab,
+            model.rotary.angles,
         )
         self._native = NativeDraft.of(self._layer.native, parts)
         slots = torch.full((config.num_layers,), -1, dtype=torch.int32)
@@ -92,11 +92,13 @@ class Drafter:
         A sequence's guesses end where the product of their probabilities falls below ``bound``.
         """
         begun = time.perf_counter()
+        if self._native is not None:
+            made = self._native(work, bound, self.states, self._cache.pages)
+            found = zip(*made.found, strict=True)
+            return Guesses(next(found), next(found), made.first_seconds)
         device, eps = self._model.device, self._model.config.rms_norm_eps
         ids = torch.tensor([token for item in work for token in item.token_ids], device=device)
         rows = torch.tensor([row for item in work for row in item.rows], device=device)
-        if self._native is not None:
-            return self._run_native(self._native, work, ids, rows, bound)
         states = rms_norm(self.states[rows], None, eps).flatten(1).to(self._model.dtype)
         hidden = self._fuse(torch.cat((self._embedded(ids), states), dim=1))
         hidden = self._layer(hidden, self._table(work, 0), self._cache)
@@ -126,49 +128,6 @@ class Drafter:
                 table = self._table([work[index] for index in going], step)
                 hidden = self._layer(hidden, table, self._cache)
         return Guesses(tuple(map(tuple, tokens)), tuple(map(tuple, chances)), first)
-
-    def _run_native(
-        self,
-        native: NativeDraft,
-        work: Sequence[DraftRows],
-        ids: Tensor,
-        rows: Tensor,
-        bound: float,
-    ) -> Guesses:
-        ends = list(accumulate(len(item.rows) for item in work))
-        asking = [index for index, item in enumerate(work) if item.guesses]
-        limits = [work[index].guesses for index in asking]
-        entries = self._table(work, 0)
-        asked = self._asked([work[index] for index in asking], max(limits)) if limits else entries
-        tokens, chances, first = native(
-            ids,
-            self.taps(rows),
-            entries,
-            asked,
-            [ends[index] - 1 for index in asking],
-            limits,
-            bound,
-            self._cache.pages,
-        )
-        found: list[tuple[tuple[int, ...], tuple[float, ...]]] = [((), ())] * len(work)
-        columns = zip(tokens.t().tolist(), chances.t().tolist(), strict=True)
-        for index, (own, sure) in zip(asking, columns, strict=False):
-            made = own.index(-1) if -1 in own else len(own)
-            found[index] = tuple(own[:made]), tuple(sure[:made])
-        return Guesses(tuple(each[0] for each in found), tuple(each[1] for each in found), first)
-
-    def _asked(self, work: Sequence[DraftRows], most: int) -> RowTable:
-        """The rows of all first guesses, of all second ones, and so on.
-
-        Those beyond what a sequence asks for are never run; they stand in for the last one.
-        """
-        rows = [
-            replace(item, positions=range(at, at + 1))
-            for step in range(most)
-            for item in work
-            for at in (item.positions[-1] + min(step, item.guesses - 1),)
-        ]
-        return self._table(rows, 0)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         return rms_norm(self._model.embed(ids), None, self._model.config.rms_norm_eps)

@@ -70,7 +70,7 @@ void offramp_draft(const struct shape *s, const struct draft_head *h, struct dra
         d->alive[i] = i;
         d->product[i] = 1;
     }
-    if (d->sequences) take_rows(s, d, 0, d->sequences, w);
+    if (d->sequences) take_rows(d, 0, d->sequences, w);
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);

@@ -46,27 +46,22 @@ static int likeliest(const float *logits, int count, float *chance) {
 }
 
 /* The rows of guess ``step``: those of the first ``count`` sequences of ``alive``. */
-static void take_rows(const struct shape *s, const struct draft *d, int step, int count,
-                      const struct workspace *w) {
+static void take_rows(const struct draft *d, int step, int count, const struct workspace *w) {
     struct batch *to = d->steps + step;
-    int dim = s->head_dim, own = step * d->sequences;
-    int64_t *numbers = d->numbers + 3 * own;
-    float *angles = d->angles + 2 * (size_t)own * dim;
+    int sequences = d->sequences, own = step * sequences;
+    int64_t *numbers = d->numbers + 4 * own;
     *to = *d->asked;
     to->rows = count;
     to->places = numbers;
-    to->positions = numbers + d->sequences;
-    to->first_blocks = numbers + 2 * d->sequences;
-    to->cos = angles;
-    to->sin = angles + (size_t)d->sequences * dim;
-    for (int i = 0; i < count; i++, numbers++, angles += dim) {
+    to->positions = numbers + sequences;
+    to->first_blocks = numbers + 2 * sequences;
+    to->angles = numbers + 3 * sequences;
+    for (int i = 0; i < count; i++, numbers++) {
         int from = own + d->alive[i];
         numbers[0] = d->asked->places[from];
-        numbers[d->sequences] = d->asked->positions[from];
-        numbers[2 * d->sequences] = d->asked->first_blocks[from];
-        memcpy(angles, d->asked->cos + (size_t)from * dim, sizeof(float) * dim);
-        memcpy(angles + (size_t)d->sequences * dim, d->asked->sin + (size_t)from * dim,
-               sizeof(float) * dim);
+        numbers[sequences] = d->asked->positions[from];
+        numbers[2 * sequences] = d->asked->first_blocks[from];
+        numbers[3 * sequences] = d->asked->angles[from];
     }
     /* Rows are of different sequences, each a run of its own. */
     for (int i = 0; i <= count; i++) w->run_starts[i] = i;
@@ -89,7 +84,7 @@ static void end_step(const struct shape *s, const struct draft_head *h, const st
                 sizeof(float) * s->width);
         going++;
     }
-    if (step + 1 < d->guesses) take_rows(s, d, step + 1, going, w);
+    if (step + 1 < d->guesses) take_rows(d, step + 1, going, w);
 }
 
 /* Entries of the rows of ``b``, and guess ``step`` of the sequences that still ask. */

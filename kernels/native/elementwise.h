@@ -66,7 +66,8 @@ INLINE void store_kv(const float *x, uint8_t *at, int count, int half) {
 static void rope_and_store(const struct shape *s, const struct layer *l, const struct batch *b,
                            float *qkv, int row) {
     int dim = s->head_dim, kv = s->kv_heads * dim;
-    const float *cos = b->cos + (size_t)row * dim, *sin = b->sin + (size_t)row * dim;
+    int64_t angle = (b->angles ? b->angles[row] : row) * dim;
+    const float *cos = b->cos + angle, *sin = b->sin + angle;
     size_t bytes = b->half ? 2 : 4;
     uint8_t *k = layer_keys(l, b) + b->places[row] * kv * bytes, *v = k + b->page_size * bytes;
     for (int h = 0; h < s->heads + s->kv_heads; h++) {

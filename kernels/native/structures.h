@@ -37,7 +37,8 @@ struct batch {
     const int64_t *positions;    /* [rows] */
     const int64_t *first_blocks; /* [rows]: start of the row's block table in ``blocks`` */
     const int64_t *blocks;
-    const float *cos, *sin; /* [rows, head_dim], the sine negative in the first half */
+    const float *cos, *sin; /* [.., head_dim], the sine negative in the first half */
+    const int64_t *angles;  /* [rows]: which of these are the row's; NULL for one after another */
     /* Where states are kept on the way, or NULL: row r after layer i in slot ``state_slots[i]``, if
      * that is not negative, of the states of row ``state_rows[r]``. */
     float *states;              /* [.., slots, width] */
@@ -66,15 +67,14 @@ struct draft {
     float *chances;              /* likewise */
     int64_t *first;              /* nanoseconds from ``begun`` to the end of the first guesses */
     int64_t begun;
-    int64_t *ids;                /* [entries] tokens, then scratch like all that follows */
-    float *hidden;               /* [entries, width] */
-    float *inputs;               /* [entries, fuse.columns] */
-    float *logits;               /* [sequences, lm_head.outs up to a multiple of LANES] */
-    struct batch *steps;         /* [guesses] */
-    int64_t *numbers;            /* [guesses, 3, sequences] */
-    float *angles;               /* [guesses, 2, sequences, head_dim] */
-    int32_t *alive, *best;       /* [sequences] */
-    float *product, *chance;     /* [sequences] */
+    int64_t *ids;            /* [entries] tokens, then scratch like all that follows */
+    float *hidden;           /* [entries, width] */
+    float *inputs;           /* [entries, fuse.columns] */
+    float *logits;           /* [sequences, lm_head.outs up to a multiple of LANES] */
+    struct batch *steps;     /* [guesses] */
+    int64_t *numbers;        /* [guesses, 4, sequences] */
+    int32_t *alive, *best;   /* [sequences] */
+    float *product, *chance; /* [sequences] */
 };
 
 /* Scratch memory of a call, and the threads that share it. */

@@ -27,7 +27,7 @@ SUFFIX = ".draft.safetensors"
 CHANCE_BINS = 10
 VECTORS = ("attn_norm", "mlp_norm", "norm")
 MATRICES = ("fuse", "feedback", "qkv", "o", "gate_up", "down")
-_LARGEST_LEVEL = 127
+_LARGEST_LEVEL = 15
 _JSON = ("layers", "chances", "metrics", "data")
 
 
@@ -42,7 +42,7 @@ class DraftHead:
     [d, 2 * d] takes the embedding and that state. Then comes one decoder layer in the model's sizes
     (``attn_norm`` [d], ``qkv``, ``o``, ``mlp_norm`` [d], ``gate_up``, ``down``), whose K,V lie in
     the pages of a layer above the stack's. ``norm`` [d] and the rows of the model's LM head for the
-    token ids ``vocab`` [v] (ascending) give the distribution of token p + 1.
+    token ids ``vocab`` [v] (ascending), in 4 bits, give the distribution of token p + 1.
     """
 
     layers: tuple[int, ...]
@@ -82,14 +82,17 @@ class DraftFile:
     data: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write atomically, matrices as 8-bit levels with an fp16 scale for 32 columns (Q8_0)."""
+        """Write atomically, matrices in 4 bits with scale and minimum for 32 columns (Q4_1)."""
         tensors: dict[str, Tensor] = {"vocab": self.head.vocab.to(torch.int32)}
         for name, tensor in self.head.parameters.items():
             plain = tensor.detach().float().cpu()
             if name in VECTORS:
                 tensors[name] = plain.half()
             else:
-                tensors[f"{name}.levels"], tensors[f"{name}.scales"] = quantize(plain)
+                levels, scales, low = quantize(plain)
+                # Two levels a byte, the first one low.
+                tensors[f"{name}.levels"] = levels[:, ::2] | (levels[:, 1::2] << 4)
+                tensors[f"{name}.scales"], tensors[f"{name}.minima"] = scales, low
         metadata = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -101,23 +104,29 @@ class DraftFile:
         save_safetensors(path, {k: t.contiguous().cpu() for k, t in tensors.items()}, metadata)
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels int8 [out, in] and scales fp16 [out, in / 32] nearest to ``weight`` [out, in].
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels uint8 [out, in], scales and minima fp16 [out, in / 32], nearest to ``weight``.
 
-    The largest value of each group gets the level 127, as the 8-bit format of the products wants.
+    Levels are 0 to 15, both of which each group has, as the 4-bit format of the products wants.
     """
     groups = weight.unflatten(-1, (-1, GROUP))
-    scales = (groups.abs().amax(dim=-1) / _LARGEST_LEVEL).half()
+    low = groups.amin(dim=-1).half()
+    scales = ((groups.amax(dim=-1) - low) / _LARGEST_LEVEL).half()
     divisor = scales.float().clamp_min(torch.finfo(torch.float16).tiny).unsqueeze(-1)
-    levels = (groups / divisor).round().clamp(-_LARGEST_LEVEL, _LARGEST_LEVEL)
-    return levels.to(torch.int8).flatten(-2), scales
+    levels = ((groups - low.unsqueeze(-1)) / divisor).round().clamp(0, _LARGEST_LEVEL)
+    return levels.to(torch.uint8).flatten(-2), scales, low
 
 
-def dequantize(levels: Tensor, scales: Tensor) -> Tensor:
+def dequantize(levels: Tensor, scales: Tensor, low: Tensor) -> Tensor:
     """Weights fp32 [out, in] of `quantize`'s result."""
     groups = levels.float().unflatten(-1, (-1, GROUP))
-    weight: Tensor = (groups * scales.float().unsqueeze(-1)).flatten(-2)
-    return weight
+    weight = torch.addcmul(low.float().unsqueeze(-1), groups, scales.float().unsqueeze(-1))
+    return weight.flatten(-2)
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """``weight`` [out, in] as 4 bits hold it."""
+    return dequantize(*quantize(weight))
 
 
 def load_draft_head(path: Path, *, fingerprint: str, config: ModelConfig) -> DraftFile:
@@ -139,7 +148,9 @@ def load_draft_head(path: Path, *, fingerprint: str, config: ModelConfig) -> Dra
         chances = tuple((float(a), float(b)) for a, b in metadata["chances"])
         tensors = {name: stored[name].float() for name in VECTORS}
         for name in MATRICES:
-            tensors[name] = dequantize(stored[f"{name}.levels"], stored[f"{name}.scales"])
+            both = stored[f"{name}.levels"]
+            levels = torch.stack((both & _LARGEST_LEVEL, both >> 4), dim=-1).flatten(1)
+            tensors[name] = dequantize(levels, stored[f"{name}.scales"], stored[f"{name}.minima"])
         vocab = stored["vocab"].long()
         _check(layers, chances, tensors, vocab, config)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

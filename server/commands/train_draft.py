@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from offramp.kernels.weight_formats import GROUP
 from offramp.models.config import ModelConfig
 from offramp.models.cpu import keep_freed_memory
 from offramp.models.errors import UnsupportedModel
@@ -73,6 +74,9 @@ def _thirds(config: ModelConfig) -> tuple[int, ...]:
 
 def _check_layers(layers: Sequence[int], config: ModelConfig) -> None:
     count = config.num_layers
+    for name, size in (("hidden", config.hidden_size), ("inner", config.intermediate_size)):
+        if size % GROUP:
+            raise UnsupportedModel(f"{name} size", size, f"multiples of {GROUP}, for 4-bit weights")
     if layers[-1] != count:
         raise UnsupportedModel("--layers", list(layers), f"ascending ones, the last one {count}")
 

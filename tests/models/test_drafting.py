@@ -22,9 +22,8 @@ from offramp.models.exits.draft_head import (
     DraftFile,
     DraftFileError,
     DraftHead,
-    dequantize,
     load_draft_head,
-    quantize,
+    rounded,
 )
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.formats import Recipes
@@ -47,14 +46,14 @@ MODELS: dict[str, PreTrainedConfig] = {
     "untied": LlamaConfig(**SHAPE),
     "biased": Qwen2Config(**SHAPE, tie_word_embeddings=True),
 }
-FORMS = [WeightFormat.FP32, WeightFormat.FP16, WeightFormat.INT8]
+FORMS = [WeightFormat.FP32, WeightFormat.FP16, WeightFormat.INT4]
 needs_kernels = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 
 
 def grid(*shape: int, form: WeightFormat) -> Tensor:
     """Random weights that ``form`` holds exactly."""
     weight = torch.randn(shape) / shape[-1] ** 0.5
-    return dequantize(*quantize(weight)) if form is WeightFormat.INT8 else weight.half().float()
+    return rounded(weight) if form is WeightFormat.INT4 else weight.half().float()
 
 
 def new_head(layers: Sequence[int], form: WeightFormat) -> DraftHead:
@@ -78,15 +77,14 @@ def drafter(
     folder: Path, kind: str, form: WeightFormat, *, native: bool, layers: Sequence[int] = READ
 ) -> Drafter:
     """A drafter with the states of all rows in place; the same for ``native`` and not."""
-    spare = WeightFormat.FP32 if form is WeightFormat.INT8 else form
 
     def forms(weight: Tensor) -> WeightFormat:
         if not native:
             return WeightFormat.PLAIN
-        on_grid = form is not WeightFormat.INT8 or weight.shape[0] != VOCAB // 2
-        return form if on_grid else spare
+        # Its rows are in 4 bits whatever the model's are.
+        return WeightFormat.INT4 if weight.shape[0] == VOCAB // 2 else form
 
-    plain = spare if native else WeightFormat.PLAIN
+    plain = WeightFormat.FP32 if native else WeightFormat.PLAIN
     recipes = Recipes(lambda _: plain, lambda _: plain, lambda _: plain, forms)
     _, model = make(MODELS[kind], folder, recipes)
     torch.manual_seed(5)
@@ -245,7 +243,7 @@ def file_of(head: DraftHead, name: str = "model") -> DraftFile:
 def test_a_file_gives_back_what_it_was_given(tmp_path: Path) -> None:
     torch.manual_seed(1)
     _, model = make(MODELS["tied"], tmp_path)
-    head = new_head(READ, WeightFormat.INT8)
+    head = new_head(READ, WeightFormat.INT4)
     path = tmp_path / "a.draft.safetensors"
     file_of(head).save(path)
     found = load_draft_head(path, fingerprint="model", config=model.config)
@@ -274,7 +272,7 @@ def test_a_head_that_does_not_fit_is_refused(
 ) -> None:
     _, model = make(MODELS["tied"], tmp_path)
     path = tmp_path / "a.draft.safetensors"
-    head = replace(new_head(READ, WeightFormat.INT8), **change)  # type: ignore[arg-type]
+    head = replace(new_head(READ, WeightFormat.INT4), **change)  # type: ignore[arg-type]
     file_of(head).save(path)
     with pytest.raises(DraftFileError, match=message):
         load_draft_head(path, fingerprint="model", config=model.config)
@@ -283,7 +281,7 @@ def test_a_head_that_does_not_fit_is_refused(
 def test_files_of_other_kinds_and_models_are_refused(tmp_path: Path) -> None:
     _, model = make(MODELS["tied"], tmp_path)
     path = tmp_path / "a.draft.safetensors"
-    file_of(new_head(READ, WeightFormat.INT8), "another").save(path)
+    file_of(new_head(READ, WeightFormat.INT4), "another").save(path)
     with pytest.raises(DraftFileError, match="another model"):
         load_draft_head(path, fingerprint="model", config=model.config)
     with pytest.raises(DraftFileError, match="format"):

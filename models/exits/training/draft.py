@@ -1,8 +1,8 @@
 """Train a draft head on the model's own answers, by distillation from the full depth.
 
 The head is trained as it is used: its first guess is made from the stack's states, the next ones
-from its own (training-time test, EAGLE-3, arXiv 2503.01840). Each guess learns from the full-depth
-distribution over the draft vocabulary.
+from its own (training-time test, EAGLE-3, arXiv 2503.01840), and its weights are rounded to 4 bits.
+Each guess learns from the full-depth distribution over the draft vocabulary.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from offramp.models.exits.draft_head import (
     MATRICES,
     DraftFile,
     DraftHead,
-    dequantize,
-    quantize,
+    rounded,
 )
 from offramp.models.exits.training.draft_data import (
     DraftBatch,
@@ -133,7 +132,9 @@ class DraftTrainer:
         self._device = model.embed.device
         self._embed = model.embed
         self._final_norm = model.weights["final_norm"]
-        self._lm_head = model.lm_head[head.vocab].detach().bfloat16()
+        rows = model.lm_head[head.vocab].detach()
+        self._teacher_head, self._lm_head = rows.bfloat16(), rounded(rows.float()).bfloat16()
+        self._weights = head.parameters
         self._rotary = RotaryTable(
             torch.tensor(model.config.inv_freq),
             model.max_positions,
@@ -234,7 +235,7 @@ class DraftTrainer:
         """
         for name in MATRICES:
             weight = getattr(self.head, name)
-            weight.copy_(dequantize(*quantize(weight)))
+            weight.copy_(rounded(weight))
         found = self.judge(held_out)
         metrics = {
             "acceptance": [round(share, 4) for share in found.acceptance],
@@ -268,7 +269,14 @@ class DraftTrainer:
 
     def _guesses(self, batch: DraftBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each guess the entries it is made at, LM-head inputs there, and its loss."""
-        head, eps = self.head, self.config.rms_norm_eps
+        eps = self.config.rms_norm_eps
+        # As they will be served; gradients pass the rounding as if it were not there.
+        self._weights = self.head.parameters | {
+            name: weight + (rounded(weight.detach()) - weight).detach()
+            for name, weight in self.head.parameters.items()
+            if name in MATRICES
+        }
+        weights = self._weights
         embedded = rms_norm(F.embedding(batch.ids, self._embed), None, eps)
         # Entry p takes the states of p - 1; a text's first entry has none.
         before = torch.zeros_like(batch.states)
@@ -283,7 +291,7 @@ class DraftTrainer:
         own: list[tuple[Tensor, Tensor]] = []
         cross_entropy: Any = _CrossEntropy.apply
         with torch.autocast(self._device.type, torch.bfloat16):
-            hidden = F.linear(torch.cat((embedded, states), dim=1), head.fuse).float()
+            hidden = F.linear(torch.cat((embedded, states), dim=1), weights["fuse"]).float()
             keys, values = self._keys_values(hidden, batch.positions)
         out: Tensor | None = None
         for step in range(self.options.guesses):
@@ -292,12 +300,13 @@ class DraftTrainer:
                 if out is not None:
                     kept = [torch.arange(max(0, n - 1)) + at for at, n in parts_of(batch, step - 1)]
                     fed = rms_norm(out[torch.cat(kept)], None, eps)
-                    x = F.linear(torch.cat((embedded[rows], fed), dim=1), head.feedback).float()
+                    inputs = torch.cat((embedded[rows], fed), dim=1)
+                    x = F.linear(inputs, weights["feedback"]).float()
                     own.append(self._keys_values(x, batch.positions[rows]))
                 else:
                     x = hidden[rows]
                 out = self._layer(x, batch, step, keys, values, own)
-            normed = rms_norm(out, head.norm, eps)
+            normed = rms_norm(out, weights["norm"], eps)
             loss = cross_entropy(normed, self._lm_head, teacher, place[rows])
             yield rows, normed, loss
 
@@ -305,15 +314,15 @@ class DraftTrainer:
         """Full-depth probabilities [n, v] over the draft vocabulary, until the next batch's."""
         if self._teacher is None or len(self._teacher) < len(top):
             # Kept: fresh memory of this size costs as much as the products that fill it.
-            self._teacher = torch.empty(len(top), len(self._lm_head))
+            self._teacher = torch.empty(len(top), len(self._teacher_head))
         for rows, to in zip(top.split(_LOSS_ROWS), self._teacher.split(_LOSS_ROWS), strict=False):
-            torch.softmax((rows @ self._lm_head.t()).float(), dim=-1, out=to[: len(rows)])
+            torch.softmax((rows @ self._teacher_head.t()).float(), dim=-1, out=to[: len(rows)])
         return self._teacher
 
     def _keys_values(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        config, head = self.config, self.head
-        x = rms_norm(hidden, head.attn_norm, config.rms_norm_eps)
-        kv = F.linear(x, head.qkv[config.query_size :])
+        config, weights = self.config, self._weights
+        x = rms_norm(hidden, weights["attn_norm"], config.rms_norm_eps)
+        kv = F.linear(x, weights["qkv"][config.query_size :])
         kv = kv.view(len(x), 2, config.num_kv_heads, config.head_dim)
         cos, sin = self._rotary.at(positions)
         return rotate(kv[:, 0].float(), cos, sin), kv[:, 1].float()
@@ -327,9 +336,9 @@ class DraftTrainer:
         values: Tensor,
         own: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        config, head, eps = self.config, self.head, self.config.rms_norm_eps
-        x = rms_norm(hidden, head.attn_norm, eps)
-        q = F.linear(x, head.qkv[: config.query_size]).float()
+        config, weights, eps = self.config, self._weights, self.config.rms_norm_eps
+        x = rms_norm(hidden, weights["attn_norm"], eps)
+        q = F.linear(x, weights["qkv"][: config.query_size]).float()
         q = q.view(len(x), config.num_heads, config.head_dim)
         q = rotate(q, *self._rotary.at(batch.positions[batch.rows(step)]))
         parts = []
@@ -342,10 +351,10 @@ class DraftTrainer:
             text = slice(start, start + size)
             parts.append(_attend(q[at : at + count], keys[text], values[text], first, ahead))
         attended = torch.cat(parts).flatten(1)
-        hidden = hidden + F.linear(attended, head.o)
-        x = rms_norm(hidden, head.mlp_norm, eps)
-        gate, up = F.linear(x, head.gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, head.down)
+        hidden = hidden + F.linear(attended, weights["o"])
+        x = rms_norm(hidden, weights["mlp_norm"], eps)
+        gate, up = F.linear(x, weights["gate_up"]).chunk(2, dim=-1)
+        return hidden + F.linear(F.silu(gate) * up, weights["down"])
 
     def _progress(self, total: int) -> float:
         limit = self.options.minutes
