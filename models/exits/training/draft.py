@@ -169,7 +169,7 @@ class DraftTrainer:
         per_epoch = len(list(self._groups(features, 0)))
         total = per_epoch * self.options.epochs
         saved, before, begun = time.monotonic(), self.seconds, time.monotonic()
-        loss = 0.0
+        loss: float | None = None
         while (progress := self._progress(total)) < 1:
             epoch, done = divmod(self.step, per_epoch)
             if done == 0:
@@ -180,7 +180,8 @@ class DraftTrainer:
                     break
                 with self._device:
                     batch = make_batch(features, group, self._device)
-                    loss += 0.05 * (self._learn(batch, progress) - loss)
+                    found = self._learn(batch, progress)
+                loss = found if loss is None else loss + 0.05 * (found - loss)
                 self.step += 1
                 self.seconds = before + time.monotonic() - begun
                 if self.step % _REPORT_STEPS == 0:
