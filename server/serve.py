@@ -191,6 +191,7 @@ class Service:
     def _announce(self, info: EngineInfo) -> None:
         tokens = info.num_blocks * info.block_size
         exits = ", ".join(map(str, info.exit_layers)) or "none"
+        exits += ", a draft head" if info.draft_head else ""
         logger.info(
             "%s: %s, %d layers, exits after %s; KV cache %d tokens, maximum concurrency for %d "
             "tokens per request: %.2fx",

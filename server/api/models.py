@@ -33,4 +33,5 @@ def _card(context: Context, name: str) -> dict[str, Any]:
         "max_model_len": info.max_model_len,
         "num_layers": info.num_layers,
         "exit_layers": list(info.exit_layers),
+        "draft_head": info.draft_head,
     }

@@ -130,6 +130,7 @@ def _add_offramp(add: Callable[..., Any]) -> None:
         help="number format of K,V [auto: as --dtype]",
     )
     add("--exits", default="auto", help='exit file, "auto" or "none"')
+    add("--draft-head", default="auto", help='draft head, "auto" or "none"')
     add("--exit-threshold", type=float, help="score instead of the calibrated one")
     add("--exit-quality", type=float, help="agreement promised [0.98 if reached]")
     add(

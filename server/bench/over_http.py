@@ -64,6 +64,9 @@ class OpenAI:
         early_exit = (chunk.get("metrics") or {}).get("early_exit")
         if early_exit:
             trace.layers_executed = early_exit["layers_executed"]
+            trace.passes = early_exit["passes"]
+            drafts = early_exit["drafts"].items()
+            trace.drafts = {source: (own["drafted"], own["accepted"]) for source, own in drafts}
 
     def token_ids(self, reply: Mapping[str, Any]) -> list[int]:
         """Ids of an answer that was not streamed."""

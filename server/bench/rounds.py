@@ -7,6 +7,7 @@ pairs of rounds Offramp's ratios to its peer.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -23,7 +24,7 @@ from offramp.server.text.tokenizer import Tokenizer
 ROW_COLUMNS = columns(
     "mode {mode} | streams {concurrency} | tokens/s {tokens_per_s:.1f} | x off {speed_up:.3f} | "
     "TTFT ms {ttft_ms:.0f} | ITL p50 {itl_p50_ms:.1f} | ITL p99 {itl_p99_ms:.1f} | "
-    "depth {mean_depth:.2f} | efficiency {exit_efficiency:.2f} | agreement {agreement:.4f}"
+    "depth {mean_depth:.2f} | passes/token {passes_per_token:.3f} | agreement {agreement:.4f}"
 )
 RATIO_COLUMNS = columns(
     "Offramp / peer {mode} | streams {concurrency} | figure {figure} | min {min:.3f} | "
@@ -154,12 +155,19 @@ def _row(
         **_medians_of_rounds(result.rounds),
         "mean_depth": mean_depth(result.traces),
     }
+    passes = [trace.passes for trace in result.traces if trace.passes is not None]
+    if len(passes) == len(result.traces):
+        tokens = sum(len(trace.token_ids) for trace in result.traces)
+        row["passes_per_token"] = round(sum(passes) / tokens, 4)
+        row["drafts"] = _drafts(result.traces)
     agreed = agreement(judge, result.traces, without)
     row["agreement"] = None if agreed is None else round(agreed, 4)
     if off is None or off is result or result.entry.is_peer:
         return row
     pairs = zip(result.rounds, off.rounds, strict=True)
-    row["speed_up"] = round(statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in pairs), 4)
+    ups = [own.tokens_per_s / other.tokens_per_s for own, other in pairs]
+    row["speed_up"] = round(statistics.median(ups), 4)
+    row["speed_up_min"], row["speed_up_max"] = round(min(ups), 4), round(max(ups), 4)
     if row["mean_depth"] is not None:
         row["exit_efficiency"] = exit_efficiency(
             row["speed_up"], judge.config.num_layers, row["mean_depth"]
@@ -167,6 +175,15 @@ def _row(
     same = [a.token_ids == b.token_ids for a, b in zip(result.traces, off.traces, strict=True)]
     row["same_answers_as_off"] = sum(same) / len(same)
     return row
+
+
+def _drafts(traces: Sequence[Trace]) -> dict[str, dict[str, int]]:
+    """Drafted and accepted tokens of all answers, by source."""
+    found: dict[str, Counter[str]] = {}
+    for trace in traces:
+        for source, (drafted, accepted) in trace.drafts.items():
+            found.setdefault(source, Counter()).update(drafted=drafted, accepted=accepted)
+    return {source: dict(counts) for source, counts in found.items()}
 
 
 def _medians_of_rounds(rounds: Sequence[Round]) -> dict[str, Any]:

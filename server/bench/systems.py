@@ -199,7 +199,7 @@ def _served(
 def _serve_words(args: argparse.Namespace, capacity: Capacity) -> list[str]:
     words = [args.model, "--port", "0", "--threads", str(capacity.threads)]
     words += ["--max-num-seqs", str(capacity.slots), "--max-model-len", str(capacity.context)]
-    words += ["--exits", args.exits, "--exit-audit-rate", "0"]
+    words += ["--exits", args.exits, "--draft-head", args.draft_head, "--exit-audit-rate", "0"]
     words += ["--device", args.device, "--dtype", args.dtype, "--weights", _weights(args)]
     words += ["--kv-cache-dtype", args.kv_cache_dtype]
     if args.exit_quality is not None:
@@ -215,6 +215,7 @@ def engine_config(args: argparse.Namespace, capacity: Capacity) -> EngineConfig:
         max_num_seqs=capacity.slots,
         max_model_len=capacity.context,
         exits=args.exits,
+        draft_head=args.draft_head,
         exit_quality=args.exit_quality,
         exit_audit_rate=0.0,
         threads=capacity.threads,

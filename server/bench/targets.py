@@ -37,7 +37,8 @@ _NO_END = -1
 class Trace:
     """One answer as its client saw it; ``times`` [tokens] in seconds.
 
-    ``layers_executed`` is summed over tokens, None where the target does not report it.
+    ``layers_executed`` is summed over tokens, None where the target does not report it; ``passes``
+    through the whole stack made them, and ``drafts`` are drafted and accepted tokens by source.
     """
 
     prompt: Prompt
@@ -45,6 +46,8 @@ class Trace:
     token_ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     layers_executed: int | None = None
+    passes: int | None = None
+    drafts: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +114,18 @@ class InProcess(Target):
         for item in run_all(self.engine, requests, concurrency=load.concurrency):
             if item.stats is None or not item.token_ids:
                 raise BenchError(f"an answer ended early: {item.reason}")
-            layers = item.stats.layers_executed
-            prompt = item.request.prompt
-            traces.append(Trace(prompt, item.submitted_at, item.token_ids, item.times, layers))
+            stats = item.stats
+            traces.append(
+                Trace(
+                    item.request.prompt,
+                    item.submitted_at,
+                    item.token_ids,
+                    item.times,
+                    stats.layers_executed,
+                    stats.passes,
+                    {source.value: counts for source, counts in stats.drafts.items()},
+                )
+            )
         return traces
 
 

@@ -218,7 +218,7 @@ def _load(
     exits = _exits(config.exits, own, weights, shape, dtype, device)
     heads, max_len = exits.heads, context_length(shape, config)
     on_device = _decides_on_device(device, on_device=on_device)
-    drafts = None if on_device else _draft_head(config.draft_head, own, shape)
+    drafts = _draft_head(config.draft_head, own, shape, on_device=on_device)
     extra = 0 if drafts is None else 1
     blocks = num_blocks or blocks_that_fit(shape, config, heads, max_len, dtype, device, extra)
     cache_dtype = kv_cache_dtype(config, dtype, device)
@@ -316,8 +316,14 @@ def _exits(
     return file
 
 
-def _draft_head(choice: str, own: str, shape: ModelConfig) -> DraftFile | None:
+def _draft_head(choice: str, own: str, shape: ModelConfig, *, on_device: bool) -> DraftFile | None:
     path = None
+    if on_device:
+        if choice not in {"auto", "none"}:
+            raise EngineConfigError(
+                f"--draft-head {choice}: draft heads guess on a CPU only; use --draft-head none"
+            )
+        return None
     if choice == "auto":
         path = shipped_draft_head(own)
     elif choice != "none":

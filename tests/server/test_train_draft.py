@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from offramp.kernels.native import library
 from offramp.models.exits.draft_head import load_draft_head, read_draft_metadata, rounded
 from offramp.models.exits.training import draft as training
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.sampling_params import DraftSource, ExitMode, ExitSettings, SamplingParams
 from offramp.server.commands.exits import main
-from offramp.server.config import EngineConfig
+from offramp.server.config import EngineConfig, EngineConfigError
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.governor import HeadPlan
@@ -227,6 +228,33 @@ def test_a_draft_head_that_is_none_is_refused(
     monkeypatch.chdir(tiny_dir)
     with pytest.raises(Exception, match=message):
         engine_with(tiny_dir, choice)
+
+
+def test_a_draft_head_where_the_device_decides_is_refused(tiny_dir: Path, head: Path) -> None:
+    config = EngineConfig(device="cpu", dtype="float32", draft_head=str(head))
+    with pytest.raises(EngineConfigError, match="on a CPU only"):
+        build_engine(config, tiny_dir, model_name="tiny", on_device=True)
+    auto = config.model_copy(update={"draft_head": "auto"})
+    assert not build_engine(auto, tiny_dir, model_name="tiny", on_device=True).info.draft_head
+
+
+def test_half_precision_pages_hold_the_heads_entries_too(tiny_dir: Path, head: Path) -> None:
+    if library() is None:
+        pytest.skip("there is no C compiler")
+    config = EngineConfig(
+        device="cpu",
+        exits="none",
+        draft_head=str(head),
+        kv_cache_dtype="float16",
+        max_model_len=200,
+    )
+    engine = build_engine(config, tiny_dir, model_name="tiny", check_invariants=True)
+    plan = HeadPlan(3, 0.0, (-1.0,) * 3)
+    host_of(engine).governor.head_plan = lambda rows: plan  # type: ignore[method-assign]
+    off = answer(engine, ExitMode.OFF, GREEDY, "half")
+    found = answer(engine, ExitMode.LOSSLESS, GREEDY, "half")
+    assert [item.token_ids for item in found] == [item.token_ids for item in off]
+    assert sum(item.stats.drafted for item in found if item.stats) > 100
 
 
 def test_a_model_without_a_shipped_draft_head_has_none(tiny_dir: Path) -> None:
