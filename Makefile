@@ -32,7 +32,8 @@ sanitize: install
 	ASAN_OPTIONS=detect_leaks=0,verify_asan_link_order=0 OFFRAMP_CACHE_DIR=$(VENV)/sanitize \
 	CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1 -march=$(MARCH)' \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/kernels/test_decoder.py tests/kernels/test_weight_formats.py $(ARGS)
+	$(BIN)/python -m pytest tests/kernels/test_decoder.py tests/kernels/test_weight_formats.py \
+	tests/models/test_drafting.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -80,10 +80,13 @@ class DraftSpan(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NativeGuesses:
-    """For each sequence its guesses and their probabilities; when the first ones were there."""
+    """For each sequence its guesses and their probabilities.
+
+    ``seconds`` are until the first ones were there, and for the others.
+    """
 
     found: list[tuple[tuple[int, ...], tuple[float, ...]]]
-    first_seconds: float
+    seconds: tuple[float, float]
 
 
 class NativeDraft:
@@ -162,10 +165,12 @@ class NativeDraft:
         entries = self._batch(own, pages)
         entries.states, entries.state_stride = states.data_ptr(), states.stride(0)
         entries.state_rows = _address(rows)
-        prepared = time.perf_counter() - begun
+        prepared = time.perf_counter()
         self._library.draft(
             self._layer.shape, self._weights, entries, self._batch(asked, pages), call
         )
+        ran = time.perf_counter() - prepared
+        seconds = prepared - begun + first.value / 1e9, ran - first.value / 1e9
         columns = iter(range(count))
         found: list[tuple[tuple[int, ...], tuple[float, ...]]] = []
         for span in work:
@@ -176,7 +181,7 @@ class NativeDraft:
             made = tokens[column::count]
             length = made.index(-1) if -1 in made else most
             found.append((tuple(made[:length]), tuple(chances[column::count][:length])))
-        return NativeGuesses(found, prepared + first.value / 1e9)
+        return NativeGuesses(found, seconds)
 
     def _batch(self, rows: _Rows, pages: Tensor) -> Batch:
         cos, sin = self._parts.angles

@@ -147,9 +147,10 @@ class CostModel:
     def learn_draft(self, sequences: int, result: StepResult) -> None:
         """Learn from guesses for so many sequences."""
         more = max(map(len, result.guesses)) - 1
-        self.first_guess.add(sequences, result.first_seconds)
+        first, others = result.guess_seconds
+        self.first_guess.add(sequences, first)
         if more:
-            self.next_guess.add(sequences, (result.seconds - result.first_seconds) / more)
+            self.next_guess.add(sequences, others / more)
 
     def above(self, segment: int, rows: float) -> float:
         """Seconds for ``rows`` rows through ``segment`` and all above it, without the LM head."""

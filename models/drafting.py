@@ -26,12 +26,12 @@ from offramp.models.transformer import Segment, Transformer
 class Guesses:
     """For each sequence its guesses and the draft head's probability of each.
 
-    ``first_seconds`` is the time until the first ones were there.
+    ``seconds`` are until the first ones were there, and for the others.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     chances: tuple[tuple[float, ...], ...]
-    first_seconds: float = 0.0
+    seconds: tuple[float, float] = (0.0, 0.0)
 
 
 class Drafter:
@@ -95,7 +95,7 @@ class Drafter:
         if self._native is not None:
             made = self._native(work, bound, self.states, self._cache.pages)
             found = zip(*made.found, strict=True)
-            return Guesses(next(found), next(found), made.first_seconds)
+            return Guesses(next(found), next(found), made.seconds)
         device, eps = self._model.device, self._model.config.rms_norm_eps
         ids = torch.tensor([token for item in work for token in item.token_ids], device=device)
         rows = torch.tensor([row for item in work for row in item.rows], device=device)
@@ -127,7 +127,8 @@ class Drafter:
                 hidden = self._feedback(torch.cat((self._embedded(ids), fed), dim=1))
                 table = self._table([work[index] for index in going], step)
                 hidden = self._layer(hidden, table, self._cache)
-        return Guesses(tuple(map(tuple, tokens)), tuple(map(tuple, chances)), first)
+        seconds = first, time.perf_counter() - begun - first
+        return Guesses(tuple(map(tuple, tokens)), tuple(map(tuple, chances)), seconds)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         return rms_norm(self._model.embed(ids), None, self._model.config.rms_norm_eps)

@@ -159,7 +159,7 @@ class Runner:
             self._now() - begun,
             guesses=made.tokens,
             chances=made.chances,
-            first_seconds=made.first_seconds,
+            guess_seconds=made.seconds,
         )
 
     def _rows_of(self, segment: int, work: Sequence[SequenceRows]) -> RowTable:

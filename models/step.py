@@ -138,8 +138,8 @@ class StepResult:
     after the top segment. ``prompt_left``: for each sequence the indices of its prompt rows that
     left, empty where none may. ``head_tokens``: one for each row of the step's head.
     ``exit_head_rows`` are rows an exit's LM head was run for. ``guesses`` and ``chances``: for each
-    sequence of a draft its guesses, and the draft head's probability of each; the first ones took
-    ``first_seconds``.
+    sequence of a draft its guesses, and the draft head's probability of each; of
+    ``guess_seconds`` the first are until the first guesses, the others for the rest.
     """
 
     seconds: float
@@ -154,7 +154,7 @@ class StepResult:
     exit_head_rows: int = 0
     guesses: tuple[tuple[int, ...], ...] = ()
     chances: tuple[tuple[float, ...], ...] = ()
-    first_seconds: float = 0.0
+    guess_seconds: tuple[float, float] = (0.0, 0.0)
 
 
 class StepRunner(Protocol):

@@ -27,6 +27,10 @@ _MARGIN = 2.0
 # steps that run, and a rule fed by stale costs could otherwise never exit again (DREX's trap). Each
 # try that changes nothing makes the next one rarer, since a try costs a step what exits would.
 _PROBE_FIRST, _PROBE_RAREST = 32, 1024
+# The same for rows of drafts. And where drafts gain less than this share of a pass, it is not worth
+# that sequences which were in step fall out of it: their prompts and ends then come one by one.
+_DRAFT_MARGIN = 1.1
+_DRAFT_GAIN = 0.05
 MAX_NGRAM_DRAFTS = 8
 MAX_HEAD_DRAFTS = 5
 # Decisions stand for so many steps: costs and shares drift slowly, and weighing them takes 2 % of a
@@ -208,7 +212,8 @@ class ExitGovernor:
 
     def _weigh_rows(self, _: int, rows: int) -> tuple[float, list[float]]:
         passes = [self.costs.full_pass(rows + more) for more in range(MAX_NGRAM_DRAFTS + 1)]
-        return passes[0] / rows, [more - less for less, more in pairwise(passes)]
+        extra = [_DRAFT_MARGIN * (more - less) for less, more in pairwise(passes)]
+        return passes[0] / rows, extra
 
     def head_plan(self, rows: int) -> HeadPlan:
         """What to ask of the draft head where ``rows`` sequences run."""
@@ -218,14 +223,17 @@ class ExitGovernor:
 
     def _weigh_head(self, _: int, rows: int) -> HeadPlan:
         # All sequences draft, so their rows add up.
-        passes = [self.costs.full_pass(rows * (1 + more)) for more in range(MAX_HEAD_DRAFTS + 1)]
-        token, extra = passes[0], [more - less for less, more in pairwise(passes)]
+        token = self.costs.full_pass(rows)
+        extra = [
+            _DRAFT_MARGIN * (self.costs.full_pass(rows * (1 + more)) - token) / more
+            for more in range(1, MAX_HEAD_DRAFTS + 1)
+        ]
         first, further = self.costs.first_guess.at(rows), self.costs.next_guess.at(rows)
         # What a guess gains if those before it are right, and how likely that is.
         gains = [self.head_acceptance.gain(token, row) for row in extra]
         likely = self.head_acceptance.mean
         more = [max(0.0, gain * likely**index - further) for index, gain in enumerate(gains)]
-        if gains[0] + sum(more[1:]) <= first:
+        if gains[0] + sum(more[1:]) <= first + _DRAFT_GAIN * token:
             return NO_DRAFTS
         bound = further / gains[1] if gains[1] else 1.0
         return HeadPlan(MAX_HEAD_DRAFTS, bound, tuple(row / token for row in extra))

@@ -116,6 +116,22 @@ def test_an_interrupted_training_goes_on_to_the_same_head(
     assert out.read_bytes() == head.read_bytes()
 
 
+@pytest.mark.timeout(120)
+def test_answers_of_any_length_are_trained_on_to_the_end(tiny_dir: Path, tmp_path: Path) -> None:
+    """Epochs are of equally many steps, however the answers fall together in them."""
+    generator = torch.Generator().manual_seed(3)
+    path, out = tmp_path / "answers.jsonl", tmp_path / "e.draft.safetensors"
+    sizes = torch.randint(1, 40, (70,), generator=generator).tolist()
+    rows = [torch.randint(3, 60, (3 + size,), generator=generator).tolist() for size in sizes]
+    lines = [json.dumps({"prompt": row[:3], "answer": row[3:]}) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    assert train(tiny_dir, path, out, "--epochs", "5", "--batch", "50") == 0
+    curve = read_draft_metadata(out)["metrics"]["curve"]
+    assert [row["epoch"] for row in curve] == [0, 1, 2, 3, 4, 5]
+    steps = curve[1]["step"]
+    assert [row["step"] for row in curve] == [steps * epoch for epoch in range(6)]
+
+
 def test_minutes_end_the_training(tiny_dir: Path, answers: Path, tmp_path: Path) -> None:
     out = tmp_path / "c.draft.safetensors"
     more = ("--epochs", "100000", "--minutes", "0.02")

@@ -166,7 +166,9 @@ class DraftTrainer:
             self._restore(checkpoint)
         for param in self.params:
             param.requires_grad_(True)
-        per_epoch = len(list(self._groups(features, 0)))
+        count = len(features.answers)
+        positions = sum(len(item.answer) for item in features.answers)
+        per_epoch = min(count, max(1, round(positions / self.options.batch)))
         total = per_epoch * self.options.epochs
         saved, before, begun = time.monotonic(), self.seconds, time.monotonic()
         loss: float | None = None
@@ -174,7 +176,7 @@ class DraftTrainer:
             epoch, done = divmod(self.step, per_epoch)
             if done == 0:
                 self._note(epoch, held_out)
-            for group in list(self._groups(features, epoch))[done:]:
+            for group in self._groups(count, epoch, per_epoch)[done:]:
                 progress = self._progress(total)
                 if progress >= 1:
                     break
@@ -361,10 +363,11 @@ class DraftTrainer:
         limit = self.options.minutes
         return max(self.step / total, 0.0 if limit is None else self.seconds / (60 * limit))
 
-    def _groups(self, features: DraftFeatures, epoch: int) -> Iterator[list[int]]:
+    def _groups(self, answers: int, epoch: int, count: int) -> list[list[int]]:
+        """All ``answers`` in an epoch's own order, cut into ``count`` groups."""
         generator = torch.Generator().manual_seed(self.options.seed + epoch)
-        order = torch.randperm(len(features.answers), generator=generator).tolist()
-        return make_groups(features.answers, order, self.options.batch)
+        order = torch.randperm(answers, generator=generator, device="cpu")
+        return [part.tolist() for part in order.tensor_split(count)]
 
     def _note(self, epoch: float, held_out: DraftFeatures) -> None:
         found = self.judge(held_out)

@@ -401,29 +401,31 @@ def plot_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -
 
 
 def plot_draft(path: Path, curve: Sequence[Mapping[str, Any]]) -> None:
-    """Draw acceptance of each guess and the loss over the epochs as a PNG.
+    """Draw acceptance of each guess and the loss over the steps as a PNG.
 
-    ``curve`` holds rows of ``epoch``, ``acceptance`` (shares by guess) and ``loss`` (nats).
+    ``curve`` holds rows of ``step``, ``acceptance`` (shares by guess) and ``loss`` (nats).
     """
     guesses = range(len(curve[-1]["acceptance"]))
     panels = {
         "accepted, if those before are (% of guesses)": {
-            f"guess {index + 1}": [(row["epoch"], 100 * row["acceptance"][index]) for row in curve]
+            f"guess {index + 1}": [(row["step"], 100 * row["acceptance"][index]) for row in curve]
             for index in guesses
         },
         "cross-entropy of first guesses (nats)": {
-            "loss": [(row["epoch"], row["loss"]) for row in curve]
+            "loss": [(row["step"], row["loss"]) for row in curve]
         },
     }
-    _plot(path, "Draft head on held-out answers", panels)
+    _plot(path, "Draft head on held-out answers", panels, "steps of training")
 
 
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 """Points of each line, by its label."""
 
 
-def _plot(path: Path, title: str, panels: Mapping[str, Lines]) -> None:
-    """Draw panels with lines over the epochs side by side, by the labels of their axes."""
+def _plot(
+    path: Path, title: str, panels: Mapping[str, Lines], along: str = "epochs of training"
+) -> None:
+    """Draw panels with lines side by side, by the labels of their axes."""
     check_plot()
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -436,7 +438,7 @@ def _plot(path: Path, title: str, panels: Mapping[str, Lines]) -> None:
     for axes, (label, lines) in zip(columns, panels.items(), strict=True):
         for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-        axes.set_xlabel("epochs of training")
+        axes.set_xlabel(along)
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
