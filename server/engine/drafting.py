@@ -73,14 +73,22 @@ class Drafting:
     def run(self, running: int) -> float:
         """Draft for all who asked, beside ``running`` sequences; returns seconds on the device."""
         asking, self._asking = self._asking, {}
+        many = [each for each in self._holding.values() if len(each.state_rows) > MOST_STATES]
+        plan = NO_DRAFTS
+        if self._info.draft_head and (asking or many):
+            plan = self._governor.head_plan(running)
+        # An n-gram costs no guess, but is worth its row only where it is right as often.
+        rival = self._governor.head_acceptance.mean if plan.most else 0.0
         for sequence in asking.values():
-            self._copy(sequence, running)
-        if not self._info.draft_head:
-            return 0.0
+            self._copy(sequence, running, rival)
         lacking = {id_ for id_, sequence in asking.items() if not sequence.drafts}
-        plan = self._governor.head_plan(running) if lacking else NO_DRAFTS
-        many = any(len(each.state_rows) > MOST_STATES for each in self._holding.values())
-        return self._run_head(plan, lacking) if plan.most or many else 0.0
+        if plan.most and (lacking or many):
+            return self._run_head(plan, lacking)
+        for sequence in many:
+            # Entries would cost a hundredth of all work, for drafts that do not pay.
+            self._memory.free_states(sequence)
+            del self._holding[sequence.id]
+        return 0.0
 
     def verified(self, sequence: Sequence, place: int, *, right: bool) -> None:
         """Full depth accepted the sequence's ``place``-th draft, or refused it."""
@@ -95,7 +103,7 @@ class Drafting:
             chance = sequence.chances[place]
             wanted = self._governor.head_acceptance.rate(chance)
             self._governor.head_acceptance.add(chance, accepted=right)
-            sequence.luck += _OWN_RENEWAL * wanted * (right / wanted - sequence.luck)
+            sequence.luck += _OWN_RENEWAL * (right - wanted * sequence.luck)
 
     def counts(self) -> dict[str, Counter[DraftSource]]:
         """Drafts added and accepted since the last call, as StepStats has them."""
@@ -106,15 +114,18 @@ class Drafting:
     def _room(self, sequence: Sequence) -> int:
         return min(draft_room(sequence, self._info), self._info.max_num_batched_tokens - 1)
 
-    def _copy(self, sequence: Sequence, running: int) -> None:
-        """Draft what followed the text's last tokens before, as far as that is worth verifying."""
+    def _copy(self, sequence: Sequence, running: int, rival: float) -> None:
+        """Draft what followed the text's last tokens before, as far as that is worth verifying.
+
+        Not where the first of these tokens is right less often than ``rival``.
+        """
         governor = self._governor
         if sequence.acceptance is None:
             sequence.acceptance = governor.acceptance.copy()
         if not governor.ngrams_pay(sequence.acceptance, running):
             return
         match = sequence.proposer.find(sequence.tokens)
-        if match is None:
+        if match is None or sequence.acceptance.of(match.size) < rival:
             return
         count = governor.ngram_length(sequence.acceptance, match.size, running)
         count = min(count, self._room(sequence))
@@ -157,7 +168,8 @@ class Drafting:
             end, most = min(end, len(sequence.table) * self._info.block_size), 0
         positions = range(sequence.next_entry, end)
         sequence.next_entry = max(end, sequence.next_entry)
-        # Where a text begins, or goes on behind cached blocks, there are no states before.
+        # There are no states where a text begins, goes on behind cached blocks, or ran while drafts
+        # did not pay.
         row_of = dict(zip(states, sequence.state_rows, strict=True))
         return DraftRows(
             positions,

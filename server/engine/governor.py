@@ -33,6 +33,9 @@ _DRAFT_MARGIN = 1.1
 _DRAFT_GAIN = 0.05
 MAX_NGRAM_DRAFTS = 8
 MAX_HEAD_DRAFTS = 5
+# With more rows the head's entries are not kept up while its drafts do not pay, so there is nothing
+# to try.
+_TRIED_ROWS = 2
 # Decisions stand for so many steps: costs and shares drift slowly, and weighing them takes 2 % of a
 # step of one row.
 _STEPS_KEPT = 16
@@ -218,8 +221,9 @@ class ExitGovernor:
     def head_plan(self, rows: int) -> HeadPlan:
         """What to ask of the draft head where ``rows`` sequences run."""
         plan = self._standing("head", 0, max(1, rows), self._weigh_head)
-        allowed = self._probes["head"].allow(pays=plan.most > 0)
-        return _TRY if allowed and not plan.most else plan
+        if plan.most or rows > _TRIED_ROWS:
+            return plan
+        return _TRY if self._probes["head"].allow(pays=False) else plan
 
     def _weigh_head(self, _: int, rows: int) -> HeadPlan:
         # All sequences draft, so their rows add up.
