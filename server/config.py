@@ -163,8 +163,11 @@ class ServerConfig(_Options):
     sse_keep_alive_interval: float = _option(
         "HTTP", 15.0, "Seconds of silence in a stream before a comment is sent.", gt=0
     )
-    early_exit: Literal["off", "adaptive", "lossless"] = _option(
-        "Early exit", "adaptive", "Mode of requests that name none."
+    early_exit: Literal["auto", "off", "adaptive", "lossless"] = _option(
+        "Early exit",
+        "auto",
+        "Mode of requests that name none; auto is lossless with a draft head, adaptive without or "
+        "where another option asks for a quality or threshold.",
     )
     exit_criterion: ExitCriterion = _option(
         "Early exit", DEFAULT_CRITERION, "Rule by which tokens may leave."

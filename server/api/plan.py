@@ -113,7 +113,7 @@ def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> Ex
     """The request's wishes over the server's defaults; raises InvalidRequest."""
     _check(wish, info)
     # Wishes about how to leave early are a wish to leave early.
-    default = ExitMode.ADAPTIVE if wish.wishes_exits else ExitMode(config.early_exit)
+    default = ExitMode.ADAPTIVE if wish.wishes_exits else _default_mode(config, info)
     mode = ExitMode(wish.mode or default)
     # Without exits full depth is all there is; lossless still guesses by looking up the text.
     if not info.exit_layers and mode is ExitMode.ADAPTIVE:
@@ -134,6 +134,15 @@ def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> Ex
     )
 
 
+def _default_mode(config: ServerConfig, info: EngineInfo) -> ExitMode:
+    if config.early_exit != "auto":
+        return ExitMode(config.early_exit)
+    engine = config.engine
+    wishes = (config.exit_threshold, engine.exit_quality, engine.exit_online_quality)
+    exits = info.exit_layers and any(wish is not None for wish in wishes)
+    return ExitMode.LOSSLESS if info.draft_head and not exits else ExitMode.ADAPTIVE
+
+
 def default_fault(config: ServerConfig, info: EngineInfo) -> str | None:
     """Why the server's defaults cannot be meant, in words for who starts it; None if they can.
 
@@ -144,7 +153,7 @@ def default_fault(config: ServerConfig, info: EngineInfo) -> str | None:
     if config.exit_threshold is not None and config.engine.exit_quality is not None:
         return "--exit-quality and --exit-threshold exclude each other"
     points = _of(info, config.exit_criterion)
-    adaptive = ExitMode(config.early_exit) is ExitMode.ADAPTIVE and bool(info.exit_layers)
+    adaptive = _default_mode(config, info) is ExitMode.ADAPTIVE and bool(info.exit_layers)
     if not adaptive or config.exit_threshold is not None:
         return None
     if not _lacks_thresholds(config.exit_criterion, points):

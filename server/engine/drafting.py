@@ -18,6 +18,9 @@ from offramp.server.engine.sequence import Sequence
 
 # How much a verified draft moves its own request's acceptance rates, and those of all requests.
 _OWN_RENEWAL, _COMMON_RENEWAL = 0.1, 0.01
+# Guesses are right less often in sampled answers; each request learns its own share from here on, and
+# only greedy ones count for all.
+_SAMPLED_LUCK = 0.7
 
 
 def draft_room(sequence: Sequence, info: EngineInfo) -> int:
@@ -54,6 +57,10 @@ class Drafting:
     def ask(self, sequence: Sequence) -> None:
         """The sequence, lossless and without drafts, is ready for its next token."""
         self._asking[sequence.id] = sequence
+        if sequence.acceptance is None:
+            greedy = sequence.request.sampling.temperature == 0
+            sequence.luck = 1.0 if greedy else _SAMPLED_LUCK
+            sequence.acceptance = self._governor.acceptance.scaled(sequence.luck)
 
     def passed(self, sequence: Sequence) -> None:
         """The sequence's chunk has run the whole stack."""
@@ -96,13 +103,16 @@ class Drafting:
         sequence.rejected += not right
         self._accepted[sequence.source] += right
         rates, common = sequence.acceptance, self._governor.acceptance
+        greedy = sequence.request.sampling.temperature == 0
         if sequence.source is DraftSource.NGRAM and rates is not None:
             rates.add(sequence.match + place, _OWN_RENEWAL, accepted=right)
-            common.add(sequence.match + place, _COMMON_RENEWAL, accepted=right)
+            if greedy:
+                common.add(sequence.match + place, _COMMON_RENEWAL, accepted=right)
         elif sequence.source is DraftSource.HEAD:
             chance = sequence.chances[place]
             wanted = self._governor.head_acceptance.rate(chance)
-            self._governor.head_acceptance.add(chance, accepted=right)
+            if greedy:
+                self._governor.head_acceptance.add(chance, accepted=right)
             sequence.luck += _OWN_RENEWAL * (right - wanted * sequence.luck)
 
     def counts(self) -> dict[str, Counter[DraftSource]]:
@@ -120,8 +130,7 @@ class Drafting:
         Not where the first of these tokens is right less often than ``rival``.
         """
         governor = self._governor
-        if sequence.acceptance is None:
-            sequence.acceptance = governor.acceptance.copy()
+        assert sequence.acceptance is not None
         if not governor.ngrams_pay(sequence.acceptance, running):
             return
         match = sequence.proposer.find(sequence.tokens)

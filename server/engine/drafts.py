@@ -130,6 +130,6 @@ class AcceptanceRates:
         size = min(size, LONGEST)
         self.rates[size] += renewal * (accepted - self.rates[size])
 
-    def copy(self) -> AcceptanceRates:
-        """Rates that change independently of these."""
-        return AcceptanceRates(list(self.rates))
+    def scaled(self, factor: float) -> AcceptanceRates:
+        """Rates ``factor`` times as high that change independently of these."""
+        return AcceptanceRates([factor * rate for rate in self.rates])

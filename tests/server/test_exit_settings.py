@@ -62,6 +62,17 @@ def test_the_servers_defaults() -> None:
     assert (other.mode, other.thresholds, other.min_layer) == (ExitMode.OFF, (0.7, 0.7), 22)
 
 
+def test_a_draft_head_makes_lossless_the_default() -> None:
+    drafts = replace(INFO, head_chances=((0.1, 0.5),) * 10)
+    assert settings({}, drafts).mode is ExitMode.LOSSLESS
+    assert settings({}, replace(BARE, head_chances=((0.1, 0.5),) * 10)).mode is ExitMode.LOSSLESS
+    assert settings({"quality": 0.95}, drafts).mode is ExitMode.ADAPTIVE
+    assert settings({}, drafts, early_exit="adaptive").mode is ExitMode.ADAPTIVE
+    assert settings({}, drafts, exit_threshold=0.7).mode is ExitMode.ADAPTIVE
+    asked = EngineConfig(exit_quality=0.95)
+    assert settings({}, drafts, engine=asked).mode is ExitMode.ADAPTIVE
+
+
 def test_a_wish_about_exits_is_a_wish_to_exit() -> None:
     assert settings({"quality": 0.95}, early_exit="off").mode is ExitMode.ADAPTIVE
     assert settings({"prefill": False}, early_exit="off").mode is ExitMode.OFF

@@ -40,7 +40,7 @@ def test_only_the_latest_places_of_a_pair_are_kept() -> None:
 
 def test_shares_follow_what_is_seen_and_copies_go_their_own_way() -> None:
     common = AcceptanceRates()
-    own = common.copy()
+    own = common.scaled(1.0)
     for _ in range(50):
         own.add(3, 0.1, accepted=False)
         own.add(LONGEST + 4, 0.1, accepted=True)
@@ -48,3 +48,4 @@ def test_shares_follow_what_is_seen_and_copies_go_their_own_way() -> None:
     assert common.of(3) > 0.5
     assert own.of(LONGEST) == own.of(LONGEST + 9) > 0.99
     assert own.of(2) == common.of(2)
+    assert common.scaled(0.5).of(3) == common.of(3) / 2
