@@ -18,8 +18,8 @@ from offramp.server.engine.sequence import Sequence
 
 # How much a verified draft moves its own request's acceptance rates, and those of all requests.
 _OWN_RENEWAL, _COMMON_RENEWAL = 0.1, 0.01
-# Guesses are right less often in sampled answers; each request learns its own share from here on, and
-# only greedy ones count for all.
+# Guesses are right less often in sampled answers; each request learns its own share from here on,
+# and only greedy ones count for all.
 _SAMPLED_LUCK = 0.7
 
 
