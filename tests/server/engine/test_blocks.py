@@ -7,7 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from offramp.server.engine.blocks import BlockPool, block_hashes
+from offramp.models.sampling_params import SamplingParams
+from offramp.server.engine.blocks import BlockPool, SequenceMemory, block_hashes
+from offramp.server.engine.kv_debt import DebtLedger, RowPool
+from offramp.server.engine.request import GenerationRequest
+from offramp.server.engine.sequence import Sequence
 from offramp.server.errors import BugError
 
 SIZE = 4
@@ -144,3 +148,42 @@ def test_the_audit_sees_lost_and_stolen_blocks() -> None:
         pool.check([table[:1]])
     with pytest.raises(BugError, match="disagree"):
         pool.check([table, table])
+
+
+def sequence_of(number: int, prompt: list[int]) -> Sequence:
+    sampling = SamplingParams(max_tokens=4, temperature=0.0)
+    return Sequence(number, GenerationRequest(str(number), tuple(prompt), sampling), 0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "first", "following"),
+    [
+        (0, 16, 16),
+        (4, 16, 16),
+        (8, 0, 8),
+        (12, 0, 12),
+        (15, 0, 12),
+        (16, 0, 16),
+    ],
+)
+def test_what_the_draft_head_finds_in_a_cached_prompt(
+    entries: int, first: int, following: int
+) -> None:
+    """Entries count block by block; a few that lack at the end are made again, else all is left."""
+    rows = RowPool(64)
+    memory = SequenceMemory(BlockPool(16, SIZE), rows, DebtLedger(rows, 1), prefix_caching=True)
+    prompt = list(range(18))
+    one, other = sequence_of(0, prompt), sequence_of(1, prompt)
+    assert memory.admit(one)
+    one.computed = [17]
+    memory.publish(one)
+    one.next_entry = entries
+    memory.mark_entries(one)
+    assert memory.admit(other)
+    assert other.table[:4] == one.table[:4]
+    assert (other.first_entry, other.next_entry) == (first, following)
+    memory.release(one)
+    memory.release(other)
+    # Blocks that are given out again hold nothing.
+    assert memory.blocks.allocate(16, -1) is not None
+    assert not memory.blocks.with_entries

@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 
 from offramp.models.costs import CostModel, StepCost
 from offramp.models.sampling_params import NEVER
-from offramp.server.engine.drafts import AcceptanceRates
-from offramp.server.engine.governor import MAX_NGRAM_DRAFTS, ExitGovernor
+from offramp.server.engine.drafts import AcceptanceRates, HeadAcceptance
+from offramp.server.engine.governor import (
+    MAX_HEAD_DRAFTS,
+    MAX_NGRAM_DRAFTS,
+    ExitGovernor,
+    HeadPlan,
+)
 from offramp.server.engine.thresholds import ExitThresholds
 
 MS = 1e-3
@@ -203,3 +208,67 @@ def test_free_rows_are_filled_with_ngram_drafts() -> None:
 def test_owed_rows_are_recomputed_where_that_is_cheaper_than_a_projection() -> None:
     assert governor(fill=(1 * MS, 0.0)).recompute_pays(1, running=1, owed=1)
     assert not governor(fill=(0.01 * MS, 0.0)).recompute_pays(1, running=1, owed=1)
+
+
+def drafting_governor(row: float, first: float = 0.5 * MS, chances: float = 0.5) -> ExitGovernor:
+    """A pass of 9 ms and ``row`` a row; guesses are right twice ``chances`` as often as it says."""
+    made = governor(segments=((8 * MS, row),), head=(1 * MS, 0.0))
+    made.costs.first_guess, made.costs.next_guess = measured(first, 0.0), measured(0.1 * MS, 0.0)
+    spread = [(0.1, min(1.0, 2 * chances * (tenth + 0.5) / 10)) for tenth in range(10)]
+    made.head_acceptance = HeadAcceptance.of(spread)
+    return made
+
+
+def test_the_draft_head_is_asked_where_rows_are_cheap() -> None:
+    plan = drafting_governor(0.2 * MS).head_plan(1)
+    assert plan.most == MAX_HEAD_DRAFTS
+    assert 0 < plan.bound < 0.2
+    assert plan.worth == pytest.approx((1.1 * 0.2 / 9.2,) * MAX_HEAD_DRAFTS)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        drafting_governor(8 * MS),
+        drafting_governor(0.2 * MS, first=9 * MS),
+        drafting_governor(0.2 * MS, chances=0.02),
+    ],
+    ids=["rows are dear", "guesses are dear", "guesses are wrong"],
+)
+def test_the_draft_head_is_not_asked_where_that_loses(made: ExitGovernor) -> None:
+    assert made.head_plan(4).most == 0
+
+
+def test_refused_drafts_are_tried_with_few_rows_only() -> None:
+    """Costs of rows are learnt from steps that have them; with many, entries are not kept up."""
+    few, many = drafting_governor(24 * MS), drafting_governor(24 * MS)
+    tries = [few.head_plan(1).most for _ in range(200)]
+    assert set(tries) == {0, 1}
+    assert 1 <= sum(tries) <= 4
+    assert not any(many.head_plan(4).most for _ in range(200))
+
+
+def test_guesses_are_verified_as_far_as_they_are_likely_to_be_right() -> None:
+    made = drafting_governor(0.2 * MS)
+    plan = HeadPlan(3, 0.0, (0.3, 0.3, 0.3))
+    assert made.worth_verifying(plan, (0.95, 0.95, 0.95), 1.0) == 3
+    assert made.worth_verifying(plan, (0.95, 0.25, 0.95), 1.0) == 1
+    assert made.worth_verifying(plan, (0.15, 0.95), 1.0) == 0
+    # A request whose guesses fare badly has fewer of them verified.
+    assert made.worth_verifying(plan, (0.95, 0.95, 0.95), 0.5) == 1
+    assert made.worth_verifying(HeadPlan(0, 1.0, ()), (0.95,), 1.0) == 0
+
+
+def test_the_heads_rates_follow_what_is_seen() -> None:
+    rates = HeadAcceptance.of(())
+    assert sum(rates.shares) == pytest.approx(1)
+    assert rates.mean == pytest.approx(0.5)
+    for _ in range(2000):
+        rates.saw(0.42)
+        rates.add(0.42, accepted=False)
+        rates.add(1.0, accepted=True)
+    assert rates.rate(0.49) < 0.01
+    assert rates.rate(0.95) > 0.99
+    assert rates.rate(0.5) == pytest.approx(0.55)
+    assert rates.shares[4] > 0.99
+    assert rates.gain(1.0, 0.1) < 0.01
