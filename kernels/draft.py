@@ -79,13 +79,14 @@ class DraftSpan(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class NativeGuesses:
-    """For each sequence its guesses and their probabilities.
+class Guesses:
+    """For each sequence its guesses and the draft head's probability of each.
 
     ``seconds`` are until the first ones were there, and for the others.
     """
 
-    found: list[tuple[tuple[int, ...], tuple[float, ...]]]
+    tokens: tuple[tuple[int, ...], ...]
+    chances: tuple[tuple[float, ...], ...]
     seconds: tuple[float, float]
 
 
@@ -123,7 +124,7 @@ class NativeDraft:
 
     def __call__(
         self, work: Sequence[DraftSpan], bound: float, states: Tensor, pages: Tensor
-    ) -> NativeGuesses:
+    ) -> Guesses:
         """Make the entries of ``work``, and guesses of the sequences that ask for them.
 
         An entry's states are in its row of ``states`` [n, F, d] (-1: none). A sequence's guesses
@@ -172,16 +173,11 @@ class NativeDraft:
         ran = time.perf_counter() - prepared
         seconds = prepared - begun + first.value / 1e9, ran - first.value / 1e9
         columns = iter(range(count))
-        found: list[tuple[tuple[int, ...], tuple[float, ...]]] = []
-        for span in work:
-            if not span.guesses:
-                found.append(((), ()))
-                continue
-            column = next(columns)
-            made = tokens[column::count]
-            length = made.index(-1) if -1 in made else most
-            found.append((tuple(made[:length]), tuple(chances[column::count][:length])))
-        return NativeGuesses(found, seconds)
+        # A sequence that did not ask has no column.
+        places = [slice(next(columns), None, count) if span.guesses else slice(0) for span in work]
+        found = [tuple(token for token in tokens[place] if token >= 0) for place in places]
+        sure = [tuple(chances[at][: len(own)]) for at, own in zip(places, found, strict=True)]
+        return Guesses(tuple(found), tuple(sure), seconds)
 
     def _batch(self, rows: _Rows, pages: Tensor) -> Batch:
         cos, sin = self._parts.angles

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from offramp.kernels.decoder import Taps
-from offramp.kernels.draft import DraftParts, NativeDraft
+from offramp.kernels.draft import DraftParts, Guesses, NativeDraft
 from offramp.kernels.linear import Linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rows import RowTable, Span
@@ -20,18 +19,6 @@ from offramp.models.kv_cache import KVCache
 from offramp.models.layers import DecoderLayer
 from offramp.models.step import DraftRows
 from offramp.models.transformer import Segment, Transformer
-
-
-@dataclass(frozen=True, slots=True)
-class Guesses:
-    """For each sequence its guesses and the draft head's probability of each.
-
-    ``seconds`` are until the first ones were there, and for the others.
-    """
-
-    tokens: tuple[tuple[int, ...], ...]
-    chances: tuple[tuple[float, ...], ...]
-    seconds: tuple[float, float] = (0.0, 0.0)
 
 
 class Drafter:
@@ -93,9 +80,7 @@ class Drafter:
         """
         begun = time.perf_counter()
         if self._native is not None:
-            made = self._native(work, bound, self.states, self._cache.pages)
-            found = zip(*made.found, strict=True)
-            return Guesses(next(found), next(found), made.seconds)
+            return self._native(work, bound, self.states, self._cache.pages)
         device, eps = self._model.device, self._model.config.rms_norm_eps
         ids = torch.tensor([token for item in work for token in item.token_ids], device=device)
         rows = torch.tensor([row for item in work for row in item.rows], device=device)

@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from offramp.kernels.weight_formats import GROUP
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
-from offramp.models.exits.file import check_finite, read_safetensors, save_safetensors
+from offramp.models.exits.file import (
+    check_finite,
+    check_vocab,
+    raw_metadata,
+    read_safetensors,
+    save_safetensors,
+    shipped,
+)
 
 FORMAT = "offramp-draft-1"
 SUFFIX = ".draft.safetensors"
@@ -151,22 +156,18 @@ def load_draft_head(path: Path, *, fingerprint: str, config: ModelConfig) -> Dra
             both = stored[f"{name}.levels"]
             levels = torch.stack((both & _LARGEST_LEVEL, both >> 4), dim=-1).flatten(1)
             tensors[name] = dequantize(levels, stored[f"{name}.scales"], stored[f"{name}.minima"])
-        vocab = stored["vocab"].long()
+        vocab = stored["vocab"]
         _check(layers, chances, tensors, vocab, config)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DraftFileError(f"{path}: {reason}") from error
-    head = DraftHead(layers, **tensors, vocab=vocab)
+    head = DraftHead(layers, **tensors, vocab=vocab.long())
     return DraftFile(fingerprint, head, chances, metadata["metrics"], metadata["data"])
 
 
 def read_draft_metadata(path: Path) -> dict[str, Any]:
     """The file's metadata, JSON values decoded; raises DraftFileError."""
-    try:
-        with safe_open(path, "pt") as file:
-            raw = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise DraftFileError(f"{path} cannot be read as a draft head: {error}") from error
+    raw = raw_metadata(path, "a draft head", DraftFileError)
     if raw.get("format") != FORMAT:
         raise DraftFileError(f"{path} is not a draft head of format {FORMAT}")
     try:
@@ -181,13 +182,7 @@ def read_draft_metadata(path: Path) -> dict[str, Any]:
 
 def shipped_draft_head(fingerprint: str) -> Path | None:
     """The draft head that comes with Offramp for this model, if there is one."""
-    folder = resources.files("offramp") / "models" / "exits"
-    for entry in folder.iterdir():
-        if entry.name.endswith(SUFFIX):
-            path = Path(str(entry))
-            if read_draft_metadata(path)["fingerprint"] == fingerprint:
-                return path
-    return None
+    return shipped(FORMAT, fingerprint)
 
 
 def _check(
@@ -218,9 +213,4 @@ def _check(
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, not {shape}")
-    if vocab.dim() != 1 or not len(vocab) or int(vocab[0]) < 0 or not (vocab.diff() > 0).all():
-        raise ValueError("vocab is no ascending list of token ids")
-    if int(vocab[-1]) >= config.vocab_size:
-        raise ValueError(
-            f"vocab has the token {int(vocab[-1])}; this model has {config.vocab_size} tokens"
-        )
+    check_vocab(vocab, config)

@@ -157,18 +157,16 @@ class ExitFile:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The file's metadata, JSON values decoded and checked; raises ExitFileError."""
-    try:
-        with safe_open(path, "pt") as file:
-            raw = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ExitFileError(f"{path} cannot be read as an exit file: {error}") from error
+    raw = raw_metadata(path, "an exit file", ExitFileError)
     if raw.get("format") != FORMAT:
         raise ExitFileError(f"{path} is not an exit file of format {FORMAT}")
     missing = {*_JSON, "fingerprint"} - set(raw)
     if missing:
         raise ExitFileError(f"{path} lacks metadata: {', '.join(sorted(missing))}")
     try:
-        found = {key: json.loads(value) if key in _JSON else value for key, value in raw.items()}
+        found: dict[str, Any] = {
+            key: json.loads(value) if key in _JSON else value for key, value in raw.items()
+        }
         _check_metadata(found)
     except ValueError as error:
         raise ExitFileError(f"{path} has broken metadata: {error}") from error
@@ -191,7 +189,7 @@ def load_exits(
     vocab = stored.pop("vocab", None)
     if vocab is not None:
         with _naming(path):
-            _check_vocab(vocab)
+            check_vocab(vocab)
     heads = []
     for index, layer in enumerate(metadata["exit_layers"]):
         tensors: dict[str, Any] = {
@@ -246,13 +244,27 @@ def points_of(path: Path, rows: Sequence[dict[str, Any]], exits: int) -> tuple[O
 
 def shipped_exits(fingerprint: str) -> Path | None:
     """The exit file that comes with Offramp for this model, if there is one."""
-    folder = resources.files("offramp") / "models" / "exits"
-    for entry in folder.iterdir():
-        if entry.name.endswith(".safetensors") and ".draft." not in entry.name:
+    return shipped(FORMAT, fingerprint)
+
+
+def shipped(form: str, fingerprint: str) -> Path | None:
+    """The file of this format that comes with Offramp for the model, if there is one."""
+    for entry in (resources.files("offramp") / "models" / "exits").iterdir():
+        if entry.name.endswith(".safetensors"):
             path = Path(str(entry))
-            if read_metadata(path)["fingerprint"] == fingerprint:
+            found = raw_metadata(path, "a file of Offramp's", ExitFileError)
+            if (found.get("format"), found.get("fingerprint")) == (form, fingerprint):
                 return path
     return None
+
+
+def raw_metadata(path: Path, kind: str, failure: type[ModelError]) -> dict[str, str]:
+    """Metadata of a file; raises ``failure`` if it cannot be read as ``kind``."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise failure(f"{path} cannot be read as {kind}: {error}") from error
 
 
 def read_safetensors(
@@ -344,12 +356,16 @@ def _check_tensors(layer: int, tensors: Mapping[str, Tensor], hidden_size: int) 
             raise ValueError(f"tensor {layer}.{name} has the shape {found}, not {wanted}")
 
 
-def _check_vocab(vocab: Tensor) -> None:
-    """Token ids that an exit can be asked for."""
+def check_vocab(vocab: Tensor, config: ModelConfig | None = None) -> None:
+    """Raise ValueError for what is no ascending list of token ids, of the model if it is given."""
     if vocab.dim() != 1 or vocab.is_floating_point() or not len(vocab):
         raise ValueError("vocab is no list of token ids")
     if int(vocab[0]) < 0 or not (vocab.diff() > 0).all():
         raise ValueError("vocab is not ascending from 0 or above")
+    if config is not None and int(vocab[-1]) >= config.vocab_size:
+        raise ValueError(
+            f"vocab has the token {int(vocab[-1])}; this model has {config.vocab_size} tokens"
+        )
 
 
 def _check_model(heads: Sequence[ExitHead], vocab: Tensor | None, shape: ModelConfig) -> None:
@@ -365,7 +381,5 @@ def _check_model(heads: Sequence[ExitHead], vocab: Tensor | None, shape: ModelCo
             raise ValueError(
                 f"tensor {head.layer}.kv_map has {len(head.kv_map)} rows; this model needs {rows}"
             )
-    if vocab is not None and int(vocab[-1]) >= shape.vocab_size:
-        raise ValueError(
-            f"vocab has the token {int(vocab[-1])}; this model has {shape.vocab_size} tokens"
-        )
+    if vocab is not None:
+        check_vocab(vocab, shape)

@@ -13,6 +13,7 @@ from offramp.models.costs import CostModel, profile_costs
 from offramp.models.cpu import ThreadGovernor, keep_freed_memory, return_freed_memory
 from offramp.models.device_loop import DeviceLoop, profile_device
 from offramp.models.drafting import Drafter
+from offramp.models.errors import ModelError
 from offramp.models.exits.calibration import OnlineThresholds
 from offramp.models.exits.deltas import (
     apply_deltas,
@@ -300,13 +301,7 @@ def _exits(
     if choice.startswith(_SHARED):
         heads = shared_heads(weights, shape, _layers(choice))
         return ExitFile(own, heads, {}, {})
-    path = None
-    if choice == "auto":
-        path = shipped_exits(own)
-    elif choice != "none":
-        path = Path(choice)
-        if not path.exists():
-            raise ExitFileError(f"--exits {choice}: no such file")
+    path = _chosen("--exits", choice, own, shipped_exits, ExitFileError)
     if path is None:
         return ExitFile(own, (), {}, {})
     file = load_exits(
@@ -317,20 +312,31 @@ def _exits(
 
 
 def _draft_head(choice: str, own: str, shape: ModelConfig, *, on_device: bool) -> DraftFile | None:
-    path = None
     if on_device:
         if choice not in {"auto", "none"}:
             raise EngineConfigError(
                 f"--draft-head {choice}: draft heads guess on a CPU only; use --draft-head none"
             )
         return None
-    if choice == "auto":
-        path = shipped_draft_head(own)
-    elif choice != "none":
-        path = Path(choice)
-        if not path.exists():
-            raise DraftFileError(f"--draft-head {choice}: no such file")
+    path = _chosen("--draft-head", choice, own, shipped_draft_head, DraftFileError)
     return None if path is None else load_draft_head(path, fingerprint=own, config=shape)
+
+
+def _chosen(
+    flag: str,
+    choice: str,
+    own: str,
+    shipped: Callable[[str], Path | None],
+    failure: type[ModelError],
+) -> Path | None:
+    """The file an option names; ``shipped`` finds the one for the fingerprint ``own``."""
+    if choice == "auto":
+        return shipped(own)
+    if choice == "none":
+        return None
+    if not Path(choice).exists():
+        raise failure(f"{flag} {choice}: no such file")
+    return Path(choice)
 
 
 def _layers(choice: str) -> list[int]:

@@ -221,9 +221,10 @@ class ExitGovernor:
     def head_plan(self, rows: int) -> HeadPlan:
         """What to ask of the draft head where ``rows`` sequences run."""
         plan = self._standing("head", 0, max(1, rows), self._weigh_head)
-        if plan.most or rows > _TRIED_ROWS:
+        if rows > _TRIED_ROWS:
             return plan
-        return _TRY if self._probes["head"].allow(pays=False) else plan
+        allowed = self._probes["head"].allow(pays=plan.most > 0)
+        return _TRY if allowed and not plan.most else plan
 
     def _weigh_head(self, _: int, rows: int) -> HeadPlan:
         # All sequences draft, so their rows add up.

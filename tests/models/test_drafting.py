@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from offramp.kernels.draft import Guesses
 from offramp.kernels.native import library
 from offramp.kernels.weight_formats import WeightFormat
-from offramp.models.drafting import Drafter, Guesses
+from offramp.models.drafting import Drafter
 from offramp.models.exits.draft_head import (
     DraftFile,
     DraftFileError,

@@ -28,11 +28,11 @@ from offramp.models.exits.draft_head import (
     DraftHead,
     rounded,
 )
+from offramp.models.exits.training.checkpoint import restore_checkpoint, save_checkpoint
 from offramp.models.exits.training.draft_data import (
     DraftBatch,
     DraftFeatures,
     make_batch,
-    make_groups,
     parts_of,
 )
 from offramp.models.exits.training.second_key import draft_vocab
@@ -166,9 +166,7 @@ class DraftTrainer:
             self._restore(checkpoint)
         for param in self.params:
             param.requires_grad_(True)
-        count = len(features.answers)
-        positions = sum(len(item.answer) for item in features.answers)
-        per_epoch = min(count, max(1, round(positions / self.options.batch)))
+        per_epoch = self._batches(features)
         total = per_epoch * self.options.epochs
         saved, before, begun = time.monotonic(), self.seconds, time.monotonic()
         loss: float | None = None
@@ -176,7 +174,7 @@ class DraftTrainer:
             epoch, done = divmod(self.step, per_epoch)
             if done == 0:
                 self._note(epoch, held_out)
-            for group in self._groups(count, epoch, per_epoch)[done:]:
+            for group in self._groups(features, epoch)[done:]:
                 progress = self._progress(total)
                 if progress >= 1:
                     break
@@ -201,9 +199,8 @@ class DraftTrainer:
         asked, right = [0] * self.options.guesses, [0] * self.options.guesses
         counts = torch.zeros(2, CHANCE_BINS)
         losses = 0.0
-        order = range(len(features.answers))
         with self._device:
-            for group in make_groups(features.answers, order, self.options.batch):
+            for group in self._groups(features):
                 batch = make_batch(features, group, self._device)
                 alive = torch.ones(len(batch.ids), dtype=torch.bool)
                 for step, (rows, normed, loss) in enumerate(self._guesses(batch)):
@@ -363,11 +360,19 @@ class DraftTrainer:
         limit = self.options.minutes
         return max(self.step / total, 0.0 if limit is None else self.seconds / (60 * limit))
 
-    def _groups(self, answers: int, epoch: int, count: int) -> list[list[int]]:
-        """All ``answers`` in an epoch's own order, cut into ``count`` groups."""
-        generator = torch.Generator().manual_seed(self.options.seed + epoch)
-        order = torch.randperm(answers, generator=generator, device="cpu")
-        return [part.tolist() for part in order.tensor_split(count)]
+    def _batches(self, features: DraftFeatures) -> int:
+        """Batches that the answers make, of about as many positions as wanted."""
+        positions = sum(len(item.answer) for item in features.answers)
+        return min(len(features.answers), max(1, round(positions / self.options.batch)))
+
+    def _groups(self, features: DraftFeatures, epoch: int | None = None) -> list[list[int]]:
+        """All answers, in order or in an epoch's own, cut into batches."""
+        count = len(features.answers)
+        order = torch.arange(count, device="cpu")
+        if epoch is not None:
+            generator = torch.Generator().manual_seed(self.options.seed + epoch)
+            order = torch.randperm(count, generator=generator, device="cpu")
+        return [part.tolist() for part in order.tensor_split(self._batches(features))]
 
     def _note(self, epoch: float, held_out: DraftFeatures) -> None:
         found = self.judge(held_out)
@@ -375,24 +380,12 @@ class DraftTrainer:
         self.curve.append(row | {"acceptance": [round(share, 4) for share in found.acceptance]})
 
     def _save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        state: dict[str, Any] = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "params": [param.detach().cpu() for param in self.params],
-            "optimizer": self.optimizer.state_dict(),
-        }
-        torch.save(state, partial)
-        partial.replace(path)
+        values = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        save_checkpoint(path, self.params, self.optimizer, **values)
 
     def _restore(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = restore_checkpoint(path, self.params, self.optimizer)
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
-        with torch.no_grad():
-            for param, kept in zip(self.params, state["params"], strict=True):
-                param.copy_(kept)
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def _attend(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ _COLLECT_TOKENS = 4096
 
 
 class DraftFeatures:
-    """Answers with the states along them, which stay in files until they are asked for.
+    """Answers of two tokens or more with the states along them, in files until they are asked for.
 
     ``places`` says of each answer in which file its states are, and where there they begin.
     """
@@ -117,24 +117,6 @@ class DraftBatch:
                 for start, size, first in self.spans
             ]
         )
-
-
-def make_groups(
-    answers: Sequence[Answer], order: Sequence[int], positions: int
-) -> Iterator[list[int]]:
-    """Indices in ``order``, cut into groups of about so many answer positions."""
-    group: list[int] = []
-    size = 0
-    for index in order:
-        if len(answers[index].answer) < 2:
-            continue
-        group.append(index)
-        size += len(answers[index].answer)
-        if size >= positions:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def make_batch(features: DraftFeatures, group: Sequence[int], device: torch.device) -> DraftBatch:

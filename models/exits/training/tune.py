@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from offramp.models.exits.deltas import Deltas
 from offramp.models.exits.head import ADAPTER, ExitHead
+from offramp.models.exits.training.checkpoint import restore_checkpoint, save_checkpoint
 from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.train import Report
 from offramp.models.exits.training.training_model import DenseModel
@@ -174,7 +175,8 @@ class Tuner:
         frequent = self._frequent(answers)
         total = len(batches) * options.epochs
         if checkpoint is not None and checkpoint.exists():
-            self._restore(checkpoint)
+            state = restore_checkpoint(checkpoint, self.params, self.optimizer)
+            self.step, self.seconds = state["step"], state["seconds"]
         for param in self.params:
             param.requires_grad_(True)
         saved, before, begun = time.monotonic(), self.seconds, time.monotonic()
@@ -189,7 +191,8 @@ class Tuner:
             if self.step % _REPORT_STEPS == 0:
                 report("backbone", min(999, int(1000 * self._progress(total))), 1000, float(loss))
             if checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
-                self._save(checkpoint)
+                progressed = {"step": self.step, "seconds": self.seconds}
+                save_checkpoint(checkpoint, self.params, self.optimizer, **progressed)
                 saved = time.monotonic()
         report("backbone", 1000, 1000, float(loss))
         for param in self.params:
@@ -272,26 +275,6 @@ class Tuner:
         drawn = torch.randint(size, (int(wanted * _RANDOM_SHARE),), generator=generator)
         ids: Tensor = torch.cat((frequent, drawn, batch.labels.cpu())).unique()
         return ids.to(batch.ids.device)
-
-    def _save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        state: dict[str, Any] = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "params": [param.detach().cpu() for param in self.params],
-            "optimizer": self.optimizer.state_dict(),
-        }
-        torch.save(state, partial)
-        partial.replace(path)
-
-    def _restore(self, path: Path) -> None:
-        # On the CPU: the optimizer places its moments by their parameters, and wants its step
-        # counts here.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.step, self.seconds = state["step"], state["seconds"]
-        for param, kept in zip(self.params, state["params"], strict=True):
-            param.copy_(kept)
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @torch.no_grad()
