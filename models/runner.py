@@ -14,6 +14,7 @@ from offramp.kernels.kv_fill import Projection, clear_kv, copy_kv, project_kv
 from offramp.kernels.linear import Linear
 from offramp.kernels.rows import RowTable, Span, flat_places
 from offramp.models.cpu import ThreadGovernor
+from offramp.models.deciding import Decider
 from offramp.models.device_loop import DeviceLoop
 from offramp.models.device_pass import plain
 from offramp.models.drafting import Drafter
@@ -23,6 +24,7 @@ from offramp.models.kv_cache import KVCache
 from offramp.models.sampler import sample
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
+    Decide,
     Draft,
     FillKV,
     OwedRows,
@@ -46,7 +48,8 @@ class Runner:
     """Owns the device side: weights, K,V pages and the hidden buffer [rows, d].
 
     ``heads`` are the exit heads, one for each of the model's exit layers; ``vocab`` the token ids
-    they tell apart (None: all). ``drafter`` carries out drafts, where there is a draft head.
+    they tell apart (None: all). ``drafter`` carries out drafts, where there is a draft head, and
+    ``decider`` decisions.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Runner:
         num_rows: int,
         vocab: Tensor | None = None,
         drafter: Drafter | None = None,
+        decider: Decider | None = None,
     ) -> None:
         if tuple(head.layer for head in heads) != model.exit_layers:
             raise ValueError("each exit layer of the model needs its exit head")
@@ -64,6 +68,7 @@ class Runner:
         self.exits = Exits(model, heads, num_rows, vocab)
         self.cache = cache
         self.drafter = drafter
+        self.decider = decider
         self.hidden = torch.zeros(
             num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device
         )
@@ -100,6 +105,11 @@ class Runner:
                 self._fill(step)
             case Draft():
                 return self._draft(step, begun)
+            case Decide():
+                if self.decider is None:
+                    raise ValueError("decisions were not prepared for")
+                logits = self.decider.run(step)
+                return StepResult(self._now() - begun, logits=logits)
         return StepResult(self._now() - begun)
 
     def _run_segments(self, step: RunSegments, begun: float) -> StepResult:

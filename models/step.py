@@ -124,7 +124,44 @@ class Draft:
     bound: float
 
 
-Step = RunSegments | FillKV | Draft
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Ascending positions of a prompt; ``token_ids`` are theirs (first segment only)."""
+
+    positions: Sequence[int]
+    table: Sequence[int]
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRead:
+    """The end of a prompt, where the logits of an answer's ``candidates`` (token ids) are wanted.
+
+    ``table`` lists the prompt's blocks; its last position is the last one of the step's rows of
+    ``work``. ``task`` names the heads to ask (None: the general ones), whose outputs then stand for
+    the candidates.
+    """
+
+    work: int
+    table: Sequence[int]
+    length: int
+    candidates: tuple[int, ...]
+    task: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decide:
+    """Run one segment of the decisions' own over parts of prompts, and read answers after it.
+
+    A part ends where a block ends, or the prompt. The states are kept until the next segment.
+    """
+
+    segment: int
+    work: tuple[PromptRows, ...]
+    reads: tuple[AnswerRead, ...]
+
+
+Step = RunSegments | FillKV | Draft | Decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +176,8 @@ class StepResult:
     left, empty where none may. ``head_tokens``: one for each row of the step's head.
     ``exit_head_rows`` are rows an exit's LM head was run for. ``guesses`` and ``chances``: for each
     sequence of a draft its guesses, and the draft head's probability of each; of
-    ``guess_seconds`` the first are until the first guesses, the others for the rest.
+    ``guess_seconds`` the first are until the first guesses, the others for the rest. ``logits``:
+    for each read of a decision those of its candidates.
     """
 
     seconds: float
@@ -155,6 +193,7 @@ class StepResult:
     guesses: tuple[tuple[int, ...], ...] = ()
     chances: tuple[tuple[float, ...], ...] = ()
     guess_seconds: tuple[float, float] = (0.0, 0.0)
+    logits: tuple[tuple[float, ...], ...] = ()
 
 
 class StepRunner(Protocol):

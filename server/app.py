@@ -5,11 +5,17 @@ from __future__ import annotations
 from fastapi import APIRouter, FastAPI
 
 from offramp import __version__
-from offramp.server.api import chat, completions, models, ops, wire
+from offramp.server.api import chat, completions, decisions, models, ops, wire
 from offramp.server.api.context import Context
 from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, RequestId
 
-_ROUTERS: tuple[APIRouter, ...] = (chat.router, completions.router, models.router, ops.router)
+_ROUTERS: tuple[APIRouter, ...] = (
+    chat.router,
+    completions.router,
+    decisions.router,
+    models.router,
+    ops.router,
+)
 
 
 def create_app(context: Context) -> FastAPI:

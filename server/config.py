@@ -98,6 +98,12 @@ class EngineConfig(_Options):
         "auto",
         'Draft head for lossless requests: a file, "auto" (the shipped one that fits) or "none".',
     )
+    decision_heads: str = _option(
+        "Early exit",
+        "auto",
+        "Heads that answer decisions early, general ones and trained tasks: a file, "
+        '"auto" (the shipped one that fits) or "none".',
+    )
     exit_quality: float | None = _option(
         "Early exit",
         None,

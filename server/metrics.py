@@ -7,7 +7,7 @@ loop. Times are seconds, sizes are tokens unless a name says otherwise.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         EngineInfo,
         EngineOutput,
         GenerationRequest,
+        RequestStats,
         StepStats,
         TokenEvent,
     )
@@ -40,6 +41,7 @@ _LATENCY: Final = (
 _ROWS: Final = tuple(float(2**power) for power in range(15))
 _COUNTS: Final = tuple(float(base * 10**power) for power in range(5) for base in (1, 2, 5))
 _REASONS: Final = ("stop", "length", "abort", "error")
+_QUESTIONS: Final = ("predicate", "choice", "score")
 _HISTOGRAMS: Final = (
     ("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT),
     ("vllm:inter_token_latency_seconds", "Time between tokens of a sequence.", _ITL),
@@ -112,6 +114,9 @@ class Metrics:
         for source in DraftSource:
             self._draft_tokens.labels(*self._who, source.value)
             self._accepted_tokens.labels(*self._who, source.value)
+        self._decisions = self._counter("offramp:decisions", "Answered questions.", "type")
+        for kind in _QUESTIONS:
+            self._decisions.labels(*self._who, kind)
         self._exit_tokens = self._counter(
             "offramp:exit_tokens", "Tokens by the layer they left after.", "exit_layer"
         )
@@ -143,9 +148,9 @@ class Metrics:
         layers = (*info.exit_layers, info.num_layers)
         self._exit_layer = Histogram(
             "offramp:exit_layer",
-            "Layer after which a token left.",
+            "Layer after which a token left, or an answer of a decision.",
             (*_LABELS, "phase"),
-            buckets=[float(layer) for layer in layers],
+            buckets=[float(layer) for layer in sorted({*layers, *info.decision_layers})],
             registry=self.registry,
         )
         # Series that exist from the start have rates from the start.
@@ -198,6 +203,22 @@ class Metrics:
                 self._exit_layer.labels(*self._who, phase).observe(layer)
         self.count("vllm:generation_tokens", len(exit_layers))
         self.count("offramp:layers_possible", self._num_layers * len(exit_layers))
+
+    def decisions(
+        self, kinds: Mapping[str, int], layers: Sequence[int], stats: RequestStats, seconds: float
+    ) -> None:
+        """Count the questions of one request by ``kinds``, and the layers that answered them."""
+        for kind, number in kinds.items():
+            self._decisions.labels(*self._who, kind).inc(number)
+        self.finished("stop")
+        self.record("vllm:e2e_request_latency_seconds", seconds)
+        self.record("vllm:request_prompt_tokens", stats.prompt_tokens)
+        self.count("vllm:prompt_tokens", stats.prompt_tokens)
+        self.count("vllm:prompt_tokens_cached", stats.cached_tokens)
+        if self._exit_layer is not None:
+            depth = self._exit_layer.labels(*self._who, "decision")
+            for layer in layers:
+                depth.observe(layer)
 
     def _observe_step(self, stats: StepStats) -> None:
         rows = stats.prefill_rows + stats.decode_rows

@@ -7,9 +7,10 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from offramp.server.api.deciding import PriorCache
 from offramp.server.config import ServerConfig
 from offramp.server.engine.driver import EngineDriver, TokenStream
-from offramp.server.engine.request import GenerationRequest
+from offramp.server.engine.request import DecisionRequest, GenerationRequest
 from offramp.server.errors import EngineLoading, ModelNotFound
 from offramp.server.metrics import Metrics
 from offramp.server.text.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class Context:
     tokenizer: Tokenizer | None = None
     busy_since: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
+    priors: PriorCache = field(default_factory=PriorCache)
     seeds: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class Context:
                 param="model",
             )
 
-    def submit(self, request: GenerationRequest) -> TokenStream:
+    def submit(self, request: GenerationRequest | DecisionRequest) -> TokenStream:
         """Queue a request; raises what the driver raises."""
         if not self.driver.num_requests:
             self.busy_since = time.monotonic()

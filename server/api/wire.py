@@ -44,6 +44,8 @@ _MAX_PARAM: Final = 100
 _MAX_MESSAGE: Final = 300
 # Steps pydantic adds to a location that are no fields of the body.
 _NOT_FIELDS: Final = frozenset({"body", "texts", "token_ids"})
+# Further ones, behind the index of a list's item: which form of a union was tried.
+_FORMS: Final = frozenset({"predicate", "choice", "score", "message", "call", "output"})
 _CODES: Final[Mapping[str, str]] = {
     "missing": "missing_required_parameter",
     "json_invalid": "invalid_json",
@@ -69,9 +71,16 @@ def invalid_request(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
 
 
 def field_path(location: Sequence[str | int]) -> str:
-    """Dotted path of a field: ``messages.0.content``."""
-    steps = [str(step) for step in location]
-    path = ".".join(step for step in steps if step not in _NOT_FIELDS)[:_MAX_PARAM]
+    """Path of a field as OpenAI writes it: ``messages[0].content``."""
+    path = ""
+    behind_index = False
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step not in _NOT_FIELDS and not (behind_index and step in _FORMS):
+            path += f".{step}" if path else step
+        behind_index = isinstance(step, int)
+    path = path[:_MAX_PARAM]
     # Keys of the body may hold lone surrogates, which no response can carry.
     return path.encode("utf-8", "replace").decode("utf-8")
 

@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     draft.set_defaults(command=_train_draft)
     _add_data(draft, "draft head to write (.draft.safetensors)")
     _add_drafting(draft)
+    task = commands.add_parser(
+        "train-task", help="train heads that answer one question early", allow_abbrev=False
+    )
+    task.set_defaults(command=_train_task)
+    _add_task(task)
     calibrate.add_parser(commands)
     evaluate.add_parser(commands)
     info = commands.add_parser("info", help="show what an exit file holds")
@@ -116,6 +121,35 @@ def _add_drafting(train: argparse.ArgumentParser) -> None:
     train.add_argument("--seed", type=_size, default=0)
 
 
+def _add_task(train: argparse.ArgumentParser) -> None:
+    """Options on the question and the rows it is asked about."""
+    train.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    train.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="decision heads (.decisions.safetensors); one that exists gets the task added",
+    )
+    train.add_argument("--data", type=Path, required=True, help="rows: .jsonl, .json, .csv, .tsv")
+    train.add_argument(
+        "--text", type=_names, default=("text",), help="field with the input, or fields [text]"
+    )
+    train.add_argument("--label", help="field with the answer; without, the model's own count")
+    train.add_argument("--name", required=True, help="of the task, for early_exit.task")
+    train.add_argument("--instructions", required=True, help="the question")
+    train.add_argument(
+        "--type", choices=("choice", "predicate", "score"), default="choice", help="[choice]"
+    )
+    train.add_argument(
+        "--labels",
+        type=_labels,
+        required=True,
+        help="answers in order, with their values in the file: negative=0,positive=1",
+    )
+    train.add_argument("--layers", type=_layers, help="where answers may leave [11 of 30]")
+    train.add_argument("--seed", type=_size, default=0)
+
+
 def _add_tuning(train: argparse.ArgumentParser) -> None:
     """Options on tuning the backbone for its exits."""
     train.add_argument(
@@ -184,6 +218,18 @@ def _layers(text: str) -> tuple[int, ...]:
     return layers
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _labels(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    found = tuple((name.strip(), (value if sign else name).strip()) for name, sign, value in pairs)
+    if len(found) < 2 or len({name for name, _ in found}) < len(found):
+        raise argparse.ArgumentTypeError("must be two or more different answers")
+    return found
+
+
 def _info(args: argparse.Namespace) -> int:
     from offramp.models.exits.deltas import delta_paths  # noqa: PLC0415
     from offramp.models.exits.draft_head import SUFFIX, read_draft_metadata  # noqa: PLC0415
@@ -195,6 +241,12 @@ def _info(args: argparse.Namespace) -> int:
     shown = read_metadata(args.file) | {"deltas": [path.name for path in delta_paths(args.file)]}
     sys.stdout.write(json.dumps(shown, indent=2) + "\n")
     return 0
+
+
+def _train_task(args: argparse.Namespace) -> int:
+    from offramp.server.commands.train_task import run  # noqa: PLC0415
+
+    return run(args)
 
 
 def _train_draft(args: argparse.Namespace) -> int:

@@ -92,6 +92,14 @@ class BlockPool:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
+    def rename(self, block: int, digest: bytes) -> None:
+        """Make a block findable under ``digest`` and no other, unless another block is already."""
+        if digest not in self._block_of:
+            old = self._hash_of.pop(block, None)
+            if old is not None:
+                del self._block_of[old]
+            self.register(block, digest)
+
     def release(self, table: abc.Sequence[int]) -> None:
         """Give up one hold on each block; tails become free before heads, so prefixes live on."""
         for block in reversed(table):
@@ -135,7 +143,7 @@ class SequenceMemory:
         self.ledger = ledger
         self.prefix_queries = 0
         self.prefix_hits = 0
-        self._prefix_caching = prefix_caching
+        self.prefix_caching = prefix_caching
 
     def admit(self, sequence: Sequence) -> bool:
         """Take blocks for all the sequence's tokens, cached ones first; False if they do not fit.
@@ -147,7 +155,7 @@ class SequenceMemory:
         size = self.blocks.block_size
         shared: list[int] = []
         cached = 0
-        if self._prefix_caching:
+        if self.prefix_caching:
             sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes)
             wanted = sequence.num_prompt if sequence.audit else len(sequence.tokens)
             last = 0 if wanted == sequence.num_prompt else 1
@@ -163,7 +171,7 @@ class SequenceMemory:
         sequence.table = shared + new
         sequence.computed = [cached] * sequence.num_segments
         self._find_entries(sequence, shared)
-        if self._prefix_caching:
+        if self.prefix_caching:
             self.prefix_queries += len(sequence.tokens)
             self.prefix_hits += cached
         if sequence.admitted_at is None:
@@ -201,7 +209,7 @@ class SequenceMemory:
 
     def publish(self, sequence: Sequence) -> None:
         """Make blocks whose K,V are complete and exact findable by other requests."""
-        if not self._prefix_caching:
+        if not self.prefix_caching:
             return
         size = self.blocks.block_size
         whole = min(sequence.computed[-1], sequence.verified)
@@ -255,10 +263,12 @@ class SequenceMemory:
         self.blocks.release(sequence.table)
         sequence.table = []
 
-    def check(self, sequences: abc.Iterable[Sequence]) -> None:
-        """Audit blocks, rows and debts against the live sequences."""
+    def check(
+        self, sequences: abc.Iterable[Sequence], others: abc.Sequence[abc.Sequence[int]] = ()
+    ) -> None:
+        """Audit blocks, rows and debts against the live sequences and ``others``' blocks."""
         live = {sequence.id: sequence for sequence in sequences}
-        self.blocks.check([sequence.table for sequence in live.values()])
+        self.blocks.check([*(sequence.table for sequence in live.values()), *others])
         if not self.ledger.sequences <= live.keys():
             raise BugError("A released sequence is still in debt.")
         held = self.ledger.total + sum(

@@ -11,10 +11,18 @@ import torch
 from offramp.models.config import ModelConfig
 from offramp.models.costs import CostModel, profile_costs
 from offramp.models.cpu import ThreadGovernor, keep_freed_memory, return_freed_memory
+from offramp.models.deciding import Decider
 from offramp.models.device_loop import DeviceLoop, profile_device
 from offramp.models.drafting import Drafter
 from offramp.models.errors import ModelError
 from offramp.models.exits.calibration import OnlineThresholds
+from offramp.models.exits.decision_heads import (
+    DecisionFile,
+    DecisionFileError,
+    DecisionHeads,
+    load_decision_heads,
+    shipped_decision_heads,
+)
 from offramp.models.exits.deltas import (
     apply_deltas,
     delta_paths,
@@ -47,6 +55,7 @@ from offramp.server.config import EngineConfig, EngineConfigError
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.batch_delay import BatchDelay
 from offramp.server.engine.blocks import BlockPool, SequenceMemory
+from offramp.server.engine.decisions import Decisions
 from offramp.server.engine.decoder import Decoder
 from offramp.server.engine.device import (
     blocks_that_fit,
@@ -62,7 +71,7 @@ from offramp.server.engine.governor import ExitGovernor, device_patience
 from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.host_decoder import HostDecoder
 from offramp.server.engine.kv_debt import DebtLedger, RowPool
-from offramp.server.engine.request import MOST_STATES, EngineInfo
+from offramp.server.engine.request import MOST_STATES, DecisionInfo, EngineInfo
 from offramp.server.engine.thresholds import ExitThresholds
 
 logger = logging.getLogger("offramp.engine")
@@ -144,7 +153,8 @@ def assemble(
         governor = ExitGovernor(costs, thresholds, max_hold, delay, every_exit=every_exit)
         decoders.insert(0, DeviceDecoder(info, admission, memory, governor, loop))
     guard = LiveGuard(thresholds, config.exit_audit_rate)
-    return Engine(info, admission, memory, decoders, guard)
+    decisions = Decisions(info, memory, runner)
+    return Engine(info, admission, memory, decoders, decisions, guard)
 
 
 def runner_of(engine: Engine) -> Runner:
@@ -220,6 +230,9 @@ def _load(
     heads, max_len = exits.heads, context_length(shape, config)
     on_device = _decides_on_device(device, on_device=on_device)
     drafts = _draft_head(config.draft_head, own, shape, on_device=on_device)
+    decisions = _decision_heads(config.decision_heads, own, shape, device)
+    cuts = decisions.layers if decisions else _cuts(shape.num_layers)
+    cuts = tuple(layer for layer in cuts if layer < shape.num_layers)
     extra = 0 if drafts is None else 1
     blocks = num_blocks or blocks_that_fit(shape, config, heads, max_len, dtype, device, extra)
     cache_dtype = kv_cache_dtype(config, dtype, device)
@@ -255,10 +268,19 @@ def _load(
         prompt_threshold=_prompt_threshold(config, exits),
         quality_floor=config.quality_floor,
         head_chances=() if drafts is None else drafts.chances,
+        decision_layers=cuts,
+        general_decisions=(
+            _decision_info(decisions.general, shape) if decisions and decisions.general else None
+        ),
+        decision_tasks={
+            name: _decision_info(task.heads, shape, task.wording, task.labels)
+            for name, task in (decisions.tasks if decisions else {}).items()
+        },
     )
     rows = hidden_rows(info)
     drafter = None if drafts is None else Drafter(model, drafts.head, cache, rows)
-    return Runner(model, heads, cache, rows, exits.vocab, drafter), info
+    decider = Decider(model, cache, cuts, decisions)
+    return Runner(model, heads, cache, rows, exits.vocab, drafter, decider), info
 
 
 def _decides_on_device(device: torch.device, *, on_device: bool | None) -> bool:
@@ -320,6 +342,28 @@ def _draft_head(choice: str, own: str, shape: ModelConfig, *, on_device: bool) -
         return None
     path = _chosen("--draft-head", choice, own, shipped_draft_head, DraftFileError)
     return None if path is None else load_draft_head(path, fingerprint=own, config=shape)
+
+
+def _decision_heads(
+    choice: str, own: str, shape: ModelConfig, device: torch.device
+) -> DecisionFile | None:
+    path = _chosen("--decision-heads", choice, own, shipped_decision_heads, DecisionFileError)
+    if path is None:
+        return None
+    return load_decision_heads(path, fingerprint=own, config=shape, device=device)
+
+
+def _cuts(num_layers: int) -> tuple[int, ...]:
+    """Where decisions without heads cut the stack, so that a long input stalls nobody."""
+    step = max(1, num_layers // 5)
+    return tuple(range(step, num_layers, step))
+
+
+def _decision_info(
+    heads: DecisionHeads, shape: ModelConfig, wording: str = "", labels: tuple[str, ...] = ()
+) -> DecisionInfo:
+    layers = tuple(layer for layer in heads.layers if layer < shape.num_layers)
+    return DecisionInfo(layers, heads.points, wording, labels)
 
 
 def _chosen(

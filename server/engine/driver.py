@@ -18,6 +18,7 @@ from typing import Protocol, Self
 
 from offramp.server.config import EngineConfigError
 from offramp.server.engine.request import (
+    DecisionRequest,
     EngineInfo,
     EngineOutput,
     FinishReason,
@@ -32,13 +33,15 @@ logger = logging.getLogger("offramp.engine")
 # Steps whose output may wait to be delivered together; bounds how old a gauge can get.
 _MAX_OUTPUTS = 16
 
+EngineRequest = GenerationRequest | DecisionRequest
+
 
 class EngineProtocol(Protocol):
     """What the driver needs of an engine; all of it runs on the engine thread."""
 
     info: EngineInfo
 
-    def add(self, request: GenerationRequest, submitted_at: float) -> None:
+    def add(self, request: EngineRequest, submitted_at: float) -> None:
         """Accept a request; its events come out of `step`."""
         ...
 
@@ -125,7 +128,7 @@ class EngineDriver:
         self._build = build
         self._observe = observe
         self._max_waiting = max_waiting
-        self._inbox: deque[tuple[GenerationRequest, float] | str] = deque()
+        self._inbox: deque[tuple[EngineRequest, float] | str] = deque()
         self._wake = threading.Condition()
         self._streams: dict[str, TokenStream] = {}
         self._thread: threading.Thread | None = None
@@ -162,7 +165,7 @@ class EngineDriver:
         await self._settled.wait()
         return self.info
 
-    def submit(self, request: GenerationRequest) -> TokenStream:
+    def submit(self, request: EngineRequest) -> TokenStream:
         """Queue a request. Raises EngineLoading, ShuttingDown, EngineFailed or QueueFull."""
         if self.state is not EngineState.READY:
             raise self._unavailable()
@@ -210,7 +213,7 @@ class EngineDriver:
         self._forget(request_id)
         self._post(request_id)
 
-    def _post(self, item: tuple[GenerationRequest, float] | str) -> None:
+    def _post(self, item: tuple[EngineRequest, float] | str) -> None:
         with self._wake:
             self._inbox.append(item)
             self._wake.notify()

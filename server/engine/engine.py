@@ -9,9 +9,11 @@ from itertools import count
 
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.blocks import SequenceMemory
+from offramp.server.engine.decisions import Decisions
 from offramp.server.engine.decoder import Decoder, TokenResult
 from offramp.server.engine.guard import LiveGuard
 from offramp.server.engine.request import (
+    DecisionRequest,
     EngineInfo,
     EngineOutput,
     FinishReason,
@@ -27,9 +29,10 @@ class Engine:
     """Turns requests into token events.
 
     Admission decides who runs, ``decoders`` make the tokens: a sequence is with the first of them
-    that accepts it, the last accepts all. Only these objects change state, on one thread. ``guard``
-    watches over the quality of finished answers. ``check_invariants`` checks them after every step
-    (tests); otherwise they are checked whenever the engine goes idle.
+    that accepts it, the last accepts all. ``decisions`` answers questions with fixed answers, in
+    turns with them. Only these objects change state, on one thread. ``guard`` watches over the
+    quality of finished answers. ``check_invariants`` checks them after every step (tests);
+    otherwise they are checked whenever the engine goes idle.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Engine:
         admission: Admission,
         memory: SequenceMemory,
         decoders: abc.Sequence[Decoder],
+        decisions: Decisions,
         guard: LiveGuard,
         *,
         check_invariants: bool = False,
@@ -46,9 +50,10 @@ class Engine:
         self.admission = admission
         self.memory = memory
         self.decoders = tuple(decoders)
+        self.decisions = decisions
         self.guard = guard
         self.thresholds = guard.thresholds
-        self._turns = list(decoders)
+        self._turns: list[Decoder | Decisions] = [*decoders, decisions]
         self.check_invariants = check_invariants
         self._ids = count()
         self._sequences: dict[str, Sequence] = {}
@@ -58,10 +63,13 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._events or self.admission.has_work)
+        return bool(self._events or self.admission.has_work or self.decisions.has_work)
 
-    def add(self, request: GenerationRequest, submitted_at: float) -> None:
+    def add(self, request: GenerationRequest | DecisionRequest, submitted_at: float) -> None:
         """Accept a request; what cannot be served at all ends in an error event."""
+        if isinstance(request, DecisionRequest):
+            self.decisions.add(request, submitted_at)
+            return
         sequence = self._new_sequence(request, submitted_at)
         room = self.info.max_model_len - len(request.prompt)
         if not request.prompt or room < 1 or request.sampling.max_tokens < 1:
@@ -74,24 +82,30 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored, so aborting twice is harmless."""
         sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
-            self.admission.release(sequence)
-            self._emit(sequence, (), FinishReason.ABORT)
+        if sequence is None:
+            self.decisions.abort(request_id)
+            return
+        self.admission.release(sequence)
+        self._emit(sequence, (), FinishReason.ABORT)
 
     def step(self) -> EngineOutput:
         """Run one step of one decoder and commit it; returns the events since the last step."""
         self.thresholds.observe_load(len(self.admission.waiting))
         stats = None
-        for decoder in self._turns:
-            results, stats = decoder.advance(time.monotonic())
-            for result in results:
-                self._commit(result, time.monotonic())
+        for worker in self._turns:
+            if isinstance(worker, Decisions):
+                ended, stats = worker.advance(time.monotonic())
+                self._events += ended
+            else:
+                results, stats = worker.advance(time.monotonic())
+                for result in results:
+                    self._commit(result, time.monotonic())
             if stats is not None:
                 # The others come first next time, so that none waits for another's end.
-                self._turns.remove(decoder)
-                self._turns.append(decoder)
+                self._turns.remove(worker)
+                self._turns.append(worker)
                 break
-        if self.check_invariants or not self.admission.has_work:
+        if self.check_invariants or not (self.admission.has_work or self.decisions.has_work):
             self.check()
         events, self._events = tuple(self._events), []
         return EngineOutput(events, stats and self._with_gauges(stats))
@@ -106,7 +120,7 @@ class Engine:
             raise BugError("A running sequence is not in exactly one place.")
         if any(sequence.id in running for sequence in self.admission.waiting):
             raise BugError("A waiting sequence runs.")
-        self.memory.check(running.values())
+        self.memory.check(running.values(), self.decisions.tables)
 
     def _commit(self, result: TokenResult, now: float) -> None:
         """New tokens of one sequence: it goes on, or ends."""
@@ -192,8 +206,8 @@ class Engine:
         lengths = [decoder.queue_lengths for decoder in self.decoders]
         return replace(
             stats,
-            running=len(admission.running),
-            waiting=len(admission.waiting),
+            running=len(admission.running) + self.decisions.num_running,
+            waiting=len(admission.waiting) + self.decisions.num_waiting,
             kv_used_blocks=memory.blocks.num_used,
             kv_total_blocks=memory.blocks.num_blocks,
             debt_tokens=memory.ledger.total,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from offramp.models.exits.decision_heads import DecisionPoint
 from offramp.models.exits.file import OperatingPoint
 from offramp.models.sampling_params import DraftSource, ExitSettings, SamplingParams
 
@@ -31,6 +32,40 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     exits: ExitSettings = field(default_factory=ExitSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRequest:
+    """One place where an answer of a fixed set is read: behind the tokens of a prompt.
+
+    ``candidates`` are token ids of which one would come next; ``prior`` are logits that count for
+    nothing, as they are there without any input (empty: none). ``task`` names the trained heads to
+    ask; their outputs then stand for the candidates. The answer leaves after the first segment
+    where its probability reaches the threshold, of which there is one for each of the engine's
+    ``decision_layers`` (empty: full depth).
+    """
+
+    tokens: tuple[int, ...]
+    candidates: tuple[int, ...]
+    prior: tuple[float, ...] = ()
+    task: str | None = None
+    thresholds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRequest:
+    """Reads that are answered together; what their prompts begin with is computed once."""
+
+    request_id: str
+    reads: tuple[AnswerRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerResult:
+    """Logits of the candidates, the prior still in them, and the layer they were read after."""
+
+    logits: tuple[float, ...]
+    layer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +112,8 @@ class TokenEvent:
     """Tokens of one request, in order, with the layer each left at (num_layers = full depth).
 
     The last event of a request carries ``finish_reason``; it may hold no token (abort, error).
-    A token that ended the request (a stop id) is included in ``token_ids``.
+    A token that ended the request (a stop id) is included in ``token_ids``. Decisions end in one
+    event with their ``answers``, in the order of the reads.
     """
 
     request_id: str
@@ -86,18 +122,20 @@ class TokenEvent:
     stats: RequestStats
     finish_reason: FinishReason | None = None
     error: str | None = None
+    answers: tuple[AnswerResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """What one engine step did and the state it left behind, for metrics and logs.
 
-    ``kind`` is ``segments``, ``fill`` or ``device`` (a pass of all segments, decided on the
-    device); ``segment`` is the last one that ran, ``head_seconds`` the part of ``seconds`` for the
-    LM head and sampling; ``draft_seconds`` were spent on guesses before. ``rows`` are token rows of
-    that step. Fields up to ``disagreements`` are increments, the rest are values after the step.
-    ``exit_head_rows`` are rows an exit's LM head ran for, ``prompt_left`` prompt tokens that left
-    after this segment, ``prompt_full`` those that might have left and ran the whole stack.
+    ``kind`` is ``segments``, ``fill``, ``decisions`` (a segment of their own) or ``device`` (a pass
+    of all segments, decided on the device); ``segment`` is the last one that ran, ``head_seconds``
+    the part of ``seconds`` for the LM head and sampling; ``draft_seconds`` were spent on guesses
+    before. ``rows`` are token rows of that step. Fields up to ``disagreements`` are increments, the
+    rest are values after the step. ``exit_head_rows`` are rows an exit's LM head ran for,
+    ``prompt_left`` prompt tokens that left after this segment, ``prompt_full`` those that might
+    have left and ran the whole stack.
     """
 
     kind: str
@@ -143,13 +181,28 @@ class EngineOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class DecisionInfo:
+    """Heads for decisions as requests may use them.
+
+    ``layers`` are those below full depth after which they read. A task's are for the question of
+    this ``wording`` with these ``labels``.
+    """
+
+    layers: tuple[int, ...]
+    points: tuple[DecisionPoint, ...]
+    wording: str = ""
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Facts about a loaded engine; constant while it lives.
 
     ``exit_layers`` are the exit points, ascending; they cut the ``num_layers`` layers into
     segments. ``max_num_batched_tokens`` bounds the rows of one step, ``max_exit_debt`` the
     positions that one sequence may owe. ``head_chances`` are those of the draft head's file, empty
-    without a draft head.
+    without a draft head. ``decision_layers`` cut the stack for decisions; ``general_decisions`` are
+    heads for any question, ``decision_tasks`` those trained for one, by name.
     """
 
     model_name: str
@@ -170,6 +223,9 @@ class EngineInfo:
     quality_floor: float | None = None
     cache_dtype: str = "float32"
     head_chances: tuple[tuple[float, float], ...] = ()
+    decision_layers: tuple[int, ...] = ()
+    general_decisions: DecisionInfo | None = None
+    decision_tasks: Mapping[str, DecisionInfo] = field(default_factory=dict)
 
     @property
     def draft_head(self) -> bool:

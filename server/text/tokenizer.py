@@ -69,17 +69,20 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, str]], max_tokens: int
     ) -> tuple[int, ...]:
         """Ids of a conversation; raises InvalidRequest where the template refuses it."""
-        said = "".join(message["content"] for message in messages)
-        self._refuse_hopeless(said, max_tokens, "messages")
-        text = self._rendered(messages)
-        # The template writes the special tokens itself.
-        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        self.refuse_hopeless(messages, max_tokens, "messages")
+        return self.encode_rendered([self.render_chat(messages)])[0]
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Ids of texts, or parts of texts, in which the template wrote the special tokens."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [tuple(encoding.ids) for encoding in encodings]
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A decoder for one new sequence."""
         return Detokenizer(self._backend, skip_special_tokens=skip_special_tokens)
 
-    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation; raises InvalidRequest where the template refuses it."""
         if self._render is None:
             raise InvalidRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
@@ -94,6 +97,12 @@ class Tokenizer:
                 f"The model's chat template refuses these messages: {str(error)[:200]}",
                 param="messages",
             ) from error
+
+    def refuse_hopeless(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int, param: str
+    ) -> None:
+        """Raise ContextLengthExceeded if the messages' length alone rules the context out."""
+        self._refuse_hopeless("".join(each["content"] for each in messages), max_tokens, param)
 
     def _refuse_hopeless(self, text: str, max_tokens: int, param: str) -> None:
         if len(text) > max_tokens * self._longest_token:

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from offramp.server.api.context import Context
 from offramp.server.app import create_app
 from offramp.server.config import EngineConfig, ServerConfig
-from offramp.server.engine.driver import EngineDriver
+from offramp.server.engine.driver import EngineDriver, EngineRequest
 from offramp.server.engine.request import (
     EngineInfo,
     EngineOutput,
@@ -116,7 +116,8 @@ class FakeEngine:
         for _ in range(count):
             assert await asyncio.to_thread(self._arrived.acquire, timeout=PATIENCE_S)
 
-    def add(self, request: GenerationRequest, submitted_at: float) -> None:
+    def add(self, request: EngineRequest, submitted_at: float) -> None:
+        assert isinstance(request, GenerationRequest)
         self.added.append(request)
         now = time.monotonic()
         stats = RequestStats(submitted_at, admitted_at=now, prompt_tokens=len(request.prompt))

@@ -14,6 +14,7 @@ from random import Random
 
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
+    Decide,
     Draft,
     DraftRows,
     FillKV,
@@ -102,6 +103,8 @@ class FakeRunner:
                 self.guesses += sum(map(len, made))
                 chances = tuple((0.75,) * len(own) for own in made)
                 return StepResult(1e-6, guesses=made, chances=chances)
+            case Decide():
+                raise AssertionError("this engine was asked no questions")
 
     def _draft(self, item: DraftRows) -> tuple[int, ...]:
         """Make entries, which have to follow on those there, and guess, often right."""

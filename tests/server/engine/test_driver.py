@@ -15,7 +15,13 @@ from contextlib import asynccontextmanager
 import pytest
 
 from offramp.models.sampling_params import SamplingParams
-from offramp.server.engine.driver import EngineDriver, EngineProtocol, EngineState, TokenStream
+from offramp.server.engine.driver import (
+    EngineDriver,
+    EngineProtocol,
+    EngineRequest,
+    EngineState,
+    TokenStream,
+)
 from offramp.server.engine.request import (
     EngineInfo,
     EngineOutput,
@@ -50,7 +56,8 @@ class Puppet:
         self._broken = True
         self.allow()
 
-    def add(self, item: GenerationRequest, submitted_at: float) -> None:
+    def add(self, item: EngineRequest, submitted_at: float) -> None:
+        assert isinstance(item, GenerationRequest)
         self.seen.append(f"add {item.request_id}")
         self._left[item.request_id] = item.sampling.max_tokens
 

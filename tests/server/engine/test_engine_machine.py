@@ -22,6 +22,7 @@ from offramp.server.engine.admission import Admission
 from offramp.server.engine.batch_delay import BatchDelay
 from offramp.server.engine.blocks import BlockPool, SequenceMemory
 from offramp.server.engine.build import hidden_rows
+from offramp.server.engine.decisions import Decisions
 from offramp.server.engine.decoder import Decoder
 from offramp.server.engine.device_decoder import DeviceDecoder
 from offramp.server.engine.engine import Engine
@@ -112,7 +113,8 @@ def fake_engine(
         governor = ExitGovernor(costs, thresholds, max_hold, delay, every_exit=every_exit)
         decoders.insert(0, DeviceDecoder(info, admission, memory, governor, loop))
     guard = LiveGuard(thresholds, audit_rate)
-    engine = Engine(info, admission, memory, decoders, guard, check_invariants=True)
+    decisions = Decisions(info, memory, runner)
+    engine = Engine(info, admission, memory, decoders, decisions, guard, check_invariants=True)
     return engine, runner
 
 

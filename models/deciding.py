@@ -1,0 +1,130 @@
+"""Decisions at work: prompts that stop at the first layer that knows the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from offramp.kernels.rows import RowTable, Span
+from offramp.models.exits.decision_heads import DecisionFile, DecisionHeads, features
+from offramp.models.kv_cache import KVCache
+from offramp.models.step import AnswerRead, Decide
+from offramp.models.transformer import Segment, Transformer
+
+# Sets of candidates whose LM-head rows are kept.
+_MOST_ROWS_KEPT = 512
+
+
+class Decider:
+    """Runs the stack for decisions, cut at ``layers`` (ascending, below the model's depth).
+
+    Each position's state is kept at its place in the pages, so that it lives as long as its K,V
+    do: whatever stopped inside the stack can go on from there. Of each block the sum of its states
+    is kept after every segment, for the means that heads read.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        layers: Sequence[int],
+        file: DecisionFile | None = None,
+    ) -> None:
+        self.bounds = (0, *layers, model.config.num_layers)
+        own = model.layers
+        self._segments = [Segment(own[begin:end]) for begin, end in pairwise(self.bounds)]
+        self._model = model
+        self._cache = cache
+        self._file = file
+        width, device = model.config.hidden_size, model.device
+        # Not cleared: what was not written is not read, and takes no memory on a CPU.
+        places = cache.num_blocks * cache.block_size
+        self._states = torch.empty(places, width, dtype=model.dtype, device=device)
+        self._sums = torch.empty(len(self._segments), cache.num_blocks, width, device=device)
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+
+    def run(self, step: Decide) -> tuple[tuple[float, ...], ...]:
+        """The step's reads: logits of each one's candidates.
+
+        A position's state after the segment takes the place of the one before it.
+        """
+        spans = [Span(item.positions, item.table) for item in step.work]
+        device, size = self._model.device, self._cache.block_size
+        rows = RowTable.of(spans, size, self._model.rotary, device)
+        if step.segment == 0:
+            ids = [token for item in step.work for token in item.token_ids]
+            hidden = self._model.embed(torch.tensor(ids, device=device))
+        else:
+            hidden = self._states[rows.places]
+        hidden = self._segments[step.segment](hidden, rows, self._cache)
+        self._states[rows.places] = hidden
+        self._keep_sums(step, hidden)
+        if not step.reads:
+            return ()
+        ends = torch.tensor([len(item.positions) for item in step.work]).cumsum(0) - 1
+        last = hidden[ends[[read.work for read in step.reads]].to(device)].float()
+        return self._read(step, last)
+
+    def _keep_sums(self, step: Decide, hidden: Tensor) -> None:
+        """Sum the rows of each block; a block's rows are always together in a step."""
+        size = self._cache.block_size
+        blocks: list[int] = []
+        lengths: list[int] = []
+        for item in step.work:
+            first, end = item.positions[0], item.positions[-1] + 1
+            for start in range(first, end, size):
+                blocks.append(item.table[start // size])
+                lengths.append(min(size, end - start))
+        where = torch.tensor(blocks, device=hidden.device)
+        sizes = torch.tensor(lengths, device=hidden.device)
+        sums = torch.segment_reduce(hidden.float(), "sum", lengths=sizes)
+        self._sums[step.segment, where] = sums
+
+    def _read(self, step: Decide, last: Tensor) -> tuple[tuple[float, ...], ...]:
+        top = step.segment == len(self._segments) - 1
+        found: list[tuple[float, ...]] = [()] * len(step.reads)
+        groups: dict[str | None, list[int]] = {}
+        for index, read in enumerate(step.reads):
+            groups.setdefault(read.task, []).append(index)
+        for task, own in groups.items():
+            reads = [step.reads[index] for index in own]
+            if task is None and top:
+                made = self._model.normed(last[own].to(self._model.dtype)).float()
+            else:
+                made = self._heads(task, step.segment, last[own], reads)
+            for index, read, out in zip(own, reads, made, strict=True):
+                logits = out if task is not None else self._rows(read.candidates) @ out
+                found[index] = tuple(logits.tolist())
+        return tuple(found)
+
+    def _heads(
+        self, task: str | None, segment: int, last: Tensor, reads: Sequence[AnswerRead]
+    ) -> Tensor:
+        """Outputs [n, out] of the heads after a segment."""
+        heads = self._heads_of(task)
+        place = heads.layers.index(self.bounds[segment + 1])
+        means = torch.stack(
+            [self._sums[segment, list(read.table)].sum(0) / read.length for read in reads]
+        )
+        read = features(last, means, self._model.config.rms_norm_eps)
+        return torch.addmm(heads.bias[place], read, heads.weight[place].T)
+
+    def _heads_of(self, task: str | None) -> DecisionHeads:
+        assert self._file is not None
+        heads = self._file.general if task is None else self._file.tasks[task].heads
+        assert heads is not None
+        return heads
+
+    def _rows(self, candidates: tuple[int, ...]) -> Tensor:
+        """LM-head rows [n, d] of the candidates, fp32."""
+        kept = self._kept.pop(candidates, None)
+        if kept is None:
+            ids = torch.tensor(candidates, device=self._model.device)
+            kept = self._model.head_rows(ids).float()
+        self._kept[candidates] = kept
+        if len(self._kept) > _MOST_ROWS_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return kept

@@ -1,0 +1,372 @@
+"""From questions to answers with probabilities: the core of both decision routes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from offramp.models.sampling_params import NEVER, ExitMode
+from offramp.server.engine.request import (
+    AnswerRequest,
+    AnswerResult,
+    DecisionInfo,
+    DecisionRequest,
+    EngineInfo,
+    FinishReason,
+    RequestStats,
+    TokenEvent,
+)
+from offramp.server.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ServerError,
+    ShuttingDown,
+)
+from offramp.server.text.decisions import (
+    EncodedQuestion,
+    Question,
+    QuestionKind,
+    SameLabels,
+    encode_questions,
+    softmax,
+)
+
+if TYPE_CHECKING:
+    from offramp.server.api.context import Context
+    from offramp.server.api.decision_bodies import DecisionExit, Message
+
+# What stands for the input where the answers' probabilities without any are wanted (contextual
+# calibration, arXiv 2102.09690).
+_NO_INPUT: Final = "N/A"
+_NO_TASK: Final = "none"
+_MOST_PRIORS: Final = 4096
+# Agreement promised to requests that name none, as for tokens.
+_DEFAULT_QUALITY: Final = 0.98
+
+Prior = tuple[tuple[float, ...], ...]
+
+
+class PriorCache:
+    """Logits of answers without an input, by question; the least recently used go first."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[object, Prior] = OrderedDict()
+
+    def get(self, key: object) -> Prior | None:
+        """The prior of a question, if it is known."""
+        found = self._known.get(key)
+        if found is not None:
+            self._known.move_to_end(key)
+        return found
+
+    def put(self, key: object, prior: Prior) -> None:
+        """Remember a prior."""
+        self._known[key] = prior
+        while len(self._known) > _MOST_PRIORS:
+            self._known.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a request asks for beside its questions; ``paths`` name their answers in errors."""
+
+    exits: DecisionExit
+    calibrate: bool = True
+    permutations: int = 1
+    paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Probabilities [options] in the question's order, and the layer that gave them.
+
+    ``task`` is the trained task that answered. ``prompt`` are the ids the model read.
+    """
+
+    probabilities: tuple[float, ...]
+    layer: int
+    prompt: tuple[int, ...]
+    task: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """Answers in the order of the questions, and what they cost."""
+
+    answers: tuple[Answer, ...]
+    mode: ExitMode
+    stats: RequestStats
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """One way to ask a question: the options in the order ``order``."""
+
+    question: int
+    order: tuple[int, ...]
+    wording: str
+    labels: tuple[str, ...]
+    task: str | None
+
+
+@dataclass(slots=True)
+class _Plan:
+    """All variants of a request's questions with their encoded prompts."""
+
+    variants: list[_Variant]
+    encoded: list[EncodedQuestion]
+    priors: list[Prior | None] = field(default_factory=list)
+
+
+async def decide(
+    context: Context,
+    request_id: str,
+    messages: Sequence[Message],
+    questions: Sequence[Question],
+    wish: Wish,
+) -> Decided:
+    """Answer ``questions`` about a conversation.
+
+    Raises InvalidRequest for what cannot be asked, ContextLengthExceeded, and what keeps the server
+    from answering.
+    """
+    begun = time.monotonic()
+    info = context.driver.info
+    mode = _mode(context, wish.exits, info)
+    variants = [
+        variant
+        for index, question in enumerate(questions)
+        for variant in _variants(index, question, info, wish)
+    ]
+    plan = await _encode(context, messages, variants, wish)
+    await _find_priors(context, request_id, messages, plan, wish)
+    reads = [
+        _reads(variant, encoded, prior or (), _thresholds(variant.task, mode, wish.exits, info))
+        for variant, encoded, prior in zip(plan.variants, plan.encoded, plan.priors, strict=True)
+    ]
+    event = await _run(context, request_id, [read for own in reads for read in own])
+    results = iter(event.answers)
+    found = [[next(results) for _ in own] for own in reads]
+    answers = tuple(
+        _answer(index, question, plan, found) for index, question in enumerate(questions)
+    )
+    return Decided(answers, mode, event.stats, time.monotonic() - begun)
+
+
+def _mode(context: Context, exits: DecisionExit, info: EngineInfo) -> ExitMode:
+    heads = info.general_decisions is not None or bool(info.decision_tasks)
+    if exits.mode is ExitMode.ADAPTIVE and not heads:
+        raise _refused("mode", "no decision heads are loaded for this model")
+    if exits.mode is not None:
+        return exits.mode
+    if not heads or context.config.early_exit == ExitMode.OFF.value:
+        return ExitMode.OFF
+    return ExitMode.ADAPTIVE
+
+
+def _variants(index: int, question: Question, info: EngineInfo, wish: Wish) -> list[_Variant]:
+    labels = tuple(option.label for option in question.options)
+    task = _task(index, question, labels, info, wish)
+    if task is not None:
+        own = info.decision_tasks[task]
+        order = tuple(labels.index(label) for label in own.labels)
+        return [_Variant(index, order, own.wording, own.labels, task)]
+    count = min(wish.permutations, len(labels))
+    if question.kind is not QuestionKind.CHOICE:
+        count = 1
+    made = []
+    for shift in range(count):
+        turn = shift * len(labels) // count
+        order = (*range(turn, len(labels)), *range(turn))
+        asked = Question(
+            question.kind, question.instructions, tuple(question.options[i] for i in order)
+        )
+        own_labels = tuple(labels[i] for i in order)
+        made.append(_Variant(index, order, asked.wording, own_labels, None))
+    return made
+
+
+def _task(
+    index: int, question: Question, labels: tuple[str, ...], info: EngineInfo, wish: Wish
+) -> str | None:
+    """The trained task that answers: the one asked for, else the one with this very question."""
+    name = wish.exits.task
+    if name == _NO_TASK:
+        return None
+    if name is None:
+        for found, own in info.decision_tasks.items():
+            if own.wording == question.wording and set(own.labels) == set(labels):
+                return found
+        return None
+    if name not in info.decision_tasks:
+        known = ", ".join(sorted(info.decision_tasks)) or "none"
+        raise _refused("task", f"there is no task of that name; there are: {known}")
+    if sorted(info.decision_tasks[name].labels) != sorted(labels):
+        wanted = ", ".join(info.decision_tasks[name].labels)
+        raise InvalidRequest(
+            f"The task answers with {wanted}, but this question has other answers.",
+            param=wish.paths[index],
+        )
+    return name
+
+
+async def _encode(
+    context: Context, messages: Sequence[Message], variants: list[_Variant], wish: Wish
+) -> _Plan:
+    tokenizer, info = context.loaded_tokenizer(), context.driver.info
+    end = info.eos_token_ids[0] if info.eos_token_ids else info.vocab_size - 1
+    texts = [(variant.wording, variant.labels) for variant in variants]
+    tokenizer.refuse_hopeless(messages, info.max_model_len, "input")
+    try:
+        encoded = await asyncio.to_thread(encode_questions, tokenizer, messages, texts, end)
+    except SameLabels as error:
+        variant = variants[error.question]
+        first, second = (variant.order[i] for i in (error.first, error.second))
+        raise InvalidRequest(
+            f"Answers {first} and {second} are the same to the model.",
+            param=wish.paths[variant.question],
+        ) from error
+    for own in encoded:
+        longest = len(own.prompt) + max((len(read.path) for read in own.tree.reads), default=0)
+        if longest > info.max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's context is {info.max_model_len} tokens; the input with this "
+                f"question has {longest}.",
+                param="input",
+            )
+    return _Plan(variants, encoded)
+
+
+async def _find_priors(
+    context: Context, request_id: str, messages: Sequence[Message], plan: _Plan, wish: Wish
+) -> None:
+    """Logits without an input of the questions that are not a task's; asked for only once."""
+    if not wish.calibrate:
+        plan.priors = [None] * len(plan.variants)
+        return
+    system = [message for message in messages if message["role"] == "system"]
+    said = "\0".join(message["content"] for message in system)
+    keys = [(said, variant.wording, variant.labels) for variant in plan.variants]
+    missing = {
+        key: variant
+        for key, variant in zip(keys, plan.variants, strict=True)
+        if variant.task is None and context.priors.get(key) is None
+    }
+    if missing:
+        empty = [*system, {"role": "user", "content": _NO_INPUT}]
+        made = await _encode(context, empty, list(missing.values()), wish)
+        reads = [
+            _reads(variant, encoded, (), ())
+            for variant, encoded in zip(made.variants, made.encoded, strict=True)
+        ]
+        event = await _run(context, f"{request_id}-prior", [r for own in reads for r in own])
+        results = iter(event.answers)
+        for key, own in zip(missing, reads, strict=True):
+            context.priors.put(key, tuple(next(results).logits for _ in own))
+    plan.priors = [
+        None if variant.task is not None else context.priors.get(key)
+        for key, variant in zip(keys, plan.variants, strict=True)
+    ]
+
+
+def _thresholds(
+    task: str | None, mode: ExitMode, exits: DecisionExit, info: EngineInfo
+) -> tuple[float, ...]:
+    """The probability to leave at after each of the engine's decision layers; empty for none."""
+    heads = info.general_decisions if task is None else info.decision_tasks[task]
+    if mode is not ExitMode.ADAPTIVE or heads is None:
+        return ()
+    own = _own_thresholds(heads, exits)
+    if own is None:
+        return ()
+    found = dict(zip(heads.layers, own, strict=True))
+    least = exits.min_layer or 0
+    return tuple(
+        found.get(layer, NEVER) if layer >= least else NEVER for layer in info.decision_layers
+    )
+
+
+def _own_thresholds(heads: DecisionInfo, exits: DecisionExit) -> tuple[float, ...] | None:
+    if exits.threshold is not None:
+        return (exits.threshold,) * len(heads.layers)
+    quality = _DEFAULT_QUALITY if exits.quality is None else exits.quality
+    good = [point for point in heads.points if point.quality >= quality]
+    if good:
+        return min(good, key=lambda point: point.quality).thresholds
+    if exits.quality is not None:
+        best = max((point.quality for point in heads.points), default=None)
+        reach = "were not calibrated" if best is None else f"reach {best:g} at best"
+        raise _refused("quality", f"{quality:g} is out of reach; these decision heads {reach}")
+    return None
+
+
+def _reads(
+    variant: _Variant, encoded: EncodedQuestion, prior: Prior, thresholds: tuple[float, ...]
+) -> list[AnswerRequest]:
+    if variant.task is not None:
+        places = tuple(range(len(variant.labels)))
+        return [AnswerRequest(encoded.prompt, places, (), variant.task, thresholds)]
+    return [
+        AnswerRequest(
+            (*encoded.prompt, *read.path),
+            read.candidates,
+            prior[index] if prior else (),
+            None,
+            thresholds,
+        )
+        for index, read in enumerate(encoded.tree.reads)
+    ]
+
+
+async def _run(context: Context, request_id: str, reads: Sequence[AnswerRequest]) -> TokenEvent:
+    """The engine's answer to all reads."""
+    async with context.submit(DecisionRequest(request_id, tuple(reads))) as stream:
+        async for event in stream:
+            if event.finish_reason is FinishReason.ERROR:
+                raise ServerError(event.error or "The engine could not finish this request.")
+            if event.finish_reason is FinishReason.ABORT:
+                raise ShuttingDown(event.error or "The request was aborted.")
+            return event
+    raise ServerError("The engine gave no answer.")
+
+
+def _answer(
+    index: int,
+    question: Question,
+    plan: _Plan,
+    found: Sequence[Sequence[AnswerResult]],
+) -> Answer:
+    """The mean over the ways a question was asked."""
+    own = [place for place, variant in enumerate(plan.variants) if variant.question == index]
+    sums = [0.0] * len(question.options)
+    layer, task = 0, plan.variants[own[0]].task
+    for place in own:
+        variant, results, prior = plan.variants[place], found[place], plan.priors[place]
+        if task is not None:
+            given = softmax(results[0].logits)
+        else:
+            logits = [result.logits for result in results]
+            given = plan.encoded[place].tree.probabilities(_less(logits, prior))
+        for option, probability in zip(variant.order, given, strict=True):
+            sums[option] += probability / len(own)
+        layer = max(layer, *(result.layer for result in results), 0)
+    return Answer(tuple(sums), layer, plan.encoded[own[0]].prompt, task)
+
+
+def _less(logits: Sequence[Sequence[float]], prior: Prior | None) -> list[list[float]]:
+    """Logits of every read with those of the prior taken off."""
+    if prior is None:
+        return [list(own) for own in logits]
+    return [
+        [a - b for a, b in zip(own, none, strict=True)]
+        for own, none in zip(logits, prior, strict=True)
+    ]
+
+
+def _refused(field_name: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"early_exit.{field_name}: {message}.", param=f"early_exit.{field_name}")

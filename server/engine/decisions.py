@@ -1,0 +1,410 @@
+"""Questions with fixed answers: prompts that climb the stack together until each one is decided.
+
+Nothing is generated afterwards, so no K,V are owed: when all questions about an input are decided,
+the layers above run for none of its tokens. The unit of work is a block of K,V. Every block knows
+how many segments it has been through, and its states stay where its K,V are; a later request that
+shares the block and wants more of it goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from offramp.models.step import AnswerRead, Decide, PromptRows, StepRunner
+from offramp.server.engine.blocks import SequenceMemory, block_hashes
+from offramp.server.engine.request import (
+    AnswerRequest,
+    AnswerResult,
+    DecisionRequest,
+    EngineInfo,
+    FinishReason,
+    RequestStats,
+    StepStats,
+    TokenEvent,
+)
+
+logger = logging.getLogger("offramp.engine")
+
+# Requests that climb at once, and rows of questions that one request has in the stack at once.
+_MOST_JOBS = 32
+_MOST_ROWS = 4096
+# Names blocks that have not been through the whole stack.
+_PARTIAL = b"partial:"
+
+
+@dataclass(slots=True, eq=False)
+class _Prompt:
+    """One read on its way: blocks shared with its request's others, then ``table``'s own."""
+
+    index: int
+    request: AnswerRequest
+    table: list[int]
+    own: int
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One request. All its prompts begin with the tokens of the ``shared`` blocks.
+
+    Of ``waiting`` reads some are ``climbing``; they have been through ``segment`` segments.
+    """
+
+    request: DecisionRequest
+    submitted_at: float
+    tokens: tuple[int, ...]
+    digests: list[bytes]
+    waiting: deque[tuple[int, AnswerRequest]]
+    shared: list[int] = field(default_factory=list)
+    climbing: list[_Prompt] = field(default_factory=list)
+    results: dict[int, AnswerResult] = field(default_factory=dict)
+    segment: int = 0
+    admitted_at: float | None = None
+    cached: int = 0
+    positions: int = 0
+    executed: int = 0
+
+
+@dataclass(slots=True)
+class _Call:
+    """Rows gathered for one step of a segment."""
+
+    segment: int
+    room: int
+    work: list[PromptRows] = field(default_factory=list)
+    blocks: dict[int, None] = field(default_factory=dict)
+    jobs: list[_Job] = field(default_factory=list)
+    asked: list[tuple[_Job, _Prompt]] = field(default_factory=list)
+    reads: list[AnswerRead] = field(default_factory=list)
+    rows: int = 0
+
+
+class Decisions:
+    """Owns the requests that wait for answers of a fixed set.
+
+    Blocks come from the memory that all sequences share. A step runs one segment for the oldest
+    request, and for what else stands before the same segment.
+    """
+
+    def __init__(self, info: EngineInfo, memory: SequenceMemory, runner: StepRunner) -> None:
+        self._info = info
+        self._memory = memory
+        self._runner = runner
+        self._bounds = (0, *info.decision_layers, info.num_layers)
+        self._top = len(self._bounds) - 1
+        self._waiting: deque[_Job] = deque()
+        self._running: list[_Job] = []
+        # Segments that a block has been through, and the prompt it is known to hold.
+        self._depth: dict[int, int] = {}
+        self._made: dict[int, bytes] = {}
+        self._events: list[TokenEvent] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting or self._running or self._events)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that climb."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for room."""
+        return len(self._waiting)
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """The blocks held, for audits."""
+        jobs = [job.shared for job in self._running]
+        own = [each.table[each.own :] for job in self._running for each in job.climbing]
+        return jobs + own
+
+    def add(self, request: DecisionRequest, submitted_at: float) -> None:
+        """Accept a request; what cannot be served at all ends in an error event."""
+        size = self._info.block_size
+        prompts = [read.tokens for read in request.reads]
+        # The last token of each prompt is its own: an answer is read there.
+        shared = _common([tokens[:-1] for tokens in prompts])
+        tokens = shared[: len(shared) // size * size]
+        digests = block_hashes(tokens, size)
+        job = _Job(request, submitted_at, tokens, digests, deque(enumerate(request.reads)))
+        fault = self._fault(request)
+        if fault is not None:
+            self._end(job, FinishReason.ERROR, fault)
+            return
+        self._waiting.append(job)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; unknown ids are ignored."""
+        for job in (*self._waiting, *self._running):
+            if job.request.request_id == request_id:
+                self._remove(job)
+                self._end(job, FinishReason.ABORT)
+                return
+
+    def advance(self, now: float) -> tuple[list[TokenEvent], StepStats | None]:
+        """Run one step; the events since the last one, and without anything to run no statistics.
+
+        Whatever goes wrong in a step ends the requests it was for.
+        """
+        self._admit(now)
+        climbing = [job for job in self._running if job.climbing]
+        stats = None
+        if climbing:
+            call = _Call(climbing[0].segment, self._info.max_num_batched_tokens)
+            for job in climbing:
+                if job.segment == call.segment and call.room > 0:
+                    self._gather(job, call)
+            try:
+                stats = self._run(call)
+            except Exception:
+                logger.exception("a step of decisions failed")
+                for job in call.jobs:
+                    self._remove(job)
+                    self._end(job, FinishReason.ERROR, "The engine could not answer this request.")
+                stats = StepStats("decisions", call.segment)
+        events, self._events = self._events, []
+        return events, stats
+
+    def _fault(self, request: DecisionRequest) -> str | None:
+        longest = max((len(read.tokens) for read in request.reads), default=0)
+        empty = not request.reads or any(
+            not read.tokens or not read.candidates for read in request.reads
+        )
+        if empty or longest > self._info.max_model_len:
+            return "A question is empty or longer than the model's context."
+        return None
+
+    def _admit(self, now: float) -> None:
+        for job in list(self._running):
+            if not job.climbing:
+                self._start(job)
+        while self._waiting and len(self._running) < _MOST_JOBS:
+            job = self._waiting[0]
+            if not self._share(job):
+                break
+            if not self._start(job):
+                self._memory.blocks.release(job.shared)
+                job.shared = []
+                break
+            self._waiting.popleft()
+            job.admitted_at = now
+            self._running.append(job)
+            self._memory.prefix_queries += len(job.tokens)
+            self._memory.prefix_hits += job.cached
+
+    def _share(self, job: _Job) -> bool:
+        """Hold the blocks of what the job's prompts share, known ones first; False without room."""
+        pool = self._memory.blocks
+        # Heads read means, for which a block's states must have been seen on their way.
+        plain = all(read.task is None and not read.thresholds for read in job.request.reads)
+        for digest in job.digests:
+            found = self._known(digest, plain=plain)
+            if found is None:
+                break
+            job.shared.append(found)
+        size = self._info.block_size
+        job.cached = len(job.shared) * size
+        after = job.shared[-1] if job.shared else -1
+        new = pool.allocate(len(job.digests) - len(job.shared), after)
+        if new is None:
+            pool.release(job.shared)
+            job.shared = []
+            return False
+        for block, digest in zip(new, job.digests[len(job.shared) :], strict=True):
+            self._depth[block], self._made[block] = 0, digest
+        job.shared += new
+        job.positions = len(job.tokens)
+        return True
+
+    def _known(self, digest: bytes, *, plain: bool) -> int | None:
+        """Hold a cached block with this content, one that others' prompts left if ``plain``."""
+        pool = self._memory.blocks
+        for name in (_PARTIAL + digest, digest):
+            for block in pool.share([name]):
+                if self._made.get(block) == digest:
+                    return block
+                if plain and name == digest:
+                    self._depth[block] = self._top
+                    return block
+                pool.release([block])
+        return None
+
+    def _start(self, job: _Job) -> bool:
+        """Let waiting reads of a job climb, as many as there is room for."""
+        pool, size = self._memory.blocks, self._info.block_size
+        rows = 0
+        while job.waiting and rows < _MOST_ROWS:
+            index, request = job.waiting[0]
+            count = -(-len(request.tokens) // size) - len(job.shared)
+            # The others' share of the cache is not for one request with many questions.
+            if job.climbing and pool.num_free < pool.num_blocks // 4 + count:
+                break
+            own = pool.allocate(count, -1)
+            if own is None:
+                break
+            self._depth.update(dict.fromkeys(own, 0))
+            for block in own:
+                self._made.pop(block, None)
+            job.waiting.popleft()
+            job.climbing.append(_Prompt(index, request, job.shared + own, len(job.shared)))
+            rows += len(request.tokens) - len(job.tokens)
+        job.positions += rows
+        job.segment = 0
+        return bool(job.climbing)
+
+    def _gather(self, job: _Job, call: _Call) -> None:
+        """Add the job's rows that stand before the call's segment, as far as there is room.
+
+        What its prompts share comes first: the others read its K,V.
+        """
+        call.jobs.append(job)
+        if not self._add_blocks(job, job.tokens, job.shared, 0, call):
+            return
+        for prompt in job.climbing:
+            done = self._add_blocks(job, prompt.request.tokens, prompt.table, prompt.own, call)
+            if not done:
+                return
+            if prompt.table[-1] in call.blocks and self._wanted(prompt.request, call.segment):
+                call.asked.append((job, prompt))
+                request = prompt.request
+                place, length = len(call.work) - 1, len(request.tokens)
+                call.reads.append(
+                    AnswerRead(place, prompt.table, length, request.candidates, request.task)
+                )
+
+    def _add_blocks(
+        self, job: _Job, tokens: Sequence[int], table: Sequence[int], first: int, call: _Call
+    ) -> bool:
+        """Add the blocks from ``first`` on that have yet to run; False if not all had room."""
+        size, layers = self._info.block_size, self._layers(call.segment)
+        start = None
+        for index in range(first, len(table) + 1):
+            block = table[index] if index < len(table) else None
+            pending = block is not None and self._pending(block, call)
+            begin = index * size
+            count = min(size, len(tokens) - begin)
+            fits = pending and (count <= call.room or not call.blocks)
+            if fits:
+                assert block is not None
+                call.blocks[block] = None
+                call.room -= count
+                call.rows += count
+                job.executed += count * layers
+                start = begin if start is None else start
+            elif start is not None:
+                end = min(begin, len(tokens))
+                own = tuple(tokens[start:end]) if call.segment == 0 else ()
+                call.work.append(PromptRows(range(start, end), table, own))
+                start = None
+            if pending and not fits:
+                return False
+        return True
+
+    def _pending(self, block: int, call: _Call) -> bool:
+        return self._depth[block] <= call.segment and block not in call.blocks
+
+    def _wanted(self, request: AnswerRequest, segment: int) -> bool:
+        """Whether the answer may leave after ``segment``."""
+        if segment == self._top - 1:
+            return True
+        return bool(request.thresholds) and request.thresholds[segment] <= 1
+
+    def _run(self, call: _Call) -> StepStats:
+        """Carry a call out and commit it."""
+        step = Decide(call.segment, tuple(call.work), tuple(call.reads))
+        result = self._runner.run(step)
+        for block in call.blocks:
+            self._depth[block] = call.segment + 1
+        for (job, prompt), logits in zip(call.asked, result.logits, strict=True):
+            if self._decided(prompt.request, logits, call.segment):
+                layer = self._bounds[call.segment + 1]
+                job.results[prompt.index] = AnswerResult(logits, layer)
+                job.climbing.remove(prompt)
+                self._memory.blocks.release(prompt.table[prompt.own :])
+        for job in call.jobs:
+            self._go_on(job, call.segment)
+        return StepStats(
+            "decisions",
+            call.segment,
+            seconds=result.seconds,
+            first_segment=call.segment,
+            prefill_rows=call.rows,
+            layers_executed=call.rows * self._layers(call.segment),
+        )
+
+    def _decided(self, request: AnswerRequest, logits: Sequence[float], segment: int) -> bool:
+        if segment == self._top - 1:
+            return True
+        return top_probability(logits, request.prior) >= request.thresholds[segment]
+
+    def _go_on(self, job: _Job, segment: int) -> None:
+        """The job goes to the next segment, starts with further reads, or ends."""
+        if not job.climbing:
+            if job.waiting:
+                self._start(job)
+                return
+            self._remove(job)
+            answers = tuple(job.results[index] for index in range(len(job.results)))
+            self._end(job, FinishReason.STOP, answers=answers)
+            return
+        pending = [*job.shared, *(b for p in job.climbing for b in p.table[p.own :])]
+        if all(self._depth[block] > segment for block in pending):
+            job.segment = segment + 1
+
+    def _remove(self, job: _Job) -> None:
+        """Forget a job, wherever it is, and free what it holds; what it shared stays findable."""
+        if job not in self._running:
+            self._waiting.remove(job)
+            return
+        self._running.remove(job)
+        pool = self._memory.blocks
+        for block, digest in zip(job.shared, job.digests, strict=True):
+            if self._made.get(block) == digest and self._memory.prefix_caching:
+                whole = self._depth[block] == self._top
+                pool.rename(block, digest if whole else _PARTIAL + digest)
+        for prompt in job.climbing:
+            pool.release(prompt.table[prompt.own :])
+        pool.release(job.shared)
+
+    def _end(
+        self,
+        job: _Job,
+        reason: FinishReason,
+        error: str | None = None,
+        answers: tuple[AnswerResult, ...] = (),
+    ) -> None:
+        stats = RequestStats(
+            submitted_at=job.submitted_at,
+            admitted_at=job.admitted_at,
+            prompt_tokens=job.positions,
+            cached_tokens=job.cached,
+            layers_executed=job.executed,
+        )
+        self._events.append(
+            TokenEvent(job.request.request_id, (), (), stats, reason, error, answers)
+        )
+
+    def _layers(self, segment: int) -> int:
+        return self._bounds[segment + 1] - self._bounds[segment]
+
+
+def top_probability(logits: Sequence[float], prior: Sequence[float] = ()) -> float:
+    """Probability of the likeliest candidate, with the logits of ``prior`` taken off."""
+    values = [a - b for a, b in zip(logits, prior, strict=True)] if prior else logits
+    top = max(values)
+    return 1 / math.fsum(math.exp(value - top) for value in values)
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens with which all prompts begin."""
+    if not prompts:
+        return ()
+    low, high = min(map(tuple, prompts)), max(map(tuple, prompts))
+    count = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return low[:count]
