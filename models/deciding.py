@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from offramp.kernels.rows import RowTable, Span
-from offramp.models.exits.decision_heads import DecisionFile, DecisionHeads, features
+from offramp.models.exits.decision_heads import DecisionHeads, DecisionTask, features
 from offramp.models.kv_cache import KVCache
 from offramp.models.step import AnswerRead, Decide
 from offramp.models.transformer import Segment, Transformer
@@ -31,14 +32,14 @@ class Decider:
         model: Transformer,
         cache: KVCache,
         layers: Sequence[int],
-        file: DecisionFile | None = None,
+        tasks: Mapping[str, DecisionTask] = MappingProxyType({}),
     ) -> None:
         self.bounds = (0, *layers, model.config.num_layers)
         own = model.layers
         self._segments = [Segment(own[begin:end]) for begin, end in pairwise(self.bounds)]
         self._model = model
         self._cache = cache
-        self._file = file
+        self._tasks = tasks
         width, device = model.config.hidden_size, model.device
         # Not cleared: what was not written is not read, and takes no memory on a CPU.
         places = cache.num_blocks * cache.block_size
@@ -59,6 +60,7 @@ class Decider:
             hidden = self._model.embed(torch.tensor(ids, device=device))
         else:
             hidden = self._states[rows.places]
+        self._copy_kv(step)
         hidden = self._segments[step.segment](hidden, rows, self._cache)
         self._states[rows.places] = hidden
         self._keep_sums(step, hidden)
@@ -74,49 +76,59 @@ class Decider:
         blocks: list[int] = []
         lengths: list[int] = []
         for item in step.work:
-            first, end = item.positions[0], item.positions[-1] + 1
-            for start in range(first, end, size):
-                blocks.append(item.table[start // size])
-                lengths.append(min(size, end - start))
+            start, end = item.positions[0], item.positions[-1] + 1
+            while start < end:
+                index = start // size
+                stop = min(end, (index + 1) * size)
+                blocks.append(item.table[index])
+                lengths.append(stop - start)
+                start = stop
         where = torch.tensor(blocks, device=hidden.device)
         sizes = torch.tensor(lengths, device=hidden.device)
-        sums = torch.segment_reduce(hidden.float(), "sum", lengths=sizes)
-        self._sums[step.segment, where] = sums
+        sums = self._sums[step.segment]
+        sums[where] = torch.segment_reduce(hidden.float(), "sum", lengths=sizes)
+        if step.copies:
+            sources, targets, _ = zip(*step.copies, strict=True)
+            sums[list(targets)] += sums[list(sources)]
+
+    def _copy_kv(self, step: Decide) -> None:
+        first, end = self.bounds[step.segment : step.segment + 2]
+        pages = self._cache.pages[first:end]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for source, target, count in step.copies:
+            groups.setdefault((source, count), []).append(target)
+        for (source, count), targets in groups.items():
+            pages[:, :, targets, :count] = pages[:, :, source, None, :count]
 
     def _read(self, step: Decide, last: Tensor) -> tuple[tuple[float, ...], ...]:
-        top = step.segment == len(self._segments) - 1
         found: list[tuple[float, ...]] = [()] * len(step.reads)
         groups: dict[str | None, list[int]] = {}
         for index, read in enumerate(step.reads):
             groups.setdefault(read.task, []).append(index)
         for task, own in groups.items():
             reads = [step.reads[index] for index in own]
-            if task is None and top:
-                made = self._model.normed(last[own].to(self._model.dtype)).float()
+            if task is not None:
+                made = list(self._heads(self._tasks[task].heads, step.segment, last[own], reads))
             else:
-                made = self._heads(task, step.segment, last[own], reads)
-            for index, read, out in zip(own, reads, made, strict=True):
-                logits = out if task is not None else self._rows(read.candidates) @ out
+                normed = self._model.normed(last[own].to(self._model.dtype)).float()
+                made = [
+                    self._rows(read.candidates) @ state
+                    for read, state in zip(reads, normed, strict=True)
+                ]
+            for index, logits in zip(own, made, strict=True):
                 found[index] = tuple(logits.tolist())
         return tuple(found)
 
     def _heads(
-        self, task: str | None, segment: int, last: Tensor, reads: Sequence[AnswerRead]
+        self, heads: DecisionHeads, segment: int, last: Tensor, reads: Sequence[AnswerRead]
     ) -> Tensor:
-        """Outputs [n, out] of the heads after a segment."""
-        heads = self._heads_of(task)
+        """Outputs [n, answers] of the heads after a segment."""
         place = heads.layers.index(self.bounds[segment + 1])
         means = torch.stack(
             [self._sums[segment, list(read.table)].sum(0) / read.length for read in reads]
         )
         read = features(last, means, self._model.config.rms_norm_eps)
         return torch.addmm(heads.bias[place], read, heads.weight[place].T)
-
-    def _heads_of(self, task: str | None) -> DecisionHeads:
-        assert self._file is not None
-        heads = self._file.general if task is None else self._file.tasks[task].heads
-        assert heads is not None
-        return heads
 
     def _rows(self, candidates: tuple[int, ...]) -> Tensor:
         """LM-head rows [n, d] of the candidates, fp32."""

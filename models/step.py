@@ -138,8 +138,8 @@ class AnswerRead:
     """The end of a prompt, where the logits of an answer's ``candidates`` (token ids) are wanted.
 
     ``table`` lists the prompt's blocks; its last position is the last one of the step's rows of
-    ``work``. ``task`` names the heads to ask (None: the general ones), whose outputs then stand for
-    the candidates.
+    ``work``. ``task`` names the heads to ask, whose outputs then stand for the candidates; without
+    one the LM head is asked, above the last segment.
     """
 
     work: int
@@ -154,11 +154,14 @@ class Decide:
     """Run one segment of the decisions' own over parts of prompts, and read answers after it.
 
     A part ends where a block ends, or the prompt. The states are kept until the next segment.
+    ``copies`` are blocks that begin like another, each as source, target and number of positions:
+    the target gets the source's K,V of the segment's layers before it runs.
     """
 
     segment: int
     work: tuple[PromptRows, ...]
     reads: tuple[AnswerRead, ...]
+    copies: tuple[tuple[int, int, int], ...] = ()
 
 
 Step = RunSegments | FillKV | Draft | Decide

@@ -101,7 +101,7 @@ class EngineConfig(_Options):
     decision_heads: str = _option(
         "Early exit",
         "auto",
-        "Heads that answer decisions early, general ones and trained tasks: a file, "
+        "Heads that answer trained decisions early: a file, "
         '"auto" (the shipped one that fits) or "none".',
     )
     exit_quality: float | None = _option(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -54,16 +56,16 @@ class PriorCache:
     """Logits of answers without an input, by question; the least recently used go first."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[object, Prior] = OrderedDict()
+        self._known: OrderedDict[bytes, Prior] = OrderedDict()
 
-    def get(self, key: object) -> Prior | None:
+    def get(self, key: bytes) -> Prior | None:
         """The prior of a question, if it is known."""
         found = self._known.get(key)
         if found is not None:
             self._known.move_to_end(key)
         return found
 
-    def put(self, key: object, prior: Prior) -> None:
+    def put(self, key: bytes, prior: Prior) -> None:
         """Remember a prior."""
         self._known[key] = prior
         while len(self._known) > _MOST_PRIORS:
@@ -159,12 +161,11 @@ async def decide(
 
 
 def _mode(context: Context, exits: DecisionExit, info: EngineInfo) -> ExitMode:
-    heads = info.general_decisions is not None or bool(info.decision_tasks)
-    if exits.mode is ExitMode.ADAPTIVE and not heads:
+    if exits.mode is ExitMode.ADAPTIVE and not info.decision_tasks:
         raise _refused("mode", "no decision heads are loaded for this model")
     if exits.mode is not None:
         return exits.mode
-    if not heads or context.config.early_exit == ExitMode.OFF.value:
+    if not info.decision_tasks or context.config.early_exit == ExitMode.OFF.value:
         return ExitMode.OFF
     return ExitMode.ADAPTIVE
 
@@ -183,11 +184,8 @@ def _variants(index: int, question: Question, info: EngineInfo, wish: Wish) -> l
     for shift in range(count):
         turn = shift * len(labels) // count
         order = (*range(turn, len(labels)), *range(turn))
-        asked = Question(
-            question.kind, question.instructions, tuple(question.options[i] for i in order)
-        )
         own_labels = tuple(labels[i] for i in order)
-        made.append(_Variant(index, order, asked.wording, own_labels, None))
+        made.append(_Variant(index, order, question.reordered(order).wording, own_labels, None))
     return made
 
 
@@ -200,8 +198,10 @@ def _task(
         return None
     if name is None:
         for found, own in info.decision_tasks.items():
-            if own.wording == question.wording and set(own.labels) == set(labels):
-                return found
+            if sorted(own.labels) == sorted(labels):
+                order = [labels.index(label) for label in own.labels]
+                if own.wording == question.reordered(order).wording:
+                    return found
         return None
     if name not in info.decision_tasks:
         known = ", ".join(sorted(info.decision_tasks)) or "none"
@@ -250,8 +250,8 @@ async def _find_priors(
         plan.priors = [None] * len(plan.variants)
         return
     system = [message for message in messages if message["role"] == "system"]
-    said = "\0".join(message["content"] for message in system)
-    keys = [(said, variant.wording, variant.labels) for variant in plan.variants]
+    said = [message["content"] for message in system]
+    keys = [_prior_key(said, variant) for variant in plan.variants]
     missing = {
         key: variant
         for key, variant in zip(keys, plan.variants, strict=True)
@@ -274,13 +274,19 @@ async def _find_priors(
     ]
 
 
+def _prior_key(said: Sequence[str], variant: _Variant) -> bytes:
+    """What a prior depends on; a digest, since clients decide how long that is."""
+    parts = json.dumps([list(said), variant.wording, list(variant.labels)])
+    return hashlib.sha256(parts.encode()).digest()
+
+
 def _thresholds(
     task: str | None, mode: ExitMode, exits: DecisionExit, info: EngineInfo
 ) -> tuple[float, ...]:
     """The probability to leave at after each of the engine's decision layers; empty for none."""
-    heads = info.general_decisions if task is None else info.decision_tasks[task]
-    if mode is not ExitMode.ADAPTIVE or heads is None:
+    if mode is not ExitMode.ADAPTIVE or task is None:
         return ()
+    heads = info.decision_tasks[task]
     own = _own_thresholds(heads, exits)
     if own is None:
         return ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,7 +18,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from offramp.models.sampling_params import ExitMode
-from offramp.server.api.fields import INT64_MAX, UNSUPPORTED, RequestModel, Text
+from offramp.server.api.fields import INT64_MAX, UNSUPPORTED, RequestModel, Text, clean_text
+from offramp.server.api.schemas import warn_once
 from offramp.server.errors import InvalidRequest
 from offramp.server.text.decisions import Option, Question, QuestionKind, predicate, score
 
@@ -98,6 +99,14 @@ Name = Annotated[Text, Field(min_length=1, max_length=MAX_NAME)]
 Label = Annotated[Text, AfterValidator(_not_blank)]
 
 
+def _choice_value(value: Any) -> str | bool:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
+        raise PydanticCustomError("value_type", "must be a text or a boolean")
+    return _not_blank(clean_text(value))
+
+
 class DecisionExit(RequestModel):
     """Early-exit wishes of a decision; ``task`` names a trained one, or "none"."""
 
@@ -123,6 +132,8 @@ def _mode_alone(value: Any) -> Any:
 class _Body(RequestModel):
     """Fields that both routes share, ours among them."""
 
+    model_config = ConfigDict(extra="allow")
+
     model: Text | None = None
     early_exit: Annotated[DecisionExit, BeforeValidator(_mode_alone)] = Field(
         default_factory=DecisionExit
@@ -130,6 +141,12 @@ class _Body(RequestModel):
     calibration: Literal["contextual", "none"] = "contextual"
     permutations: int = Field(default=1, ge=1, le=MAX_PERMUTATIONS)
     return_prompt_token_ids: bool = False
+
+    @model_validator(mode="after")
+    def _tell_unknown(self) -> Self:
+        for name in self.model_extra or ():
+            warn_once(name)
+        return self
 
 
 class _InputMessage(RequestModel):
@@ -197,7 +214,7 @@ class _Predicate(RequestModel):
 
 
 class _Choice(RequestModel):
-    value: Label | bool
+    value: Annotated[str | bool, BeforeValidator(_choice_value)]
     description: Text = ""
 
     @property
@@ -251,7 +268,9 @@ class DecisionBody(_Body):
     @classmethod
     def _text_alone(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("input"), str):
-            return {**data, "input": [{"role": "user", "content": _not_blank(data["input"])}]}
+            if not data["input"].strip():
+                raise InvalidRequest("input: must not be blank.", param="input")
+            return {**data, "input": [{"role": "user", "content": data["input"]}]}
         return data
 
     @model_validator(mode="after")
@@ -283,19 +302,44 @@ class DecisionBody(_Body):
         return _joined([item.as_message() for item in self.input])
 
 
+def _state_text(value: Any) -> str:
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, dict | list):
+        return clean_text(_json_text(value))
+    raise PydanticCustomError("string_type", "must be a text, an object or a list")
+
+
+def _said(value: Any) -> str:
+    return _not_blank(_state_text(value))
+
+
+def _described(value: Any) -> str:
+    return "" if value is None else _state_text(value)
+
+
+def _criteria(value: Any) -> Any:
+    """Refuse names and descriptions that are no texts."""
+    if isinstance(value, dict):
+        for name in value:
+            clean_text(name)
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _described(each)
+    return value
+
+
 class SystemOneQuestion(RequestModel):
     """A question of System One; ``criteria`` are options, levels or what true and false mean."""
 
     texts: ClassVar[frozenset[str]] = frozenset({"true", "false"})
 
     type: Literal["noul", "choice", "score"]
-    instructions: Any
-    criteria: Any = None
+    instructions: Annotated[Any, AfterValidator(_said)]
+    criteria: Annotated[Any, AfterValidator(_criteria)] = None
 
     @model_validator(mode="after")
     def _form(self) -> SystemOneQuestion:
-        self.instructions = _state_text(self.instructions)
-        _not_blank(self.instructions)
         criteria = self.criteria
         if self.type == "noul":
             if criteria is not None and not (
@@ -328,20 +372,17 @@ class SystemOneQuestion(RequestModel):
 class SystemOneBody(_Body):
     """Body of POST /v1/systemone."""
 
-    state: Any
+    state: Annotated[Any, AfterValidator(_said)]
     questions: dict[Name, SystemOneQuestion] = Field(min_length=1, max_length=MAX_QUESTIONS)
 
     @model_validator(mode="before")
     @classmethod
     def _known_forms(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("images"):
-            raise PydanticCustomError(UNSUPPORTED, "images are not supported")
+            raise InvalidRequest(
+                "Images are not supported by this server.", param="images", code=UNSUPPORTED
+            )
         return data
-
-    @model_validator(mode="after")
-    def _some_state(self) -> SystemOneBody:
-        self.state = _not_blank(_state_text(self.state))
-        return self
 
     @property
     def messages(self) -> list[Message]:
@@ -357,15 +398,3 @@ def _joined(messages: Sequence[Message]) -> list[Message]:
         else:
             found.append(dict(message))
     return list(found)
-
-
-def _state_text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict | list):
-        return _json_text(value)
-    raise PydanticCustomError("string_type", "must be a text, an object or a list")
-
-
-def _described(value: Any) -> str:
-    return "" if value is None else _state_text(value)

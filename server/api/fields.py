@@ -88,7 +88,8 @@ def _same(value: object, other: object) -> bool:
     return type(value) is type(other) and value == other
 
 
-def _clean(text: str) -> str:
+def clean_text(text: str) -> str:
+    """The text; raises PydanticCustomError for characters that no request may hold."""
     if "\0" in text:
         raise PydanticCustomError("nul_character", "NUL characters are not allowed")
     try:
@@ -155,7 +156,7 @@ def _prompt_kind(value: Any) -> str:
     return "token_ids" if is_ids else "texts"
 
 
-Text = Annotated[str, AfterValidator(_clean)]
+Text = Annotated[str, AfterValidator(clean_text)]
 Content = Annotated[Text, BeforeValidator(_join_parts)]
 StopStrings = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],

@@ -34,4 +34,8 @@ def _card(context: Context, name: str) -> dict[str, Any]:
         "num_layers": info.num_layers,
         "exit_layers": list(info.exit_layers),
         "draft_head": info.draft_head,
+        "decision_tasks": {
+            name: {"question": task.wording, "answers": list(task.labels)}
+            for name, task in info.decision_tasks.items()
+        },
     }

@@ -144,7 +144,7 @@ class GenerationBody(RequestModel):
                 "'stream_options' is only allowed with 'stream': true.", param="stream_options"
             )
         for name in self.model_extra or ():
-            _warn_once(name)
+            warn_once(name)
         return self
 
     @property
@@ -219,7 +219,8 @@ class CompletionBody(GenerationBody):
         return self
 
 
-def _warn_once(name: str) -> None:
+def warn_once(name: str) -> None:
+    """Log that a request's field has no effect here."""
     shown = name[:_MAX_NAME]
     if shown in _NO_EFFECT or shown in _warned or len(_warned) >= _MAX_WARNED:
         return

@@ -11,6 +11,9 @@ Tokens leave where a given distribution of depths says, whatever the exits score
 costs is really run. So a GPU's throughput can be measured as a function of depth for a model
 without trained exits. It reports only if the loop makes the tokens of single steps.
 
+``offramp bench decisions`` asks a server questions with fixed answers about labelled inputs:
+questions a second, accuracy, calibration and depth, with exits off and on.
+
 ``offramp bench kernels`` measures how close each kernel comes to what the device can do. It
 reports only if every op computes what its reference does. On a CPU the references are timed, which
 rehearses a run on a GPU.
@@ -234,8 +237,64 @@ def kernels_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def decisions_parser() -> argparse.ArgumentParser:
+    """Options of ``offramp bench decisions``."""
+    parser = argparse.ArgumentParser(prog="offramp bench decisions", allow_abbrev=False)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="inputs: .jsonl, .json, .csv, .tsv")
+    add("--text", type=lambda text: text.split(","), default=["text"], help="its fields [text]")
+    add("--label", help="field with the answer; without, only agreement is judged")
+    add("--instructions", required=True, help="the question")
+    add("--type", choices=("choice", "predicate", "score"), default="choice", help="[choice]")
+    add(
+        "--labels",
+        type=answer_values,
+        required=True,
+        help="answers in order, with their values in the file: negative=0,positive=1",
+    )
+    add("--rows", type=_at_least(1), default=200, help="inputs a round [200]")
+    add("--rounds", type=_at_least(1), default=3, help="measured rounds [3]")
+    add("--modes", type=_modes, default=("off", "adaptive"), help="[off,adaptive]")
+    add("--quality", type=float, help="asked of adaptive answers [the server's own]")
+    add("--task", help='trained task to ask, or "none" [the one with this question]')
+    add(
+        "--calibration",
+        choices=("contextual", "none"),
+        default="contextual",
+        help="of answers that no task gives [contextual]",
+    )
+    add("--permutations", type=_at_least(1), default=1, help="orders of the options [1]")
+    add("--questions", type=_numbers, default=(1,), help="questions about an input at once [1]")
+    add("--concurrency", type=_numbers, default=(1, 8), help="requests in flight [1,8]")
+    add("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    add("--decision-heads", default="auto", help='file, "auto" or "none"')
+    add(
+        "--weights", choices=("fp32", "fp16", "bf16", "int4", "auto"), default="auto", help="[auto]"
+    )
+    add("--threads", type=int, default=0, help="CPU threads; 0 is torch's choice")
+    add("--url", help="measure the server there; one of its own if unset")
+    add("--api-key", help="key of that server")
+    add(
+        "--peer",
+        choices=("llamacpp",),
+        help="also ask llama.cpp for the first token of the same prompts, and its likeliest ones",
+    )
+    add("--peer-gguf", type=Path, help="llama.cpp's model file [the embedded model's own]")
+    return parser
+
+
+def answer_values(text: str) -> tuple[tuple[str, str], ...]:
+    """Answers with their values in a file, of ``negative=0,positive=1``."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    found = tuple((name.strip(), (value if sign else name).strip()) for name, sign, value in pairs)
+    if len(found) < 2 or len({name for name, _ in found}) < len(found):
+        raise argparse.ArgumentTypeError("must be two or more different answers")
+    return found
+
+
 _BENCHES = {
     "": (load_parser, "offramp.server.bench.run"),
+    "decisions": (decisions_parser, "offramp.server.bench.decisions"),
     "engine": (engine_parser, "offramp.server.bench.engine.run"),
     "kernels": (kernels_parser, "offramp.server.bench.kernels.run"),
 }

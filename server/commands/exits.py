@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from offramp.server.bench.command import answer_values
 from offramp.server.lab import calibrate, evaluate
 from offramp.server.lab.options import LabError
 
@@ -142,7 +143,7 @@ def _add_task(train: argparse.ArgumentParser) -> None:
     )
     train.add_argument(
         "--labels",
-        type=_labels,
+        type=answer_values,
         required=True,
         help="answers in order, with their values in the file: negative=0,positive=1",
     )
@@ -222,21 +223,18 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def _labels(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    found = tuple((name.strip(), (value if sign else name).strip()) for name, sign, value in pairs)
-    if len(found) < 2 or len({name for name, _ in found}) < len(found):
-        raise argparse.ArgumentTypeError("must be two or more different answers")
-    return found
-
-
 def _info(args: argparse.Namespace) -> int:
+    from offramp.models.exits import decision_heads  # noqa: PLC0415
     from offramp.models.exits.deltas import delta_paths  # noqa: PLC0415
     from offramp.models.exits.draft_head import SUFFIX, read_draft_metadata  # noqa: PLC0415
     from offramp.models.exits.file import read_metadata  # noqa: PLC0415
 
     if args.file.name.endswith(SUFFIX):
         sys.stdout.write(json.dumps(read_draft_metadata(args.file), indent=2) + "\n")
+        return 0
+    if args.file.name.endswith(decision_heads.SUFFIX):
+        shown = decision_heads.read_decision_metadata(args.file)
+        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
         return 0
     shown = read_metadata(args.file) | {"deltas": [path.name for path in delta_paths(args.file)]}
     sys.stdout.write(json.dumps(shown, indent=2) + "\n")

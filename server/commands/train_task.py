@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,14 +37,8 @@ from offramp.models.runner import Runner
 from offramp.server.commands.own_answers import TrainingError, check_out
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine, runner_of
-from offramp.server.text.decisions import (
-    Option,
-    Question,
-    QuestionKind,
-    encode_questions,
-    predicate,
-    score,
-)
+from offramp.server.text.decisions import Question, QuestionKind, encode_questions, question
+from offramp.server.text.labelled import LabelledTexts, read_labelled
 from offramp.server.text.tokenizer import Tokenizer
 
 # Rows kept aside: one part to find thresholds with, one to report on.
@@ -55,21 +47,13 @@ _FEWEST = 200
 _NO_INPUT = "N/A"
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Inputs, and for each the index of its answer (None: the model's own counts)."""
-
-    texts: list[str]
-    answers: list[int] | None
-
-
 def run(args: argparse.Namespace) -> int:
     """Train as ``args`` say and print the metrics as one line of JSON."""
     if not args.out.name.endswith(SUFFIX):
         raise TrainingError(f"--out {args.out}: the name of decision heads ends in {SUFFIX}")
     check_out(args.out)
-    question = _question(args)
-    rows = _read(args)
+    asked = _question(args)
+    rows = read_labelled(args.data, args.text, args.label, [value for _, value in args.labels])
     if len(rows.texts) < _FEWEST:
         raise TrainingError(f"{len(rows.texts)} rows; at least {_FEWEST} are needed")
     folder = resolve(args.model)
@@ -91,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     )
     tokenizer = Tokenizer.load(folder)
     with Progress(console=Console(stderr=True)) as bars:
-        task = _train(args, question, rows, runner_of(engine), tokenizer, layers, bars)
+        task = _train(args, asked, rows, runner_of(engine), tokenizer, layers, bars)
     replace(file, tasks={**file.tasks, args.name: task}).save(args.out)
     sys.stdout.write(json.dumps(task.metrics) + "\n")
     return 0
@@ -106,70 +90,24 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
 
 def _question(args: argparse.Namespace) -> Question:
     names = [name for name, _ in args.labels]
-    if args.type == "predicate":
-        if names != ["yes", "no"]:
-            raise TrainingError("--labels of a predicate are yes=VALUE,no=VALUE")
-        return predicate(args.instructions)
-    if args.type == "score":
-        return score(args.instructions, names)
-    return Question(QuestionKind.CHOICE, args.instructions, tuple(map(Option, names)))
-
-
-def _read(args: argparse.Namespace) -> Rows:
-    """Rows of the file; raises TrainingError where a field or a label is missing."""
-    values = {value: index for index, (_, value) in enumerate(args.labels)}
-    texts: list[str] = []
-    answers: list[int] = []
-    for number, row in enumerate(_rows_of(args.data), start=1):
-        try:
-            texts.append(". ".join(str(row[name]).strip() for name in args.text))
-            if args.label is not None:
-                answers.append(values[str(row[args.label]).strip()])
-        except KeyError as error:
-            known = ", ".join(row)
-            raise TrainingError(
-                f"{args.data}, row {number}: no field or label {error}; fields: {known}; labels: "
-                f"{', '.join(values)}"
-            ) from error
-    return Rows(texts, answers if args.label is not None else None)
-
-
-def _rows_of(path: Path) -> list[Mapping[str, Any]]:
-    """Rows by field: JSON lines, a JSON list, or CSV and TSV with a header or columns 1, 2, .."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        if path.suffix == ".json":
-            return list(json.loads(text))
-    except ValueError as error:
-        raise TrainingError(f"{path}: not valid JSON ({error})") from error
-    lines = text.splitlines()
-    if path.suffix == ".tsv":
-        # Quotes in these are text.
-        table = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    else:
-        table = list(csv.reader(lines))
-    numbers = [str(column) for column in range(1, len(table[0]) + 1)] if table else []
-    named = [dict(zip(table[0], row, strict=False)) for row in table[1:]]
-    counted = [dict(zip(numbers, row, strict=False)) for row in table]
-    headed = [{**a, **b} for a, b in zip(named, counted[1:], strict=True)]
-    return [*headed] or [*counted]
+    if args.type == "predicate" and names != ["yes", "no"]:
+        raise TrainingError("--labels of a predicate are yes=VALUE,no=VALUE")
+    return question(QuestionKind(args.type), args.instructions, names)
 
 
 def _train(
     args: argparse.Namespace,
-    question: Question,
-    rows: Rows,
+    asked: Question,
+    rows: LabelledTexts,
     runner: Runner,
     tokenizer: Tokenizer,
     layers: Sequence[int],
     bars: Progress,
 ) -> DecisionTask:
-    labels = tuple(option.label for option in question.options)
+    labels = tuple(option.label for option in asked.options)
     model, eps = runner.model, runner.model.config.rms_norm_eps
-    ids = torch.tensor(_end(runner))
-    prompts = [_prompt(tokenizer, text, question, int(ids)) for text in rows.texts]
+    end = model.config.eos_token_ids[0]
+    prompts = [_prompt(tokenizer, text, asked, end) for text in rows.texts]
     bar = bars.add_task("states", total=len(prompts))
     top = model.config.num_layers
     states = collect_states(
@@ -179,7 +117,7 @@ def _train(
         (*layers, top),
         lambda done: bars.update(bar, completed=done),
     )
-    own = _zero_shot(runner, tokenizer, question, states)
+    own = _zero_shot(runner, tokenizer, asked, states, end)
     truth = own if rows.answers is None else torch.tensor(rows.answers)
     learn, find, report = _split(len(prompts), args.seed)
     heads = fit_task(states.select(learn), truth[learn], len(labels), eps)
@@ -192,28 +130,24 @@ def _train(
     metrics = _metrics(judged[1], points, own[report], truth[report])
     metrics |= {"data": args.data.name, "rows": len(prompts), "labelled": known is not None}
     heads = replace(heads, points=points)
-    return DecisionTask(args.name, question.wording, labels, heads, metrics)
+    return DecisionTask(args.name, asked.wording, labels, heads, metrics)
 
 
-def _end(runner: Runner) -> int:
-    return runner.model.config.eos_token_ids[0]
-
-
-def _prompt(tokenizer: Tokenizer, text: str, question: Question, end: int) -> tuple[int, ...]:
-    labels = tuple(option.label for option in question.options)
+def _prompt(tokenizer: Tokenizer, text: str, asked: Question, end: int) -> tuple[int, ...]:
+    labels = tuple(option.label for option in asked.options)
     message = {"role": "user", "content": text}
-    return encode_questions(tokenizer, [message], [(question.wording, labels)], end)[0].prompt
+    return encode_questions(tokenizer, [message], [(asked.wording, labels)], end)[0].prompt
 
 
 def _zero_shot(
-    runner: Runner, tokenizer: Tokenizer, question: Question, states: PromptStates
+    runner: Runner, tokenizer: Tokenizer, asked: Question, states: PromptStates, end: int
 ) -> Tensor:
     """The model's own answers [n] at full depth, told by their first tokens, bias removed."""
-    labels = tuple(option.label for option in question.options)
+    labels = tuple(option.label for option in asked.options)
     message = {"role": "user", "content": _NO_INPUT}
-    asked = encode_questions(tokenizer, [message], [(question.wording, labels)], _end(runner))[0]
-    none = collect_states(runner.model, runner.cache, [asked.prompt], states.layers, lambda _: None)
-    first = asked.tree.reads[0].candidates
+    empty = encode_questions(tokenizer, [message], [(asked.wording, labels)], end)[0]
+    none = collect_states(runner.model, runner.cache, [empty.prompt], states.layers, lambda _: None)
+    first = empty.tree.reads[0].candidates
     if len(first) < len(labels):
         raise TrainingError("two labels begin with the same token; give answers that differ")
     candidates = runner.model.head_rows(torch.tensor(first)).float()

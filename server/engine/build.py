@@ -19,7 +19,7 @@ from offramp.models.exits.calibration import OnlineThresholds
 from offramp.models.exits.decision_heads import (
     DecisionFile,
     DecisionFileError,
-    DecisionHeads,
+    DecisionTask,
     load_decision_heads,
     shipped_decision_heads,
 )
@@ -231,8 +231,8 @@ def _load(
     on_device = _decides_on_device(device, on_device=on_device)
     drafts = _draft_head(config.draft_head, own, shape, on_device=on_device)
     decisions = _decision_heads(config.decision_heads, own, shape, device)
-    cuts = decisions.layers if decisions else _cuts(shape.num_layers)
-    cuts = tuple(layer for layer in cuts if layer < shape.num_layers)
+    tasks = decisions.tasks if decisions else {}
+    cuts = decisions.layers[:-1] if tasks and decisions else _cuts(shape.num_layers)
     extra = 0 if drafts is None else 1
     blocks = num_blocks or blocks_that_fit(shape, config, heads, max_len, dtype, device, extra)
     cache_dtype = kv_cache_dtype(config, dtype, device)
@@ -269,17 +269,11 @@ def _load(
         quality_floor=config.quality_floor,
         head_chances=() if drafts is None else drafts.chances,
         decision_layers=cuts,
-        general_decisions=(
-            _decision_info(decisions.general, shape) if decisions and decisions.general else None
-        ),
-        decision_tasks={
-            name: _decision_info(task.heads, shape, task.wording, task.labels)
-            for name, task in (decisions.tasks if decisions else {}).items()
-        },
+        decision_tasks={name: _decision_info(task) for name, task in tasks.items()},
     )
     rows = hidden_rows(info)
     drafter = None if drafts is None else Drafter(model, drafts.head, cache, rows)
-    decider = Decider(model, cache, cuts, decisions)
+    decider = Decider(model, cache, cuts, tasks)
     return Runner(model, heads, cache, rows, exits.vocab, drafter, decider), info
 
 
@@ -359,11 +353,8 @@ def _cuts(num_layers: int) -> tuple[int, ...]:
     return tuple(range(step, num_layers, step))
 
 
-def _decision_info(
-    heads: DecisionHeads, shape: ModelConfig, wording: str = "", labels: tuple[str, ...] = ()
-) -> DecisionInfo:
-    layers = tuple(layer for layer in heads.layers if layer < shape.num_layers)
-    return DecisionInfo(layers, heads.points, wording, labels)
+def _decision_info(task: DecisionTask) -> DecisionInfo:
+    return DecisionInfo(task.wording, task.labels, task.heads.layers[:-1], task.heads.points)
 
 
 def _chosen(

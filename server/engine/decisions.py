@@ -38,7 +38,7 @@ _PARTIAL = b"partial:"
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
-    """One read on its way: blocks shared with its request's others, then ``table``'s own."""
+    """One read on its way; ``table`` has its own blocks from the ``own``-th on."""
 
     index: int
     request: AnswerRequest
@@ -48,9 +48,12 @@ class _Prompt:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One request. All its prompts begin with the tokens of the ``shared`` blocks.
+    """One request.
 
-    Of ``waiting`` reads some are ``climbing``; they have been through ``segment`` segments.
+    All its prompts begin with ``tokens``, which are in the ``shared`` blocks; ``digests`` are those
+    of the full ones. Where they end inside a block, each prompt has a block of its own that begins
+    like the last of them. Of ``waiting`` reads some are ``climbing``; they have been through
+    ``segment`` segments.
     """
 
     request: DecisionRequest
@@ -79,6 +82,7 @@ class _Call:
     jobs: list[_Job] = field(default_factory=list)
     asked: list[tuple[_Job, _Prompt]] = field(default_factory=list)
     reads: list[AnswerRead] = field(default_factory=list)
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
     rows: int = 0
 
 
@@ -129,8 +133,9 @@ class Decisions:
         size = self._info.block_size
         prompts = [read.tokens for read in request.reads]
         # The last token of each prompt is its own: an answer is read there.
-        shared = _common([tokens[:-1] for tokens in prompts])
-        tokens = shared[: len(shared) // size * size]
+        tokens = _common([tokens[:-1] for tokens in prompts])
+        if len(prompts) == 1:
+            tokens = tokens[: len(tokens) // size * size]
         digests = block_hashes(tokens, size)
         job = _Job(request, submitted_at, tokens, digests, deque(enumerate(request.reads)))
         fault = self._fault(request)
@@ -164,9 +169,7 @@ class Decisions:
                 stats = self._run(call)
             except Exception:
                 logger.exception("a step of decisions failed")
-                for job in call.jobs:
-                    self._remove(job)
-                    self._end(job, FinishReason.ERROR, "The engine could not answer this request.")
+                self._fail(call)
                 stats = StepStats("decisions", call.segment)
         events, self._events = self._events, []
         return events, stats
@@ -181,9 +184,7 @@ class Decisions:
         return None
 
     def _admit(self, now: float) -> None:
-        for job in list(self._running):
-            if not job.climbing:
-                self._start(job)
+        self._resume()
         while self._waiting and len(self._running) < _MOST_JOBS:
             job = self._waiting[0]
             if not self._share(job):
@@ -193,33 +194,52 @@ class Decisions:
                 job.shared = []
                 break
             self._waiting.popleft()
-            job.admitted_at = now
             self._running.append(job)
-            self._memory.prefix_queries += len(job.tokens)
-            self._memory.prefix_hits += job.cached
+            if job.admitted_at is None:
+                job.admitted_at = now
+                if self._memory.prefix_caching:
+                    self._memory.prefix_queries += len(job.tokens)
+                    self._memory.prefix_hits += job.cached
+
+    def _resume(self) -> None:
+        """Start further reads of requests that have none climbing.
+
+        If they leave no room for each other, the youngest waits again, its answers so far kept.
+        """
+        while True:
+            for job in self._running:
+                if not job.climbing:
+                    self._start(job)
+            if len(self._running) < 2 or any(job.climbing for job in self._running):
+                return
+            job = self._running[-1]
+            self._remove(job)
+            job.shared = []
+            self._waiting.appendleft(job)
 
     def _share(self, job: _Job) -> bool:
         """Hold the blocks of what the job's prompts share, known ones first; False without room."""
         pool = self._memory.blocks
         # Heads read means, for which a block's states must have been seen on their way.
-        plain = all(read.task is None and not read.thresholds for read in job.request.reads)
+        plain = all(read.task is None for read in job.request.reads)
         for digest in job.digests:
             found = self._known(digest, plain=plain)
             if found is None:
                 break
             job.shared.append(found)
         size = self._info.block_size
-        job.cached = len(job.shared) * size
+        if job.admitted_at is None:
+            job.cached, job.positions = len(job.shared) * size, len(job.tokens)
         after = job.shared[-1] if job.shared else -1
-        new = pool.allocate(len(job.digests) - len(job.shared), after)
+        total = -(-len(job.tokens) // size)
+        new = pool.allocate(total - len(job.shared), after)
         if new is None:
             pool.release(job.shared)
             job.shared = []
             return False
-        for block, digest in zip(new, job.digests[len(job.shared) :], strict=True):
-            self._depth[block], self._made[block] = 0, digest
+        for index, block in enumerate(new, start=len(job.shared)):
+            self._claim(block, job.digests[index] if index < len(job.digests) else None)
         job.shared += new
-        job.positions = len(job.tokens)
         return True
 
     def _known(self, digest: bytes, *, plain: bool) -> int | None:
@@ -230,7 +250,9 @@ class Decisions:
                 if self._made.get(block) == digest:
                     return block
                 if plain and name == digest:
+                    # Others' prompts have no states here, whatever the block held before.
                     self._depth[block] = self._top
+                    self._made.pop(block, None)
                     return block
                 pool.release([block])
         return None
@@ -241,22 +263,29 @@ class Decisions:
         rows = 0
         while job.waiting and rows < _MOST_ROWS:
             index, request = job.waiting[0]
-            count = -(-len(request.tokens) // size) - len(job.shared)
+            full = len(job.digests)
+            count = -(-len(request.tokens) // size) - full
             # The others' share of the cache is not for one request with many questions.
             if job.climbing and pool.num_free < pool.num_blocks // 4 + count:
                 break
             own = pool.allocate(count, -1)
             if own is None:
                 break
-            self._depth.update(dict.fromkeys(own, 0))
             for block in own:
-                self._made.pop(block, None)
+                self._claim(block)
             job.waiting.popleft()
-            job.climbing.append(_Prompt(index, request, job.shared + own, len(job.shared)))
+            job.climbing.append(_Prompt(index, request, job.shared[:full] + own, full))
             rows += len(request.tokens) - len(job.tokens)
         job.positions += rows
         job.segment = 0
         return bool(job.climbing)
+
+    def _claim(self, block: int, digest: bytes | None = None) -> None:
+        """A block that was given out has been through nothing yet."""
+        self._depth[block] = 0
+        self._made.pop(block, None)
+        if digest is not None:
+            self._made[block] = digest
 
     def _gather(self, job: _Job, call: _Call) -> None:
         """Add the job's rows that stand before the call's segment, as far as there is room.
@@ -264,10 +293,18 @@ class Decisions:
         What its prompts share comes first: the others read its K,V.
         """
         call.jobs.append(job)
-        if not self._add_blocks(job, job.tokens, job.shared, 0, call):
+        if not self._add_rows(job, job.tokens, job.shared, 0, call):
+            return
+        begun = len(job.tokens) % self._info.block_size
+        if begun and job.shared[-1] in call.blocks:
+            # What others copy has to be there first.
             return
         for prompt in job.climbing:
-            done = self._add_blocks(job, prompt.request.tokens, prompt.table, prompt.own, call)
+            block = prompt.table[prompt.own]
+            fresh = self._pending(block, call)
+            done = self._add_rows(job, prompt.request.tokens, prompt.table, len(job.tokens), call)
+            if begun and fresh and block in call.blocks:
+                call.copies.append((job.shared[-1], block, begun))
             if not done:
                 return
             if prompt.table[-1] in call.blocks and self._wanted(prompt.request, call.segment):
@@ -278,17 +315,17 @@ class Decisions:
                     AnswerRead(place, prompt.table, length, request.candidates, request.task)
                 )
 
-    def _add_blocks(
+    def _add_rows(
         self, job: _Job, tokens: Sequence[int], table: Sequence[int], first: int, call: _Call
     ) -> bool:
-        """Add the blocks from ``first`` on that have yet to run; False if not all had room."""
+        """Add the positions from ``first`` on that have yet to run; False if not all had room."""
         size, layers = self._info.block_size, self._layers(call.segment)
         start = None
-        for index in range(first, len(table) + 1):
+        for index in range(first // size, len(table) + 1):
             block = table[index] if index < len(table) else None
             pending = block is not None and self._pending(block, call)
-            begin = index * size
-            count = min(size, len(tokens) - begin)
+            begin = max(index * size, first)
+            count = min((index + 1) * size, len(tokens)) - begin
             fits = pending and (count <= call.room or not call.blocks)
             if fits:
                 assert block is not None
@@ -317,7 +354,7 @@ class Decisions:
 
     def _run(self, call: _Call) -> StepStats:
         """Carry a call out and commit it."""
-        step = Decide(call.segment, tuple(call.work), tuple(call.reads))
+        step = Decide(call.segment, tuple(call.work), tuple(call.reads), tuple(call.copies))
         result = self._runner.run(step)
         for block in call.blocks:
             self._depth[block] = call.segment + 1
@@ -357,6 +394,15 @@ class Decisions:
         if all(self._depth[block] > segment for block in pending):
             job.segment = segment + 1
 
+    def _fail(self, call: _Call) -> None:
+        """End the requests of a step that failed, and those that hold what it left half done."""
+        for block in call.blocks:
+            self._made.pop(block, None)
+        for job in list(self._running):
+            if job in call.jobs or not call.blocks.keys().isdisjoint(job.shared):
+                self._remove(job)
+                self._end(job, FinishReason.ERROR, "The engine could not answer this request.")
+
     def _remove(self, job: _Job) -> None:
         """Forget a job, wherever it is, and free what it holds; what it shared stays findable."""
         if job not in self._running:
@@ -364,9 +410,10 @@ class Decisions:
             return
         self._running.remove(job)
         pool = self._memory.blocks
-        for block, digest in zip(job.shared, job.digests, strict=True):
-            if self._made.get(block) == digest and self._memory.prefix_caching:
-                whole = self._depth[block] == self._top
+        for block, digest in zip(job.shared, job.digests, strict=False):
+            depth = self._depth[block]
+            if depth and self._made.get(block) == digest and self._memory.prefix_caching:
+                whole = depth == self._top
                 pool.rename(block, digest if whole else _PARTIAL + digest)
         for prompt in job.climbing:
             pool.release(prompt.table[prompt.own :])

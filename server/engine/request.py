@@ -40,7 +40,7 @@ class AnswerRequest:
 
     ``candidates`` are token ids of which one would come next; ``prior`` are logits that count for
     nothing, as they are there without any input (empty: none). ``task`` names the trained heads to
-    ask; their outputs then stand for the candidates. The answer leaves after the first segment
+    ask; their outputs then stand for the candidates. Such an answer leaves after the first segment
     where its probability reaches the threshold, of which there is one for each of the engine's
     ``decision_layers`` (empty: full depth).
     """
@@ -182,16 +182,15 @@ class EngineOutput:
 
 @dataclass(frozen=True, slots=True)
 class DecisionInfo:
-    """Heads for decisions as requests may use them.
+    """A trained task as requests may use it: its question's ``wording`` and ``labels``.
 
-    ``layers`` are those below full depth after which they read. A task's are for the question of
-    this ``wording`` with these ``labels``.
+    ``layers`` are those below full depth after which its heads read.
     """
 
+    wording: str
+    labels: tuple[str, ...]
     layers: tuple[int, ...]
     points: tuple[DecisionPoint, ...]
-    wording: str = ""
-    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +200,8 @@ class EngineInfo:
     ``exit_layers`` are the exit points, ascending; they cut the ``num_layers`` layers into
     segments. ``max_num_batched_tokens`` bounds the rows of one step, ``max_exit_debt`` the
     positions that one sequence may owe. ``head_chances`` are those of the draft head's file, empty
-    without a draft head. ``decision_layers`` cut the stack for decisions; ``general_decisions`` are
-    heads for any question, ``decision_tasks`` those trained for one, by name.
+    without a draft head. ``decision_layers`` cut the stack for decisions; ``decision_tasks`` are
+    those that heads were trained for, by name.
     """
 
     model_name: str
@@ -224,7 +223,6 @@ class EngineInfo:
     cache_dtype: str = "float32"
     head_chances: tuple[tuple[float, float], ...] = ()
     decision_layers: tuple[int, ...] = ()
-    general_decisions: DecisionInfo | None = None
     decision_tasks: Mapping[str, DecisionInfo] = field(default_factory=dict)
 
     @property

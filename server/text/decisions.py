@@ -6,13 +6,18 @@ the tokens with which the possible answers begin are read there.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import takewhile
 
 from offramp.server.text.tokenizer import Tokenizer
 
+# Questions whose ids are kept.
+_TAILS_KEPT = 1024
+_LONG = 4096
 # Stands for a question while the chat template is rendered.
 _MARK = "\N{WHITE SQUARE}question\N{WHITE SQUARE}"
 
@@ -56,6 +61,10 @@ class Question:
             ask = f"Answer with {', '.join(labels[:-1])} or {labels[-1]}."
         return "\n".join((*lines, ask))
 
+    def reordered(self, order: Sequence[int]) -> Question:
+        """The same question with its options in another order."""
+        return replace(self, options=tuple(self.options[index] for index in order))
+
 
 def predicate(instructions: str, yes: str = "", no: str = "") -> Question:
     """Whether a statement about the input is true."""
@@ -67,6 +76,17 @@ def score(instructions: str, levels: Sequence[str]) -> Question:
     """Which of the ordered ``levels`` fits the input; the model says their numbers."""
     options = tuple(Option(str(index), level) for index, level in enumerate(levels))
     return Question(QuestionKind.SCORE, instructions, options)
+
+
+def question(kind: QuestionKind, instructions: str, labels: Sequence[str]) -> Question:
+    """A question without descriptions; of a predicate the labels are yes and no."""
+    match kind:
+        case QuestionKind.PREDICATE:
+            return predicate(instructions)
+        case QuestionKind.SCORE:
+            return score(instructions, labels)
+        case QuestionKind.CHOICE:
+            return Question(kind, instructions, tuple(map(Option, labels)))
 
 
 def _described(option: Option) -> str:
@@ -93,12 +113,17 @@ class LabelTree:
     """
 
     def __init__(self, labels: Sequence[Sequence[int]], end: int) -> None:
-        texts = [tuple(label) for label in labels]
-        for index, text in enumerate(texts):
-            if text in texts[:index] or not text:
-                raise ValueError((texts.index(text), index))
-            if any(other[: len(text)] == text and other != text for other in texts):
-                texts[index] = (*text, end)
+        # What stands behind the end of an answer is never read.
+        said = [tuple(takewhile(lambda token: token != end, label)) for label in labels]
+        for index, text in enumerate(said):
+            if text in said[:index] or not text:
+                raise ValueError((said.index(text), index))
+        texts = [
+            (*text, end)
+            if any(other[: len(text)] == text and other != text for other in said)
+            else text
+            for text in said
+        ]
         self.reads: list[LabelRead] = []
         self._choices: list[list[tuple[int, int]]] = [[] for _ in texts]
         self._branch(texts, list(range(len(texts))), 0)
@@ -156,17 +181,47 @@ def encode_questions(
     thread. Raises SameLabels, and InvalidRequest where the chat template refuses the messages.
     """
     before, after = _around(tokenizer, messages)
-    tails = [f"\n\n{wording}{after}" for wording, _ in questions]
-    shared, *ends, whole = tokenizer.encode_rendered([before, *tails, before + tails[0]])
-    if shared + ends[0] == whole:
-        prompts = [shared + tail for tail in ends]
+    tails: list[tuple[int, ...]] = []
+    trees: list[LabelTree] = []
+    for index, (wording, labels) in enumerate(questions):
+        # Long ones are not kept: clients decide how long they are.
+        encode = _encoded_tail if len(wording) < _LONG else _encoded_tail.__wrapped__
+        try:
+            tail, tree = encode(tokenizer, after, wording, tuple(labels), end)
+        except ValueError as error:
+            raise SameLabels(index, *error.args[0]) from error
+        tails.append(tail)
+        trees.append(tree)
+    texts = [_tail(wording, after) for wording, _ in questions]
+    shared, whole = tokenizer.encode_rendered([before, before + texts[0]])
+    if shared + tails[0] == whole:
+        prompts = [shared + tail for tail in tails]
     else:
         # This tokenizer joins the input's end with the line breaks behind it.
-        prompts = tokenizer.encode_rendered([before + tail for tail in tails])
-    return [
-        EncodedQuestion(prompt, _tree(tokenizer, index, after, labels, end))
-        for index, (prompt, (_, labels)) in enumerate(zip(prompts, questions, strict=True))
-    ]
+        prompts = tokenizer.encode_rendered([before + text for text in texts])
+    return [EncodedQuestion(*each) for each in zip(prompts, trees, strict=True)]
+
+
+def _tail(wording: str, after: str) -> str:
+    return f"\n\n{wording}{after}"
+
+
+@functools.lru_cache(maxsize=_TAILS_KEPT)
+def _encoded_tail(
+    tokenizer: Tokenizer, after: str, wording: str, labels: tuple[str, ...], end: int
+) -> tuple[tuple[int, ...], LabelTree]:
+    """A question behind an input as ids, and its labels as the tokens that they are behind it.
+
+    Raises ValueError as LabelTree does.
+    """
+    tail, start, *both = tokenizer.encode_rendered(
+        [_tail(wording, after), after, *(after + label for label in labels)]
+    )
+    if all(ids[: len(start)] == start for ids in both):
+        tokens = [ids[len(start) :] for ids in both]
+    else:
+        tokens = tokenizer.encode_rendered(list(labels))
+    return tail, LabelTree(tokens, end)
 
 
 def _around(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
@@ -178,21 +233,6 @@ def _around(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> tupl
         asked = [*messages, {"role": "user", "content": _MARK}]
     before, _, after = tokenizer.render_chat(asked).rpartition(_MARK)
     return before, after
-
-
-def _tree(
-    tokenizer: Tokenizer, question: int, after: str, labels: Sequence[str], end: int
-) -> LabelTree:
-    """Labels as the tokens that they are behind ``after``."""
-    start, *both = tokenizer.encode_rendered([after, *(after + label for label in labels)])
-    if all(ids[: len(start)] == start for ids in both):
-        tokens = [ids[len(start) :] for ids in both]
-    else:
-        tokens = tokenizer.encode_rendered(list(labels))
-    try:
-        return LabelTree(tokens, end)
-    except ValueError as error:
-        raise SameLabels(question, *error.args[0]) from error
 
 
 def confidence(probabilities: Sequence[float]) -> float:

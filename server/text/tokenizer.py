@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("offramp.tokenizer")
 
+# Characters from which on the tokenizer's threads are quicker than they are to wake.
+_WORTH_THREADS = 50_000
+
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 
 
@@ -74,6 +77,8 @@ class Tokenizer:
 
     def encode_rendered(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Ids of texts, or parts of texts, in which the template wrote the special tokens."""
+        if sum(map(len, texts)) < _WORTH_THREADS:
+            return [tuple(self._backend.encode(t, add_special_tokens=False).ids) for t in texts]
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [tuple(encoding.ids) for encoding in encodings]
 
