@@ -16,6 +16,7 @@ from offramp.models.errors import CheckpointError, UnsupportedModel
 
 # The dynamic and longrope kinds change their frequencies with the length of the sequence, which
 # would make cached keys wrong; they stay out until asked for.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -145,6 +146,17 @@ def _sliding_window(hf: PreTrainedConfig) -> int | None:
     return window
 
 
+def sampling_defaults(folder: Path) -> dict[str, float]:
+    """Sampling parameters of the folder's generation_config.json that requests may leave open."""
+    path = folder / "generation_config.json"
+    stored = _read_json(path) if path.exists() else {}
+    return {
+        name: float(stored[name])
+        for name in _SAMPLING
+        if isinstance(stored.get(name), int | float) and not isinstance(stored[name], bool)
+    }
+
+
 def _eos_token_ids(folder: Path, hf: PreTrainedConfig) -> tuple[int, ...]:
     """Ids that end a text; generation_config.json wins, as in transformers' generate."""
     path = folder / "generation_config.json"
@@ -153,4 +165,6 @@ def _eos_token_ids(folder: Path, hf: PreTrainedConfig) -> tuple[int, ...]:
         ids = hf.eos_token_id
     if ids is None:
         return ()
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    found = ids if isinstance(ids, list) else [ids]
+    # Ids that the model cannot say end nothing, and would be read outside the logits.
+    return tuple(int(each) for each in found if 0 <= int(each) < hf.vocab_size)

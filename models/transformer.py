@@ -82,11 +82,12 @@ class Transformer:
         embed = weights["embed"]
         self.dtype, self.device = embed.dtype, embed.device
         self.final_norm = weights["final_norm"]
-        head = weights.get("lm_head", embed)
+        self._tied = "lm_head" not in weights
+        head = embed if self._tied else weights["lm_head"]
         self.lm_head = Linear(head, None, recipes.head(head) if recipes else None)
         # A tied head that can be read row by row need not be kept twice.
-        tied = config.tie_word_embeddings and self.lm_head.native is not None
-        self._embed = None if tied else embed
+        shared = self._tied and self.lm_head.native is not None
+        self._embed = None if shared else embed
         del embed, head
         self.exit_forms = recipes.exits if recipes else None
         self.draft_forms = recipes.drafts if recipes else None
@@ -132,7 +133,7 @@ class Transformer:
         """LM-head rows [n, d] of token ids ``vocab`` [n] (None: all)."""
         if vocab is None:
             vocab = torch.arange(self.config.vocab_size, device=self.device)
-        return self.embed(vocab) if self.config.tie_word_embeddings else self.lm_head.rows(vocab)
+        return self.embed(vocab) if self._tied else self.lm_head.rows(vocab)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Final norm of full-depth states [n, d]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from offramp import __version__
 from offramp.server.api import chat, completions, decisions, models, ops, wire
@@ -33,5 +34,14 @@ def create_app(context: Context) -> FastAPI:
     if context.config.api_key:
         app.add_middleware(ApiKey, keys=context.config.api_key)
     app.add_middleware(HeadAsGet)
+    if context.config.allowed_origins:
+        # Before the keys: a browser asks beforehand without one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=context.config.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[wire.REQUEST_ID_HEADER],
+        )
     app.add_middleware(RequestId)
     return app

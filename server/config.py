@@ -61,6 +61,12 @@ class EngineConfig(_Options):
         "Longest prompt plus answer, in tokens; the model's own limit if unset.",
         ge=2,
     )
+    generation_config: Literal["auto", "none"] = _option(
+        "Model",
+        "auto",
+        "Where sampling parameters that a request leaves open come from: the model's "
+        "generation_config.json, or OpenAI's defaults (none).",
+    )
     seed: int = _option("Model", 0, "Seed of random weights and of requests without one.", ge=0)
     max_num_seqs: int = _option("Scheduling", 64, "Sequences in the engine at once.", ge=1)
     max_num_batched_tokens: int = _option("Scheduling", 512, "Token rows in one step.", ge=1)
@@ -168,6 +174,14 @@ class ServerConfig(_Options):
     )
     sse_keep_alive_interval: float = _option(
         "HTTP", 15.0, "Seconds of silence in a stream before a comment is sent.", gt=0
+    )
+    allowed_origins: tuple[str, ...] = _option(
+        "HTTP", (), 'Origins of web pages that may call the server from a browser; "*" is any.'
+    )
+    special_tokens_in_messages: bool = _option(
+        "HTTP",
+        False,
+        "Let the names of special tokens in messages be special tokens; they are text otherwise.",
     )
     early_exit: Literal["auto", "off", "adaptive", "lossless"] = _option(
         "Early exit",

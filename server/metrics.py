@@ -222,7 +222,7 @@ class Metrics:
 
     def _observe_step(self, stats: StepStats) -> None:
         rows = stats.prefill_rows + stats.decode_rows
-        self.count("offramp:engine_steps")
+        self.count("offramp:engine_steps", stats.kind != "idle")
         self.count("offramp:engine_seconds", stats.seconds)
         self.count("offramp:engine_host_seconds", stats.host_seconds)
         self.count("vllm:num_preemptions", stats.preemptions)
@@ -240,7 +240,7 @@ class Metrics:
         if stats.kind == "segments":
             for segment in range(stats.first_segment, stats.segment + 1):
                 self._batch_size.labels(*self._who, str(segment)).observe(rows)
-        if stats.kind != "fill" and stats.first_segment == 0:
+        if rows and stats.kind != "fill" and stats.first_segment == 0:
             self.record("vllm:iteration_tokens_total", rows)
         if stats.fill_tokens:
             self._fill_tokens.labels(*self._who, stats.fill_method).inc(stats.fill_tokens)

@@ -145,7 +145,11 @@ class Service:
         self._folder = await asyncio.to_thread(self._resolve)
         # The engine thread loads the weights meanwhile.
         self._driver.start()
-        self._context.tokenizer = await asyncio.to_thread(Tokenizer.load, self._folder)
+        self._context.tokenizer = await asyncio.to_thread(
+            Tokenizer.load,
+            self._folder,
+            special_in_messages=self._config.special_tokens_in_messages,
+        )
         info = await self._driver.ready()
         self._metrics.configure(info)
         self._stats.configure(info.num_layers)

@@ -69,13 +69,15 @@ class DecisionTask:
     """One question that heads were trained for.
 
     ``wording`` is the question as the model reads it, ``labels`` are its answers in the order of
-    the heads' outputs.
+    the heads' outputs. Where they were ``labelled`` the heads answer at full depth too; else they
+    foresee the model's own answers, which its LM head gives at full depth.
     """
 
     name: str
     wording: str
     labels: tuple[str, ...]
     heads: DecisionHeads
+    labelled: bool = True
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -106,6 +108,7 @@ class DecisionFile:
                 ],
                 "wording": task.wording,
                 "labels": task.labels,
+                "labelled": task.labelled,
                 "metrics": task.metrics,
             }
         metadata = {
@@ -143,7 +146,9 @@ def load_decision_heads(
         tasks = {}
         for index, (name, own) in enumerate(metadata["tasks"].items()):
             heads, labels = _heads(str(index), own, stored, config), tuple(own["labels"])
-            tasks[name] = DecisionTask(name, own["wording"], labels, heads, own["metrics"])
+            tasks[name] = DecisionTask(
+                name, own["wording"], labels, heads, bool(own["labelled"]), own["metrics"]
+            )
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DecisionFileError(f"{path}: {reason}") from error

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from offramp.models.config import ModelConfig
 from offramp.models.errors import CheckpointError
 from offramp.models.families import FAMILIES
 
+logger = logging.getLogger("offramp.loading")
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 STORED_DTYPES = ("F32", "BF16", "F16")
 FINGERPRINT_ROWS = 64
+_HEAD = "lm_head.weight"
 # Enough names to recognise the fault, few enough to read.
 MAX_NAMED = 8
 
@@ -44,7 +48,8 @@ class StoredWeights(Mapping[str, Tensor]):
     """Weights of ``folder`` as ``dtype`` tensors on the CPU, each read anew when it is asked for.
 
     Names and shapes, with d hidden, H and K query and KV heads of size hd, ff the MLP's width and
-    V the vocabulary: ``embed`` [V, d], ``final_norm`` [d], ``lm_head`` [V, d] (absent when tied),
+    V the vocabulary: ``embed`` [V, d], ``final_norm`` [d], ``lm_head`` [V, d] (absent when tied:
+    where config.json says so, and the file has no other, as in transformers),
     and under ``layers.{i}.``: ``attn_norm`` [d], ``qkv`` [(H + 2K) * hd, d], ``o`` [d, H * hd],
     ``mlp_norm`` [d], ``gate_up`` [2 * ff, d], ``down`` [d, ff]; where the family has them
     ``qkv_bias``, ``o_bias``, ``gate_up_bias``, ``down_bias`` and ``q_norm``, ``k_norm`` [hd].
@@ -62,12 +67,18 @@ class StoredWeights(Mapping[str, Tensor]):
         dtype: torch.dtype,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        plan = list(_plan(config))
         with ExitStack() as stack:
             files = {path: _open(path, stack) for path in _weight_files(folder)}
             names = {path: file.keys() for path, file in files.items()}
             self._homes = {name: path for path, own in names.items() for name in own}
-            _check(plan, {name: files[path] for name, path in self._homes.items()}, config)
+            stored = {name: files[path] for name, path in self._homes.items()}
+            if config.tie_word_embeddings and _has_own_head(stored, config):
+                logger.warning(
+                    "config.json ties the LM head to the embedding, but the file has another: used"
+                )
+                config = replace(config, tie_word_embeddings=False)
+            plan = list(_plan(config))
+            _check(plan, stored, config)
         self._plan = {fused.name: fused for fused in plan}
         self._dtype = dtype
         self._progress = progress
@@ -131,7 +142,7 @@ def _plan(config: ModelConfig) -> Iterator[Fused]:
             )
     yield Fused("final_norm", ((f"{prefix}norm.weight", (width,)),))
     if not config.tie_word_embeddings:
-        yield Fused("lm_head", (("lm_head.weight", (vocab, width)),))
+        yield Fused("lm_head", ((_HEAD, (vocab, width)),))
 
 
 def _layer_plan(config: ModelConfig) -> Iterator[Fused]:
@@ -182,6 +193,17 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+def _has_own_head(stored: Mapping[str, Any], config: ModelConfig) -> bool:
+    """Whether a file of a model with a tied LM head has one that is not its embedding."""
+    embed = f"{FAMILIES[config.architecture].prefix}embed_tokens.weight"
+    if _HEAD not in stored or embed not in stored:
+        return False
+    head, table = stored[_HEAD].get_slice(_HEAD), stored[embed].get_slice(embed)
+    if head.get_shape() != table.get_shape():
+        return True
+    return not torch.equal(head[:], table[:])
+
+
 def _check(plan: list[Fused], files: dict[str, Any], config: ModelConfig) -> None:
     expected = {name: shape for fused in plan for name, shape in fused.parts}
     missing = [name for name in expected if name not in files]
@@ -211,7 +233,7 @@ def _harmless(name: str, config: ModelConfig) -> bool:
     """Whether a tensor may be ignored: old buffers, and a copy of the tied embedding."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
-    return name == "lm_head.weight" and config.tie_word_embeddings
+    return name == _HEAD and config.tie_word_embeddings
 
 
 def _named(names: list[str]) -> str:

@@ -8,7 +8,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from offramp.models.sampling_params import NEVER, ExitMode
@@ -148,14 +148,14 @@ async def decide(
     plan = await _encode(context, messages, variants, wish)
     await _find_priors(context, request_id, messages, plan, wish)
     reads = [
-        _reads(variant, encoded, prior or (), _thresholds(variant.task, mode, wish.exits, info))
-        for variant, encoded, prior in zip(plan.variants, plan.encoded, plan.priors, strict=True)
+        _reads(variant, encoded, info, _thresholds(variant.task, mode, wish.exits, info))
+        for variant, encoded in zip(plan.variants, plan.encoded, strict=True)
     ]
     event = await _run(context, request_id, [read for own in reads for read in own])
     results = iter(event.answers)
     found = [[next(results) for _ in own] for own in reads]
     answers = tuple(
-        _answer(index, question, plan, found) for index, question in enumerate(questions)
+        _answer(index, question, plan, found, info) for index, question in enumerate(questions)
     )
     return Decided(answers, mode, event.stats, time.monotonic() - begun)
 
@@ -198,7 +198,7 @@ def _task(
         return None
     if name is None:
         for found, own in info.decision_tasks.items():
-            if sorted(own.labels) == sorted(labels):
+            if sorted(own.labels) == sorted(labels) and (own.labelled or wish.calibrate):
                 order = [labels.index(label) for label in own.labels]
                 if own.wording == question.reordered(order).wording:
                     return found
@@ -252,26 +252,33 @@ async def _find_priors(
     system = [message for message in messages if message["role"] == "system"]
     said = [message["content"] for message in system]
     keys = [_prior_key(said, variant) for variant in plan.variants]
+    known = {key: context.priors.get(key) for key in keys}
     missing = {
         key: variant
         for key, variant in zip(keys, plan.variants, strict=True)
-        if variant.task is None and context.priors.get(key) is None
+        if _needs_prior(variant, context.driver.info) and known[key] is None
     }
     if missing:
         empty = [*system, {"role": "user", "content": _NO_INPUT}]
         made = await _encode(context, empty, list(missing.values()), wish)
         reads = [
-            _reads(variant, encoded, (), ())
+            _reads(replace(variant, task=None), encoded, context.driver.info, ())
             for variant, encoded in zip(made.variants, made.encoded, strict=True)
         ]
         event = await _run(context, f"{request_id}-prior", [r for own in reads for r in own])
         results = iter(event.answers)
         for key, own in zip(missing, reads, strict=True):
-            context.priors.put(key, tuple(next(results).logits for _ in own))
+            known[key] = prior = tuple(next(results).logits for _ in own)
+            context.priors.put(key, prior)
     plan.priors = [
-        None if variant.task is not None else context.priors.get(key)
+        known[key] if _needs_prior(variant, context.driver.info) else None
         for key, variant in zip(keys, plan.variants, strict=True)
     ]
+
+
+def _needs_prior(variant: _Variant, info: EngineInfo) -> bool:
+    """Whether the model's own words answer, at full depth at least."""
+    return variant.task is None or not info.decision_tasks[variant.task].labelled
 
 
 def _prior_key(said: Sequence[str], variant: _Variant) -> bytes:
@@ -312,20 +319,16 @@ def _own_thresholds(heads: DecisionInfo, exits: DecisionExit) -> tuple[float, ..
 
 
 def _reads(
-    variant: _Variant, encoded: EncodedQuestion, prior: Prior, thresholds: tuple[float, ...]
+    variant: _Variant, encoded: EncodedQuestion, info: EngineInfo, thresholds: tuple[float, ...]
 ) -> list[AnswerRequest]:
-    if variant.task is not None:
+    task = variant.task
+    labelled = task is not None and info.decision_tasks[task].labelled
+    if labelled:
         places = tuple(range(len(variant.labels)))
-        return [AnswerRequest(encoded.prompt, places, (), variant.task, thresholds)]
+        return [AnswerRequest(encoded.prompt, places, task, labelled, thresholds)]
     return [
-        AnswerRequest(
-            (*encoded.prompt, *read.path),
-            read.candidates,
-            prior[index] if prior else (),
-            None,
-            thresholds,
-        )
-        for index, read in enumerate(encoded.tree.reads)
+        AnswerRequest((*encoded.prompt, *read.path), read.candidates, task, labelled, thresholds)
+        for read in encoded.tree.reads
     ]
 
 
@@ -346,6 +349,7 @@ def _answer(
     question: Question,
     plan: _Plan,
     found: Sequence[Sequence[AnswerResult]],
+    info: EngineInfo,
 ) -> Answer:
     """The mean over the ways a question was asked."""
     own = [place for place, variant in enumerate(plan.variants) if variant.question == index]
@@ -353,7 +357,8 @@ def _answer(
     layer, task = 0, plan.variants[own[0]].task
     for place in own:
         variant, results, prior = plan.variants[place], found[place], plan.priors[place]
-        if task is not None:
+        early = results[0].layer < info.num_layers
+        if task is not None and (early or info.decision_tasks[task].labelled):
             given = softmax(results[0].logits)
         else:
             logits = [result.logits for result in results]

@@ -238,7 +238,11 @@ def _choice(
     return Choice(
         index,
         request,
-        tokenizer.detokenizer(skip_special_tokens=body.skip_special_tokens),
+        tokenizer.detokenizer(
+            skip_special_tokens=body.skip_special_tokens,
+            # A completion's text goes on from the prompt's, an answer in a chat begins anew.
+            behind=() if hasattr(body, "messages") else request.prompt,
+        ),
         StopFilter(body.stop, include=body.include_stop_str_in_output),
         context.metrics.request(request, body.n),
     )

@@ -42,13 +42,23 @@ def plan(
     param = "messages" if hasattr(body, "messages") else "prompt"
     _check_token_ids(body, prompts, info)
     exits = exit_settings(context.config, body.early_exit, info)
-    seed = context.seeds.getrandbits(SEED_BITS) if body.seed is None else body.seed
+    # -1 is what vLLM and llama.cpp take for none.
+    unseeded = body.seed is None or body.seed == -1
+    seed = context.seeds.getrandbits(SEED_BITS) if unseeded else int(body.seed or 0)
+    if len(prompts) * body.n > context.driver.capacity:
+        raise InvalidRequest(
+            f"{len(prompts) * body.n} answers at once are more than this server takes, "
+            f"{context.driver.capacity}.",
+            param="n" if body.n > 1 else param,
+        )
+    # A special token's text is left out of answers, so a stop string of it is met by its id.
+    stops = context.loaded_tokenizer().special_ids(body.stop)
     requests: list[GenerationRequest] = []
     for prompt in prompts:
         max_tokens = answer_room(body, len(prompt), info.max_model_len, param)
         for _ in range(body.n):
             index = len(requests)
-            sampling = _sampling(body, info, max_tokens, derived_seed(seed, index))
+            sampling = _sampling(body, info, max_tokens, derived_seed(seed, index), stops)
             requests.append(
                 GenerationRequest(f"{request_id}-{index}", tuple(prompt), sampling, exits)
             )
@@ -89,15 +99,19 @@ def _check_token_ids(body: GenerationBody, prompts: Sequence[Prompt], info: Engi
             )
 
 
-def _sampling(body: GenerationBody, info: EngineInfo, max_tokens: int, seed: int) -> SamplingParams:
+def _sampling(
+    body: GenerationBody, info: EngineInfo, max_tokens: int, seed: int, stops: Sequence[int]
+) -> SamplingParams:
     if body.min_tokens > max_tokens:
         raise InvalidRequest("min_tokens is more than the answer may have.", param="min_tokens")
     ends = () if body.ignore_eos else info.eos_token_ids
+    open_ones = info.sampling_defaults.keys() - body.model_fields_set
+    body = body.model_copy(update={name: info.sampling_defaults[name] for name in open_ones})
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=body.temperature if body.temperature >= _GREEDY_BELOW else 0.0,
-        top_k=max(body.top_k, 0),
-        top_p=body.top_p,
+        temperature=body.temperature if body.temperature >= _GREEDY_BELOW and body.top_p else 0.0,
+        top_k=max(int(body.top_k), 0),
+        top_p=body.top_p or 1.0,
         min_p=body.min_p,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
@@ -105,7 +119,7 @@ def _sampling(body: GenerationBody, info: EngineInfo, max_tokens: int, seed: int
         logit_bias=tuple(body.logit_bias.items()),
         seed=seed,
         min_tokens=body.min_tokens,
-        stop_token_ids=frozenset((*ends, *body.stop_token_ids)),
+        stop_token_ids=frozenset((*ends, *stops, *body.stop_token_ids)),
     )
 
 

@@ -287,7 +287,7 @@ def answer_values(text: str) -> tuple[tuple[str, str], ...]:
     """Answers with their values in a file, of ``negative=0,positive=1``."""
     pairs = [part.partition("=") for part in text.split(",")]
     found = tuple((name.strip(), (value if sign else name).strip()) for name, sign, value in pairs)
-    if len(found) < 2 or len({name for name, _ in found}) < len(found):
+    if len(found) < 2 or any(len(set(column)) < len(found) for column in zip(*found, strict=True)):
         raise argparse.ArgumentTypeError("must be two or more different answers")
     return found
 

@@ -85,7 +85,7 @@ def default_layers(num_layers: int) -> tuple[int, ...]:
     """Where answers may leave: close together below, where most of them do."""
     fine, coarse = max(1, num_layers // 15), max(1, num_layers // 10)
     low = range(fine, 2 * num_layers // 5 + 1, fine)
-    return (*low, *range(low[-1] + coarse, num_layers, coarse))
+    return (*low, *range((low[-1] if low else 0) + coarse, num_layers, coarse))
 
 
 def _question(args: argparse.Namespace) -> Question:
@@ -108,6 +108,13 @@ def _train(
     model, eps = runner.model, runner.model.config.rms_norm_eps
     end = model.config.eos_token_ids[0]
     prompts = [_prompt(tokenizer, text, asked, end) for text in rows.texts]
+    most = len(model.rotary.angles[0])
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) > most:
+            raise TrainingError(
+                f"row {number} has {len(prompt)} tokens with the question; the model's context is "
+                f"{most}"
+            )
     bar = bars.add_task("states", total=len(prompts))
     top = model.config.num_layers
     states = collect_states(
@@ -121,16 +128,16 @@ def _train(
     truth = own if rows.answers is None else torch.tensor(rows.answers)
     learn, find, report = _split(len(prompts), args.seed)
     heads = fit_task(states.select(learn), truth[learn], len(labels), eps)
-    known = None if rows.answers is None else truth
+    labelled = rows.answers is not None
     judged = [
-        judge_task(heads, states.select(part), eps, known if known is None else known[part])
+        judge_task(heads, states.select(part), eps, truth[part], labelled=labelled)
         for part in (find, report)
     ]
     points = calibrate(*judged)
     metrics = _metrics(judged[1], points, own[report], truth[report])
-    metrics |= {"data": args.data.name, "rows": len(prompts), "labelled": known is not None}
+    metrics |= {"data": args.data.name, "rows": len(prompts)}
     heads = replace(heads, points=points)
-    return DecisionTask(args.name, asked.wording, labels, heads, metrics)
+    return DecisionTask(args.name, asked.wording, labels, heads, labelled, metrics)
 
 
 def _prompt(tokenizer: Tokenizer, text: str, asked: Question, end: int) -> tuple[int, ...]:
@@ -147,8 +154,8 @@ def _zero_shot(
     message = {"role": "user", "content": _NO_INPUT}
     empty = encode_questions(tokenizer, [message], [(asked.wording, labels)], end)[0]
     none = collect_states(runner.model, runner.cache, [empty.prompt], states.layers, lambda _: None)
-    first = empty.tree.reads[0].candidates
-    if len(first) < len(labels):
+    path, first = empty.tree.reads[0].path, empty.tree.reads[0].candidates
+    if path or len(first) < len(labels):
         raise TrainingError("two labels begin with the same token; give answers that differ")
     candidates = runner.model.head_rows(torch.tensor(first)).float()
     return ((states.final - none.final) @ candidates.T).argmax(1)

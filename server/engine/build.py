@@ -43,7 +43,7 @@ from offramp.models.exits.file import (
     shipped_exits,
 )
 from offramp.models.exits.head import shared_heads
-from offramp.models.families import config_from_hf
+from offramp.models.families import config_from_hf, sampling_defaults
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.formats import as_they_are, choose
 from offramp.models.loading.safetensors import StoredWeights, fingerprint
@@ -270,6 +270,7 @@ def _load(
         head_chances=() if drafts is None else drafts.chances,
         decision_layers=cuts,
         decision_tasks={name: _decision_info(task) for name, task in tasks.items()},
+        sampling_defaults=sampling_defaults(folder) if config.generation_config == "auto" else {},
     )
     rows = hidden_rows(info)
     drafter = None if drafts is None else Drafter(model, drafts.head, cache, rows)
@@ -354,7 +355,8 @@ def _cuts(num_layers: int) -> tuple[int, ...]:
 
 
 def _decision_info(task: DecisionTask) -> DecisionInfo:
-    return DecisionInfo(task.wording, task.labels, task.heads.layers[:-1], task.heads.points)
+    heads = task.heads
+    return DecisionInfo(task.wording, task.labels, task.labelled, heads.layers[:-1], heads.points)
 
 
 def _chosen(

@@ -309,11 +309,15 @@ class Decisions:
                 return
             if prompt.table[-1] in call.blocks and self._wanted(prompt.request, call.segment):
                 call.asked.append((job, prompt))
-                request = prompt.request
-                place, length = len(call.work) - 1, len(request.tokens)
-                call.reads.append(
-                    AnswerRead(place, prompt.table, length, request.candidates, request.task)
-                )
+                call.reads.append(self._read(prompt, call))
+
+    def _read(self, prompt: _Prompt, call: _Call) -> AnswerRead:
+        """What to read behind the last rows of the call."""
+        request = prompt.request
+        by_heads = request.labelled or call.segment < self._top - 1
+        task = request.task if by_heads else None
+        place, length = len(call.work) - 1, len(request.tokens)
+        return AnswerRead(place, prompt.table, length, request.candidates, task)
 
     def _add_rows(
         self, job: _Job, tokens: Sequence[int], table: Sequence[int], first: int, call: _Call
@@ -378,7 +382,7 @@ class Decisions:
     def _decided(self, request: AnswerRequest, logits: Sequence[float], segment: int) -> bool:
         if segment == self._top - 1:
             return True
-        return top_probability(logits, request.prior) >= request.thresholds[segment]
+        return top_probability(logits) >= request.thresholds[segment]
 
     def _go_on(self, job: _Job, segment: int) -> None:
         """The job goes to the next segment, starts with further reads, or ends."""
@@ -441,11 +445,10 @@ class Decisions:
         return self._bounds[segment + 1] - self._bounds[segment]
 
 
-def top_probability(logits: Sequence[float], prior: Sequence[float] = ()) -> float:
-    """Probability of the likeliest candidate, with the logits of ``prior`` taken off."""
-    values = [a - b for a, b in zip(logits, prior, strict=True)] if prior else logits
-    top = max(values)
-    return 1 / math.fsum(math.exp(value - top) for value in values)
+def top_probability(logits: Sequence[float]) -> float:
+    """Probability of the likeliest candidate."""
+    top = max(logits)
+    return 1 / math.fsum(math.exp(value - top) for value in logits)
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:

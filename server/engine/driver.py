@@ -154,6 +154,11 @@ class EngineDriver:
         """Requests accepted and not yet ended."""
         return len(self._streams)
 
+    @property
+    def capacity(self) -> int:
+        """Requests that may run or wait at once."""
+        return self.info.max_num_seqs + self._max_waiting
+
     def start(self) -> None:
         """Start the thread; returns at once, `ready` waits for the model."""
         self._loop = asyncio.get_running_loop()
@@ -169,7 +174,7 @@ class EngineDriver:
         """Queue a request. Raises EngineLoading, ShuttingDown, EngineFailed or QueueFull."""
         if self.state is not EngineState.READY:
             raise self._unavailable()
-        if len(self._streams) >= self.info.max_num_seqs + self._max_waiting:
+        if len(self._streams) >= self.capacity:
             raise QueueFull(
                 f"{len(self._streams)} requests are running or waiting; try again later.",
                 headers={"Retry-After": "1"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import abc
 from dataclasses import replace
@@ -23,6 +24,11 @@ from offramp.server.engine.request import (
 )
 from offramp.server.engine.sequence import Sequence
 from offramp.server.errors import BugError
+
+logger = logging.getLogger("offramp.engine")
+
+# Steps that fail one after the other before the engine counts as broken.
+_MOST_FAILURES = 3
 
 
 class Engine:
@@ -59,6 +65,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._events: list[TokenEvent] = []
         self._totals = (0,) * 5
+        self._failures = 0
 
     @property
     def has_work(self) -> bool:
@@ -91,7 +98,26 @@ class Engine:
     def step(self) -> EngineOutput:
         """Run one step of one decoder and commit it; returns the events since the last step."""
         self.thresholds.observe_load(len(self.admission.waiting))
-        stats = None
+        try:
+            stats = self._advance()
+            self._failures = 0
+        except Exception:
+            self._failures += 1
+            if self._failures > _MOST_FAILURES:
+                raise
+            logger.exception("a step failed; the requests that ran end with an error")
+            self._fail_running()
+            stats = None
+        if stats is None and self._events:
+            # What ended without a step leaves its mark on the gauges too.
+            stats = StepStats("idle", 0)
+        if self.check_invariants or not (self.admission.has_work or self.decisions.has_work):
+            self.check()
+        events, self._events = tuple(self._events), []
+        return EngineOutput(events, stats and self._with_gauges(stats))
+
+    def _advance(self) -> StepStats | None:
+        """Let the first worker that has something to do run one step."""
         for worker in self._turns:
             if isinstance(worker, Decisions):
                 ended, stats = worker.advance(time.monotonic())
@@ -104,11 +130,17 @@ class Engine:
                 # The others come first next time, so that none waits for another's end.
                 self._turns.remove(worker)
                 self._turns.append(worker)
-                break
-        if self.check_invariants or not (self.admission.has_work or self.decisions.has_work):
-            self.check()
-        events, self._events = tuple(self._events), []
-        return EngineOutput(events, stats and self._with_gauges(stats))
+                return stats
+        return None
+
+    def _fail_running(self) -> None:
+        """End the requests that run: one of them is at fault, and which one is not known."""
+        for sequence in list(self.admission.running.values()):
+            self.admission.release(sequence)
+            if not sequence.audit:
+                del self._sequences[sequence.request.request_id]
+                error = "The engine could not finish this request."
+                self._emit(sequence, (), FinishReason.ERROR, error=error)
 
     def check(self) -> None:
         """Check that every running sequence is in exactly one place and memory is accounted for.

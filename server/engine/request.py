@@ -38,17 +38,17 @@ class GenerationRequest:
 class AnswerRequest:
     """One place where an answer of a fixed set is read: behind the tokens of a prompt.
 
-    ``candidates`` are token ids of which one would come next; ``prior`` are logits that count for
-    nothing, as they are there without any input (empty: none). ``task`` names the trained heads to
-    ask; their outputs then stand for the candidates. Such an answer leaves after the first segment
-    where its probability reaches the threshold, of which there is one for each of the engine's
-    ``decision_layers`` (empty: full depth).
+    ``candidates`` are token ids of which one would come next. ``task`` names trained heads that may
+    answer earlier; their outputs then stand for the candidates, at full depth only where the task
+    is ``labelled``. Such an answer leaves after the first segment where its probability reaches the
+    threshold, of which there is one for each of the engine's ``decision_layers`` (empty: full
+    depth).
     """
 
     tokens: tuple[int, ...]
     candidates: tuple[int, ...]
-    prior: tuple[float, ...] = ()
     task: str | None = None
+    labelled: bool = False
     thresholds: tuple[float, ...] = ()
 
 
@@ -62,7 +62,7 @@ class DecisionRequest:
 
 @dataclass(frozen=True, slots=True)
 class AnswerResult:
-    """Logits of the candidates, the prior still in them, and the layer they were read after."""
+    """Logits of the candidates, and the layer they were read after."""
 
     logits: tuple[float, ...]
     layer: int
@@ -129,13 +129,13 @@ class TokenEvent:
 class StepStats:
     """What one engine step did and the state it left behind, for metrics and logs.
 
-    ``kind`` is ``segments``, ``fill``, ``decisions`` (a segment of their own) or ``device`` (a pass
-    of all segments, decided on the device); ``segment`` is the last one that ran, ``head_seconds``
-    the part of ``seconds`` for the LM head and sampling; ``draft_seconds`` were spent on guesses
-    before. ``rows`` are token rows of that step. Fields up to ``disagreements`` are increments, the
-    rest are values after the step. ``exit_head_rows`` are rows an exit's LM head ran for,
-    ``prompt_left`` prompt tokens that left after this segment, ``prompt_full`` those that might
-    have left and ran the whole stack.
+    ``kind`` is ``segments``, ``fill``, ``decisions`` (a segment of their own), ``device`` (a pass
+    of all segments, decided on the device) or ``idle`` (nothing ran); ``segment`` is the last one
+    that ran, ``head_seconds`` the part of ``seconds`` for the LM head and sampling;
+    ``draft_seconds`` were spent on guesses before. ``rows`` are token rows of that step. Fields
+    up to ``disagreements`` are increments, the rest are values after the step. ``exit_head_rows``
+    are rows an exit's LM head ran for, ``prompt_left`` prompt tokens that left after this
+    segment, ``prompt_full`` those that might have left and ran the whole stack.
     """
 
     kind: str
@@ -189,6 +189,7 @@ class DecisionInfo:
 
     wording: str
     labels: tuple[str, ...]
+    labelled: bool
     layers: tuple[int, ...]
     points: tuple[DecisionPoint, ...]
 
@@ -224,6 +225,7 @@ class EngineInfo:
     head_chances: tuple[tuple[float, float], ...] = ()
     decision_layers: tuple[int, ...] = ()
     decision_tasks: Mapping[str, DecisionInfo] = field(default_factory=dict)
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def draft_head(self) -> bool:

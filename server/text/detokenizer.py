@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
@@ -17,13 +18,20 @@ class Detokenizer:
     """Incremental decoder of one sequence.
 
     A token that ends inside a character gives no text until the character is complete; `flush`
-    gives what is still incomplete at the end, as U+FFFD.
+    gives what is still incomplete at the end, as U+FFFD. ``behind`` are tokens that the text goes
+    on from: some decoders drop the space with which a text begins.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        behind: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._stream = DecodeStream(ids=list(behind), skip_special_tokens=skip_special_tokens)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:

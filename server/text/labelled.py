@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,17 @@ def _rows(path: Path) -> Sequence[Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            found: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found: Any = [json.loads(line) for line in text.split("\n") if line.strip()]
         elif path.suffix == ".json":
             found = json.loads(text)
         else:
-            return _table(text.splitlines(), tabs=path.suffix == ".tsv")
+            return _table(io.StringIO(text), tabs=path.suffix == ".tsv")
     except OSError as error:
         raise PromptFileError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PromptFileError(f"{path}: not UTF-8 text") from error
+    except csv.Error as error:
+        raise PromptFileError(f"{path}: {error}") from error
     except ValueError as error:
         raise PromptFileError(f"{path}: not valid JSON ({error})") from error
     if not (isinstance(found, list) and all(isinstance(row, dict) for row in found)):
@@ -65,7 +68,7 @@ def _rows(path: Path) -> Sequence[Mapping[str, Any]]:
     return found
 
 
-def _table(lines: Sequence[str], *, tabs: bool) -> list[dict[str, str]]:
+def _table(lines: Iterable[str], *, tabs: bool) -> list[dict[str, str]]:
     """Rows of CSV or TSV; the first one counts as a header where its cells are words."""
     if tabs:
         # Quotes in these are text.

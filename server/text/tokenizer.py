@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("offramp.tokenizer")
 
+# Tokens of a prompt that decide how a decoder goes on from it.
+_LOOK_BACK = 8
+# Where a special token's name in a message is cut in two, so that it stays text.
+_CUT = "\ufdd0\ufdd1"
 # Characters from which on the tokenizer's threads are quicker than they are to wake.
 _WORTH_THREADS = 50_000
 
@@ -27,18 +32,28 @@ class Tokenizer:
     """A fast tokenizer with its chat template.
 
     ``render`` turns messages into the prompt text, up to where the assistant begins to speak.
+    The names of special tokens in messages are text, unless ``special_in_messages``: a client
+    cannot end its turn, or speak as somebody else.
+
     Methods that encode take milliseconds and more on long prompts: call them on a worker thread.
     They share nothing that changes, so several threads may call them at once.
     """
 
-    def __init__(self, backend: Backend, render: Render | None) -> None:
+    def __init__(
+        self, backend: Backend, render: Render | None, *, special_in_messages: bool = False
+    ) -> None:
         self._backend = backend
         self._render = render
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._longest_token = max(map(len, vocabulary), default=1)
+        added = backend.get_added_tokens_decoder().items()
+        self._special_ids = {token.content: index for index, token in added if token.special}
+        names = sorted(self._special_ids, key=len, reverse=True)
+        found = "|".join(map(re.escape, names))
+        self._special = re.compile(found) if names and not special_in_messages else None
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, *, special_in_messages: bool = False) -> Tokenizer:
         """Read the tokenizer and the chat template of a model folder.
 
         Raises OfframpError when the folder has no fast tokenizer.
@@ -55,7 +70,12 @@ class Tokenizer:
             )
             return text
 
-        return cls(loaded.backend_tokenizer, render if loaded.chat_template else None)
+        backend = loaded.backend_tokenizer
+        # A tokenizer.json may say that texts are to be cut or filled up; prompts never are.
+        backend.no_truncation()
+        backend.no_padding()
+        template = render if loaded.chat_template else None
+        return cls(backend, template, special_in_messages=special_in_messages)
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> list[tuple[int, ...]]:
         """Ids of each prompt, special tokens of the model's own format added.
@@ -77,14 +97,28 @@ class Tokenizer:
 
     def encode_rendered(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Ids of texts, or parts of texts, in which the template wrote the special tokens."""
+        parts = [text.split(_CUT) for text in texts]
+        flat = [part for own in parts for part in own]
         if sum(map(len, texts)) < _WORTH_THREADS:
-            return [tuple(self._backend.encode(t, add_special_tokens=False).ids) for t in texts]
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [tuple(encoding.ids) for encoding in encodings]
+            encodings = [self._backend.encode(part, add_special_tokens=False) for part in flat]
+        else:
+            encodings = self._backend.encode_batch(flat, add_special_tokens=False)
+        ids = iter(encodings)
+        return [tuple(i for _ in own for i in next(ids).ids) for own in parts]
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A decoder for one new sequence."""
-        return Detokenizer(self._backend, skip_special_tokens=skip_special_tokens)
+    def special_ids(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Ids of those ``names`` that are special tokens."""
+        return tuple(self._special_ids[name] for name in names if name in self._special_ids)
+
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, behind: Sequence[int] = ()
+    ) -> Detokenizer:
+        """A decoder for one new sequence; ``behind`` is a text that it goes on from."""
+        return Detokenizer(
+            self._backend,
+            skip_special_tokens=skip_special_tokens,
+            behind=behind[-_LOOK_BACK:],
+        )
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text of a conversation; raises InvalidRequest where the template refuses it."""
@@ -92,6 +126,10 @@ class Tokenizer:
             raise InvalidRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
+        if self._special is not None:
+            messages = [
+                {**each, "content": self._special.sub(_cut, each["content"])} for each in messages
+            ]
         try:
             return self._render(messages)
         except Exception as error:
@@ -116,3 +154,9 @@ class Tokenizer:
                 "does not fit.",
                 param=param,
             )
+
+
+def _cut(found: re.Match[str]) -> str:
+    """A special token's name in two parts, neither of which is one."""
+    name = found[0]
+    return f"{name[:1]}{_CUT}{name[1:]}"

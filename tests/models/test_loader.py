@@ -17,8 +17,11 @@ from transformers import (
 )
 
 from offramp.models.errors import CheckpointError, UnsupportedModel
-from offramp.models.families import config_from_hf
+from offramp.models.families import config_from_hf, sampling_defaults
 from offramp.models.loading.safetensors import fingerprint, load_weights
+from offramp.models.transformer import Transformer
+
+from .small import forward, new_cache
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -105,6 +108,42 @@ def test_fingerprint_ignores_precision_and_sees_change(tmp_path: Path) -> None:
     assert len(fingerprint(full)) == 32
     half["layers.1.mlp_norm"][3] += 1
     assert fingerprint(full) != fingerprint(half)
+
+
+def test_a_head_of_its_own_is_used_though_the_config_ties_it(tmp_path: Path) -> None:
+    """As in transformers; a copy of the embedding is no head of its own."""
+    save(FAMILIES["llama-biased-tied"], tmp_path)
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    copy = stored["model.embed_tokens.weight"]
+    save_file({**stored, "lm_head.weight": copy.clone()}, path, {"format": "pt"})
+    assert "lm_head" not in load(tmp_path)
+    save_file({**stored, "lm_head.weight": copy + 1}, path, {"format": "pt"})
+    weights = load(tmp_path)
+    assert torch.equal(weights["lm_head"], copy + 1)
+    config = config_from_hf(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = theirs(input_ids=ids).logits[0]
+        model = Transformer(config, weights, (), 16)
+        found = forward(model, new_cache(model), [(0, ids[0].tolist(), [0])])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ids_outside_the_vocabulary_end_nothing(tmp_path: Path) -> None:
+    save(FAMILIES["llama"], tmp_path)
+    vocab = config_from_hf(tmp_path).vocab_size
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, vocab, -1, 99999]}))
+    assert config_from_hf(tmp_path).eos_token_ids == (2,)
+
+
+def test_sampling_parameters_of_a_folder(tmp_path: Path) -> None:
+    assert sampling_defaults(tmp_path) == {}
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.7, "top_k": 20, "top_p": None, "min_p": True}))
+    assert sampling_defaults(tmp_path) == {"temperature": 0.7, "top_k": 20.0}
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:

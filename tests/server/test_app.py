@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -218,6 +219,69 @@ class TestAnswers:
         assert (first.exits.min_layer, first.exits.kv_fill) == (1, "recompute")
         assert off.exits.mode == "off"
 
+    async def test_parameters_at_their_edges(self) -> None:
+        """-1 is no seed, and a nucleus of nothing is the likeliest token."""
+        async with serving() as server:
+            await chat(server, seed=-1)
+            await chat(server, seed=-1)
+            await chat(server, top_p=0, temperature=1)
+        first, second, greedy = server.engine.added
+        assert first.sampling.seed != second.sampling.seed
+        assert (greedy.sampling.temperature, greedy.sampling.top_p) == (0, 1)
+
+    async def test_a_stop_string_that_is_a_special_token(self) -> None:
+        async with serving() as server:
+            await chat(server, stop=["<end>", "x"], extra_body={"ignore_eos": True})
+        assert server.engine.added[0].sampling.stop_token_ids == {END}
+
+    async def test_the_models_own_sampling_parameters(self) -> None:
+        engine = FakeEngine()
+        own = {"temperature": 0.25, "top_k": 7.0}
+        engine.info = replace(engine.info, sampling_defaults=own)
+        async with serving(engine) as server:
+            await chat(server)
+            await chat(server, temperature=0.5)
+        found = [(each.sampling.temperature, each.sampling.top_k) for each in engine.added]
+        assert found == [(0.25, 7), (0.5, 7)]
+
+    async def test_more_answers_than_could_ever_wait(self) -> None:
+        async with serving(max_num_queued_reqs=2) as server:
+            with pytest.raises(openai.BadRequestError) as caught:
+                await chat(server, n=7)
+        assert caught.value.param == "n"
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("grammar", "root ::= x"),
+            ("json_schema", {}),
+            ("use_beam_search", True),
+            ("truncate_prompt_tokens", 5),
+            ("chat_template_kwargs", {"a": 1}),
+            ("add_generation_prompt", False),
+        ],
+    )
+    async def test_what_cannot_be_honoured_is_named(self, name: str, value: object) -> None:
+        async with serving() as server:
+            with pytest.raises(openai.BadRequestError) as caught:
+                await chat(server, extra_body={name: value})
+        assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+
+    async def test_web_pages_may_ask_from_allowed_origins(self) -> None:
+        ask = {
+            "Origin": "https://page.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        path = "/v1/chat/completions"
+        async with serving(allowed_origins=("https://page.example",), api_key=("k",)) as server:
+            allowed = await send(server, "OPTIONS", path, headers=ask)
+            other = {**ask, "Origin": "https://other.example"}
+            refused = await send(server, "OPTIONS", path, headers=other)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+        assert "access-control-allow-origin" not in refused.headers
+
 
 class TestOtherRoutes:
     async def test_models(self) -> None:
@@ -295,7 +359,12 @@ BAD_BODIES: list[tuple[str, Any, int, str | None]] = [
         "messages[0].content",
     ),
     ("NUL", {"messages": [{"role": "user", "content": "\0"}]}, 400, "messages[0].content"),
-    ("surrogate", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages[0].content"),
+    (
+        "surrogate",
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        400,
+        "messages[0].content",
+    ),
     ("surrogate key", {"messages": MESSAGES, "early_exit": {"\ud800": 1}}, 400, "early_exit"),
     ("negative temperature", {"messages": MESSAGES, "temperature": -1}, 400, "temperature"),
     ("NaN", b'{"messages":[{"role":"user","content":"a"}],"top_p":NaN}', 400, "top_p"),
@@ -403,12 +472,15 @@ class TestRefusals:
     async def test_a_full_queue_is_429_and_takes_no_part_of_a_request(self) -> None:
         engine = FakeEngine(permits=0)
         async with serving(engine, max_num_queued_reqs=0) as server:
+            running = asyncio.create_task(chat(server))
+            await engine.arrivals(1)
             with pytest.raises(openai.RateLimitError) as caught:
-                await chat(server, n=5)
+                await chat(server, n=4)
             assert caught.value.code == "queue_full"
             assert int(caught.value.response.headers["retry-after"]) >= 1
-            assert server.context.driver.num_requests == 0
+            assert server.context.driver.num_requests == 1
             engine.release(1000)
+            await running
             assert len((await chat(server, n=4)).choices) == 4
 
     async def test_many_requests_at_once_are_answered_or_refused(self) -> None:

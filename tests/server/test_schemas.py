@@ -37,7 +37,7 @@ def refusal(model: type[GenerationBody], body: Any) -> InvalidRequest:
         ("temperature", 2.1, "temperature"),
         ("temperature", float("nan"), "temperature"),
         ("temperature", "1", "temperature"),
-        ("top_p", 0, "top_p"),
+        ("top_p", -0.1, "top_p"),
         ("top_p", 1.1, "top_p"),
         ("presence_penalty", 3, "presence_penalty"),
         ("frequency_penalty", -3, "frequency_penalty"),

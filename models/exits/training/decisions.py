@@ -178,16 +178,20 @@ class Judged:
 
 
 def judge_task(
-    heads: DecisionHeads, states: PromptStates, eps: float, truth: Tensor | None
+    heads: DecisionHeads, states: PromptStates, eps: float, answers: Tensor, *, labelled: bool
 ) -> Judged:
-    """Let a task's heads answer held-out prompts; the last of them is full depth's."""
+    """Let a task's heads answer held-out prompts.
+
+    ``answers`` [n] are the labels; without labels, the model's own at full depth.
+    """
     found = [
         torch.addmm(heads.bias[place], states.features(place, eps), heads.weight[place].T)
         for place in range(len(heads.layers))
     ]
-    chances, answers = torch.stack([logits.softmax(1) for logits in found]).max(dim=2)
+    chances, given = torch.stack([logits.softmax(1) for logits in found]).max(dim=2)
     *layers, top = heads.layers
-    return Judged(tuple(layers), top, answers[:-1], chances[:-1], answers[-1], truth)
+    full, truth = (given[-1], answers) if labelled else (answers, None)
+    return Judged(tuple(layers), top, given[:-1], chances[:-1], full, truth)
 
 
 def calibrate(judged: Judged, held_out: Judged) -> tuple[DecisionPoint, ...]:

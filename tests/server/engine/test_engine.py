@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from offramp.models.sampling_params import ExitMode, KVFill
+from offramp.models.step import Step, StepResult
 from offramp.server.engine import sequence as sequences
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.offline import Finished, run_all
@@ -234,3 +235,46 @@ def test_a_step_stops_where_others_wait() -> None:
     joined = [item for item in stats if item.first_segment == 1]
     assert joined
     assert {item.decode_rows for item in joined} == {2}
+
+
+def test_a_step_that_fails_ends_its_requests_and_not_the_engine() -> None:
+    engine, runner = fake_engine()
+    run_step, faults = runner.run, iter([False, True])
+
+    def faulty(step: Step) -> StepResult:
+        if next(faults, False):
+            raise IndexError("planted")
+        return run_step(step)
+
+    runner.run = faulty  # type: ignore[method-assign]
+    failed, _ = run(engine, [request("a", [1, 2, 3], 9), request("b", [4, 5], 9)])
+    assert [each.reason for each in failed] == [FinishReason.ERROR] * 2
+    engine.check()
+    done, _ = run(engine, [request("c", [1, 2, 3], 4)])
+    assert done[0].token_ids == expected_answer([1, 2, 3], 4)
+
+
+def test_an_engine_that_only_fails_gives_up() -> None:
+    engine, runner = fake_engine()
+
+    def broken(_: Step) -> StepResult:
+        raise IndexError("planted")
+
+    runner.run = broken  # type: ignore[method-assign]
+    for index in range(3):
+        run(engine, [request(str(index), [1, 2], 2)])
+    with pytest.raises(IndexError):
+        run(engine, [request("last", [1, 2], 2)])
+
+
+def test_gauges_fall_when_the_last_request_is_aborted() -> None:
+    engine, _ = fake_engine()
+    engine.add(request("a", [1, 2, 3], 50), time.monotonic())
+    stats = [engine.step().stats for _ in range(3)]
+    assert stats[-1] is not None
+    assert (stats[-1].running, stats[-1].kv_used_blocks > 0) == (1, True)
+    engine.abort("a")
+    last = engine.step().stats
+    assert last is not None
+    assert (last.kind, last.running, last.kv_used_blocks) == ("idle", 0, 0)
+    assert not engine.has_work
