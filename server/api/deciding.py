@@ -74,12 +74,16 @@ class PriorCache:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a request asks for beside its questions; ``paths`` name their answers in errors."""
+    """What a request asks for beside its questions.
+
+    In errors ``paths`` name the questions' answers and ``source`` the input.
+    """
 
     exits: DecisionExit
     calibrate: bool = True
     permutations: int = 1
     paths: tuple[str, ...] = ()
+    source: str = "input"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +225,7 @@ async def _encode(
     tokenizer, info = context.loaded_tokenizer(), context.driver.info
     end = info.eos_token_ids[0] if info.eos_token_ids else info.vocab_size - 1
     texts = [(variant.wording, variant.labels) for variant in variants]
-    tokenizer.refuse_hopeless(messages, info.max_model_len, "input")
+    tokenizer.refuse_hopeless(messages, info.max_model_len, wish.source)
     try:
         encoded = await asyncio.to_thread(encode_questions, tokenizer, messages, texts, end)
     except SameLabels as error:
@@ -231,13 +235,16 @@ async def _encode(
             f"Answers {first} and {second} are the same to the model.",
             param=wish.paths[variant.question],
         ) from error
+    except InvalidRequest as error:
+        # The chat template's, which speaks of messages.
+        raise InvalidRequest(error.message, param=wish.source) from error
     for own in encoded:
         longest = len(own.prompt) + max((len(read.path) for read in own.tree.reads), default=0)
         if longest > info.max_model_len:
             raise ContextLengthExceeded(
                 f"This model's context is {info.max_model_len} tokens; the input with this "
                 f"question has {longest}.",
-                param="input",
+                param=wish.source,
             )
     return _Plan(variants, encoded)
 

@@ -81,6 +81,7 @@ async def _decide(
         calibrate=body.calibration == "contextual",
         permutations=body.permutations,
         paths=paths,
+        source="input" if isinstance(body, DecisionBody) else "state",
     )
     request_id = f"decision-{uuid.uuid4().hex}"
     decided = await wire.unless_disconnected(

@@ -18,6 +18,7 @@ from torch import Tensor
 from offramp.models.exits.decision_heads import (
     SUFFIX,
     DecisionFile,
+    DecisionPoint,
     DecisionTask,
     load_decision_heads,
     shipped_decision_heads,
@@ -37,7 +38,13 @@ from offramp.models.runner import Runner
 from offramp.server.commands.own_answers import TrainingError, check_out
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine, runner_of
-from offramp.server.text.decisions import Question, QuestionKind, encode_questions, question
+from offramp.server.text.decisions import (
+    EncodedQuestion,
+    Question,
+    QuestionKind,
+    encode_questions,
+    question,
+)
 from offramp.server.text.labelled import LabelledTexts, read_labelled
 from offramp.server.text.tokenizer import Tokenizer
 
@@ -106,8 +113,15 @@ def _train(
 ) -> DecisionTask:
     labels = tuple(option.label for option in asked.options)
     model, eps = runner.model, runner.model.config.rms_norm_eps
-    end = model.config.eos_token_ids[0]
-    prompts = [_prompt(tokenizer, text, asked, end) for text in rows.texts]
+    labelled = rows.answers is not None
+    ends = model.config.eos_token_ids
+    # Only labels that go on after another label need an end, and here none may.
+    end = ends[0] if ends else model.config.vocab_size - 1
+    empty = _encoded(tokenizer, _NO_INPUT, asked, end)
+    told = len(empty.tree.reads[0].candidates) == len(labels) and not empty.tree.reads[0].path
+    if not (labelled or told):
+        raise TrainingError("two labels begin with the same token; give answers that differ")
+    prompts = [_encoded(tokenizer, text, asked, end).prompt for text in rows.texts]
     most = len(model.rotary.angles[0])
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) > most:
@@ -124,40 +138,36 @@ def _train(
         (*layers, top),
         lambda done: bars.update(bar, completed=done),
     )
-    own = _zero_shot(runner, tokenizer, asked, states, end)
+    own = _zero_shot(runner, empty, states) if told else None
     truth = own if rows.answers is None else torch.tensor(rows.answers)
+    assert truth is not None
     learn, find, report = _split(len(prompts), args.seed)
     heads = fit_task(states.select(learn), truth[learn], len(labels), eps)
-    labelled = rows.answers is not None
     judged = [
         judge_task(heads, states.select(part), eps, truth[part], labelled=labelled)
         for part in (find, report)
     ]
     points = calibrate(*judged)
-    metrics = _metrics(judged[1], points, own[report], truth[report])
+    metrics = _metrics(judged[1], points, None if own is None else own[report], truth[report])
     metrics |= {"data": args.data.name, "rows": len(prompts)}
     heads = replace(heads, points=points)
     return DecisionTask(args.name, asked.wording, labels, heads, labelled, metrics)
 
 
-def _prompt(tokenizer: Tokenizer, text: str, asked: Question, end: int) -> tuple[int, ...]:
+def _encoded(tokenizer: Tokenizer, text: str, asked: Question, end: int) -> EncodedQuestion:
     labels = tuple(option.label for option in asked.options)
     message = {"role": "user", "content": text}
-    return encode_questions(tokenizer, [message], [(asked.wording, labels)], end)[0].prompt
+    return encode_questions(tokenizer, [message], [(asked.wording, labels)], end)[0]
 
 
-def _zero_shot(
-    runner: Runner, tokenizer: Tokenizer, asked: Question, states: PromptStates, end: int
-) -> Tensor:
-    """The model's own answers [n] at full depth, told by their first tokens, bias removed."""
-    labels = tuple(option.label for option in asked.options)
-    message = {"role": "user", "content": _NO_INPUT}
-    empty = encode_questions(tokenizer, [message], [(asked.wording, labels)], end)[0]
+def _zero_shot(runner: Runner, empty: EncodedQuestion, states: PromptStates) -> Tensor:
+    """The model's own answers [n] at full depth, told by their first tokens, bias removed.
+
+    ``empty`` is the question without an input.
+    """
     none = collect_states(runner.model, runner.cache, [empty.prompt], states.layers, lambda _: None)
-    path, first = empty.tree.reads[0].path, empty.tree.reads[0].candidates
-    if path or len(first) < len(labels):
-        raise TrainingError("two labels begin with the same token; give answers that differ")
-    candidates = runner.model.head_rows(torch.tensor(first)).float()
+    first = torch.tensor(empty.tree.reads[0].candidates)
+    candidates = runner.model.head_rows(first).float()
     return ((states.final - none.final) @ candidates.T).argmax(1)
 
 
@@ -169,8 +179,10 @@ def _split(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return (torch.tensor(parts[0]), torch.tensor(parts[1]), torch.tensor(parts[2]))
 
 
-def _metrics(judged: Judged, points: Sequence[Any], own: Tensor, truth: Tensor) -> dict[str, Any]:
-    """What held-out rows show, by operating point."""
+def _metrics(
+    judged: Judged, points: Sequence[DecisionPoint], own: Tensor | None, truth: Tensor
+) -> dict[str, Any]:
+    """What held-out rows show, by operating point; ``own`` [n] are the model's own answers."""
 
     def right(answers: Tensor) -> float:
         return round(float((answers == truth).float().mean()), 4)
@@ -190,6 +202,10 @@ def _metrics(judged: Judged, points: Sequence[Any], own: Tensor, truth: Tensor) 
     each = {str(layer): right(judged.answers[place]) for place, layer in enumerate(judged.layers)}
     return {
         "held_out": len(truth),
-        "accuracy": {"zero_shot": right(own), "full_depth": right(judged.full), "layers": each},
+        "accuracy": {
+            "zero_shot": None if own is None else right(own),
+            "full_depth": right(judged.full),
+            "layers": each,
+        },
         "points": found,
     }

@@ -181,6 +181,10 @@ def encode_questions(
     thread. Raises SameLabels, and InvalidRequest where the chat template refuses the messages.
     """
     before, after = _around(tokenizer, messages)
+    questions = [
+        (tokenizer.as_text(wording), [tokenizer.as_text(label) for label in labels])
+        for wording, labels in questions
+    ]
     tails: list[tuple[int, ...]] = []
     trees: list[LabelTree] = []
     for index, (wording, labels) in enumerate(questions):

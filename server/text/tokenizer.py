@@ -106,6 +106,10 @@ class Tokenizer:
         ids = iter(encodings)
         return [tuple(i for _ in own for i in next(ids).ids) for own in parts]
 
+    def as_text(self, text: str) -> str:
+        """A client's text for `encode_rendered`, in which names of special tokens stay text."""
+        return text if self._special is None else self._special.sub(_cut, text)
+
     def special_ids(self, names: Sequence[str]) -> tuple[int, ...]:
         """Ids of those ``names`` that are special tokens."""
         return tuple(self._special_ids[name] for name in names if name in self._special_ids)
@@ -126,10 +130,7 @@ class Tokenizer:
             raise InvalidRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
-        if self._special is not None:
-            messages = [
-                {**each, "content": self._special.sub(_cut, each["content"])} for each in messages
-            ]
+        messages = [{**each, "content": self.as_text(each["content"])} for each in messages]
         try:
             return self._render(messages)
         except Exception as error:

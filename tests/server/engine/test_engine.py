@@ -260,7 +260,7 @@ def test_an_engine_that_only_fails_gives_up() -> None:
     def broken(_: Step) -> StepResult:
         raise IndexError("planted")
 
-    runner.run = broken  # type: ignore[method-assign]
+    runner.run = broken  # type: ignore[assignment, method-assign]
     for index in range(3):
         run(engine, [request(str(index), [1, 2], 2)])
     with pytest.raises(IndexError):
