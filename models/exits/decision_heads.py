@@ -70,7 +70,8 @@ class DecisionTask:
 
     ``wording`` is the question as the model reads it, ``labels`` are its answers in the order of
     the heads' outputs. Where they were ``labelled`` the heads answer at full depth too; else they
-    foresee the model's own answers, which its LM head gives at full depth.
+    foresee the model's own answers, which its LM head gives at full depth, and their outputs times
+    ``scale`` come closest to its probabilities.
     """
 
     name: str
@@ -78,6 +79,7 @@ class DecisionTask:
     labels: tuple[str, ...]
     heads: DecisionHeads
     labelled: bool = True
+    scale: float = 1.0
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -109,6 +111,7 @@ class DecisionFile:
                 "wording": task.wording,
                 "labels": task.labels,
                 "labelled": task.labelled,
+                "scale": task.scale,
                 "metrics": task.metrics,
             }
         metadata = {
@@ -147,7 +150,13 @@ def load_decision_heads(
         for index, (name, own) in enumerate(metadata["tasks"].items()):
             heads, labels = _heads(str(index), own, stored, config), tuple(own["labels"])
             tasks[name] = DecisionTask(
-                name, own["wording"], labels, heads, bool(own["labelled"]), own["metrics"]
+                name,
+                own["wording"],
+                labels,
+                heads,
+                bool(own["labelled"]),
+                float(own["scale"]),
+                own["metrics"],
             )
     except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)

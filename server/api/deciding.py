@@ -366,7 +366,8 @@ def _answer(
         variant, results, prior = plan.variants[place], found[place], plan.priors[place]
         early = results[0].layer < info.num_layers
         if task is not None and (early or info.decision_tasks[task].labelled):
-            given = softmax(results[0].logits)
+            scale = info.decision_tasks[task].scale
+            given = softmax([scale * logit for logit in results[0].logits])
         else:
             logits = [result.logits for result in results]
             given = plan.encoded[place].tree.probabilities(_less(logits, prior))

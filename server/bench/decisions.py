@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import torch
@@ -38,12 +42,13 @@ from offramp.server.text.labelled import LabelledTexts, read_labelled
 from offramp.server.text.tokenizer import Tokenizer
 
 _TIMEOUT_S = 600.0
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHECKED = 8
 _CLOSE = 1e-4
 _BINS = 10
 _PEER = "llamacpp"
 # Likeliest tokens that llama.cpp is asked for; labels beyond count as impossible.
-_PEER_TOKENS = 1000
+_PEER_TOKENS = 100
 _PEER_CONTEXT = 4096
 # What a request asks beside the question that is judged.
 _OTHERS = (
@@ -60,6 +65,10 @@ _COLUMNS = columns(
     "Brier {brier:.4f} | ECE {ece:.4f} | agreement {agreement:.4f} | mean layer {mean_layer:.2f} | "
     "layers executed {executed:.3f}"
 )
+
+
+_Raw = tuple[float, bytes, bytes]
+"""Seconds of a request, head and body of the reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +149,8 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
 def _own_server(args: argparse.Namespace) -> Iterator[str]:
     words = [args.model, "--port", "0", "--threads", str(args.threads), "--weights", args.weights]
     words += ["--decision-heads", args.decision_heads, "--max-num-seqs", "8"]
+    # The modes get the same inputs in turns: nobody may find what another left.
+    words.append("--no-enable-prefix-caching")
     with serving(*SERVE_OFFRAMP, *words) as process:
         yield process.address()
 
@@ -154,47 +165,78 @@ def _llamacpp(args: argparse.Namespace) -> Iterator[str]:
 
 
 class _Client:
-    """Requests in flight over kept connections."""
+    """Requests in flight by a client that costs next to nothing; ``keep`` its connections.
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    It runs on the cores that are measured, and replies are read once all are there.
+    """
+
+    def __init__(self, url: str, key: str | None = None, *, keep: bool = True) -> None:
         self.url = url.rstrip("/")
+        self._keep = keep
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def post_all(
         self, path: str, bodies: Sequence[Mapping[str, Any]], concurrency: int
     ) -> tuple[list[tuple[float, Any]], float]:
         """Seconds and reply of each, and the seconds of all; raises BenchError."""
-        return asyncio.run(self._post_all(path, bodies, concurrency))
+        try:
+            replies, seconds = asyncio.run(self._post_all(path, bodies, concurrency))
+        except (OSError, EOFError, TimeoutError, ValueError) as error:
+            raise BenchError(f"{self.url}{path}: {str(error) or type(error).__name__}") from error
+        found = []
+        for spent, head, body in replies:
+            status = head.split(b" ", 2)[1]
+            if status != b"200":
+                raise BenchError(f"{self.url}{path}: {status.decode()} {body[:300].decode()}")
+            found.append((spent, json.loads(body)))
+        return found, seconds
 
     def get(self, path: str) -> Any:
         """The JSON at ``path``."""
-        reply = httpx.get(self.url + path, headers=self._headers, timeout=_TIMEOUT_S)
-        return self._checked(reply)
+        try:
+            reply = httpx.get(self.url + path, headers=self._headers, timeout=_TIMEOUT_S)
+            reply.raise_for_status()
+        except httpx.HTTPError as error:
+            raise BenchError(f"{self.url}{path}: {error}") from error
+        return reply.json()
 
     async def _post_all(
         self, path: str, bodies: Sequence[Mapping[str, Any]], concurrency: int
-    ) -> tuple[list[tuple[float, Any]], float]:
-        gate = asyncio.Semaphore(concurrency)
-        limits = httpx.Limits(max_connections=concurrency)
-        async with httpx.AsyncClient(
-            headers=self._headers, timeout=_TIMEOUT_S, limits=limits
-        ) as client:
+    ) -> tuple[list[_Raw], float]:
+        url = urlsplit(self.url)
+        head = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
+        head = f"POST {url.path}{path} HTTP/1.1\r\nHost: {url.netloc}\r\n{head}"
+        head += "Content-Type: application/json\r\nContent-Length: "
+        waiting = [
+            f"{head}{len(body)}\r\n\r\n".encode() + body
+            for body in (json.dumps(each).encode() for each in bodies)
+        ]
+        numbers = iter(range(len(waiting)))
+        found: list[_Raw | None] = [None] * len(waiting)
 
-            async def one(body: Mapping[str, Any]) -> tuple[float, Any]:
-                async with gate:
-                    begun = time.perf_counter()
-                    reply = await client.post(self.url + path, json=body)
-                    return time.perf_counter() - begun, reply
+        async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            secure = url.scheme == "https"
+            port = url.port or (443 if secure else 80)
+            return await asyncio.open_connection(url.hostname, port, ssl=secure or None)
 
-            begun = time.perf_counter()
-            replies = await asyncio.gather(*map(one, bodies))
-            seconds = time.perf_counter() - begun
-        return [(spent, self._checked(reply)) for spent, reply in replies], seconds
+        async def worker() -> None:
+            reader, writer = await connect()
+            for number in numbers:
+                begun = time.perf_counter()
+                if not self._keep:
+                    writer.close()
+                    reader, writer = await connect()
+                writer.write(waiting[number])
+                async with asyncio.timeout(_TIMEOUT_S):
+                    status = await reader.readuntil(b"\r\n\r\n")
+                    size = _LENGTH.search(status)
+                    body = await reader.readexactly(int(size[1]) if size else 0)
+                found[number] = (time.perf_counter() - begun, status, body)
+            writer.close()
 
-    def _checked(self, reply: httpx.Response) -> Any:
-        if reply.status_code >= httpx.codes.BAD_REQUEST:
-            raise BenchError(f"{reply.url}: {reply.status_code} {reply.text[:300]}")
-        return reply.json()
+        begun = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
+        return [each for each in found if each is not None], time.perf_counter() - begun
 
 
 class _Server:
@@ -267,7 +309,8 @@ class _LlamaCpp:
     """llama.cpp, asked for the likeliest first tokens behind the prompts that Offramp made."""
 
     def __init__(self, args: argparse.Namespace, url: str, ours: _Server) -> None:
-        self._client = _Client(url)
+        # llama.cpp closes connections without saying so.
+        self._client = _Client(url, keep=False)
         self._ours = ours
         tokenizer = Tokenizer.load(resolve(args.model))
         names = [name for name, _ in args.labels]
@@ -285,7 +328,7 @@ class _LlamaCpp:
                 "n_predict": 1,
                 "temperature": 0,
                 "n_probs": _PEER_TOKENS,
-                "cache_prompt": True,
+                "cache_prompt": False,
             }
             for text in texts
             for _ in range(result.questions)
@@ -296,7 +339,7 @@ class _LlamaCpp:
 
     def _asked(self, seconds: float, reply: Mapping[str, Any]) -> Asked:
         likely = reply["completion_probabilities"][0]["top_logprobs"]
-        known = {each["id"]: 2.718281828459045 ** each["logprob"] for each in likely}
+        known = {each["id"]: math.exp(each["logprob"]) for each in likely}
         given = [known.get(token, 0.0) for token in self._first]
         total = sum(given) or 1.0
         return Asked(seconds, tuple(each / total for each in given), (), 1.0)

@@ -28,6 +28,7 @@ from offramp.models.exits.training.decisions import (
     PromptStates,
     calibrate,
     collect_states,
+    fit_scale,
     fit_task,
     judge_task,
 )
@@ -138,7 +139,8 @@ def _train(
         (*layers, top),
         lambda done: bars.update(bar, completed=done),
     )
-    own = _zero_shot(runner, empty, states) if told else None
+    own_chances = _zero_shot(runner, empty, states) if told else None
+    own = None if own_chances is None else own_chances.argmax(1)
     truth = own if rows.answers is None else torch.tensor(rows.answers)
     assert truth is not None
     learn, find, report = _split(len(prompts), args.seed)
@@ -151,7 +153,10 @@ def _train(
     metrics = _metrics(judged[1], points, None if own is None else own[report], truth[report])
     metrics |= {"data": args.data.name, "rows": len(prompts)}
     heads = replace(heads, points=points)
-    return DecisionTask(args.name, asked.wording, labels, heads, labelled, metrics)
+    scale = 1.0
+    if not labelled and own_chances is not None:
+        scale = fit_scale(heads, states.select(find), eps, own_chances[find])
+    return DecisionTask(args.name, asked.wording, labels, heads, labelled, scale, metrics)
 
 
 def _encoded(tokenizer: Tokenizer, text: str, asked: Question, end: int) -> EncodedQuestion:
@@ -161,14 +166,14 @@ def _encoded(tokenizer: Tokenizer, text: str, asked: Question, end: int) -> Enco
 
 
 def _zero_shot(runner: Runner, empty: EncodedQuestion, states: PromptStates) -> Tensor:
-    """The model's own answers [n] at full depth, told by their first tokens, bias removed.
+    """The model's own probabilities [n, answers] at full depth, of first tokens, bias removed.
 
     ``empty`` is the question without an input.
     """
     none = collect_states(runner.model, runner.cache, [empty.prompt], states.layers, lambda _: None)
     first = torch.tensor(empty.tree.reads[0].candidates)
     candidates = runner.model.head_rows(first).float()
-    return ((states.final - none.final) @ candidates.T).argmax(1)
+    return ((states.final - none.final) @ candidates.T).softmax(1)
 
 
 def _split(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -356,7 +356,8 @@ def _cuts(num_layers: int) -> tuple[int, ...]:
 
 def _decision_info(task: DecisionTask) -> DecisionInfo:
     heads = task.heads
-    return DecisionInfo(task.wording, task.labels, task.labelled, heads.layers[:-1], heads.points)
+    layers = heads.layers[:-1]
+    return DecisionInfo(task.wording, task.labels, task.labelled, layers, heads.points, task.scale)
 
 
 def _chosen(

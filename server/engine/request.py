@@ -184,6 +184,8 @@ class EngineOutput:
 class DecisionInfo:
     """A trained task as requests may use it: its question's ``wording`` and ``labels``.
 
+    See DecisionTask for ``labelled`` and ``scale``.
+
     ``layers`` are those below full depth after which its heads read.
     """
 
@@ -192,6 +194,7 @@ class DecisionInfo:
     labelled: bool
     layers: tuple[int, ...]
     points: tuple[DecisionPoint, ...]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def heads_of(*layers: int, labels: Sequence[str] = LABELS) -> DecisionHeads:
 
 def task_of(name: str, *layers: int, labels: Sequence[str] = LABELS) -> DecisionTask:
     heads = heads_of(*layers, labels=labels)
-    return DecisionTask(name, f"{name}?", tuple(labels), heads, name == "all", {"rows": 3})
+    return DecisionTask(name, f"{name}?", tuple(labels), heads, name == "all", 0.25, {"rows": 3})
 
 
 TASKS = {
@@ -426,6 +426,7 @@ TASK: dict[str, Any] = {
     "wording": "So?",
     "labels": ["yes", "no"],
     "labelled": True,
+    "scale": 1.0,
     "metrics": {},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from offramp.models.exits.training.decisions import (
     PromptStates,
     calibrate,
     collect_states,
+    fit_scale,
     fit_task,
     judge_task,
 )
@@ -203,6 +205,16 @@ def test_promises_are_kept(labelled: bool) -> None:  # noqa: FBT001 (parametrise
     assert made[0.9] > 20
     # Five in a hundred are allowed; more than six of forty come by chance once in 300.
     assert max(broken.values()) <= 6
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 1.0])
+def test_the_scale_is_found_again(factor: float) -> None:
+    """Where full depth is less sure of its answers than the heads are of foreseeing them."""
+    states = states_of(torch.randint(0, 3, (500,)), (0.0, 0.0, 0.0))
+    heads = fit_task(states, torch.randint(0, 3, (500,)), 3, EPS)
+    heads = replace(heads, weight=heads.weight * 0, bias=torch.tensor([[4.0, 0.0, -4.0]] * 3))
+    chances = (factor * torch.tensor([4.0, 0.0, -4.0])).softmax(0).expand(500, 3)
+    assert fit_scale(heads, states, EPS, chances) == pytest.approx(factor, rel=0.06)
 
 
 def test_nothing_is_promised_where_answers_disagree() -> None:

@@ -49,7 +49,7 @@ def sure_task(
     chances = torch.tensor([0.7, 0.95, 0.99])
     bias = torch.stack(((chances / (1 - chances)).log(), torch.zeros(3)), dim=1)
     heads = DecisionHeads((1, 3, LAYERS), torch.zeros(3, 2, 128), bias, points)
-    return DecisionTask(name, wording, ("yes", "no"), heads, labelled)
+    return DecisionTask(name, wording, ("yes", "no"), heads, labelled, 1.0 if labelled else 0.5)
 
 
 @pytest.fixture
@@ -167,7 +167,9 @@ async def test_heads_that_foresee_the_models_own_answer(
         plain = await ask(server, mine, calibration="none")
     (answer,) = early["answers"]
     assert (answer["task"], answer["exit_layer"]) == ("own", 1)
-    assert answer["probability"] == pytest.approx(0.7, abs=1e-3)
+    # It left because the heads are 0.7 sure; half their log-odds are the model's own.
+    odds = (0.7 / 0.3) ** 0.5
+    assert answer["probability"] == pytest.approx(odds / (1 + odds), abs=1e-3)
     (answer,) = full["answers"]
     assert (answer["task"], answer["exit_layer"]) == ("own", LAYERS)
     expected = constrained(logits_of, prompt, labels, empty)[0]

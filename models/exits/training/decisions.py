@@ -30,6 +30,7 @@ _LADDER = (
 )
 _DECAYS = (1e-5, 1e-4, 1e-3, 1e-2)
 _STEPS = 60
+_SCALES = tuple(round(0.02 * 1.1**step, 4) for step in range(50))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,21 @@ def judge_task(
     *layers, top = heads.layers
     full, truth = (given[-1], answers) if labelled else (answers, None)
     return Judged(tuple(layers), top, given[:-1], chances[:-1], full, truth)
+
+
+def fit_scale(heads: DecisionHeads, states: PromptStates, eps: float, chances: Tensor) -> float:
+    """The factor that brings the heads' distributions closest to ``chances`` [n, answers].
+
+    By the cross-entropy over all layers below full depth.
+    """
+    found = torch.stack(
+        [
+            torch.addmm(heads.bias[place], states.features(place, eps), heads.weight[place].T)
+            for place in range(len(heads.layers) - 1)
+        ]
+    )
+    losses = [float(-(chances * (scale * found).log_softmax(2)).sum(2).mean()) for scale in _SCALES]
+    return _SCALES[min(range(len(losses)), key=losses.__getitem__)]
 
 
 def calibrate(judged: Judged, held_out: Judged) -> tuple[DecisionPoint, ...]:
