@@ -56,7 +56,11 @@ def config_from_hf(folder: Path) -> ModelConfig:
     for something not implemented, naming the field, its value and what is supported.
     """
     family = family_of(_read_json(folder / "config.json"))
-    hf = AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        hf = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # Each transformers release has checks, and exceptions, of its own.
+        raise CheckpointError(f"{folder / 'config.json'} is not valid: {error}") from error
     _check_supported(hf)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     inv_freq, rope_scale = _rope(hf, head_dim)
@@ -73,7 +77,7 @@ def config_from_hf(folder: Path) -> ModelConfig:
         head_dim=head_dim,
         rms_norm_eps=hf.rms_norm_eps,
         inv_freq=inv_freq,
-        max_position_embeddings=hf.max_position_embeddings,
+        max_position_embeddings=_positions(hf),
         rope_scale=rope_scale,
         tie_word_embeddings=bool(hf.tie_word_embeddings),
         attention_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
@@ -134,6 +138,16 @@ def _rope(hf: PreTrainedConfig, head_dim: int) -> tuple[tuple[float, ...], float
             "partial_rotary_factor", hf.rope_parameters.get("partial_rotary_factor"), "1.0"
         )
     return tuple(frequencies.tolist()), float(scale)
+
+
+def _positions(hf: PreTrainedConfig) -> int:
+    """Longest context: scaled positions reach ``factor`` times as far as those trained on."""
+    rope = hf.rope_parameters
+    trained: int = hf.max_position_embeddings
+    if rope["rope_type"] not in ("linear", "yarn"):
+        return trained
+    original = rope.get("original_max_position_embeddings") or trained
+    return max(trained, int(float(rope["factor"]) * original))
 
 
 def _sliding_window(hf: PreTrainedConfig) -> int | None:

@@ -20,7 +20,7 @@ PAGES |= {
 }
 TEXT = "\n".join(PAGES.values())
 # Flags of other programs.
-NOT_OURS = {"--help", "--cuda-graph-trace", "--graph-profiling"}
+NOT_OURS = {"--help", "--cuda-graph-trace", "--graph-profiling", "--decision-bench-only"}
 
 
 def test_the_readme_begins_with_the_two_commands() -> None:

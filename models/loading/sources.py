@@ -90,6 +90,11 @@ def resolve(
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix.lower() == ".gguf":
+        raise ModelNotAvailable(
+            f"{model} is a GGUF file, which this server does not read; it takes folders with "
+            "safetensors in transformers' layout"
+        )
     if folder.is_absolute() or model.startswith((".", "~")):
         raise ModelNotAvailable(f"there is no folder {folder}")
     return _from_hub(model, revision)

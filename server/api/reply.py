@@ -60,12 +60,22 @@ class EventStream(StreamingResponse):
     def __init__(self, generation: Generation, frames: AsyncIterator[bytes]) -> None:
         super().__init__(frames, media_type=wire.MEDIA_TYPE, headers=wire.HEADERS)
         self._generation = generation
+        self._frames = frames
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; a client that leaves cancels this."""
         # The generator of frames cannot do this: one that never started has no `finally` to run.
         with closing(self._generation):
+            if scope["http_version"] == "1.0":
+                # Chunks came with 1.1: such a client gets the frames as one body.
+                whole = await wire.unless_disconnected(Request(scope, receive), self._joined())
+                response = Response(whole, media_type=wire.MEDIA_TYPE, headers=wire.HEADERS)
+                await response(scope, receive, send)
+                return
             await super().__call__(scope, receive, send)
+
+    async def _joined(self) -> bytes:
+        return b"".join([bytes(frame) async for frame in self._frames])
 
 
 class Reply:

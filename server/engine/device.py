@@ -106,8 +106,8 @@ def blocks_that_fit(
     needed = -(-max_model_len // config.block_size)
     if memory < needed * size:
         raise EngineConfigError(
-            f"K,V for one request of {max_model_len} tokens need {needed * size / GIB:.2f} GiB, "
-            f"{flag} gives {max(memory, 0) / GIB:.2f}; raise it or lower --max-model-len"
+            f"K,V for one request of {max_model_len} tokens need {needed * size / GIB:.3g} GiB, "
+            f"{flag} gives {max(memory, 0) / GIB:.3g}; raise it or lower --max-model-len"
         )
     return int(memory // size)
 

@@ -139,6 +139,28 @@ def test_ids_outside_the_vocabulary_end_nothing(tmp_path: Path) -> None:
     assert config_from_hf(tmp_path).eos_token_ids == (2,)
 
 
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 512),
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}, 256),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 128),
+    ],
+)
+def test_scaled_positions_reach_further(
+    rope: dict[str, Any], positions: int, tmp_path: Path
+) -> None:
+    save(LlamaConfig(**SIZES, rope_parameters={"rope_theta": 10000.0, **rope}), tmp_path)
+    assert config_from_hf(tmp_path).max_position_embeddings == positions
+
+
+def test_sizes_that_transformers_refuses(tmp_path: Path) -> None:
+    save(FAMILIES["llama"], tmp_path)
+    edit_config(tmp_path, num_attention_heads=5, num_key_value_heads=5)
+    with pytest.raises(CheckpointError, match="multiple of the number of attention heads"):
+        config_from_hf(tmp_path)
+
+
 def test_sampling_parameters_of_a_folder(tmp_path: Path) -> None:
     assert sampling_defaults(tmp_path) == {}
     path = tmp_path / "generation_config.json"

@@ -282,6 +282,22 @@ class TestAnswers:
         assert allowed.headers["access-control-allow-origin"] == "https://page.example"
         assert "access-control-allow-origin" not in refused.headers
 
+    async def test_an_old_client_gets_a_stream_in_one_piece(self) -> None:
+        """HTTP/1.0 knows no chunks."""
+        body = json.dumps({"messages": MESSAGES, "stream": True}).encode()
+        async with serving() as server:
+            port = int(server.url.rsplit(":", 1)[1])
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            head = "POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+            writer.close()
+        head, _, frames = answer.decode().partition("\r\n\r\n")
+        assert "transfer-encoding" not in head.lower()
+        assert f"content-length: {len(frames.encode())}" in head.lower()
+        assert frames.endswith("data: [DONE]\n\n")
+        assert frames.count("data: ") > 3
+
 
 class TestOtherRoutes:
     async def test_models(self) -> None:
