@@ -6,7 +6,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from offramp import __version__
-from offramp.server.api import chat, completions, decisions, models, ops, wire
+from offramp.server.api import chat, completions, decisions, models, ops, tokenize, wire
 from offramp.server.api.context import Context
 from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, RequestId
 
@@ -16,6 +16,7 @@ _ROUTERS: tuple[APIRouter, ...] = (
     decisions.router,
     models.router,
     ops.router,
+    tokenize.router,
 )
 
 

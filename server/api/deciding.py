@@ -216,6 +216,11 @@ def _task(
             f"The task answers with {wanted}, but this question has other answers.",
             param=wish.paths[index],
         )
+    if not (info.decision_tasks[name].labelled or wish.calibrate):
+        raise InvalidRequest(
+            f"Task '{name}' foresees calibrated answers; it has none without.",
+            param="calibration",
+        )
     return name
 
 

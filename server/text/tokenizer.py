@@ -77,15 +77,17 @@ class Tokenizer:
         template = render if loaded.chat_template else None
         return cls(backend, template, special_in_messages=special_in_messages)
 
-    def encode(self, texts: Sequence[str], max_tokens: int) -> list[tuple[int, ...]]:
-        """Ids of each prompt, special tokens of the model's own format added.
+    def encode(
+        self, texts: Sequence[str], max_tokens: int, *, special: bool = True
+    ) -> list[tuple[int, ...]]:
+        """Ids of each prompt, with the special tokens of the model's own format if ``special``.
 
         ``max_tokens`` is the context; a text too long for it by its length alone raises
         ContextLengthExceeded before any work is done.
         """
         for text in texts:
             self._refuse_hopeless(text, max_tokens, "prompt")
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=True)
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=special)
         return [tuple(encoding.ids) for encoding in encodings]
 
     def encode_chat(
@@ -109,6 +111,15 @@ class Tokenizer:
     def as_text(self, text: str) -> str:
         """A client's text for `encode_rendered`, in which names of special tokens stay text."""
         return text if self._special is None else self._special.sub(_cut, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """Token ids as the vocabulary writes them."""
+        return [self._backend.id_to_token(index) or "" for index in ids]
 
     def special_ids(self, names: Sequence[str]) -> tuple[int, ...]:
         """Ids of those ``names`` that are special tokens."""

@@ -299,6 +299,52 @@ class TestAnswers:
         assert frames.count("data: ") > 3
 
 
+class TestTokenizer:
+    async def test_there_and_back(self) -> None:
+        text = "Grüße, <end> 漢字"
+        async with serving() as server:
+            there = await send(server, "POST", "/tokenize", json={"prompt": text})
+            found = there.json()
+            back = await send(server, "POST", "/detokenize", json={"tokens": found["tokens"]})
+            named = await send(
+                server, "POST", "/tokenize", json={"prompt": "ab", "return_token_strs": True}
+            )
+        assert found["count"] == len(found["tokens"]) == len(text.encode()) - len("<end>") + 1
+        assert (found["max_model_len"], found["token_strs"]) == (CONTEXT, None)
+        assert back.json() == {"prompt": text}
+        assert named.json()["token_strs"] == ["a", "b"]
+
+    async def test_messages_are_counted_as_the_chat_counts_them(self) -> None:
+        async with serving() as server:
+            found = await send(server, "POST", "/tokenize", json={"messages": MESSAGES})
+            answer = await chat(server)
+            long = await send(server, "POST", "/tokenize", json={"prompt": "a" * 10 * CONTEXT})
+        assert found.json()["count"] == answer.usage.prompt_tokens
+        assert long.json()["count"] == 10 * CONTEXT
+
+    @pytest.mark.parametrize(
+        ("path", "body", "param"),
+        [
+            ("/tokenize", {}, "prompt"),
+            ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
+            ("/tokenize", {"messages": []}, "messages"),
+            ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
+            (
+                "/tokenize",
+                {"messages": MESSAGES, "add_generation_prompt": False},
+                "add_generation_prompt",
+            ),
+            ("/detokenize", {}, "tokens"),
+            ("/detokenize", {"tokens": [1, -1]}, "tokens[1]"),
+            ("/detokenize", {"tokens": [1, 10**6]}, "tokens[1]"),
+        ],
+    )
+    async def test_what_is_refused(self, path: str, body: Any, param: str) -> None:
+        async with serving() as server:
+            response = await send(server, "POST", path, json=body)
+        assert (response.status_code, envelope(response)["param"]) == (400, param)
+
+
 class TestOtherRoutes:
     async def test_models(self) -> None:
         async with serving(served_model_name=("a", "org/b")) as server:

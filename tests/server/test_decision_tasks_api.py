@@ -213,6 +213,16 @@ async def test_heads_that_foresee_the_models_own_answer(
             "context_length_exceeded",
         ),
         ({"questions": []}, "questions", "invalid_value"),
+        # Its heads foresee calibrated answers only.
+        (
+            {
+                "early_exit": {"task": "own"},
+                "calibration": "none",
+                "questions": [{"type": "predicate", "instructions": MINE}],
+            },
+            "calibration",
+            "invalid_value",
+        ),
     ],
 )
 async def test_what_cannot_be_asked(trained: Recorder, body: Any, param: str, code: str) -> None:
