@@ -101,8 +101,9 @@ class ExitSettings:
 
     ``thresholds`` are the scores, 0 to 1, at which a token leaves at each exit point; None takes
     those in force for the whole server. ``quality`` is the agreement wanted, ``min_layer`` the
-    first layer after which tokens may leave. ``prefill_threshold`` is the gate score at which
-    prompt tokens leave too, None keeps them all.
+    first layer after which tokens may leave. With ``always`` they leave where their score says so,
+    whether or not that saves time. ``prefill_threshold`` is the gate score at which prompt tokens
+    leave too, None keeps them all.
     ``deadline_s`` is the wish for the whole answer, in seconds from its arrival: an answer that
     would be late takes ``late_thresholds``, the loosest its quality allows.
     """
@@ -112,6 +113,7 @@ class ExitSettings:
     thresholds: tuple[float, ...] | None = None
     quality: float | None = None
     min_layer: int = 0
+    always: bool = False
     kv_fill: KVFill = KVFill.AUTO
     prefill_threshold: float | None = None
     deadline_s: float | None = None

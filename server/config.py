@@ -195,6 +195,11 @@ class ServerConfig(_Options):
     exit_threshold: float | None = _option(
         "Early exit", None, "Score to leave at; that of --exit-quality if unset.", ge=0, le=1
     )
+    exit_when: Literal["pays", "always"] = _option(
+        "Early exit",
+        "pays",
+        "Tokens leave where that saves time by measured cost, or always where their score says so.",
+    )
     exit_min_layer: int = _option("Early exit", 0, "First layer tokens may leave after.", ge=0)
     kv_fill: Literal["auto", "project", "copy", "recompute"] = _option(
         "Early exit", "project", "How K,V of skipped layers are made."

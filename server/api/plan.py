@@ -141,11 +141,18 @@ def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> Ex
         thresholds=strict,
         quality=wish.quality,
         min_layer=config.exit_min_layer if wish.min_layer is None else wish.min_layer,
+        always=_always(config, wish),
         kv_fill=KVFill(wish.kv_fill or config.kv_fill),
         prefill_threshold=info.prompt_threshold if wish.prefill else None,
         deadline_s=None if wish.deadline_ms is None else wish.deadline_ms / 1000,
         late_thresholds=late,
     )
+
+
+def _always(config: ServerConfig, wish: EarlyExit) -> bool:
+    """Whether tokens leave whatever it costs: who names a rule and its bound wants to see them."""
+    named = wish.criterion is not None and wish.threshold is not None
+    return (wish.when or ("always" if named else config.exit_when)) == "always"
 
 
 def _default_mode(config: ServerConfig, info: EngineInfo) -> ExitMode:
@@ -186,6 +193,8 @@ def _lacks_thresholds(criterion: ExitCriterion, points: Sequence[OperatingPoint]
 def _check(wish: EarlyExit, info: EngineInfo) -> None:
     if wish.mode is ExitMode.ADAPTIVE and not info.exit_layers:
         raise _refused("mode", "no exits are loaded for this model")
+    if wish.when is not None and wish.mode not in (None, ExitMode.ADAPTIVE):
+        raise _refused("when", "only adaptive tokens leave for good")
     if wish.min_layer is not None and wish.min_layer > info.num_layers:
         raise _refused("min_layer", f"this model has {info.num_layers} layers")
     if wish.quality is not None and wish.threshold is not None:

@@ -75,6 +75,7 @@ class EarlyExit(RequestModel):
     quality: float | None = Field(default=None, ge=0.5, le=1)
     threshold: float | None = Field(default=None, ge=0, le=1)
     min_layer: int | None = Field(default=None, ge=0, le=INT64_MAX)
+    when: Literal["pays", "always"] | None = None
     kv_fill: Literal["auto", "project", "copy", "recompute"] | None = None
     prefill: bool | None = None
     deadline_ms: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_MS)

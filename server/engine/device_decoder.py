@@ -78,6 +78,8 @@ class DeviceDecoder:
             return True
         if self.governor.thresholds.online is not None or exits.deadline_s is not None:
             return False
+        if exits.always:
+            return False
         return exits.criterion is DEFAULT_CRITERION and exits.kv_fill in _FILLS
 
     def add(self, sequence: Sequence, now: float) -> None:

@@ -80,7 +80,7 @@ class ExitDecisions:
         work: abc.Sequence[SequenceRows],
         result: StepResult,
     ) -> list[bool]:
-        """Which sequences leave after ``segment``: allowed by the score, and worth it."""
+        """Which sequences leave after ``segment``: the score allows it, and it pays or is wished."""
         checked = sum(item.check is not None for item in work)
         if not any(result.leave):
             self._governor.observe_checks(segment, checked, 0)
@@ -96,7 +96,12 @@ class ExitDecisions:
         staying = len(sequences) - leaving
         pays = bool(leaving) and self._governor.exits_pay(segment, leaving, staying)
         return [
-            fire and (self._may_draft(sequence, token) if sequence.lossless else pays)
+            fire
+            and (
+                self._may_draft(sequence, token)
+                if sequence.lossless
+                else pays or sequence.request.exits.always
+            )
             for fire, sequence, token in zip(fired, sequences, result.token_ids, strict=True)
         ]
 
@@ -107,7 +112,8 @@ class ExitDecisions:
         if sequence.lossless:
             wished = 0.0 if exits.thresholds is None else exits.thresholds[segment]
             return max(self._draft_bound, wished)
-        return self._in_force(sequence, segment, now) if self._worth else NEVER
+        worth = self._worth or exits.always
+        return self._in_force(sequence, segment, now) if worth else NEVER
 
     def _answer_threshold(self, sequence: Sequence, segment: int, now: float) -> float:
         """Of a criterion that decides by the prompt's last row; later tokens follow its choice."""

@@ -169,3 +169,20 @@ def test_defaults_no_request_could_ask_for_are_refused(
 ) -> None:
     assert default_fault(ServerConfig(**options), INFO) == message
     assert default_fault(ServerConfig(exit_min_layer=30, exit_threshold=0.5), INFO) is None
+
+
+def test_who_leaves_whatever_it_costs() -> None:
+    """Who names a rule and its bound, or says so; a server may say it for all."""
+    assert not settings({}).always
+    assert not settings({"threshold": 0.5}).always
+    assert not settings({"criterion": "max_prob"}).always
+    assert settings({"criterion": "max_prob", "threshold": 0.5}).always
+    assert not settings({"criterion": "max_prob", "threshold": 0.5, "when": "pays"}).always
+    assert settings({"when": "always"}).mode is ExitMode.ADAPTIVE
+    assert settings({"when": "always"}).always
+    assert settings({}, exit_when="always").always
+    assert not settings({"when": "pays"}, exit_when="always").always
+    for mode in ("off", "lossless"):
+        with pytest.raises(InvalidRequest) as caught:
+            settings({"mode": mode, "when": "always"})
+        assert caught.value.param == "early_exit.when"

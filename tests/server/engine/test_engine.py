@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -278,3 +279,17 @@ def test_gauges_fall_when_the_last_request_is_aborted() -> None:
     assert last is not None
     assert (last.kind, last.running, last.kv_used_blocks) == ("idle", 0, 0)
     assert not engine.has_work
+
+
+def test_who_asks_for_it_leaves_whatever_it_costs() -> None:
+    """In one batch with a request that leaves only where that pays, which it never does."""
+    engine, _ = fake_engine(leave_share=0.7, num_blocks=40)
+    governor = host_of(engine).governor
+    governor.checks_pay = lambda *_: False  # type: ignore[method-assign]
+    governor.exits_pay = lambda *_: False  # type: ignore[method-assign]
+    plain = request("a", [1, 2, 3], 12, ExitMode.ADAPTIVE)
+    always = replace(plain, request_id="b", exits=replace(plain.exits, always=True))
+    stays, leaves = run(engine, [plain, always])[0]
+    assert set(stays.exit_layers) == {LAYERS}
+    assert min(leaves.exit_layers) < LAYERS
+    assert len(leaves.token_ids) == len(stays.token_ids) == 12
