@@ -80,7 +80,7 @@ class ExitDecisions:
         work: abc.Sequence[SequenceRows],
         result: StepResult,
     ) -> list[bool]:
-        """Which sequences leave after ``segment``: the score allows it, and it pays or is wished."""
+        """Which sequences leave after ``segment``: the score allows it, and it pays or is asked."""
         checked = sum(item.check is not None for item in work)
         if not any(result.leave):
             self._governor.observe_checks(segment, checked, 0)

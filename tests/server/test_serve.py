@@ -105,7 +105,11 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, str, thr
 
     monkeypatch.setattr(Service, "_build", build)
     monkeypatch.setattr(Service, "_resolve", lambda _: Path())
-    monkeypatch.setattr(Tokenizer, "load", lambda _: Tokenizer(byte_backend(), render))
+
+    def load(_: Path, **options: bool) -> Tokenizer:
+        return Tokenizer(byte_backend(), render, **options)
+
+    monkeypatch.setattr(Tokenizer, "load", load)
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     config = ServerConfig(port=0, engine=EngineConfig(model="fake"))

@@ -128,7 +128,7 @@ def test_kernels_that_must_and_cannot_be_compiled_are_refused(
     ("options", "message"),
     [
         ({"max_model_len": 4096}, "--max-model-len 4096 is over the model's 2048"),
-        ({"kv_cache_memory": 0.0001}, r"--kv-cache-memory gives 0\.00; raise it"),
+        ({"kv_cache_memory": 0.0001}, r"--kv-cache-memory gives 0\.0001; raise it"),
     ],
     ids=["context", "memory"],
 )
