@@ -77,7 +77,7 @@ class EngineConfig(_Options):
         "Number format of K and V: auto is that of --dtype. On a CPU float16 halves their memory "
         "and rounds them; it needs the C kernels.",
     )
-    block_size: int = _option("Cache", 32, "Tokens in a KV block.", ge=1, le=1024)
+    block_size: int = _option("Cache", 16, "Tokens in a KV block.", ge=1, le=1024)
     kv_cache_memory: float | None = _option(
         "Cache",
         None,
