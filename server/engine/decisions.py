@@ -90,7 +90,8 @@ class Decisions:
     """Owns the requests that wait for answers of a fixed set.
 
     Blocks come from the memory that all sequences share. A step runs one segment for the oldest
-    request, and for what else stands before the same segment.
+    request, and for what else stands before the same segment; a request of many rows takes turns
+    with the others.
     """
 
     def __init__(self, info: EngineInfo, memory: SequenceMemory, runner: StepRunner) -> None:
@@ -171,8 +172,16 @@ class Decisions:
                 logger.exception("a step of decisions failed")
                 self._fail(call)
                 stats = StepStats("decisions", call.segment)
+            self._take_turns(call)
         events, self._events = self._events, []
         return events, stats
+
+    def _take_turns(self, call: _Call) -> None:
+        """A request that did not fit into its step lets the others go first."""
+        first = call.jobs[0]
+        if first in self._running and first.segment == call.segment:
+            self._running.remove(first)
+            self._running.append(first)
 
     def _fault(self, request: DecisionRequest) -> str | None:
         longest = max((len(read.tokens) for read in request.reads), default=0)
@@ -212,7 +221,7 @@ class Decisions:
                     self._start(job)
             if len(self._running) < 2 or any(job.climbing for job in self._running):
                 return
-            job = self._running[-1]
+            job = max(self._running, key=lambda each: each.submitted_at)
             self._remove(job)
             job.shared = []
             self._waiting.appendleft(job)

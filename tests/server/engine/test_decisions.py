@@ -438,6 +438,18 @@ def test_a_long_prompt_runs_in_parts() -> None:
     assert [step.segment for step in runner.steps] == [s for s in range(4) for _ in range(4)]
 
 
+def test_a_long_prompt_lets_short_ones_go_first() -> None:
+    log, runner = log_of(num_blocks=24, max_batched=8)
+    log.ask("long", read([*range(40)]))
+    log.step()
+    log.ask("short", read([7, 1, 2]))
+    log.finish()
+    assert list(log.events) == ["short", "long"]
+    # Two steps of the long one for each of the short one's, at most.
+    ended = next(index for index, step in enumerate(runner.steps) if step.reads)
+    assert ended <= 1 + 2 * (len(CUTS) + 1)
+
+
 def test_requests_at_one_height_run_together() -> None:
     log, runner = log_of(num_blocks=24, max_batched=64)
     for name in "abc":
