@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.weights, pytest.mark.timeout(900)]
 
 PROMPTS = Path(__file__).parents[2] / "data" / "prompts.txt"
 CONTEXT = 1024
+BLOCK = 32
 TOKENS = 20
 GREEDY = SamplingParams(max_tokens=TOKENS, temperature=0.0)
 
@@ -67,6 +68,7 @@ def build(folder: Path, exits: str, num_blocks: int, *, on_device: bool = False)
         dtype="float32",
         device="cpu",
         max_model_len=CONTEXT,
+        block_size=BLOCK,
         max_num_seqs=16,
     )
     return build_engine(
@@ -121,14 +123,14 @@ def test_in_a_mixed_batch_and_again_from_the_cache(
     found, done = answers(engine, prompts, 16)
     assert found == reference
     cached = [item.stats.cached_tokens for item in done if item.stats is not None]
-    assert cached == [min(len(prompt) // 32 * 32, len(prompt) - 1) for prompt in prompts]
+    assert cached == [min(len(prompt) // BLOCK * BLOCK, len(prompt) - 1) for prompt in prompts]
 
 
 def test_under_preemption(
     smollm2_dir: Path, exits: str, prompts: list[tuple[int, ...]], reference: list[list[int]]
 ) -> None:
     """Too few blocks for all: the newest are sent back and prefilled again."""
-    engine = build(smollm2_dir, exits, CONTEXT // 32)
+    engine = build(smollm2_dir, exits, CONTEXT // BLOCK)
     found, done = answers(engine, prompts[2::3], 16)
     assert found == reference[2::3]
     assert sum(item.stats.preemptions for item in done if item.stats is not None) > 0
