@@ -276,8 +276,9 @@ def decisions_parser() -> argparse.ArgumentParser:
     add("--api-key", help="key of that server")
     add(
         "--peer",
-        choices=("llamacpp",),
-        help="also ask llama.cpp for the first token of the same prompts, and its likeliest ones",
+        choices=("llamacpp", "transformers"),
+        help="also ask this for the first token behind the same prompts (transformers: fp32, here, "
+        "one after the other)",
     )
     add("--peer-gguf", type=Path, help="llama.cpp's model file [the embedded model's own]")
     return parser

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import torch
+from transformers import AutoModelForCausalLM
 
 from offramp.models.loading.sources import resolve
 from offramp.server.bench.common import (
@@ -46,7 +47,6 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHECKED = 8
 _CLOSE = 1e-4
 _BINS = 10
-_PEER = "llamacpp"
 # Likeliest tokens that llama.cpp is asked for; labels beyond count as impossible.
 _PEER_TOKENS = 100
 _PEER_CONTEXT = 4096
@@ -103,16 +103,17 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
     needed = args.rows * args.rounds
     if len(rows.texts) < needed:
         raise UsageError(f"--data has {len(rows.texts)} rows; {needed} are needed")
-    names = [*args.modes, *([_PEER] if args.peer else [])]
+    names = [*args.modes, *([args.peer] if args.peer else [])]
     with ExitStack() as stack:
         url = args.url or stack.enter_context(_own_server(args))
         server = _Server(args, url)
         card = server.card()
         _check(server, rows, card["num_layers"])
-        targets: dict[str, _Server | _LlamaCpp] = dict.fromkeys(args.modes, server)
-        if args.peer:
-            peer_url = stack.enter_context(_llamacpp(args))
-            targets[_PEER] = _LlamaCpp(args, peer_url, server)
+        targets: dict[str, _Server | _Peer] = dict.fromkeys(args.modes, server)
+        if args.peer == "llamacpp":
+            targets[args.peer] = _LlamaCpp(args, server, stack.enter_context(_llamacpp(args)))
+        elif args.peer:
+            targets[args.peer] = _Transformers(args, server)
         results = []
         for questions in args.questions:
             for concurrency in args.concurrency:
@@ -305,12 +306,10 @@ def _asked(seconds: float, reply: Mapping[str, Any]) -> Asked:
     return Asked(seconds, given, layers, 1 - metrics["layers_skipped_fraction"], prompt)
 
 
-class _LlamaCpp:
-    """llama.cpp, asked for the likeliest first tokens behind the prompts that Offramp made."""
+class _Peer:
+    """Another program, asked for the labels' first tokens behind the prompts that Offramp made."""
 
-    def __init__(self, args: argparse.Namespace, url: str, ours: _Server) -> None:
-        # llama.cpp closes connections without saying so.
-        self._client = _Client(url, keep=False)
+    def __init__(self, args: argparse.Namespace, ours: _Server) -> None:
         self._ours = ours
         tokenizer = Tokenizer.load(resolve(args.model))
         names = [name for name, _ in args.labels]
@@ -322,27 +321,74 @@ class _LlamaCpp:
         missing = [text for text in texts if text not in self._prompts]
         asked, _ = self._ours.ask(missing, "off", 1, 1)
         self._prompts |= {text: each.prompt for text, each in zip(missing, asked, strict=True)}
+        prompts = [self._prompts[text] for text in texts for _ in range(result.questions)]
+        given, seconds = self._ask(prompts, result.concurrency)
+        firsts = given[:: result.questions]
+        return [Asked(spent, found, (), 1.0) for spent, found in firsts], seconds
+
+    def _ask(
+        self, prompts: Sequence[tuple[int, ...]], concurrency: int
+    ) -> tuple[list[tuple[float, tuple[float, ...]]], float]:
+        """Seconds and the labels' probabilities for each prompt, and the seconds of all."""
+        raise NotImplementedError
+
+
+class _LlamaCpp(_Peer):
+    """llama.cpp's server, which tells the likeliest tokens."""
+
+    def __init__(self, args: argparse.Namespace, ours: _Server, url: str) -> None:
+        super().__init__(args, ours)
+        # llama.cpp closes connections without saying so.
+        self._client = _Client(url, keep=False)
+
+    def _ask(
+        self, prompts: Sequence[tuple[int, ...]], concurrency: int
+    ) -> tuple[list[tuple[float, tuple[float, ...]]], float]:
         bodies = [
             {
-                "prompt": list(self._prompts[text]),
+                "prompt": list(prompt),
                 "n_predict": 1,
                 "temperature": 0,
                 "n_probs": _PEER_TOKENS,
                 "cache_prompt": False,
             }
-            for text in texts
-            for _ in range(result.questions)
+            for prompt in prompts
         ]
-        replies, seconds = self._client.post_all("/completion", bodies, result.concurrency)
-        firsts = replies[:: result.questions]
-        return [self._asked(spent, reply) for spent, reply in firsts], seconds
+        replies, seconds = self._client.post_all("/completion", bodies, concurrency)
+        return [(spent, self._told(reply)) for spent, reply in replies], seconds
 
-    def _asked(self, seconds: float, reply: Mapping[str, Any]) -> Asked:
+    def _told(self, reply: Mapping[str, Any]) -> tuple[float, ...]:
         likely = reply["completion_probabilities"][0]["top_logprobs"]
         known = {each["id"]: math.exp(each["logprob"]) for each in likely}
         given = [known.get(token, 0.0) for token in self._first]
         total = sum(given) or 1.0
-        return Asked(seconds, tuple(each / total for each in given), (), 1.0)
+        return tuple(each / total for each in given)
+
+
+class _Transformers(_Peer):
+    """transformers in this process, fp32, one prompt after the other."""
+
+    def __init__(self, args: argparse.Namespace, ours: _Server) -> None:
+        super().__init__(args, ours)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(args.model), dtype=torch.float32
+        ).eval()
+        if args.threads:
+            torch.set_num_threads(args.threads)
+
+    @torch.inference_mode()
+    def _ask(
+        self, prompts: Sequence[tuple[int, ...]], concurrency: int
+    ) -> tuple[list[tuple[float, tuple[float, ...]]], float]:
+        del concurrency
+        found = []
+        for prompt in prompts:
+            begun = time.perf_counter()
+            ids = torch.tensor([prompt])
+            logits = self._model(input_ids=ids, logits_to_keep=1).logits[0, -1, self._first]
+            given = tuple(logits.softmax(0).tolist())
+            found.append((time.perf_counter() - begun, given))
+        return found, sum(spent for spent, _ in found)
 
 
 def _check(server: _Server, rows: LabelledTexts, num_layers: int) -> None:

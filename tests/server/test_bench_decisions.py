@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from offramp.models.exits.decision_heads import DecisionFile, DecisionPoint
 from offramp.models.families import config_from_hf
@@ -21,6 +23,7 @@ from offramp.server.bench.common import BenchError, Refused, UsageError
 from offramp.server.bench.decisions import Asked
 from offramp.server.text.decisions import predicate
 from offramp.server.text.labelled import LabelledTexts
+from tests.server.fakes import byte_backend
 
 from .deciding import LAYERS, Recorder, serve, tiny_engine
 from .test_decision_tasks_api import SURE, sure_task
@@ -52,8 +55,8 @@ def trained(tiny_dir: Path, tmp_path: Path) -> Recorder:
 
 
 async def measured(engine: Recorder, args: argparse.Namespace) -> Any:
-    async with serve(engine) as server:
-        args.url, args.model = server.url, None
+    async with serve(engine, served_model_name=(args.model,)) as server:
+        args.url = server.url
         return await asyncio.to_thread(decisions.bench, args, "the command", lambda _: None)
 
 
@@ -80,6 +83,22 @@ def test_modes_side_by_side(trained: Recorder, data: Path) -> None:
     # 0.99 sure and right three times in four.
     assert off["ece"] == pytest.approx(0.24, abs=0.001)
     assert json.loads(report.output().splitlines()[-1])["command"] == "the command"
+
+
+def test_transformers_beside_it(
+    trained: Recorder, data: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    # The model that is served, with the tokenizer of the fixture's server.
+    folder = shutil.copytree(tiny_dir, tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=byte_backend()).save_pretrained(folder)
+    words = ["--modes", "off", "--concurrency", "1", "--peer", "transformers", "--task", "none"]
+    words += ["--calibration", "none", "--model", str(folder)]
+    off, theirs = run(trained, options(data, *words)).document["rows"]
+    assert (off["mode"], theirs["mode"]) == ("off", "transformers")
+    assert (theirs["executed"], theirs["mean_layer"]) == (1.0, None)
+    # The same weights behind the same prompts.
+    assert theirs["agreement"] == 1.0
+    assert theirs["brier"] == pytest.approx(off["brier"], abs=1e-3)
 
 
 def test_too_few_rows_are_told(trained: Recorder, data: Path) -> None:
