@@ -63,7 +63,8 @@ class Decider:
         self._copy_kv(step)
         hidden = self._segments[step.segment](hidden, rows, self._cache)
         self._states[rows.places] = hidden
-        self._keep_sums(step, hidden)
+        if self._tasks:
+            self._keep_sums(step, hidden)
         if not step.reads:
             return ()
         ends = torch.tensor([len(item.positions) for item in step.work]).cumsum(0) - 1

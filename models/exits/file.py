@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -111,7 +111,15 @@ class OperatingPoint:
         return point
 
 
-def point_for(points: Sequence[OperatingPoint], quality: float) -> OperatingPoint | None:
+class _Promise(Protocol):
+    @property
+    def quality(self) -> float: ...
+
+
+_Point = TypeVar("_Point", bound=_Promise)
+
+
+def point_for(points: Sequence[_Point], quality: float) -> _Point | None:
     """The loosest point that promises at least ``quality``; None if there is none."""
     enough = [point for point in points if point.quality >= quality]
     return min(enough, key=lambda point: point.quality, default=None)

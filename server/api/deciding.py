@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
+from offramp.models.exits.file import point_for
 from offramp.models.sampling_params import NEVER, ExitMode
+from offramp.server.api.plan import refused
 from offramp.server.engine.request import (
     AnswerRequest,
     AnswerResult,
@@ -166,7 +168,7 @@ async def decide(
 
 def _mode(context: Context, exits: DecisionExit, info: EngineInfo) -> ExitMode:
     if exits.mode is ExitMode.ADAPTIVE and not info.decision_tasks:
-        raise _refused("mode", "no decision heads are loaded for this model")
+        raise refused("mode", "no decision heads are loaded for this model")
     if exits.mode is not None:
         return exits.mode
     if not info.decision_tasks or context.config.early_exit == ExitMode.OFF.value:
@@ -209,7 +211,7 @@ def _task(
         return None
     if name not in info.decision_tasks:
         known = ", ".join(sorted(info.decision_tasks)) or "none"
-        raise _refused("task", f"there is no task of that name; there are: {known}")
+        raise refused("task", f"there is no task of that name; there are: {known}")
     if sorted(info.decision_tasks[name].labels) != sorted(labels):
         wanted = ", ".join(info.decision_tasks[name].labels)
         raise InvalidRequest(
@@ -320,13 +322,13 @@ def _own_thresholds(heads: DecisionInfo, exits: DecisionExit) -> tuple[float, ..
     if exits.threshold is not None:
         return (exits.threshold,) * len(heads.layers)
     quality = _DEFAULT_QUALITY if exits.quality is None else exits.quality
-    good = [point for point in heads.points if point.quality >= quality]
-    if good:
-        return min(good, key=lambda point: point.quality).thresholds
+    point = point_for(heads.points, quality)
+    if point is not None:
+        return point.thresholds
     if exits.quality is not None:
         best = max((point.quality for point in heads.points), default=None)
         reach = "were not calibrated" if best is None else f"reach {best:g} at best"
-        raise _refused("quality", f"{quality:g} is out of reach; these decision heads {reach}")
+        raise refused("quality", f"{quality:g} is out of reach; these decision heads {reach}")
     return None
 
 
@@ -390,7 +392,3 @@ def _less(logits: Sequence[Sequence[float]], prior: Prior | None) -> list[list[f
         [a - b for a, b in zip(own, none, strict=True)]
         for own, none in zip(logits, prior, strict=True)
     ]
-
-
-def _refused(field_name: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"early_exit.{field_name}: {message}.", param=f"early_exit.{field_name}")

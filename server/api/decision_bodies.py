@@ -18,8 +18,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from offramp.models.sampling_params import ExitMode
-from offramp.server.api.fields import INT64_MAX, UNSUPPORTED, RequestModel, Text, clean_text
-from offramp.server.api.schemas import warn_once
+from offramp.server.api.fields import (
+    INT64_MAX,
+    UNSUPPORTED,
+    RequestModel,
+    Text,
+    clean_text,
+    join_parts,
+)
+from offramp.server.api.schemas import mode_alone, warn_once
 from offramp.server.errors import InvalidRequest
 from offramp.server.text.decisions import Option, Question, QuestionKind, predicate, score
 
@@ -63,28 +70,18 @@ def _json_text(value: Any) -> str:
 _PART_TEXTS: Final = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
-def _join_parts(content: Any) -> Any:
-    """Text of a content given as a list of parts."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise PydanticCustomError("invalid_part", "parts must be objects with a type")
-        kind = part["type"]
-        if kind == "input_image":
-            raise PydanticCustomError(UNSUPPORTED, "images are not supported")
-        if kind == "input_json" and isinstance(part.get("data"), dict | list):
-            texts.append(_json_text(part["data"]))
-        elif kind in _PART_TEXTS and isinstance(part.get(_PART_TEXTS[kind]), str):
-            texts.append(part[_PART_TEXTS[kind]])
-        else:
-            raise PydanticCustomError(
-                "invalid_part", "parts are input_text with a text or input_json with data"
-            )
-    if not texts:
-        raise PydanticCustomError("too_short", "at least one part is needed")
-    return "\n".join(texts)
+def _part_text(part: Mapping[str, Any]) -> str:
+    kind = part["type"]
+    if kind == "input_image":
+        raise PydanticCustomError(UNSUPPORTED, "images are not supported")
+    if kind == "input_json" and isinstance(part.get("data"), dict | list):
+        return _json_text(part["data"])
+    text = part.get(_PART_TEXTS.get(kind, ""))
+    if not isinstance(text, str):
+        raise PydanticCustomError(
+            "invalid_part", "parts are input_text with a text or input_json with data"
+        )
+    return text
 
 
 def _not_blank(text: str) -> str:
@@ -93,7 +90,7 @@ def _not_blank(text: str) -> str:
     return text
 
 
-Content = Annotated[Text, BeforeValidator(_join_parts)]
+Content = Annotated[Text, BeforeValidator(lambda content: join_parts(content, _part_text))]
 Instructions = Annotated[Content, AfterValidator(_not_blank)]
 Name = Annotated[Text, Field(min_length=1, max_length=MAX_NAME)]
 Label = Annotated[Text, AfterValidator(_not_blank)]
@@ -125,17 +122,13 @@ class DecisionExit(RequestModel):
         return self
 
 
-def _mode_alone(value: Any) -> Any:
-    return {"mode": value} if isinstance(value, str) else value
-
-
 class _Body(RequestModel):
     """Fields that both routes share, ours among them."""
 
     model_config = ConfigDict(extra="allow")
 
     model: Text | None = None
-    early_exit: Annotated[DecisionExit, BeforeValidator(_mode_alone)] = Field(
+    early_exit: Annotated[DecisionExit, BeforeValidator(mode_alone)] = Field(
         default_factory=DecisionExit
     )
     calibration: Literal["contextual", "none"] = "contextual"

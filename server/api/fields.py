@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final
 
 from pydantic import (
@@ -112,22 +112,25 @@ def _stop_list(value: Any) -> Any:
     return stops
 
 
-def _join_parts(content: Any) -> Any:
-    """Text of a message given as a list of parts."""
+def join_parts(content: Any, text_of: Callable[[Mapping[str, Any]], str]) -> Any:
+    """Text of a content given as a list of parts, each of which ``text_of`` reads."""
     if not isinstance(content, list):
         return content
-    texts = []
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise PydanticCustomError("invalid_part", "content parts must be objects with a type")
-        if part["type"] != "text":
-            raise PydanticCustomError(UNSUPPORTED, "only text content parts are supported")
-        if not isinstance(part.get("text"), str):
-            raise PydanticCustomError("string_type", "a text part must have a string 'text'")
-        texts.append(part["text"])
-    if not texts:
+    if not content:
         raise PydanticCustomError("too_short", "content must have at least one part")
-    return "\n".join(texts)
+    return "\n".join(map(text_of, content))
+
+
+def _text_part(part: Mapping[str, Any]) -> str:
+    if part["type"] != "text":
+        raise PydanticCustomError(UNSUPPORTED, "only text content parts are supported")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise PydanticCustomError("string_type", "a text part must have a string 'text'")
+    return text
 
 
 def _biases(value: Any) -> Any:
@@ -163,7 +166,7 @@ def _prompt_kind(value: Any) -> str:
 
 
 Text = Annotated[str, AfterValidator(clean_text)]
-Content = Annotated[Text, BeforeValidator(_join_parts)]
+Content = Annotated[Text, BeforeValidator(lambda content: join_parts(content, _text_part))]
 StopStrings = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
     BeforeValidator(_stop_list),

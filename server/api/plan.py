@@ -192,18 +192,18 @@ def _lacks_thresholds(criterion: ExitCriterion, points: Sequence[OperatingPoint]
 
 def _check(wish: EarlyExit, info: EngineInfo) -> None:
     if wish.mode is ExitMode.ADAPTIVE and not info.exit_layers:
-        raise _refused("mode", "no exits are loaded for this model")
+        raise refused("mode", "no exits are loaded for this model")
     if wish.when is not None and wish.mode not in (None, ExitMode.ADAPTIVE):
-        raise _refused("when", "only adaptive tokens leave for good")
+        raise refused("when", "only adaptive tokens leave for good")
     if wish.min_layer is not None and wish.min_layer > info.num_layers:
-        raise _refused("min_layer", f"this model has {info.num_layers} layers")
+        raise refused("min_layer", f"this model has {info.num_layers} layers")
     if wish.quality is not None and wish.threshold is not None:
-        raise _refused("threshold", "'quality' and 'threshold' exclude each other")
+        raise refused("threshold", "'quality' and 'threshold' exclude each other")
     if wish.prefill and info.prompt_threshold is None:
         message = "exits in prefill were not calibrated; start with --exit-prefill-threshold"
-        raise _refused("prefill", message)
+        raise refused("prefill", message)
     if wish.prefill and wish.kv_fill == "recompute":
-        raise _refused("kv_fill", "'recompute' would run every layer 'prefill' lets tokens skip")
+        raise refused("kv_fill", "'recompute' would run every layer 'prefill' lets tokens skip")
 
 
 def _thresholds(
@@ -227,7 +227,7 @@ def _thresholds(
         return (1.0,) * count, None
     if _lacks_thresholds(criterion, points) and mode is ExitMode.ADAPTIVE:
         message = f"criterion '{criterion}' has no calibrated thresholds; give one"
-        raise _refused("threshold", message)
+        raise refused("threshold", message)
     strictest = max(points, key=lambda point: point.quality, default=None)
     own = criterion is not DEFAULT_CRITERION and strictest is not None
     return (strictest.thresholds if own and strictest else None), None
@@ -240,7 +240,7 @@ def _deadline(
     least = wish.quality if wish.quality is not None else config.engine.quality_floor
     if least is None:
         message = "a deadline needs 'quality', or a server with --quality-floor, to trade with"
-        raise _refused("deadline_ms", message)
+        raise refused("deadline_ms", message)
     loosest = _point(info, criterion, least)
     points = _of(info, criterion)
     strictest = max(points, key=lambda point: point.quality)
@@ -253,7 +253,7 @@ def _point(info: EngineInfo, criterion: ExitCriterion, quality: float) -> Operat
     if point is None:
         best = max((point.quality for point in points), default=None)
         reach = _uncalibrated(info, criterion) if best is None else f"reach {best:g} at best"
-        raise _refused("quality", f"{quality:g} is out of reach; the loaded exits {reach}")
+        raise refused("quality", f"{quality:g} is out of reach; the loaded exits {reach}")
     return point
 
 
@@ -268,5 +268,6 @@ def _uncalibrated(info: EngineInfo, criterion: ExitCriterion) -> str:
     return f"are calibrated for {', '.join(others)}, not for '{criterion}'"
 
 
-def _refused(field: str, message: str) -> InvalidRequest:
+def refused(field: str, message: str) -> InvalidRequest:
+    """The error for a wish of ``early_exit`` that cannot be granted."""
     return InvalidRequest(f"early_exit.{field}: {message}.", param=f"early_exit.{field}")

@@ -90,7 +90,8 @@ class EarlyExit(RequestModel):
         ) or bool(self.prefill)
 
 
-def _mode_alone(value: Any) -> Any:
+def mode_alone(value: Any) -> Any:
+    """A mode alone stands for wishes that name it."""
     return {"mode": value} if isinstance(value, str) else value
 
 
@@ -123,9 +124,7 @@ class GenerationBody(RequestModel):
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
     return_exit_layers: bool = False
-    early_exit: Annotated[EarlyExit, BeforeValidator(_mode_alone)] = Field(
-        default_factory=EarlyExit
-    )
+    early_exit: Annotated[EarlyExit, BeforeValidator(mode_alone)] = Field(default_factory=EarlyExit)
 
     @model_validator(mode="before")
     @classmethod

@@ -7,26 +7,19 @@ layer for every question, and gave the same probabilities alone as under load.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import math
-import os
-import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx2 as httpx
 import torch
 from transformers import AutoModelForCausalLM
 
 from offramp.models.loading.sources import resolve
 from offramp.server.bench.common import (
-    BenchError,
     Refused,
     Report,
     Say,
@@ -36,14 +29,13 @@ from offramp.server.bench.common import (
     table,
     today,
 )
-from offramp.server.bench.device import cpu_facts, processor
+from offramp.server.bench.device import machine_facts
+from offramp.server.bench.over_http import JsonClient
 from offramp.server.bench.process import SERVE_LLAMACPP, SERVE_OFFRAMP, serving
 from offramp.server.bench.systems import gguf
 from offramp.server.text.labelled import LabelledTexts, read_labelled
 from offramp.server.text.tokenizer import Tokenizer
 
-_TIMEOUT_S = 600.0
-_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHECKED = 8
 _CLOSE = 1e-4
 _BINS = 10
@@ -65,10 +57,6 @@ _COLUMNS = columns(
     "Brier {brier:.4f} | ECE {ece:.4f} | agreement {agreement:.4f} | mean layer {mean_layer:.2f} | "
     "layers executed {executed:.3f}"
 )
-
-
-_Raw = tuple[float, bytes, bytes]
-"""Seconds of a request, head and body of the reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +118,7 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
     document = {
         "command": command,
         "date": today(),
-        "machine": {
-            "processor": processor(),
-            "torch": torch.__version__,
-            **cpu_facts(),
-            "load_average": os.getloadavg()[0],
-        },
+        "machine": machine_facts(),
         "model": args.model,
         "data": args.data.name,
         "instructions": args.instructions,
@@ -165,87 +148,12 @@ def _llamacpp(args: argparse.Namespace) -> Iterator[str]:
         yield process.address()
 
 
-class _Client:
-    """Requests in flight by a client that costs next to nothing; ``keep`` its connections.
-
-    It runs on the cores that are measured, and replies are read once all are there.
-    """
-
-    def __init__(self, url: str, key: str | None = None, *, keep: bool = True) -> None:
-        self.url = url.rstrip("/")
-        self._keep = keep
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-
-    def post_all(
-        self, path: str, bodies: Sequence[Mapping[str, Any]], concurrency: int
-    ) -> tuple[list[tuple[float, Any]], float]:
-        """Seconds and reply of each, and the seconds of all; raises BenchError."""
-        try:
-            replies, seconds = asyncio.run(self._post_all(path, bodies, concurrency))
-        except (OSError, EOFError, TimeoutError, ValueError) as error:
-            raise BenchError(f"{self.url}{path}: {str(error) or type(error).__name__}") from error
-        found = []
-        for spent, head, body in replies:
-            status = head.split(b" ", 2)[1]
-            if status != b"200":
-                raise BenchError(f"{self.url}{path}: {status.decode()} {body[:300].decode()}")
-            found.append((spent, json.loads(body)))
-        return found, seconds
-
-    def get(self, path: str) -> Any:
-        """The JSON at ``path``."""
-        try:
-            reply = httpx.get(self.url + path, headers=self._headers, timeout=_TIMEOUT_S)
-            reply.raise_for_status()
-        except httpx.HTTPError as error:
-            raise BenchError(f"{self.url}{path}: {error}") from error
-        return reply.json()
-
-    async def _post_all(
-        self, path: str, bodies: Sequence[Mapping[str, Any]], concurrency: int
-    ) -> tuple[list[_Raw], float]:
-        url = urlsplit(self.url)
-        head = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
-        head = f"POST {url.path}{path} HTTP/1.1\r\nHost: {url.netloc}\r\n{head}"
-        head += "Content-Type: application/json\r\nContent-Length: "
-        waiting = [
-            f"{head}{len(body)}\r\n\r\n".encode() + body
-            for body in (json.dumps(each).encode() for each in bodies)
-        ]
-        numbers = iter(range(len(waiting)))
-        found: list[_Raw | None] = [None] * len(waiting)
-
-        async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-            secure = url.scheme == "https"
-            port = url.port or (443 if secure else 80)
-            return await asyncio.open_connection(url.hostname, port, ssl=secure or None)
-
-        async def worker() -> None:
-            reader, writer = await connect()
-            for number in numbers:
-                begun = time.perf_counter()
-                if not self._keep:
-                    writer.close()
-                    reader, writer = await connect()
-                writer.write(waiting[number])
-                async with asyncio.timeout(_TIMEOUT_S):
-                    status = await reader.readuntil(b"\r\n\r\n")
-                    size = _LENGTH.search(status)
-                    body = await reader.readexactly(int(size[1]) if size else 0)
-                found[number] = (time.perf_counter() - begun, status, body)
-            writer.close()
-
-        begun = time.perf_counter()
-        await asyncio.gather(*(worker() for _ in range(concurrency)))
-        return [each for each in found if each is not None], time.perf_counter() - begun
-
-
 class _Server:
     """An Offramp server, asked over /v1/decisions."""
 
     def __init__(self, args: argparse.Namespace, url: str) -> None:
         self._args = args
-        self._client = _Client(url, args.api_key)
+        self._client = JsonClient(url, args.api_key)
         names = [name for name, _ in args.labels]
         question: dict[str, Any] = {"type": args.type, "instructions": args.instructions}
         if args.type == "choice":
@@ -339,7 +247,7 @@ class _LlamaCpp(_Peer):
     def __init__(self, args: argparse.Namespace, ours: _Server, url: str) -> None:
         super().__init__(args, ours)
         # llama.cpp closes connections without saying so.
-        self._client = _Client(url, keep=False)
+        self._client = JsonClient(url, keep=False)
 
     def _ask(
         self, prompts: Sequence[tuple[int, ...]], concurrency: int

@@ -181,6 +181,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def machine_facts() -> dict[str, Any]:
+    """The machine of a run on a CPU, as reports name it."""
+    return {
+        "processor": processor(),
+        "torch": torch.__version__,
+        **cpu_facts(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
 def cpu_facts() -> dict[str, Any]:
     """What decides a CPU's speed beside its name."""
     return {

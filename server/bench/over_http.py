@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from offramp.server.bench.targets import Load, Prompt, Target, Trace
 
 # A server may be slow to answer; one that is silent this long has failed.
 _TIMEOUT_S = 600
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CHUNK_BYTES = 1 << 16
 
 
@@ -239,3 +241,82 @@ class _Reply:
                 if "error" in chunk:
                     raise BenchError(chunk["error"]["message"])
                 yield now, chunk
+
+
+_Raw = tuple[float, bytes, bytes]
+"""Seconds of a request, head and body of the reply."""
+
+
+class JsonClient:
+    """Requests in flight by a client that costs next to nothing; ``keep`` its connections.
+
+    It runs on the cores that are measured, and replies are read once all are there.
+    """
+
+    def __init__(self, url: str, key: str | None = None, *, keep: bool = True) -> None:
+        self.url = url.rstrip("/")
+        self._keep = keep
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def post_all(
+        self, path: str, bodies: Sequence[Mapping[str, Any]], concurrency: int
+    ) -> tuple[list[tuple[float, Any]], float]:
+        """Seconds and reply of each, and the seconds of all; raises BenchError."""
+        try:
+            replies, seconds = asyncio.run(self._post_all(path, bodies, concurrency))
+        except (OSError, EOFError, TimeoutError, ValueError) as error:
+            raise BenchError(f"{self.url}{path}: {str(error) or type(error).__name__}") from error
+        found = []
+        for spent, head, body in replies:
+            status = head.split(b" ", 2)[1]
+            if status != b"200":
+                raise BenchError(f"{self.url}{path}: {status.decode()} {body[:300].decode()}")
+            found.append((spent, json.loads(body)))
+        return found, seconds
+
+    def get(self, path: str) -> Any:
+        """The JSON at ``path``."""
+        try:
+            reply = httpx.get(self.url + path, headers=self._headers, timeout=_TIMEOUT_S)
+            reply.raise_for_status()
+        except httpx.HTTPError as error:
+            raise BenchError(f"{self.url}{path}: {error}") from error
+        return reply.json()
+
+    async def _post_all(
+        self, path: str, bodies: Sequence[Mapping[str, Any]], concurrency: int
+    ) -> tuple[list[_Raw], float]:
+        url = urlsplit(self.url)
+        head = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
+        head = f"POST {url.path}{path} HTTP/1.1\r\nHost: {url.netloc}\r\n{head}"
+        head += "Content-Type: application/json\r\nContent-Length: "
+        waiting = [
+            f"{head}{len(body)}\r\n\r\n".encode() + body
+            for body in (json.dumps(each).encode() for each in bodies)
+        ]
+        numbers = iter(range(len(waiting)))
+        found: list[_Raw | None] = [None] * len(waiting)
+
+        async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            secure = url.scheme == "https"
+            port = url.port or (443 if secure else 80)
+            return await asyncio.open_connection(url.hostname, port, ssl=secure or None)
+
+        async def worker() -> None:
+            reader, writer = await connect()
+            for number in numbers:
+                begun = time.perf_counter()
+                if not self._keep:
+                    writer.close()
+                    reader, writer = await connect()
+                writer.write(waiting[number])
+                async with asyncio.timeout(_TIMEOUT_S):
+                    status = await reader.readuntil(b"\r\n\r\n")
+                    size = _LENGTH.search(status)
+                    body = await reader.readexactly(int(size[1]) if size else 0)
+                found[number] = (time.perf_counter() - begun, status, body)
+            writer.close()
+
+        begun = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
+        return [each for each in found if each is not None], time.perf_counter() - begun

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from offramp.models.loading.sources import resolve
 from offramp.server.bench import reference
 from offramp.server.bench.common import BenchError, Report, Say, table, today
-from offramp.server.bench.device import cpu_facts, processor
+from offramp.server.bench.device import machine_facts
 from offramp.server.bench.profile import draw, profile, profile_text, require_matplotlib
 from offramp.server.bench.quiet import Watch
 from offramp.server.bench.rounds import (
@@ -68,12 +67,7 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
     document = {
         "command": command,
         "date": today(),
-        "machine": {
-            "processor": processor(),
-            "torch": torch.__version__,
-            **cpu_facts(),
-            "load_average": os.getloadavg()[0],
-        },
+        "machine": machine_facts(),
         **run.watch.document(),
         "model": args.model,
         "target": args.url or ("server process" if serves(args) else "in process"),
