@@ -39,11 +39,12 @@ DEFAULT_CRITERION = ExitCriterion.TWO_KEY
 
 
 class DraftSource(StrEnum):
-    """Who guessed a draft: the draft head, the text so far, or an exit."""
+    """Who guessed a draft: the draft head, the text so far, an exit, or the answer's grammar."""
 
     HEAD = "head"
     NGRAM = "ngram"
     EXIT = "exit"
+    GRAMMAR = "grammar"
 
 
 class KVFill(StrEnum):
@@ -68,6 +69,8 @@ class SamplingParams:
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 switch their filters off.
     ``seed`` makes the draws a function of (seed, index of the token) alone, so they do not depend
     on who shares the batch. ``stop_token_ids`` end the sequence and are not part of its text.
+    ``logprobs`` asks for the log-probability of every token, and of so many best ones beside it;
+    ``prompt_logprobs`` for those of the prompt's tokens.
     """
 
     max_tokens: int
@@ -82,6 +85,8 @@ class SamplingParams:
     seed: int = 0
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def adjusts_logits(self) -> bool:

@@ -155,7 +155,8 @@ class SequenceMemory:
         size = self.blocks.block_size
         shared: list[int] = []
         cached = 0
-        if self.prefix_caching:
+        # What is found in the cache does not run, so it has no log-probabilities.
+        if self.prefix_caching and not sequence.unscored:
             sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes)
             wanted = sequence.num_prompt if sequence.audit else len(sequence.tokens)
             last = 0 if wanted == sequence.num_prompt else 1

@@ -146,7 +146,10 @@ def head_row(sequence: Sequence, position: int, row: int) -> HeadRow:
     # Penalties must not see the drafts behind the row.
     cut = sampling.adjusts_logits and count < len(sequence.tokens)
     tokens = sequence.tokens[:count] if cut else sequence.tokens
-    return HeadRow(row, sampling, count - sequence.num_prompt, tokens, sequence.num_prompt)
+    mask = None
+    if sequence.grammar is not None:
+        mask = sequence.grammar.mask(sequence.tokens[sequence.verified : count])
+    return HeadRow(row, sampling, count - sequence.num_prompt, tokens, sequence.num_prompt, mask)
 
 
 def _notes_depth(sequence: Sequence, segment: int) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter, abc
+from itertools import islice
 from typing import Any
 
 from offramp.models.sampling_params import KVFill
@@ -20,9 +21,11 @@ from offramp.models.step import (
     FillKV,
     OwedRows,
     RunSegments,
+    ScoredRow,
     SequenceRows,
     StepResult,
     StepRunner,
+    TokenLogprobs,
 )
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.blocks import SequenceMemory
@@ -72,7 +75,7 @@ class HostDecoder:
 
     def add(self, sequence: Sequence, now: float) -> None:
         """See Decoder: the sequence waits for the first segment, if lossless for drafts before."""
-        if sequence.lossless and not sequence.drafts:
+        if (sequence.lossless or sequence.grammar is not None) and not sequence.drafts:
             self._drafting.ask(sequence)
         sequence.decoder = self
         self._queues[0].put(sequence, now)
@@ -205,7 +208,14 @@ class HostDecoder:
             for position, row in zip(item.positions, item.rows, strict=True)
             if position >= sequence.verified - 1
         )
-        return RunSegments(first, last, work, head), sequences
+        scored = tuple(
+            ScoredRow(row, sequence.tokens[position + 1], sampling.prompt_logprobs or 0)
+            for sequence, item in zip(sequences, work, strict=True)
+            for sampling in [sequence.request.sampling]
+            for position, row in zip(item.positions, item.rows, strict=True)
+            if position in sequence.unscored
+        )
+        return RunSegments(first, last, work, head, scored), sequences
 
     def _checks(
         self, segment: int, sequences: list[Sequence], now: float
@@ -255,22 +265,20 @@ class HostDecoder:
         work, last = step.work, step.last
         self._learn_costs(step, result)
         leaving = self._exits.leaving(last, sequences, work, result)
-        tokens = iter(result.head_tokens)
+        made = _Made(result)
         results: list[TokenResult] = []
         for index, sequence in enumerate(sequences):
             self._ran(sequence, step, work[index])
             if result.prompt_left and result.prompt_left[index]:
                 self._prompt_left(sequence, last, result.prompt_left[index])
             if leaving[index]:
-                score = result.scores[index] if result.scores else None
-                token = result.token_ids[index]
-                results += self._leave(sequence, last, token, score, now)
+                results += self._leave(sequence, last, index, result, now)
                 continue
             if result.leave and result.leave[index] and sequence.num_generated > 0:
                 sequence.stayed += 1
                 self._counts["stayed"] += 1
             if last + 1 == len(self._queues) and sequence.chunk:
-                results += self._commit_top(sequence, tokens, now)
+                results += self._commit_top(sequence, made, now)
             else:
                 queue = last + 1 if sequence.chunk else 0
                 self._queues[queue].put(sequence, now)
@@ -303,10 +311,9 @@ class HostDecoder:
             self._memory.ledger.settle(sequence.id)
         return []
 
-    def _commit_top(
-        self, sequence: Sequence, tokens: abc.Iterator[int], now: float
-    ) -> list[TokenResult]:
-        """The sequence ran the top segment; its rows that make tokens take theirs of ``tokens``."""
+    def _commit_top(self, sequence: Sequence, made: _Made, now: float) -> list[TokenResult]:
+        """The sequence ran the top segment; its rows take theirs of what the LM head ``made``."""
+        sequence.prompt_logprobs += made.scored(sequence)
         self._memory.publish(sequence)
         self._drafting.passed(sequence)
         # The row of position p verifies or makes token p + 1.
@@ -315,11 +322,13 @@ class HostDecoder:
             self._queues[0].put(sequence, now)
             return []
         sequence.passes += 1
-        chosen = [next(tokens) for _ in sequence.chunk]
+        chosen, logprobs = made.tokens(len(sequence.chunk))
         verify = self._verify_audit if sequence.audit else self._verify_drafts
         verified = verify(sequence, chosen)
         self._memory.free_chunk(sequence)
-        return [TokenResult(sequence, verified, self._info.num_layers)]
+        # What is verified are the first of those chosen.
+        logprobs = logprobs[: len(verified)]
+        return [TokenResult(sequence, verified, self._info.num_layers, logprobs)]
 
     def _verify_drafts(self, sequence: Sequence, chosen: list[int]) -> list[int]:
         """The tokens that are now verified, of ``chosen`` for the rows of the sequence's chunk.
@@ -364,9 +373,10 @@ class HostDecoder:
             online.add(*left, agreed=agreed)
 
     def _leave(
-        self, sequence: Sequence, segment: int, token: int, score: float | None, now: float
+        self, sequence: Sequence, segment: int, index: int, result: StepResult, now: float
     ) -> list[TokenResult]:
         """A token left after ``segment``: the answer's next one, or a draft of it (lossless)."""
+        token, score = result.token_ids[index], result.scores[index] if result.scores else None
         if score is not None:
             sequence.scores[len(sequence.tokens)] = (segment, score)
         debt = Owed(sequence.chunk[-1], segment + 1, sequence.chunk_rows[-1])
@@ -378,7 +388,9 @@ class HostDecoder:
             self.add(sequence, now)
             return []
         sequence.tokens.append(token)
-        return [TokenResult(sequence, [token], self._info.exit_layers[segment])]
+        own = result.exit_logprobs[index] if result.exit_logprobs else None
+        logprobs = () if own is None else (own,)
+        return [TokenResult(sequence, [token], self._info.exit_layers[segment], logprobs)]
 
     def _ran(self, sequence: Sequence, step: RunSegments, work: SequenceRows) -> None:
         # Above the first segment, what left the chunk on the way has its K,V by now.
@@ -412,6 +424,26 @@ class HostDecoder:
         above = self._info.num_layers - self._info.exit_layers[segment]
         sequence.prompt_layers_skipped += len(gone) * above
         sequence.prompt_debt = True
+
+
+class _Made:
+    """What the LM head made in a step, given out in the order of its rows."""
+
+    def __init__(self, result: StepResult) -> None:
+        logprobs = result.head_logprobs or (None,) * len(result.head_tokens)
+        self._tokens = zip(result.head_tokens, logprobs, strict=True)
+        self._scored = iter(result.scored)
+
+    def tokens(self, count: int) -> tuple[list[int], tuple[TokenLogprobs, ...]]:
+        """The next ``count`` tokens; log-probabilities are of all of them or of none."""
+        made = list(islice(self._tokens, count))
+        logprobs = tuple(own for _, own in made if own is not None)
+        return [token for token, _ in made], logprobs
+
+    def scored(self, sequence: Sequence) -> list[TokenLogprobs]:
+        """What is known now of the prompt's tokens."""
+        count = sum(position in sequence.unscored for position in sequence.chunk)
+        return list(islice(self._scored, count))
 
 
 def _step_stats(

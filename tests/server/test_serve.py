@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -106,7 +107,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, str, thr
     monkeypatch.setattr(Service, "_build", build)
     monkeypatch.setattr(Service, "_resolve", lambda _: Path())
 
-    def load(_: Path, **options: bool) -> Tokenizer:
+    def load(_: Path, **options: Any) -> Tokenizer:
         return Tokenizer(byte_backend(), render, **options)
 
     monkeypatch.setattr(Tokenizer, "load", load)
