@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -30,7 +31,7 @@ from offramp.server.text.tools import (
 
 if TYPE_CHECKING:
     from offramp.server.api.context import Context
-    from offramp.server.api.schemas import ChatBody, CompletionBody
+    from offramp.server.api.schemas import ChatBody, CompletionBody, GenerationBody
     from offramp.server.text.tokenizer import Tokenizer
 
 Prompt = tuple[int, ...]
@@ -88,6 +89,7 @@ def _prepare_chat(
     context: Context, body: ChatBody, use: ToolUse, form: Form | None, param: str
 ) -> Prepared:
     tokenizer = context.loaded_tokenizer()
+    _ready_names(context, body)
     prompt, rendered = render(context, body, use)
     reasoning = _reasons(context, tokenizer.template)
     thinking = reasoning and rendered.rstrip().endswith(THINK_BEGIN)
@@ -97,11 +99,11 @@ def _prepare_chat(
     thoughts = None if closed else thinking
     grammar = None
     if form is not None:
-        grammar = compiled(context, lambda: source_of(form, thoughts), param)
+        grammar = compiled(context, lambda: source_of(form, thinking=thoughts), param)
     elif tools is not None:
         begin = {ToolFormat.MISTRAL: MISTRAL_BEGIN}.get(tools, LLAMA3_BEGIN)
         ids = tokenizer.special_ids([begin])
-        source = source_of_calls(use, tools, ids[0] if ids else None, thoughts)
+        source = source_of_calls(use, tools, ids[0] if ids else None, thinking=thoughts)
         grammar = compiled(context, lambda: source, "tools")
     return Prepared(
         (prompt,), "messages", grammar, tools=tools, reasoning=reasoning, thinking=thinking
@@ -134,8 +136,9 @@ def _prepare_completion(
     context: Context, body: CompletionBody, form: Form | None, param: str
 ) -> Prepared:
     tokenizer, most = context.loaded_tokenizer(), context.driver.info.max_model_len
+    _ready_names(context, body)
     prompts = _ids(tokenizer, body, most)
-    grammar = None if form is None else compiled(context, lambda: source_of(form, None), param)
+    grammar = None if form is None else compiled(context, lambda: source_of(form), param)
     texts: tuple[str, ...] = ()
     if body.echo:
         texts = tuple(
@@ -148,6 +151,14 @@ def _ids(tokenizer: Tokenizer, body: CompletionBody, most: int) -> Sequence[Prom
     if isinstance(body.prompt[0], list):
         return [tuple(ids) for ids in body.prompt]
     return tokenizer.encode(body.prompt, most, special=body.add_special_tokens)
+
+
+def _ready_names(context: Context, body: GenerationBody) -> None:
+    """Make ready what log-probabilities name tokens by: it takes too long for the event loop."""
+    if body.wanted_logprobs is not None or body.prompt_logprobs is not None:
+        # Without it tokens are named by what the tokenizer makes of each alone.
+        with contextlib.suppress(GrammarError):
+            context.grammars.native()
 
 
 def compiled(context: Context, source: Callable[[], str | None], param: str) -> Grammar | None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from offramp.server.api.fields import UNSUPPORTED, RequestModel, Text
@@ -83,7 +83,11 @@ Tools = Annotated[
     list[Annotated[ToolBody, BeforeValidator(_only_functions)]],
     Field(min_length=1, max_length=MAX_TOOLS),
 ]
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[NamedTool, Tag("named")],
+    Discriminator(lambda value: "named" if isinstance(value, dict | NamedTool) else "word"),
+]
 
 
 def tool_use(

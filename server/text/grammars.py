@@ -54,7 +54,7 @@ class GrammarError(ValueError):
 class Form:
     """What an answer is to look like: ``kind`` is json_schema, regex, choice or grammar.
 
-    ``value`` is a schema (an object or a truth value), an expression, the choices, or a grammar in
+    ``value`` is a schema (an object, or its text), an expression, the choices, or a grammar in
     Lark's or GBNF's syntax.
     """
 
@@ -181,7 +181,7 @@ class GrammarCompiler:
             return self._native
 
 
-def source_of(form: Form, thinking: bool | None = None) -> str:  # noqa: FBT001
+def source_of(form: Form, *, thinking: bool | None = None) -> str:
     """An answer's form as llguidance takes it; raises GrammarError.
 
     Before the answer there may be thoughts, which the prompt has begun already if ``thinking``;
@@ -189,7 +189,7 @@ def source_of(form: Form, thinking: bool | None = None) -> str:  # noqa: FBT001
     """
     parts: list[dict[str, Any]] = [{"name": "answer", **_answer(form)}]
     if thinking is not None:
-        name, rule = _thoughts(thinking)
+        name, rule = _thoughts(thinking=thinking)
         parts.insert(0, {"lark_grammar": f"start: {name} @answer\n{rule}\n"})
     return json.dumps({"grammars": parts})
 
@@ -198,7 +198,8 @@ def source_of_calls(
     use: ToolUse,
     form: ToolFormat,
     begin_token: int | None,
-    thinking: bool | None = None,  # noqa: FBT001
+    *,
+    thinking: bool | None = None,
 ) -> str | None:
     """A grammar of answers that call tools as ``use`` says; None where there is nothing to hold.
 
@@ -221,7 +222,7 @@ def source_of_calls(
                 # Nothing marks where a call begins, so an answer cannot be held to it.
                 return None
     objects = [_call(tool.name, tool.parameters, form) for tool in use.tools]
-    name, rule = ("", "") if thinking is None else _thoughts(thinking)
+    name, rule = ("", "") if thinking is None else _thoughts(thinking=thinking)
     if use.required:
         rules = [f"start: {name} calls", f"calls: {calls}"]
     else:
@@ -238,11 +239,11 @@ def source_of_calls(
     return "\n".join([*rules, rule, ""])
 
 
-def _thoughts(thinking: bool) -> tuple[str, str]:  # noqa: FBT001
+def _thoughts(*, thinking: bool) -> tuple[str, str]:
     """The rule of thoughts, and how it is called in another."""
-    if thinking:
-        return "thoughts", r"thoughts[lazy]: /(.|\n)*<\/think>\s*/"
-    return "thoughts?", r"thoughts[lazy]: /<think>(.|\n)*<\/think>\s*/"
+    begin = "" if thinking else "<think>"
+    rule = rf"thinking[lazy]: /{begin}(.|\n)*<\/think>/"
+    return "thoughts" if thinking else "thoughts?", f"thoughts: thinking /\\s{{0,4}}/\n{rule}"
 
 
 def _more(use: ToolUse, call: str) -> str:
@@ -266,9 +267,13 @@ def _answer(form: Form) -> dict[str, Any]:
     match form.kind:
         case "json_schema":
             schema = form.value
-            if isinstance(schema, Mapping):
-                return {"json_schema": {"x-guidance": _JSON_STYLE, **schema}}
-            return {"json_schema": schema}
+            try:
+                schema = json.loads(schema) if isinstance(schema, str) else schema
+            except ValueError as error:
+                raise GrammarError(f"the schema is not valid JSON ({error})") from error
+            if not isinstance(schema, Mapping):
+                raise GrammarError("a schema is a JSON object")
+            return {"json_schema": {"x-guidance": _JSON_STYLE, **schema}}
         case "regex":
             return {"lark_grammar": f"start: {_regex(form.value)}"}
         case "choice":
@@ -290,4 +295,6 @@ def _regex(expression: str) -> str:
 
 def _reason(text: str) -> str:
     """What llguidance says, without the source it repeats."""
-    return text.split("\n", 1)[0].strip()[:300]
+    lines = [line.strip() for line in text.splitlines()]
+    named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return " ".join([*lines[:1], *named[:1]])[:300]
