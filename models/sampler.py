@@ -92,6 +92,15 @@ def _adjust(logits: Tensor, row: HeadRow) -> None:
         answer = torch.tensor(row.tokens[row.num_prompt :], dtype=torch.long, device=logits.device)
         used, counts = answer.unique(return_counts=True)
         logits[used] -= params.presence_penalty + params.frequency_penalty * counts
+    if params.allowed_token_ids:
+        ids = torch.tensor(params.allowed_token_ids, device=logits.device)
+        kept = logits[ids]
+        logits.fill_(-torch.inf)
+        logits[ids] = kept
+    for word in params.bad_words:
+        *before, last = word
+        if not before or list(row.tokens[-len(before) :]) == before:
+            logits[last] = -torch.inf
     if row.index < params.min_tokens and params.stop_token_ids and row.mask is None:
         logits[torch.tensor(sorted(params.stop_token_ids), device=logits.device)] = -torch.inf
     if row.mask is not None:

@@ -69,8 +69,9 @@ class SamplingParams:
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 switch their filters off.
     ``seed`` makes the draws a function of (seed, index of the token) alone, so they do not depend
     on who shares the batch. ``stop_token_ids`` end the sequence and are not part of its text.
-    ``logprobs`` asks for the log-probability of every token, and of so many best ones beside it;
-    ``prompt_logprobs`` for those of the prompt's tokens.
+    Only ``allowed_token_ids`` may come, if there are any, and never the last token of one of
+    ``bad_words`` where the others are before it. ``logprobs`` asks for the log-probability of every
+    token, and of so many best ones beside it; ``prompt_logprobs`` for those of the prompt's tokens.
     """
 
     max_tokens: int
@@ -85,6 +86,8 @@ class SamplingParams:
     seed: int = 0
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -97,6 +100,8 @@ class SamplingParams:
             or self.repetition_penalty != 1.0
             or self.logit_bias
             or self.min_tokens
+            or self.allowed_token_ids
+            or self.bad_words
         )
 
 

@@ -45,9 +45,6 @@ _NOT_USED: Final[Mapping[str, tuple[object, ...]]] = {
     "chat_template": (),
     "truncate_prompt_tokens": (-1,),
     "use_beam_search": (False,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "priority": (0,),
 }
 
 

@@ -64,10 +64,17 @@ def plan(
         for _ in range(body.n):
             index = len(requests)
             sampling = _sampling(body, info, max_tokens, derived_seed(seed, index), stops)
-            sampling = replace(sampling, prompt_logprobs=scored)
-            own_id = f"{request_id}-{index}"
+            sampling = replace(sampling, prompt_logprobs=scored, bad_words=prepared.bad_words)
             requests.append(
-                GenerationRequest(own_id, tuple(prompt), sampling, exits, prepared.grammar)
+                GenerationRequest(
+                    f"{request_id}-{index}",
+                    tuple(prompt),
+                    sampling,
+                    exits,
+                    prepared.grammar,
+                    body.priority,
+                    body.cache_salt,
+                )
             )
     return requests
 
@@ -107,6 +114,7 @@ def _check_token_ids(body: GenerationBody, prompts: Sequence[Prompt], info: Engi
     fields = {
         "logit_bias": max(body.logit_bias, default=0),
         "stop_token_ids": max(body.stop_token_ids, default=0),
+        "allowed_token_ids": max(body.allowed_token_ids, default=0),
         "prompt": max((max(prompt, default=0) for prompt in prompts), default=0),
     }
     for param, largest in fields.items():
@@ -136,6 +144,7 @@ def _sampling(
         seed=seed,
         min_tokens=body.min_tokens,
         stop_token_ids=frozenset(stops),
+        allowed_token_ids=tuple(sorted(set(body.allowed_token_ids))),
         logprobs=body.wanted_logprobs,
     )
 

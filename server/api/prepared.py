@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 Prompt = tuple[int, ...]
 
+# Bound of bad words in tokens, which their length in characters keeps to anyway.
+_LONGEST_WORD: Final = 10_000
+
 # What transformers takes for itself when it renders a template; no request may set these.
 _RESERVED: Final = frozenset(
     {
@@ -50,7 +53,8 @@ _RESERVED: Final = frozenset(
 class Prepared:
     """What a request is to the engine.
 
-    ``param`` is the field that the prompts came in. ``texts`` are the prompts where an answer
+    ``bad_words`` are token ids in a row that must not come. ``param`` is the field that the prompts
+    came in. ``texts`` are the prompts where an answer
     repeats them. Where answers may hold thoughts or calls, ``tools`` is the form of calls and
     ``reasoning`` says whether there may be thoughts, ``thinking`` that the prompt began them.
     """
@@ -58,6 +62,7 @@ class Prepared:
     prompts: tuple[Prompt, ...]
     param: str
     grammar: Grammar | None = None
+    bad_words: tuple[Prompt, ...] = ()
     texts: tuple[str, ...] = ()
     tools: ToolFormat | None = None
     reasoning: bool = False
@@ -106,7 +111,13 @@ def _prepare_chat(
         source = source_of_calls(use, tools, ids[0] if ids else None, thinking=thoughts)
         grammar = compiled(context, lambda: source, "tools")
     return Prepared(
-        (prompt,), "messages", grammar, tools=tools, reasoning=reasoning, thinking=thinking
+        (prompt,),
+        "messages",
+        grammar,
+        _bad_words(tokenizer, body),
+        tools=tools,
+        reasoning=reasoning,
+        thinking=thinking,
     )
 
 
@@ -144,13 +155,22 @@ def _prepare_completion(
         texts = tuple(
             given if isinstance(given, str) else tokenizer.decode(given) for given in body.prompt
         )
-    return Prepared(tuple(prompts), "prompt", grammar, texts)
+    return Prepared(tuple(prompts), "prompt", grammar, _bad_words(tokenizer, body), texts)
 
 
 def _ids(tokenizer: Tokenizer, body: CompletionBody, most: int) -> Sequence[Prompt]:
     if isinstance(body.prompt[0], list):
         return [tuple(ids) for ids in body.prompt]
     return tokenizer.encode(body.prompt, most, special=body.add_special_tokens)
+
+
+def _bad_words(tokenizer: Tokenizer, body: GenerationBody) -> tuple[Prompt, ...]:
+    """Words that must not come as token ids: where a text begins, and behind a space."""
+    texts = [text for word in body.bad_words for text in (word, f" {word.lstrip()}")]
+    if not texts:
+        return ()
+    found = tokenizer.encode(texts, _LONGEST_WORD, special=False)
+    return tuple(dict.fromkeys(ids for ids in found if ids))
 
 
 def _ready_names(context: Context, body: GenerationBody) -> None:

@@ -14,6 +14,7 @@ from offramp.server.api.answer_forms import Choices, ResponseFormat, StructuredO
 from offramp.server.api.fields import (
     INT64_MAX,
     INT64_MIN,
+    MAX_STOP_LENGTH,
     NOT_FOR_CHAT,
     NOT_FOR_COMPLETIONS,
     UNSUPPORTED,
@@ -37,6 +38,10 @@ MAX_STOP_TOKENS: Final = 128
 # Best tokens beside a log-probability; OpenAI's bound for chats.
 MAX_LOGPROBS: Final = 20
 MAX_TEMPLATE_OPTIONS: Final = 32
+MAX_ALLOWED_TOKENS: Final = 16_384
+MAX_BAD_WORDS: Final = 64
+MAX_PRIORITY: Final = 2**31
+MAX_SALT: Final = 256
 # A day; longer wishes are mistakes of unit.
 MAX_DEADLINE_MS: Final = 86_400_000
 DEFAULT_COMPLETION_TOKENS: Final = 16
@@ -54,7 +59,7 @@ _NO_EFFECT: Final = frozenset(
         "verbosity",
         "moderation",
         *("function_call", "top_logprobs", "tool_choice", "continue_final_message"),
-        *("modalities", "suffix", "echo", "best_of", "bad_words", "priority"),
+        *("modalities", "suffix", "echo", "best_of"),
     }
 )
 # Warned about once each; bounded, because clients choose the names.
@@ -132,6 +137,12 @@ class GenerationBody(RequestModel):
     return_token_ids: bool = False
     return_exit_layers: bool = False
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    allowed_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_ALLOWED_TOKENS)
+    bad_words: list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] = Field(
+        default_factory=list, max_length=MAX_BAD_WORDS
+    )
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    cache_salt: Text = Field(default="", max_length=MAX_SALT)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | Text | None = None

@@ -85,7 +85,7 @@ class Engine:
             self._emit(sequence, (), FinishReason.ERROR, error=error)
             return
         self._sequences[request.request_id] = sequence
-        self.admission.waiting.append(sequence)
+        self.admission.enqueue(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored, so aborting twice is harmless."""

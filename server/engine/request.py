@@ -29,13 +29,19 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate: token ids and parameters; ``grammar`` is the form of its answer."""
+    """One sequence to generate: token ids and parameters; ``grammar`` is the form of its answer.
+
+    Of requests that wait those of the lowest ``priority`` run first. K,V are shared only with
+    requests of the same ``cache_salt``.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     exits: ExitSettings = field(default_factory=ExitSettings)
     grammar: Grammar | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

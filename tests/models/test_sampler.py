@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,6 +224,22 @@ def test_only_what_a_mask_allows_is_chosen() -> None:
     assert second in {31, 32}
     # A grammar that has nothing left ends the answer, however short it is.
     assert third == 31
+
+
+def test_only_allowed_tokens_come_and_no_bad_words() -> None:
+    logits = torch.zeros(1, 40)
+    logits[0, 5], logits[0, 6], logits[0, 7] = 9.0, 8.0, 7.0
+    greedy = SamplingParams(max_tokens=9, temperature=0.0)
+
+    def chosen(*tokens: int, **limits: Any) -> int:
+        return sample(logits.clone(), [row(replace(greedy, **limits), tokens=tokens)])[0]
+
+    assert chosen(0, allowed_token_ids=(6, 7)) == 6
+    assert chosen(0, bad_words=((5,),)) == 6
+    assert chosen(0, 3, 5, bad_words=((3, 5),)) == 5
+    assert chosen(0, 5, 3, bad_words=((3, 5),)) == 6
+    assert chosen(0, 3, bad_words=((0, 3, 5), (6,))) == 7
+    assert chosen(0, bad_words=((5,),), allowed_token_ids=(5, 7)) == 7
 
 
 def test_log_probabilities_are_those_before_any_change() -> None:

@@ -490,6 +490,40 @@ class TestTemplates:
         assert envelope(response)["param"] == param
 
 
+class TestLimits:
+    async def test_they_reach_the_engine(self) -> None:
+        async with serving() as server:
+            extra = {
+                "priority": -2,
+                "cache_salt": "mine",
+                "allowed_token_ids": [7, 5, 7],
+                "bad_words": ["ab"],
+            }
+            await chat(server, extra_body=extra)
+            request = server.engine.added[0]
+        assert (request.priority, request.cache_salt) == (-2, "mine")
+        assert request.sampling.allowed_token_ids == (5, 7)
+        a, b, space = byte_backend().encode("ab ").ids
+        assert request.sampling.bad_words == ((a, b), (space, a, b))
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"priority": "high"}, "priority"),
+            ({"priority": 2**40}, "priority"),
+            ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+            ({"bad_words": [""]}, "bad_words[0]"),
+            ({"cache_salt": 1}, "cache_salt"),
+        ],
+    )
+    async def test_out_of_range(self, fields: dict[str, Any], param: str) -> None:
+        async with serving() as server:
+            body = {"messages": MESSAGES, **fields}
+            response = await post(server, "/v1/chat/completions", body)
+        assert response.status_code == 400
+        assert envelope(response)["param"] == param
+
+
 class TestEnds:
     async def test_the_finish_reason_has_a_chunk_of_its_own(self) -> None:
         async with serving() as server:

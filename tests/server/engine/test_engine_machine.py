@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 from hypothesis import HealthCheck, settings
@@ -228,6 +229,8 @@ class EngineMachine(RuleBasedStateMachine):
         prefill=st.booleans(),
         scores=st.booleans(),
         form=st.none() | st.integers(1, 14),
+        priority=st.integers(-1, 1),
+        salt=st.sampled_from(["", "", "x"]),
     )
     def add(
         self,
@@ -240,11 +243,14 @@ class EngineMachine(RuleBasedStateMachine):
         prefill: bool = False,  # noqa: FBT001, FBT002 (drawn by hypothesis)
         scores: bool = False,  # noqa: FBT001, FBT002 (drawn by hypothesis)
         form: int | None = None,
+        priority: int = 0,
+        salt: str = "",
     ) -> None:
         """A new request; two-letter prompts make prefix hits common."""
         name = str(len(self.requests))
         wishes = {"prefill": prefill, "scores": scores}
         item = request(name, prompt, max_tokens, mode, fill, stop, criterion, form=form, **wishes)
+        item = replace(item, priority=priority, cache_salt=salt)
         self.requests[item.request_id] = item
         self.events[item.request_id] = []
         self.engine.add(item, time.monotonic())
