@@ -186,9 +186,10 @@ def compiled(context: Context, source: Callable[[], str | None], param: str) -> 
     try:
         text = source()
         return None if text is None else context.grammars.compile(text)
-    except GrammarError as error:
+    except (GrammarError, RecursionError) as error:
+        reason = error if isinstance(error, GrammarError) else "it is nested too deeply"
         raise InvalidRequest(
-            f"{param} cannot be compiled: {error}.", param=param, code="unsupported_grammar"
+            f"{param} cannot be compiled: {reason}.", param=param, code="unsupported_grammar"
         ) from error
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter, abc
-from itertools import islice
 from typing import Any
 
 from offramp.models.sampling_params import KVFill
@@ -21,21 +20,21 @@ from offramp.models.step import (
     FillKV,
     OwedRows,
     RunSegments,
-    ScoredRow,
     SequenceRows,
     StepResult,
     StepRunner,
-    TokenLogprobs,
 )
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.blocks import SequenceMemory
 from offramp.server.engine.decoder import TokenResult
 from offramp.server.engine.drafting import Drafting
-from offramp.server.engine.exit_decisions import PAID_LATER, ExitDecisions, head_row
+from offramp.server.engine.exit_decisions import PAID_LATER, ExitDecisions
 from offramp.server.engine.governor import ExitGovernor
+from offramp.server.engine.head_rows import HeadOutput, head_rows
 from offramp.server.engine.kv_debt import Owed
 from offramp.server.engine.request import EngineInfo, StepStats
 from offramp.server.engine.sequence import Sequence, SequenceQueue
+from offramp.server.engine.step_stats import checked_prompt_rows, step_stats
 from offramp.server.errors import BugError
 
 _Planned = RunSegments | FillKV
@@ -115,9 +114,9 @@ class HostDecoder:
         facts: dict[str, Any] = dict(counts, seconds=result.seconds, draft_seconds=drafting)
         facts |= self._drafting.counts()
         if isinstance(step, RunSegments) and step.last + 1 == len(self._queues):
-            facts["prompt_full"] = _checked_prompt_rows(step.work, sequences)
+            facts["prompt_full"] = checked_prompt_rows(step.work, sequences)
         facts["host_seconds"] = started - begun - drafting + time.perf_counter() - ended
-        return results, _step_stats(step, sequences, result, facts)
+        return results, step_stats(step, sequences, result, facts)
 
     def _plan(self, now: float) -> tuple[_Planned, list[Sequence]] | None:
         """Choose the next step and reserve what it needs; None if there is nothing to run.
@@ -202,19 +201,7 @@ class HostDecoder:
         )
         if last + 1 < len(self._queues):
             return RunSegments(first, last, work), sequences
-        head = tuple(
-            head_row(sequence, position, row)
-            for sequence, item in zip(sequences, work, strict=True)
-            for position, row in zip(item.positions, item.rows, strict=True)
-            if position >= sequence.verified - 1
-        )
-        scored = tuple(
-            ScoredRow(row, sequence.tokens[position + 1], sampling.prompt_logprobs or 0)
-            for sequence, item in zip(sequences, work, strict=True)
-            for sampling in [sequence.request.sampling]
-            for position, row in zip(item.positions, item.rows, strict=True)
-            if position in sequence.unscored
-        )
+        head, scored = head_rows(sequences, work)
         return RunSegments(first, last, work, head, scored), sequences
 
     def _checks(
@@ -265,7 +252,7 @@ class HostDecoder:
         work, last = step.work, step.last
         self._learn_costs(step, result)
         leaving = self._exits.leaving(last, sequences, work, result)
-        made = _Made(result)
+        made = HeadOutput(result)
         results: list[TokenResult] = []
         for index, sequence in enumerate(sequences):
             self._ran(sequence, step, work[index])
@@ -311,7 +298,7 @@ class HostDecoder:
             self._memory.ledger.settle(sequence.id)
         return []
 
-    def _commit_top(self, sequence: Sequence, made: _Made, now: float) -> list[TokenResult]:
+    def _commit_top(self, sequence: Sequence, made: HeadOutput, now: float) -> list[TokenResult]:
         """The sequence ran the top segment; its rows take theirs of what the LM head ``made``."""
         sequence.prompt_logprobs += made.scored(sequence)
         self._memory.publish(sequence)
@@ -426,55 +413,6 @@ class HostDecoder:
         sequence.prompt_debt = True
 
 
-class _Made:
-    """What the LM head made in a step, given out in the order of its rows."""
-
-    def __init__(self, result: StepResult) -> None:
-        logprobs = result.head_logprobs or (None,) * len(result.head_tokens)
-        self._tokens = zip(result.head_tokens, logprobs, strict=True)
-        self._scored = iter(result.scored)
-
-    def tokens(self, count: int) -> tuple[list[int], tuple[TokenLogprobs, ...]]:
-        """The next ``count`` tokens; log-probabilities are of all of them or of none."""
-        made = list(islice(self._tokens, count))
-        logprobs = tuple(own for _, own in made if own is not None)
-        return [token for token, _ in made], logprobs
-
-    def scored(self, sequence: Sequence) -> list[TokenLogprobs]:
-        """What is known now of the prompt's tokens."""
-        count = sum(position in sequence.unscored for position in sequence.chunk)
-        return list(islice(self._scored, count))
-
-
-def _step_stats(
-    step: _Planned, sequences: list[Sequence], result: StepResult, facts: dict[str, Any]
-) -> StepStats:
-    """What a step did; ``facts`` are fields that are known already."""
-    if isinstance(step, FillKV):
-        rows = sum(len(item.rows) for item in step.work)
-        facts |= {"fill_tokens": rows, "fill_method": str(step.method)}
-        return StepStats("fill", step.work[0].segment, decode_rows=rows, **facts)
-    if facts.get("fill_tokens"):
-        facts["fill_method"] = str(KVFill.RECOMPUTE)
-    total = sum(len(item.rows) for item in step.work)
-    decode = sum(
-        len(item.positions) - bisect_left(item.positions, sequence.num_prompt)
-        for item, sequence in zip(step.work, sequences, strict=True)
-        if not sequence.audit
-    )
-    return StepStats(
-        "segments",
-        step.last,
-        first_segment=step.first,
-        head_seconds=result.head_seconds,
-        prefill_rows=total - decode,
-        decode_rows=decode,
-        exit_head_rows=result.exit_head_rows,
-        prompt_left=sum(map(len, result.prompt_left)),
-        **facts,
-    )
-
-
 def _fill_method(sequence: Sequence) -> KVFill:
     return KVFill.PROJECT if sequence.fill in PAID_LATER else sequence.fill
 
@@ -485,14 +423,3 @@ def _owed_rows(sequence: Sequence, debts: list[Owed]) -> abc.Iterator[OwedRows]:
         of = [debt for debt in debts if debt.segment == segment]
         rows = tuple(debt.row for debt in of)
         yield OwedRows(segment, [debt.position for debt in of], rows, sequence.table)
-
-
-def _checked_prompt_rows(
-    work: abc.Sequence[SequenceRows], sequences: abc.Sequence[Sequence]
-) -> int:
-    """Prompt rows of a step that belong to requests whose prompt tokens may leave."""
-    return sum(
-        bisect_left(item.positions, sequence.num_prompt)
-        for item, sequence in zip(work, sequences, strict=True)
-        if sequence.request.exits.prefill_threshold is not None and not sequence.audit
-    )

@@ -34,12 +34,23 @@ if TYPE_CHECKING:
 _MOST_COMPILED: Final = 256
 # A small model that may call again seldom stops by itself.
 _MOST_CALLS: Final = 8
-# One way to write each object: no room for a model to lose itself in white space.
+# One way to write each object: no room for a model to lose itself in white space. Of oneOf any
+# branch is taken: that no other one fits as well is nothing that a grammar can say.
 _JSON_STYLE: Final = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
+    "coerce_one_of": True,
 }
+# Formats that are held to. Others are notes for readers, as JSON Schema (2020-12, 7.2.3) has it.
+_FORMATS: Final = frozenset(
+    {
+        *("date-time", "time", "date", "duration", "email", "hostname"),
+        *("ipv4", "ipv6", "uuid", "uri"),
+    }
+)
+# Parts of a schema that are values, not schemas.
+_VALUES: Final = frozenset({"const", "enum", "default", "examples"})
 _TEXT: Final = r"/(.|\n)*/"
 _NEW_LINE: Final = r'"\n"'
 _COMMA: Final = '", " object'
@@ -254,7 +265,7 @@ def _more(use: ToolUse, call: str) -> str:
 def _call(name: str, parameters: Mapping[str, Any], form: ToolFormat) -> dict[str, Any]:
     key = "parameters" if form is ToolFormat.LLAMA3_JSON else "arguments"
     # Arguments that no schema speaks of are none that a function knows.
-    parameters = {"additionalProperties": False, **parameters}
+    parameters = {"additionalProperties": False, **_without_notes(parameters)}
     return {
         "type": "object",
         "properties": {"name": {"const": name}, key: parameters},
@@ -273,7 +284,7 @@ def _answer(form: Form) -> dict[str, Any]:
                 raise GrammarError(f"the schema is not valid JSON ({error})") from error
             if not isinstance(schema, Mapping):
                 raise GrammarError("a schema is a JSON object")
-            return {"json_schema": {"x-guidance": _JSON_STYLE, **schema}}
+            return {"json_schema": {"x-guidance": _JSON_STYLE, **_without_notes(schema)}}
         case "regex":
             return {"lark_grammar": f"start: {_regex(form.value)}"}
         case "choice":
@@ -285,6 +296,17 @@ def _answer(form: Form) -> dict[str, Any]:
         # The converter has an error class of its own for some faults, and Python's for others.
         raise GrammarError(_reason(str(error))) from error
     return {"lark_grammar": lark}
+
+
+def _without_notes(schema: Any) -> Any:
+    """A schema without formats that say nothing here."""
+    if isinstance(schema, Mapping):
+        return {
+            key: value if key in _VALUES else _without_notes(value)
+            for key, value in schema.items()
+            if key != "format" or not isinstance(value, str) or value in _FORMATS
+        }
+    return [_without_notes(each) for each in schema] if isinstance(schema, list) else schema
 
 
 def _regex(expression: str) -> str:

@@ -261,6 +261,16 @@ class TestForms:
         assert error["param"] == param
         assert says in error["message"]
 
+    async def test_a_schema_nested_too_deeply_is_refused(self) -> None:
+        schema: dict[str, Any] = {"type": "string"}
+        for _ in range(400):
+            schema = {"type": "array", "items": schema}
+        async with serving() as server:
+            body = {"messages": MESSAGES, "guided_json": schema}
+            response = await post(server, "/v1/chat/completions", body)
+        assert response.status_code == 400, response.text
+        assert envelope(response)["param"] == "guided_json"
+
     async def test_the_sdk_parses_into_a_model(self) -> None:
         class Place(BaseModel):
             city: str
