@@ -9,6 +9,9 @@ OfframpError
  |   |   `- ModelNotFound
  |   |- MethodNotAllowed    405
  |   |- RequestTooLarge     413
+ |   |- InvalidHttp         400
+ |   |- HeadTooLarge        431
+ |   |- RequestTimeout      408
  |   `- QueueFull           429
  |- ServiceUnavailable      the server cannot take it now (503)
  |   |- EngineLoading
@@ -111,6 +114,26 @@ class RequestTooLarge(RequestError):
 
     status = 413
     default_code = "request_too_large"
+
+
+class InvalidHttp(RequestError):
+    """What came is no HTTP request."""
+
+    default_code = "invalid_http"
+
+
+class HeadTooLarge(RequestError):
+    """The request's line and headers are over the limit."""
+
+    status = 431
+    default_code = "head_too_large"
+
+
+class RequestTimeout(RequestError):
+    """The request did not come in time."""
+
+    status = 408
+    default_code = "request_timeout"
 
 
 class QueueFull(RequestError):

@@ -35,6 +35,7 @@ from offramp.server.engine.driver import (
 )
 from offramp.server.engine.request import EngineInfo, EngineOutput
 from offramp.server.errors import EngineFailed
+from offramp.server.http_protocol import BoundedHttpProtocol
 from offramp.server.metrics import Metrics
 from offramp.server.options import non_defaults
 from offramp.server.progress import bar
@@ -103,6 +104,7 @@ class Service:
                 log_config=None,
                 log_level=config.uvicorn_log_level,
                 access_log=False,
+                http=BoundedHttpProtocol,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_FLUSH_S,
             )

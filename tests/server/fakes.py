@@ -33,6 +33,7 @@ from offramp.server.engine.request import (
     StepStats,
     TokenEvent,
 )
+from offramp.server.http_protocol import BoundedHttpProtocol
 from offramp.server.metrics import Metrics
 from offramp.server.serve import bind
 from offramp.server.text.tokenizer import Tokenizer
@@ -253,7 +254,11 @@ async def serving(engine: FakeEngine | None = None, **options: object) -> AsyncI
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     settings = uvicorn.Config(
-        create_app(context), lifespan="off", log_config=None, access_log=False
+        create_app(context),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        http=BoundedHttpProtocol,
     )
     server = _Server(settings)
     task = asyncio.create_task(server.serve(sockets=[listener]))
