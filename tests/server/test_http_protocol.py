@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +22,12 @@ Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 @asynccontextmanager
 async def connected(server: Running) -> AsyncIterator[Stream]:
     host, port = server.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=2**24)
+    client = socket.socket()
+    # The system must not take in a whole stream by itself.
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, (host, int(port)))
+    reader, writer = await asyncio.open_connection(sock=client)
     try:
         yield reader, writer
     finally:
@@ -185,6 +191,15 @@ async def test_clocks_stop_while_a_request_is_answered(monkeypatch: pytest.Monke
 
 async def test_who_does_not_read_loses_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "WRITE_TIMEOUT_S", 0.2)
+    connect = http_protocol.BoundedHttpProtocol.connection_made
+
+    def narrow(own: http_protocol.BoundedHttpProtocol, transport: asyncio.Transport) -> None:
+        """The system's buffers hold seconds of a stream; here they hold little."""
+        raw = transport.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+        connect(own, transport)
+
+    monkeypatch.setattr(http_protocol.BoundedHttpProtocol, "connection_made", narrow)
     engine = FakeEngine("x" * 100, context=2_000_000)
     async with serving(engine) as server, connected(server) as (reader, writer):
         reader.set_exception(ConnectionAbortedError())
