@@ -9,6 +9,7 @@ from enum import StrEnum
 from offramp.models.exits.decision_heads import DecisionPoint
 from offramp.models.exits.file import OperatingPoint
 from offramp.models.sampling_params import DraftSource, ExitSettings, SamplingParams
+from offramp.models.step import Pooling
 
 # Rows with states for the draft head that a sequence may hold before its entries are made. Sixteen
 # entries at once take little more than one.
@@ -42,7 +43,8 @@ class AnswerRequest:
     answer earlier; their outputs then stand for the candidates, at full depth only where the task
     is ``labelled``. Such an answer leaves after the first segment where its probability reaches the
     threshold, of which there is one for each of the engine's ``decision_layers`` (empty: full
-    depth).
+    depth). With ``pooling`` the read is an embedding: the prompt's states behind the final norm
+    pooled into one, at full depth, and needs no other field.
     """
 
     tokens: tuple[int, ...]
@@ -50,6 +52,7 @@ class AnswerRequest:
     task: str | None = None
     labelled: bool = False
     thresholds: tuple[float, ...] = ()
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class DecisionRequest:
 
 @dataclass(frozen=True, slots=True)
 class AnswerResult:
-    """Logits of the candidates, and the layer they were read after."""
+    """Logits of the candidates, or an embedding, and the layer they were read after."""
 
     logits: tuple[float, ...]
     layer: int
@@ -205,7 +208,7 @@ class EngineInfo:
     segments. ``max_num_batched_tokens`` bounds the rows of one step, ``max_exit_debt`` the
     positions that one sequence may owe. ``head_chances`` are those of the draft head's file, empty
     without a draft head. ``decision_layers`` cut the stack for decisions; ``decision_tasks`` are
-    those that heads were trained for, by name.
+    those that heads were trained for, by name. ``hidden_size`` is the length of an embedding.
     """
 
     model_name: str
@@ -229,6 +232,7 @@ class EngineInfo:
     decision_layers: tuple[int, ...] = ()
     decision_tasks: Mapping[str, DecisionInfo] = field(default_factory=dict)
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    hidden_size: int = 0
 
     @property
     def draft_head(self) -> bool:
