@@ -6,7 +6,16 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from offramp import __version__
-from offramp.server.api import chat, completions, decisions, models, ops, tokenize, wire
+from offramp.server.api import (
+    chat,
+    completions,
+    decisions,
+    embeddings,
+    models,
+    ops,
+    tokenize,
+    wire,
+)
 from offramp.server.api.context import Context
 from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, RequestId
 
@@ -14,6 +23,7 @@ _ROUTERS: tuple[APIRouter, ...] = (
     chat.router,
     completions.router,
     decisions.router,
+    embeddings.router,
     models.router,
     ops.router,
     tokenize.router,
