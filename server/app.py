@@ -17,7 +17,7 @@ from offramp.server.api import (
     wire,
 )
 from offramp.server.api.context import Context
-from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, RequestId
+from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, InFlight, RequestId
 
 _ROUTERS: tuple[APIRouter, ...] = (
     chat.router,
@@ -41,6 +41,7 @@ def create_app(context: Context) -> FastAPI:
         app.include_router(router)
     wire.register(app)
     # The one added last sees a request first.
+    app.add_middleware(InFlight, context=context)
     app.add_middleware(BodyLimit, max_bytes=context.config.max_body_bytes)
     if context.config.api_key:
         app.add_middleware(ApiKey, keys=context.config.api_key)

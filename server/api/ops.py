@@ -1,4 +1,4 @@
-"""Routes for operators: health, readiness, version, metrics."""
+"""Routes for operators: health, readiness, load, version, metrics."""
 
 import time
 from typing import Any, Final
@@ -36,6 +36,12 @@ async def ready(context: Shared) -> Response:
     state = context.driver.state
     is_ready = state is EngineState.READY and context.tokenizer is not None
     return _status(200 if is_ready else 503, state.value)
+
+
+@router.get("/load")
+async def load(context: Shared) -> dict[str, int]:
+    """Requests under /v1 that have not been answered to their end."""
+    return {"server_load": context.in_flight}
 
 
 @router.get("/version")

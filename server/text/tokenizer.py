@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from offramp.server.errors import ContextLengthExceeded, InvalidRequest, OfframpError
 from offramp.server.text.detokenizer import Detokenizer
+from offramp.server.text.tokenizer_info import tokenizer_info
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,8 +41,15 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Backend, render: Render | None, *, special_in_messages: bool = False
+        self,
+        backend: Backend,
+        render: Render | None,
+        *,
+        special_in_messages: bool = False,
+        info: Mapping[str, Any] | None = None,
     ) -> None:
+        self.info = info or {}
+        """Its settings, see `tokenizer_info`; empty where they are not known."""
         self._backend = backend
         self._render = render
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -75,7 +83,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         template = render if loaded.chat_template else None
-        return cls(backend, template, special_in_messages=special_in_messages)
+        info = tokenizer_info(loaded)
+        return cls(backend, template, special_in_messages=special_in_messages, info=info)
 
     def encode(
         self, texts: Sequence[str], max_tokens: int, *, special: bool = True

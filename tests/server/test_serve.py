@@ -106,8 +106,8 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, str, thr
     monkeypatch.setattr(Service, "_build", build)
     monkeypatch.setattr(Service, "_resolve", lambda _: Path())
 
-    def load(_: Path, **options: bool) -> Tokenizer:
-        return Tokenizer(byte_backend(), render, **options)
+    def load(_: Path, *, special_in_messages: bool) -> Tokenizer:
+        return Tokenizer(byte_backend(), render, special_in_messages=special_in_messages)
 
     monkeypatch.setattr(Tokenizer, "load", load)
     listener = bind("127.0.0.1", 0)
