@@ -14,7 +14,8 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from offramp.models.step import Pooling
 from offramp.server.api import wire
@@ -33,13 +34,19 @@ router = APIRouter(tags=["Embeddings"])
 MAX_INPUTS: Final = 2048
 
 
+def _not_too_many(inputs: list[Any]) -> list[Any]:
+    if len(inputs) > MAX_INPUTS:
+        raise PydanticCustomError("too_many", "at most 2048 inputs are allowed")
+    return inputs
+
+
 class EmbeddingBody(RequestModel):
     """OpenAI's fields, vLLM's ``normalize`` and ``add_special_tokens``, and ``pooling``."""
 
     model_config = ConfigDict(extra="allow")
 
     model: Text | None = None
-    input: Annotated[Prompts, Field(max_length=MAX_INPUTS)]
+    input: Annotated[Prompts, AfterValidator(_not_too_many)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None
     user: Text | None = None
@@ -61,7 +68,31 @@ class EmbeddingBody(RequestModel):
         return self
 
 
-@router.post("/v1/embeddings", response_model=None)
+class Embedding(BaseModel):
+    """One input's vector: numbers, or their little-endian fp32 in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens of all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    """The answer, in the order of the inputs."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+@router.post("/v1/embeddings", response_model=EmbeddingList)
 async def create_embeddings(body: EmbeddingBody, request: Request, context: Shared) -> Response:
     """Embed one or several texts."""
     context.check_model(body.model)

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info in vLLM's form: what a prompt is to the model."""
+"""POST /tokenize and /detokenize, in vLLM's form: what a prompt is to the model."""
 
 import asyncio
 from typing import Annotated, Any, Final
@@ -81,13 +81,3 @@ async def detokenize(body: DetokenizeBody, context: Shared) -> dict[str, str]:
         if token >= vocab:
             raise InvalidRequest(f"The vocabulary has {vocab} tokens.", param=f"tokens[{index}]")
     return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)}
-
-
-@router.get("/tokenizer_info")
-async def show_tokenizer(context: Shared) -> dict[str, Any]:
-    """Settings, special tokens and chat template, for clients that format prompts themselves."""
-    info = context.loaded_tokenizer().info
-    context_length = context.driver.info.max_model_len
-    own = info.get("model_max_length", context_length)
-    # A tokenizer that knows of no limit has one of 10^30.
-    return {**info, "model_max_length": min(own, context_length)}
