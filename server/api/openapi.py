@@ -49,9 +49,7 @@ _MEANINGS: Final[dict[type[OfframpError], str]] = {
 READS: Final = (ServerError, ServiceUnavailable)
 TAKES_A_BODY: Final = (InvalidRequest, ModelNotFound, RequestTooLarge, *READS)
 RUNS_THE_MODEL: Final = (*TAKES_A_BODY, QueueFull)
-STREAMED: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"content": {wire.MEDIA_TYPE: {"schema": {"type": "string"}}}}
-}
+STREAMED: Final[dict[int | str, dict[str, Any]]] = {200: {"content": {wire.MEDIA_TYPE: {}}}}
 
 
 def errors(kinds: Iterable[type[OfframpError]]) -> dict[int | str, dict[str, Any]]:

@@ -18,9 +18,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from offramp.models.step import Step, StepResult
+from offramp.models.config import Weights
+from offramp.models.step import Pooling, Step, StepResult
 from offramp.server.api.embeddings import MAX_INPUTS, as_base64, shortened
-from offramp.server.engine.build import runner_of
+from offramp.server.config import EngineConfig
+from offramp.server.engine.build import build_engine, runner_of
+from offramp.server.text.tokenizer import Tokenizer
 from tests.server.deciding import Recorder, ids_of, post, refusal, serve, tiny_engine
 from tests.server.fakes import CONTEXT, MODEL, PATIENCE_S, Running
 
@@ -303,6 +306,48 @@ async def test_a_full_queue_is_429_and_a_stopping_server_503(engine: Recorder) -
     assert refusal(full, 429) == (None, "queue_full")
     assert "retry-after" in full.headers
     assert refusal(late, 503) == (None, "shutting_down")
+
+
+@pytest.fixture
+def embedded(smollm2_dir: Path) -> tuple[Recorder, Tokenizer]:
+    config = EngineConfig(
+        model=MODEL,
+        device="cpu",
+        weights=Weights.FP32,
+        dtype="float32",
+        exits="none",
+        draft_head="none",
+        max_model_len=512,
+    )
+    made = build_engine(config, smollm2_dir, model_name=MODEL, num_blocks=64)
+    return Recorder(made), Tokenizer.load(smollm2_dir)
+
+
+@pytest.fixture
+def smollm2_theirs(smollm2_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+
+
+@pytest.mark.weights
+@pytest.mark.timeout(180)
+async def test_the_embedded_model_embeds_as_transformers_does(
+    embedded: tuple[Recorder, Tokenizer], smollm2_theirs: Any
+) -> None:
+    """In fp32, mean and last, texts that begin alike among them."""
+    recorder, tokenizer = embedded
+    texts = [
+        "A cat sat on the mat.",
+        "A cat sat on the mat and looked.",
+        "Rates rose by 2 %. " * 20,
+    ]
+    async with serve(recorder) as server:
+        server.context.tokenizer = tokenizer
+        found = {pooling: await vectors(server, texts, pooling=pooling) for pooling in Pooling}
+    for index, ids in enumerate(tokenizer.encode(texts, 512)):
+        with torch.inference_mode():
+            states = smollm2_theirs.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        for pooling, wanted in ((Pooling.MEAN, states.mean(0)), (Pooling.LAST, states[-1])):
+            assert found[pooling][index] == pytest.approx(unit(wanted.tolist()), abs=1e-4)
 
 
 async def test_what_is_counted(engine: Recorder) -> None:
