@@ -129,9 +129,9 @@ async def _encoded(body: EmbeddingBody, context: Context) -> list[Prompt]:
     if isinstance(body.input[0], list):
         prompts = [tuple(ids) for ids in body.input]
     else:
-        for index, text in enumerate(body.input):
-            if not text:
-                raise InvalidRequest("An input must not be empty.", param=f"input[{index}]")
+        if "" in body.input:
+            param = _param(body, body.input.index(""))
+            raise InvalidRequest("An input must not be empty.", param=param)
         try:
             prompts = await asyncio.to_thread(
                 tokenizer.encode, body.input, info.max_model_len, special=body.add_special_tokens
@@ -140,7 +140,7 @@ async def _encoded(body: EmbeddingBody, context: Context) -> list[Prompt]:
             # The tokenizer's, which speaks of a prompt.
             raise ContextLengthExceeded(error.message, param="input") from error
     for index, prompt in enumerate(prompts):
-        param = f"input[{index}]"
+        param = _param(body, index)
         if not prompt:
             raise InvalidRequest("The input has no tokens.", param=param)
         if len(prompt) > info.max_model_len:
@@ -152,6 +152,10 @@ async def _encoded(body: EmbeddingBody, context: Context) -> list[Prompt]:
         if max(prompt) >= info.vocab_size:
             raise InvalidRequest(f"The vocabulary has {info.vocab_size} tokens.", param=param)
     return prompts
+
+
+def _param(body: EmbeddingBody, index: int) -> str:
+    return f"input[{index}]" if len(body.input) > 1 else "input"
 
 
 def _written(body: EmbeddingBody, model: str, event: TokenEvent, tokens: int) -> bytes:

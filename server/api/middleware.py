@@ -63,7 +63,7 @@ class HeadAsGet:
 
 
 class InFlight:
-    """Counts the requests to models that have not been answered to their end."""
+    """Counts the requests to the model that have not been answered to their end."""
 
     def __init__(self, app: ASGIApp, context: Context) -> None:
         self._app = app
@@ -71,7 +71,8 @@ class InFlight:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count the request while it lasts."""
-        if scope["type"] != "http" or scope["method"] != "POST" or not _asks_model(scope["path"]):
+        asks = scope["type"] == "http" and scope["method"] == "POST"
+        if not asks or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
         self._context.in_flight += 1
@@ -79,10 +80,6 @@ class InFlight:
             await self._app(scope, receive, send)
         finally:
             self._context.in_flight -= 1
-
-
-def _asks_model(path: str) -> bool:
-    return path.startswith("/v1/")
 
 
 class ApiKey:
