@@ -21,7 +21,7 @@ from offramp.models.drafting import Drafter
 from offramp.models.exits.checks import Exits, check_sequences, prompt_leavers
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
-from offramp.models.sampler import sample
+from offramp.models.sampler import sample_with_logprobs, score
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
     Decide,
@@ -29,11 +29,17 @@ from offramp.models.step import (
     FillKV,
     OwedRows,
     RunSegments,
+    ScoredRow,
     SequenceRows,
     Step,
     StepResult,
+    TokenLogprobs,
 )
 from offramp.models.transformer import Transformer, kv_projection
+
+# Rows whose logits over the whole vocabulary are held at once: those of a long prompt's chunk would
+# take hundreds of megabytes.
+_SCORED_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,7 @@ class Runner:
             scores=checked.scores,
             prompt_left=left,
             exit_head_rows=checked.head_rows,
+            exit_logprobs=checked.logprobs,
         )
 
     def _run_head(
@@ -153,13 +160,37 @@ class Runner:
     ) -> StepResult:
         """One LM head for those of ``hidden``, the hidden rows ``numbers``, that need a token."""
         begun = self._now()
-        tokens: tuple[int, ...] = ()
+        tokens: list[int] = []
+        logprobs: tuple[TokenLogprobs | None, ...] = ()
+        scored: list[TokenLogprobs] = []
         if step.head:
             place = {row: index for index, row in enumerate(numbers)}
             states = hidden[self._index([place[item.row] for item in step.head])]
-            tokens = tuple(sample(self.model.logits(self.model.normed(states)), step.head))
+            logits = self.model.logits(self.model.normed(states))
+            tokens, logprobs = sample_with_logprobs(logits, step.head)
         spent = self._now() - begun
-        return StepResult(sum(seconds) + spent, seconds, head_seconds=spent, head_tokens=tokens)
+        if step.scored:
+            scored = self._score(step.scored, hidden, numbers)
+        return StepResult(
+            self._now() - begun + sum(seconds),
+            seconds,
+            head_seconds=spent,
+            head_tokens=tuple(tokens),
+            head_logprobs=logprobs,
+            scored=tuple(scored),
+        )
+
+    def _score(
+        self, rows: Sequence[ScoredRow], hidden: Tensor, numbers: Sequence[int]
+    ) -> list[TokenLogprobs]:
+        """Log-probabilities of the tokens that follow the rows."""
+        place = {row: index for index, row in enumerate(numbers)}
+        found: list[TokenLogprobs] = []
+        for first in range(0, len(rows), _SCORED_AT_ONCE):
+            some = rows[first : first + _SCORED_AT_ONCE]
+            states = hidden[self._index([place[item.row] for item in some])]
+            found += score(self.model.logits(self.model.normed(states)), some)
+        return found
 
     def _draft(self, step: Draft, begun: float) -> StepResult:
         if self.drafter is None:

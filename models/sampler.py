@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from offramp.kernels.sampling import draw_token, uniform
-from offramp.models.step import HeadRow
+from offramp.models.step import HeadRow, ScoredRow, TokenLogprobs
 
 
 def sample(logits: Tensor, rows: Sequence[HeadRow]) -> list[int]:
     """Tokens for ``logits`` [n, vocab] (fp32, changed in place where a row adjusts them)."""
     for index, row in enumerate(rows):
-        if row.sampling.adjusts_logits:
+        if row.adjusts_logits:
             _adjust(logits[index], row)
     # On a CPU numpy finds a maximum ten times as fast as torch.
     most = logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
@@ -28,8 +29,57 @@ def sample(logits: Tensor, rows: Sequence[HeadRow]) -> list[int]:
     return tokens
 
 
+def sample_with_logprobs(
+    logits: Tensor, rows: Sequence[HeadRow]
+) -> tuple[list[int], tuple[TokenLogprobs | None, ...]]:
+    """`sample`, and for rows that ask for them the log-probabilities before any change.
+
+    The second is empty where no row asks.
+    """
+    asking = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
+    if not asking:
+        return sample(logits, rows), ()
+    before = logits[asking].clone()
+    tokens = sample(logits, rows)
+    chosen = [tokens[index] for index in asking]
+    tops = [rows[index].sampling.logprobs or 0 for index in asking]
+    found = dict(zip(asking, token_logprobs(before, chosen, tops), strict=True))
+    return tokens, tuple(found.get(index) for index in range(len(rows)))
+
+
+def score(logits: Tensor, rows: Sequence[ScoredRow]) -> list[TokenLogprobs]:
+    """What ``logits`` [n, vocab] say of the tokens that are known to follow."""
+    return token_logprobs(logits, [row.token for row in rows], [row.top for row in rows])
+
+
+def token_logprobs(
+    logits: Tensor, tokens: Sequence[int], tops: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Log-probabilities of ``tokens``, one for each row of ``logits`` [n, vocab].
+
+    With each come as many best tokens as ``tops`` says.
+    """
+    logprobs = logits.float().log_softmax(dim=-1)
+    ids = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    own = logprobs.gather(1, ids)
+    ranks = ((logprobs > own).sum(dim=1) + 1).tolist()
+    most = min(max(tops), logprobs.shape[1])
+    best = logprobs.topk(most, dim=1) if most else None
+    values = best.values.tolist() if best else [[]] * len(tokens)
+    places = best.indices.tolist() if best else [[]] * len(tokens)
+    return [
+        TokenLogprobs(logprob, rank, tuple(zip(places[row][:top], values[row][:top], strict=True)))
+        for row, (logprob, rank, top) in enumerate(
+            zip(own.squeeze(1).tolist(), ranks, tops, strict=True)
+        )
+    ]
+
+
 def _adjust(logits: Tensor, row: HeadRow) -> None:
-    """Bias, penalties (OpenAI's formula; repetition as in CTRL, arXiv 1909.05858), min_tokens."""
+    """Bias, penalties (OpenAI's formula; repetition as in CTRL, arXiv 1909.05858), min_tokens.
+
+    A mask comes last: what it forbids nothing else can allow.
+    """
     params = row.sampling
     for token, bias in params.logit_bias:
         logits[token] += bias
@@ -42,5 +92,18 @@ def _adjust(logits: Tensor, row: HeadRow) -> None:
         answer = torch.tensor(row.tokens[row.num_prompt :], dtype=torch.long, device=logits.device)
         used, counts = answer.unique(return_counts=True)
         logits[used] -= params.presence_penalty + params.frequency_penalty * counts
-    if row.index < params.min_tokens and params.stop_token_ids:
+    if params.allowed_token_ids:
+        ids = torch.tensor(params.allowed_token_ids, device=logits.device)
+        kept = logits[ids]
+        logits.fill_(-torch.inf)
+        logits[ids] = kept
+    for word in params.bad_words:
+        *before, last = word
+        if not before or list(row.tokens[-len(before) :]) == before:
+            logits[last] = -torch.inf
+    if row.index < params.min_tokens and params.stop_token_ids and row.mask is None:
         logits[torch.tensor(sorted(params.stop_token_ids), device=logits.device)] = -torch.inf
+    if row.mask is not None:
+        bits = np.unpackbits(row.mask.view(np.uint8), bitorder="little", count=len(logits))
+        forbidden = torch.from_numpy(bits == 0)
+        logits.masked_fill_(forbidden.to(logits.device), -torch.inf)

@@ -39,11 +39,12 @@ DEFAULT_CRITERION = ExitCriterion.TWO_KEY
 
 
 class DraftSource(StrEnum):
-    """Who guessed a draft: the draft head, the text so far, or an exit."""
+    """Who guessed a draft: the draft head, the text so far, an exit, or the answer's grammar."""
 
     HEAD = "head"
     NGRAM = "ngram"
     EXIT = "exit"
+    GRAMMAR = "grammar"
 
 
 class KVFill(StrEnum):
@@ -68,6 +69,9 @@ class SamplingParams:
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 switch their filters off.
     ``seed`` makes the draws a function of (seed, index of the token) alone, so they do not depend
     on who shares the batch. ``stop_token_ids`` end the sequence and are not part of its text.
+    Only ``allowed_token_ids`` may come, if there are any, and never the last token of one of
+    ``bad_words`` where the others are before it. ``logprobs`` asks for the log-probability of every
+    token, and of so many best ones beside it; ``prompt_logprobs`` for those of the prompt's tokens.
     """
 
     max_tokens: int
@@ -82,6 +86,10 @@ class SamplingParams:
     seed: int = 0
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def adjusts_logits(self) -> bool:
@@ -92,6 +100,8 @@ class SamplingParams:
             or self.repetition_penalty != 1.0
             or self.logit_bias
             or self.min_tokens
+            or self.allowed_token_ids
+            or self.bad_words
         )
 
 

@@ -12,9 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Pooling(StrEnum):
@@ -29,7 +33,8 @@ class HeadRow:
     """A row that needs a token.
 
     ``tokens`` are prompt and answer so far, the first ``num_prompt`` of them prompt; penalties
-    read them. ``index`` counts the answer's tokens and picks the random draw.
+    read them. ``index`` counts the answer's tokens and picks the random draw. ``mask`` holds a bit
+    for each token that may be chosen (int32 words, lowest bit first; None: all may).
     """
 
     row: int
@@ -37,6 +42,36 @@ class HeadRow:
     index: int
     tokens: Sequence[int]
     num_prompt: int
+    mask: NDArray[np.int32] | None = None
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether plain argmax over what the model says is not enough."""
+        return self.mask is not None or self.sampling.adjusts_logits
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """A row of a prompt, whose next ``token`` is known: its log-probability is wanted.
+
+    ``top`` is the number of best tokens that are wanted beside it.
+    """
+
+    row: int
+    token: int
+    top: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model thought of a token, before penalties, masks and temperature.
+
+    ``top`` are the ids of the best tokens with theirs, the best first. ``rank`` is 1 for the best.
+    """
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +109,14 @@ class RunSegments:
     """Run the segments ``first`` to ``last`` over the rows of several sequences.
 
     Nothing is decided in between: checks and prompt thresholds concern the last one. After the top
-    segment the LM head makes a token of each row in ``head``.
+    segment the LM head makes a token of each row in ``head``, and reads the rows in ``scored``.
     """
 
     first: int
     last: int
     work: tuple[SequenceRows, ...]
     head: tuple[HeadRow, ...] = ()
+    scored: tuple[ScoredRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +222,9 @@ class StepResult:
     for each sequence whether its last row's score reached the threshold, ``scores`` that score
     (None without a check) and ``token_ids`` the exit's token, -1 where it does not leave; all empty
     after the top segment. ``prompt_left``: for each sequence the indices of its prompt rows that
-    left, empty where none may. ``head_tokens``: one for each row of the step's head.
+    left, empty where none may. ``head_tokens``: one for each row of the step's head, with
+    ``head_logprobs`` where any are wanted, and ``scored`` those of the step's scored rows;
+    ``exit_logprobs`` are those of ``token_ids``.
     ``exit_head_rows`` are rows an exit's LM head was run for. ``guesses`` and ``chances``: for each
     sequence of a draft its guesses, and the draft head's probability of each; of
     ``guess_seconds`` the first are until the first guesses, the others for the rest. ``logits``:
@@ -202,6 +240,9 @@ class StepResult:
     scores: tuple[float | None, ...] = ()
     prompt_left: tuple[tuple[int, ...], ...] = ()
     head_tokens: tuple[int, ...] = ()
+    head_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    exit_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    scored: tuple[TokenLogprobs, ...] = ()
     exit_head_rows: int = 0
     guesses: tuple[tuple[int, ...], ...] = ()
     chances: tuple[tuple[float, ...], ...] = ()

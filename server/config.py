@@ -166,6 +166,9 @@ class ServerConfig(_Options):
     served_model_name: tuple[str, ...] = _option(
         "HTTP", (), "Names clients may use; the first is reported. The model's own if unset."
     )
+    require_model: bool = _option(
+        "HTTP", False, "Refuse requests that name no model, as OpenAI does."
+    )
     max_num_queued_reqs: int = _option(
         "HTTP", 256, "Requests waiting beyond the running ones before 429.", ge=0
     )
@@ -189,6 +192,17 @@ class ServerConfig(_Options):
         Pooling.MEAN,
         "What embeddings are made of where a request does not say: the mean of all states, or the "
         "last token's.",
+    )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = _option(
+        "HTTP",
+        "auto",
+        "How the model writes calls of tools; auto goes by its chat template.",
+    )
+    reasoning_parser: Literal["auto", "think", "none"] = _option(
+        "HTTP",
+        "auto",
+        "Whether answers may begin with thoughts between <think> tags, which are then reported "
+        "apart; auto goes by the chat template.",
     )
     early_exit: Literal["auto", "off", "adaptive", "lossless"] = _option(
         "Early exit",

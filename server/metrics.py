@@ -40,7 +40,7 @@ _LATENCY: Final = (
 )
 _ROWS: Final = tuple(float(2**power) for power in range(15))
 _COUNTS: Final = tuple(float(base * 10**power) for power in range(5) for base in (1, 2, 5))
-_REASONS: Final = ("stop", "length", "abort", "error")
+_REASONS: Final = ("stop", "length", "tool_calls", "abort", "error")
 _QUESTIONS: Final = ("predicate", "choice", "score")
 _HISTOGRAMS: Final = (
     ("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT),

@@ -11,9 +11,9 @@ from torch import Tensor
 from offramp.kernels.linear import Linear
 from offramp.models.exits.criteria import CRITERIA, ExitView, Trail
 from offramp.models.exits.head import ExitHead, PackedHead
-from offramp.models.sampler import sample
+from offramp.models.sampler import sample_with_logprobs
 from offramp.models.sampling_params import ExitCriterion
-from offramp.models.step import HeadRow, SequenceRows
+from offramp.models.step import HeadRow, SequenceRows, TokenLogprobs
 from offramp.models.transformer import Transformer
 
 
@@ -48,11 +48,15 @@ class Exits:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """For each sequence the exit's token if it may leave, and the score if it was checked."""
+    """For each sequence the exit's token if it may leave, and the score if it was checked.
+
+    ``logprobs`` are of the tokens, where they are wanted; empty if they nowhere are.
+    """
 
     tokens: tuple[int | None, ...]
     scores: tuple[float | None, ...]
     head_rows: int
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 def check_sequences(
@@ -67,6 +71,7 @@ def check_sequences(
             last.setdefault(item.check.criterion, []).append((index, end - 1))
     tokens: list[int | None] = [None] * len(work)
     scores: list[float | None] = [None] * len(work)
+    logprobs: dict[int, TokenLogprobs] = {}
     head_rows = 0
     for criterion, checked in last.items():
         at = torch.tensor([row for _, row in checked], device=hidden.device)
@@ -88,11 +93,16 @@ def check_sequences(
             scores[index] = found[position]
             if found[position] >= check.threshold:
                 leaving.append((position, check.head))
-        chosen = _choose(exits, point, view, leaving)
-        for (position, _), token in zip(leaving, chosen, strict=True):
-            tokens[checked[position][0]] = token
+        chosen, found_logprobs = _choose(exits, point, view, leaving)
+        for number, (position, _) in enumerate(leaving):
+            index = checked[position][0]
+            tokens[index] = chosen[number]
+            own = found_logprobs[number] if found_logprobs else None
+            if own is not None:
+                logprobs[index] = own
         head_rows += view.num_logits
-    return Checked(tuple(tokens), tuple(scores), head_rows)
+    given = tuple(logprobs.get(index) for index in range(len(work))) if logprobs else ()
+    return Checked(tuple(tokens), tuple(scores), head_rows, given)
 
 
 def prompt_leavers(
@@ -120,17 +130,17 @@ def prompt_leavers(
 
 def _choose(
     exits: Exits, point: int, view: ExitView, leaving: Sequence[tuple[int, HeadRow]]
-) -> list[int]:
-    """The exit's token for each leaving row."""
+) -> tuple[list[int], tuple[TokenLogprobs | None, ...]]:
+    """The exit's token for each leaving row, with log-probabilities where they are wanted."""
     if not leaving:
-        return []
+        return [], ()
     at = torch.tensor([position for position, _ in leaving], device=view.hidden.device)
     heads = [head for _, head in leaving]
     if exits.vocab is None:
-        return sample(view.logits(at).clone(), heads)
-    # Biases and penalties name tokens by their ids in the whole vocabulary.
-    if any(head.sampling.adjusts_logits for head in heads):
-        return sample(exits.all_logits(point, view.hidden[at]), heads)
-    places = sample(view.logits(at).clone(), heads)
+        return sample_with_logprobs(view.logits(at).clone(), heads)
+    # Biases, penalties, masks and log-probabilities are of the whole vocabulary.
+    if any(head.adjusts_logits or head.sampling.logprobs is not None for head in heads):
+        return sample_with_logprobs(exits.all_logits(point, view.hidden[at]), heads)
+    places, _ = sample_with_logprobs(view.logits(at).clone(), heads)
     chosen: list[int] = exits.vocab[torch.tensor(places, device=at.device)].tolist()
-    return chosen
+    return chosen, ()

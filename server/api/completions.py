@@ -1,15 +1,15 @@
 """POST /v1/completions: the route, and the form of its answers."""
 
-import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from offramp.server.api.context import Context, Shared
+from offramp.server.api.context import Shared
 from offramp.server.api.generation import Delta
-from offramp.server.api.plan import Prompt
+from offramp.server.api.logprobs import ScoredToken, TokenNames, completion_logprobs
+from offramp.server.api.prepared import prepare_completion
 from offramp.server.api.reply import respond
 from offramp.server.api.schemas import CompletionBody
 
@@ -19,17 +19,8 @@ router = APIRouter(tags=["Completions"])
 @router.post("/v1/completions", response_model=None)
 async def create_completion(body: CompletionBody, request: Request, context: Shared) -> Response:
     """Continue one or several prompts."""
-    context.check_model(body.model)
-    prompts = await _encoded(context, body)
-    return await respond(request, context, body, prompts, CompletionShape())
-
-
-async def _encoded(context: Context, body: CompletionBody) -> list[Prompt]:
-    tokenizer = context.loaded_tokenizer()
-    if isinstance(body.prompt[0], list):
-        return [tuple(ids) for ids in body.prompt]
-    max_tokens = context.driver.info.max_model_len
-    return await asyncio.to_thread(tokenizer.encode, body.prompt, max_tokens)
+    prepared = await prepare_completion(context, body)
+    return await respond(request, context, body, prepared, CompletionShape())
 
 
 class CompletionShape:
@@ -39,11 +30,17 @@ class CompletionShape:
     whole: ClassVar[str] = "text_completion"
     chunk: ClassVar[str] = "text_completion"
 
-    def choice(self, text: str) -> Mapping[str, Any]:
+    def choice(self, deltas: Sequence[Delta]) -> Mapping[str, Any]:
         """Plain text."""
-        return {"text": text}
+        return {"text": "".join(delta.text for delta in deltas)}
 
     def delta(self, delta: Delta, *, first: bool) -> Mapping[str, Any]:
         """Plain text."""
         del first
         return {"text": delta.text}
+
+    def logprobs(
+        self, names: TokenNames, scored: Sequence[ScoredToken], top: int
+    ) -> Mapping[str, Any]:
+        """Lists with an entry for each token."""
+        return completion_logprobs(names, scored, top)

@@ -11,8 +11,9 @@ from offramp.server.api.deciding import PriorCache
 from offramp.server.config import ServerConfig
 from offramp.server.engine.driver import EngineDriver, TokenStream
 from offramp.server.engine.request import DecisionRequest, GenerationRequest
-from offramp.server.errors import EngineLoading, ModelNotFound
+from offramp.server.errors import EngineLoading, InvalidRequest, ModelNotFound
 from offramp.server.metrics import Metrics
+from offramp.server.text.grammars import GrammarCompiler
 from offramp.server.text.tokenizer import Tokenizer
 
 
@@ -34,6 +35,7 @@ class Context:
     created: int = field(default_factory=lambda: int(time.time()))
     priors: PriorCache = field(default_factory=PriorCache)
     seeds: random.Random = field(init=False)
+    _grammars: GrammarCompiler | None = None
 
     def __post_init__(self) -> None:
         # Seeds only have to differ; with --seed a restarted server repeats its answers.
@@ -50,7 +52,14 @@ class Context:
         return self.model_names[0]
 
     def check_model(self, name: str | None) -> None:
-        """Raise ModelNotFound unless ``name`` is ours; None takes the only model."""
+        """Raise ModelNotFound unless ``name`` is ours; None takes the only model.
+
+        Raises InvalidRequest for None where the server wants a name.
+        """
+        if name is None and self.config.require_model:
+            raise InvalidRequest(
+                "'model' is required.", param="model", code="missing_required_parameter"
+            )
         if name is not None and name not in self.model_names:
             raise ModelNotFound(
                 f"This server does not serve that model; it serves {self.model_name!r}.",
@@ -62,6 +71,20 @@ class Context:
         if not self.driver.num_requests:
             self.busy_since = time.monotonic()
         return self.driver.submit(request)
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """The compiler of answers' grammars; raises what keeps the server from taking requests."""
+        if self._grammars is None:
+            tokenizer, info = self.loaded_tokenizer(), self.driver.info
+            self._grammars = GrammarCompiler(tokenizer, info.vocab_size, self.end_tokens)
+        return self._grammars
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text: those of the model's configuration, and the tokenizer's."""
+        own = self.loaded_tokenizer().end_tokens
+        return tuple(dict.fromkeys((*self.driver.info.eos_token_ids, *own)))
 
     def loaded_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises what keeps the server from taking requests."""

@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Request
@@ -22,7 +22,7 @@ from offramp.server.api import wire
 from offramp.server.api.context import Context, Shared
 from offramp.server.api.deciding import read_answers
 from offramp.server.api.fields import Count, Prompts, RequestModel, Text, refuse_unsupported
-from offramp.server.api.plan import Prompt
+from offramp.server.api.prepared import Prompt
 from offramp.server.api.schemas import warn_once
 from offramp.server.engine.request import AnswerRequest, TokenEvent
 from offramp.server.errors import ContextLengthExceeded, InvalidRequest
@@ -32,6 +32,11 @@ logger = logging.getLogger("offramp.requests")
 router = APIRouter(tags=["Embeddings"])
 
 MAX_INPUTS: Final = 2048
+# What chats and completions know; what embeddings share is shared by all clients.
+_NOT_FOR_EMBEDDINGS: Final[Mapping[str, tuple[object, ...]]] = {
+    "cache_salt": ("",),
+    "priority": (0,),
+}
 
 
 def _not_too_many(inputs: list[Any]) -> list[Any]:
@@ -58,7 +63,8 @@ class EmbeddingBody(RequestModel):
     @classmethod
     def _known_but_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            refuse_unsupported({name: each for name, each in data.items() if each is not None})
+            present = {name: each for name, each in data.items() if each is not None}
+            refuse_unsupported(present, _NOT_FOR_EMBEDDINGS)
         return data
 
     @model_validator(mode="after")

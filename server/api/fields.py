@@ -32,38 +32,19 @@ UNSUPPORTED: Final = "unsupported_parameter"
 # Known parameters this server does not implement, with the values that mean "not used". They are
 # refused rather than ignored, so that no client takes plain text for what it asked for.
 _NOT_USED: Final[Mapping[str, tuple[object, ...]]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "tools": (),
-    "tool_choice": ("none",),
     "functions": (),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
     "prediction": (),
     "prompt_embeds": (),
     "suffix": ("",),
-    "echo": (False,),
     "best_of": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "continue_final_message": (False,),
+    "structural_tag": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
     "truncate_prompt_tokens": (-1,),
     "use_beam_search": (False,),
-    "grammar": (),
-    "json_schema": (),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "priority": (0,),
 }
 
 
@@ -80,9 +61,24 @@ class RequestModel(BaseModel):
         return {name: value for name, value in data.items() if value is not None}
 
 
-def refuse_unsupported(data: Mapping[str, Any]) -> None:
-    """Raise InvalidRequest for the first known parameter that this server cannot honour."""
-    for name, harmless in _NOT_USED.items():
+# Parameters of one route that are known, and mean nothing, on the other.
+NOT_FOR_CHAT: Final[Mapping[str, tuple[object, ...]]] = {"echo": (False,)}
+NOT_FOR_COMPLETIONS: Final[Mapping[str, tuple[object, ...]]] = {
+    "top_logprobs": (0,),
+    "tools": (),
+    "tool_choice": ("none",),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+}
+
+
+def refuse_unsupported(data: Mapping[str, Any], own: Mapping[str, tuple[object, ...]]) -> None:
+    """Raise InvalidRequest for the first known parameter that this server cannot honour.
+
+    ``own`` are those of the route, each with its values that mean "not used".
+    """
+    for name, harmless in {**_NOT_USED, **own}.items():
         if name in data and not any(_same(data[name], value) for value in harmless):
             raise InvalidRequest(
                 f"'{name}' is not supported by this server.", param=name, code=UNSUPPORTED

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offramp.server.api import usage
+from offramp.server.api.logprobs import ScoredToken
 from offramp.server.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -22,28 +23,52 @@ from offramp.server.engine.request import (
 )
 from offramp.server.errors import ServerError, ShuttingDown
 from offramp.server.metrics import RequestObserver
+from offramp.server.text.answer_parts import AnswerParser, Part, TextPart
 from offramp.server.text.detokenizer import Detokenizer
 from offramp.server.text.stop import StopFilter
 
 if TYPE_CHECKING:
+    from offramp.models.step import TokenLogprobs
     from offramp.server.api.context import Context
+    from offramp.server.api.prepared import Prepared
     from offramp.server.api.schemas import GenerationBody
     from offramp.server.engine.driver import TokenStream
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a choice gained: text, and the tokens behind it with the layer each left at.
+    """What a choice gained: parts of its text, and the tokens behind it.
 
-    Tokens whose text is held back come with the next delta that has text. ``finish_reason`` is set
-    on a choice's last delta only.
+    Tokens come with the layer each left at and, where asked for, log-probabilities. Those whose
+    text is held back come with the next delta that has text. ``finish_reason`` is set on a choice's
+    last delta only.
     """
 
     index: int
-    text: str
+    parts: tuple[Part, ...]
     token_ids: tuple[int, ...]
     exit_layers: tuple[int, ...]
+    scored: tuple[ScoredToken, ...] = ()
     finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text for the user."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """How a choice's text is made of its tokens.
+
+    ``echo`` is the prompt's text where the answer repeats it. An answer that is ``empty`` has no
+    token of its own: the one that the engine makes is left out.
+    """
+
+    stop: StopFilter
+    parser: AnswerParser | None = None
+    echo: str | None = None
+    empty: bool = False
 
 
 class Choice:
@@ -54,7 +79,7 @@ class Choice:
         index: int,
         request: GenerationRequest,
         detokenizer: Detokenizer,
-        stop: StopFilter,
+        settings: TextSettings,
         observer: RequestObserver,
     ) -> None:
         self.index = index
@@ -62,13 +87,23 @@ class Choice:
         self.finish_reason: str | None = None
         self.stats = RequestStats(submitted_at=time.monotonic())
         self.completion_tokens = 0
+        self.reasoning_tokens = 0
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self.exit_counts: Counter[int] = Counter()
         self.started_at = self.last_token_at = time.monotonic()
         self.first_token_at: float | None = None
         self._detokenizer = detokenizer
-        self._stop = stop
+        self._settings = settings
         self._observer = observer
         self._unsent: list[tuple[int, int]] = []
+        self._scored: list[ScoredToken] = []
+        self._made = self._released = 0
+        """Characters that the tokens so far stand for, and those of them that were let through."""
+
+    @property
+    def parser(self) -> AnswerParser | None:
+        """What finds thoughts and calls in the answer; None where there can be none."""
+        return self._settings.parser
 
     def feed(self, event: TokenEvent) -> Delta | None:
         """Take an event; None when there is nothing to show yet.
@@ -78,22 +113,28 @@ class Choice:
         self._refuse_failure(event)
         self._observer.event(event)
         self.stats = event.stats
+        text = ""
         if event.token_ids:
             self.last_token_at = time.monotonic()
-            self.first_token_at = self.first_token_at or self.last_token_at
-        text = self._text(event)
+            if self.first_token_at is None:
+                self.first_token_at = self.last_token_at
+                text = self._begin(event)
+        text += self._text(event)
         if self.finish_reason is None and event.finish_reason is not None:
             self.finish_reason = event.finish_reason.value
+        parts = self._parts(text)
         if self.finish_reason is not None:
             self._observer.finish(self.finish_reason)
-        elif not text:
+        elif not parts:
             return None
         unsent, self._unsent = self._unsent, []
+        scored, self._scored = self._scored, []
         return Delta(
             self.index,
-            text,
+            parts,
             tuple(token for token, _ in unsent),
             tuple(layer for _, layer in unsent),
+            tuple(scored),
             self.finish_reason,
         )
 
@@ -102,27 +143,72 @@ class Choice:
         if self.finish_reason is None:
             self._observer.finish(reason)
 
+    def prompt_scored(self, detokenizer: Detokenizer) -> list[ScoredToken]:
+        """The prompt's tokens with their places in its text."""
+        scored: list[ScoredToken] = []
+        offset = 0
+        for token, own in zip(self.request.prompt, (None, *self.prompt_logprobs), strict=True):
+            scored.append(ScoredToken(token, offset, own))
+            offset += len(detokenizer.push(token))
+        return scored
+
+    def _begin(self, event: TokenEvent) -> str:
+        """What comes before the answer's first token."""
+        self.prompt_logprobs = event.prompt_logprobs
+        echo = self._settings.echo or ""
+        self._made = self._released = len(echo)
+        if self._settings.echo is not None and self.request.sampling.logprobs is not None:
+            self._scored += self.prompt_scored(self._detokenizer.fresh())
+        return echo
+
     def _text(self, event: TokenEvent) -> str:
         """Text the event's tokens release; sets ``finish_reason`` at a stop string."""
+        if self._settings.empty:
+            return ""
         pieces = []
         for position, token in enumerate(event.token_ids):
-            self._take(token, event.exit_layers[position])
             is_last = position == len(event.token_ids) - 1
-            if is_last and event.finish_reason is FinishReason.STOP:
-                # The stop id itself is no part of the text.
+            # The stop id itself is no part of the text.
+            ends = is_last and event.finish_reason is FinishReason.STOP and self._stops(token)
+            self._take(token, event.exit_layers[position])
+            if ends:
                 break
-            pieces.append(self._filtered(self._detokenizer.push(token)))
+            if event.logprobs:
+                self._scored.append(ScoredToken(token, self._made, event.logprobs[position]))
+            piece = self._detokenizer.push(token)
+            self._made += len(piece)
+            pieces.append(self._filtered(piece))
             if self.finish_reason is not None:
+                # What the stop string cut away has no place in the text.
+                kept = self._released
+                self._scored = [each for each in self._scored if each.offset < kept]
                 return "".join(pieces)
         if event.finish_reason is not None:
             pieces.append(self._filtered(self._detokenizer.flush()))
-            pieces.append(self._stop.flush())
+            pieces.append(self._settings.stop.flush())
         return "".join(pieces)
+
+    def _parts(self, text: str) -> tuple[Part, ...]:
+        """The parts of the answer that ``text`` makes certain; an end that called is told so."""
+        parser = self._settings.parser
+        if parser is None:
+            return (TextPart(text),) if text else ()
+        parts = parser.push(text) if text else []
+        if self.finish_reason is not None:
+            parts += parser.flush()
+            if parser.num_calls and self.finish_reason == FinishReason.STOP.value:
+                self.finish_reason = FinishReason.TOOL_CALLS.value
+        return tuple(parts)
+
+    def _stops(self, token: int) -> bool:
+        return token in self.request.sampling.stop_token_ids
 
     def _filtered(self, piece: str) -> str:
         if self.completion_tokens < self.request.sampling.min_tokens:
+            self._released += len(piece)
             return piece
-        released = self._stop.push(piece)
+        released = self._settings.stop.push(piece)
+        self._released += len(released.text)
         if released.stopped:
             self.finish_reason = FinishReason.STOP.value
         return released.text
@@ -131,6 +217,8 @@ class Choice:
         self.completion_tokens += 1
         self.exit_counts[layer] += 1
         self._unsent.append((token, layer))
+        parser = self._settings.parser
+        self.reasoning_tokens += parser is not None and parser.in_thoughts
 
     def _refuse_failure(self, event: TokenEvent) -> None:
         # The stats of such an event may be empty, so nothing is learned from them.
@@ -155,6 +243,7 @@ class Generation:
         self,
         context: Context,
         body: GenerationBody,
+        prepared: Prepared,
         requests: Sequence[GenerationRequest],
         request_id: str,
     ) -> None:
@@ -163,7 +252,8 @@ class Generation:
         self._ready: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._streams = _admit(context, requests)
         self.choices = [
-            _choice(context, body, index, request) for index, request in enumerate(requests)
+            _choice(context, body, prepared, index, request)
+            for index, request in enumerate(requests)
         ]
         self._pumps = [
             asyncio.create_task(self._pump(choice, stream))
@@ -232,17 +322,28 @@ def _admit(context: Context, requests: Sequence[GenerationRequest]) -> list[Toke
 
 
 def _choice(
-    context: Context, body: GenerationBody, index: int, request: GenerationRequest
+    context: Context,
+    body: GenerationBody,
+    prepared: Prepared,
+    index: int,
+    request: GenerationRequest,
 ) -> Choice:
     tokenizer = context.loaded_tokenizer()
+    is_chat = prepared.param == "messages"
+    settings = TextSettings(
+        StopFilter(body.stop, include=body.include_stop_str_in_output),
+        prepared.parser(),
+        prepared.texts[index // body.n] if prepared.texts else None,
+        empty=body.max_tokens == 0,
+    )
     return Choice(
         index,
         request,
         tokenizer.detokenizer(
-            skip_special_tokens=body.skip_special_tokens,
+            skip_special_tokens=body.skip_special_tokens and not prepared.shows_special_tokens,
             # A completion's text goes on from the prompt's, an answer in a chat begins anew.
-            behind=() if hasattr(body, "messages") else request.prompt,
+            behind=() if is_chat else request.prompt,
         ),
-        StopFilter(body.stop, include=body.include_stop_str_in_output),
+        settings,
         context.metrics.request(request, body.n),
     )

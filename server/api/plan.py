@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from offramp.models.exits.criteria import CRITERIA
@@ -20,6 +21,7 @@ from offramp.server.errors import ContextLengthExceeded, InvalidRequest
 
 if TYPE_CHECKING:
     from offramp.server.api.context import Context
+    from offramp.server.api.prepared import Prepared, Prompt
     from offramp.server.api.schemas import EarlyExit, GenerationBody
     from offramp.server.config import ServerConfig
     from offramp.server.engine.request import EngineInfo
@@ -31,17 +33,18 @@ _SEED_STEP: Final = 0x9E3779B97F4A7C15
 # Below this, dividing logits overflows and the choice is greedy anyway.
 _GREEDY_BELOW: Final = 1e-5
 
-Prompt = tuple[int, ...]
-
 
 def plan(
-    context: Context, body: GenerationBody, prompts: Sequence[Prompt], request_id: str
+    context: Context, body: GenerationBody, prepared: Prepared, request_id: str
 ) -> list[GenerationRequest]:
     """One request per choice, prompt by prompt; raises InvalidRequest or ContextLengthExceeded."""
-    info = context.driver.info
-    param = "messages" if hasattr(body, "messages") else "prompt"
+    info, prompts, param = context.driver.info, prepared.prompts, prepared.param
     _check_token_ids(body, prompts, info)
     exits = exit_settings(context.config, body.early_exit, info)
+    scored = _prompt_logprobs(body)
+    if scored is not None:
+        # A prompt token that leaves has no full-depth probabilities.
+        exits = replace(exits, prefill_threshold=None)
     # -1 is what vLLM and llama.cpp take for none.
     unseeded = body.seed is None or body.seed == -1
     seed = context.seeds.getrandbits(SEED_BITS) if unseeded else int(body.seed or 0)
@@ -52,17 +55,38 @@ def plan(
             param="n" if body.n > 1 else param,
         )
     # A special token's text is left out of answers, so a stop string of it is met by its id.
-    stops = context.loaded_tokenizer().special_ids(body.stop)
+    stops = [*context.loaded_tokenizer().special_ids(body.stop), *body.stop_token_ids]
+    if not body.ignore_eos:
+        stops += context.end_tokens
     requests: list[GenerationRequest] = []
     for prompt in prompts:
         max_tokens = answer_room(body, len(prompt), info.max_model_len, param)
         for _ in range(body.n):
             index = len(requests)
             sampling = _sampling(body, info, max_tokens, derived_seed(seed, index), stops)
+            sampling = replace(sampling, prompt_logprobs=scored, bad_words=prepared.bad_words)
             requests.append(
-                GenerationRequest(f"{request_id}-{index}", tuple(prompt), sampling, exits)
+                GenerationRequest(
+                    f"{request_id}-{index}",
+                    tuple(prompt),
+                    sampling,
+                    exits,
+                    prepared.grammar,
+                    body.priority,
+                    body.cache_salt,
+                )
             )
     return requests
+
+
+def _prompt_logprobs(body: GenerationBody) -> int | None:
+    """Best tokens wanted for each place of the prompt, None if no log-probabilities are.
+
+    An answer that repeats its prompt has those of the prompt too.
+    """
+    echoed = body.wanted_logprobs if getattr(body, "echo", False) else None
+    wished = [wish for wish in (body.prompt_logprobs, echoed) if wish is not None]
+    return max(wished, default=None)
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -90,6 +114,7 @@ def _check_token_ids(body: GenerationBody, prompts: Sequence[Prompt], info: Engi
     fields = {
         "logit_bias": max(body.logit_bias, default=0),
         "stop_token_ids": max(body.stop_token_ids, default=0),
+        "allowed_token_ids": max(body.allowed_token_ids, default=0),
         "prompt": max((max(prompt, default=0) for prompt in prompts), default=0),
     }
     for param, largest in fields.items():
@@ -104,7 +129,6 @@ def _sampling(
 ) -> SamplingParams:
     if body.min_tokens > max_tokens:
         raise InvalidRequest("min_tokens is more than the answer may have.", param="min_tokens")
-    ends = () if body.ignore_eos else info.eos_token_ids
     open_ones = info.sampling_defaults.keys() - body.model_fields_set
     body = body.model_copy(update={name: info.sampling_defaults[name] for name in open_ones})
     return SamplingParams(
@@ -119,7 +143,9 @@ def _sampling(
         logit_bias=tuple(body.logit_bias.items()),
         seed=seed,
         min_tokens=body.min_tokens,
-        stop_token_ids=frozenset((*ends, *stops, *body.stop_token_ids)),
+        stop_token_ids=frozenset(stops),
+        allowed_token_ids=tuple(sorted(set(body.allowed_token_ids))),
+        logprobs=body.wanted_logprobs,
     )
 
 

@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 from fastapi import Request
@@ -13,8 +14,10 @@ from starlette.types import Receive, Scope, Send
 from offramp import __version__
 from offramp.server.api import usage, wire
 from offramp.server.api.context import Context
-from offramp.server.api.generation import Delta, Generation
-from offramp.server.api.plan import Prompt, plan
+from offramp.server.api.generation import Choice, Delta, Generation
+from offramp.server.api.logprobs import ScoredToken, TokenNames, prompt_logprobs
+from offramp.server.api.plan import plan
+from offramp.server.api.prepared import Prepared
 from offramp.server.api.schemas import GenerationBody
 
 
@@ -25,12 +28,18 @@ class Shape(Protocol):
     whole: ClassVar[str]
     chunk: ClassVar[str]
 
-    def choice(self, text: str) -> Mapping[str, Any]:
-        """Text of a finished choice."""
+    def choice(self, deltas: Sequence[Delta]) -> Mapping[str, Any]:
+        """A finished choice's text, of all that it gained."""
         ...
 
     def delta(self, delta: Delta, *, first: bool) -> Mapping[str, Any]:
         """What a streamed choice gained; ``first`` marks its first chunk."""
+        ...
+
+    def logprobs(
+        self, names: TokenNames, scored: Sequence[ScoredToken], top: int
+    ) -> Mapping[str, Any]:
+        """Log-probabilities of tokens, of which the ``top`` best were asked for."""
         ...
 
 
@@ -38,20 +47,27 @@ async def respond(
     request: Request,
     context: Context,
     body: GenerationBody,
-    prompts: Sequence[Prompt],
+    prepared: Prepared,
     shape: Shape,
 ) -> Response:
-    """Generate for ``prompts``; everything that can be refused is refused before the answer."""
+    """Generate what is prepared; everything that can be refused is refused before the answer."""
     reply_id = f"{shape.id_prefix}{uuid.uuid4().hex}"
-    requests = plan(context, body, prompts, reply_id)
-    label = f"{reply_id} request_id={request.state.request_id}"
+    generation = start(request, context, body, prepared, reply_id)
     reply = Reply(context, body, shape, reply_id)
-    generation = Generation(context, body, requests, label)
     if body.stream:
         return EventStream(generation, reply.frames(generation))
     with closing(generation):
         payload = await wire.unless_disconnected(request, reply.collect(generation))
     return JSONResponse(payload)
+
+
+def start(
+    request: Request, context: Context, body: GenerationBody, prepared: Prepared, reply_id: str
+) -> Generation:
+    """Begin to generate; raises what the client is to be told. The caller closes it."""
+    requests = plan(context, body, prepared, reply_id)
+    label = f"{reply_id} request_id={request.state.request_id}"
+    return Generation(context, body, prepared, requests, label)
 
 
 class EventStream(StreamingResponse):
@@ -86,6 +102,7 @@ class Reply:
         self._body = body
         self._shape = shape
         self._num_layers = context.driver.info.num_layers
+        self._names = TokenNames(context)
         self._head = {
             "id": reply_id,
             "created": int(time.time()),
@@ -102,7 +119,10 @@ class Reply:
         return {
             **self._head,
             "object": self._shape.whole,
-            "choices": [self._choice(parts) for parts in deltas],
+            "choices": [
+                self._choice(own, choice)
+                for own, choice in zip(deltas, generation.choices, strict=True)
+            ],
             "usage": usage.usage(generation.choices, self._body.n),
             "metrics": usage.metrics(generation.choices, self._num_layers),
         }
@@ -124,11 +144,12 @@ class Reply:
             if delta is None:
                 yield None
                 continue
-            choice = self._delta(delta, first=delta.index not in started)
-            started.add(delta.index)
-            unfinished -= delta.finish_reason is not None
-            is_last = not unfinished and not self._body.include_usage
-            yield {**self._chunk([choice]), **self._extras(generation, is_last=is_last)}
+            for part in _last_apart(delta):
+                choice = self._delta(part, first=delta.index not in started)
+                started.add(delta.index)
+                unfinished -= part.finish_reason is not None
+                is_last = not unfinished and not self._body.include_usage
+                yield {**self._chunk([choice]), **self._extras(generation, is_last=is_last)}
         if self._body.include_usage:
             used = usage.usage(generation.choices, self._body.n)
             metrics = usage.metrics(generation.choices, self._num_layers)
@@ -148,24 +169,34 @@ class Reply:
             extras["metrics"] = usage.metrics(generation.choices, self._num_layers)
         return extras
 
-    def _choice(self, parts: Sequence[Delta]) -> dict[str, Any]:
-        last = parts[-1]
+    def _choice(self, deltas: Sequence[Delta], choice: Choice) -> dict[str, Any]:
+        last = deltas[-1]
+        scored = [token for delta in deltas for token in delta.scored]
+        extras: dict[str, Any] = {}
+        if self._body.prompt_logprobs is not None:
+            prompt, found = choice.request.prompt, choice.prompt_logprobs
+            extras["prompt_logprobs"] = prompt_logprobs(self._names, prompt, found)
         return {
             "index": last.index,
-            **self._shape.choice("".join(part.text for part in parts)),
-            "logprobs": None,
+            **self._shape.choice(deltas),
+            "logprobs": self._logprobs(scored),
             "finish_reason": last.finish_reason,
-            **self._tokens(parts),
+            **self._tokens(deltas),
+            **extras,
         }
 
     def _delta(self, delta: Delta, *, first: bool) -> dict[str, Any]:
         return {
             "index": delta.index,
             **self._shape.delta(delta, first=first),
-            "logprobs": None,
+            "logprobs": self._logprobs(delta.scored) if delta.scored else None,
             "finish_reason": delta.finish_reason,
             **self._tokens([delta]),
         }
+
+    def _logprobs(self, scored: Sequence[ScoredToken]) -> Mapping[str, Any] | None:
+        wanted = self._body.wanted_logprobs
+        return None if wanted is None else self._shape.logprobs(self._names, scored, wanted)
 
     def _tokens(self, parts: Sequence[Delta]) -> Mapping[str, list[int]]:
         """The lists asked for, one entry per token."""
@@ -175,3 +206,11 @@ class Reply:
         if self._body.return_exit_layers:
             lists["exit_layers"] = [layer for part in parts for layer in part.exit_layers]
         return lists
+
+
+def _last_apart(delta: Delta) -> Sequence[Delta]:
+    """A delta, with its finish reason in one of its own: clients stop reading at that."""
+    if delta.finish_reason is None or not (delta.parts or delta.token_ids):
+        return [delta]
+    end = Delta(delta.index, (), (), (), finish_reason=delta.finish_reason)
+    return [replace(delta, finish_reason=None), end]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from offramp.models.sampling_params import ExitCriterion, ExitMode
+from offramp.server.api.answer_forms import Choices, ResponseFormat, StructuredOutputs
 from offramp.server.api.fields import (
     INT64_MAX,
     INT64_MIN,
+    MAX_STOP_LENGTH,
+    NOT_FOR_CHAT,
+    NOT_FOR_COMPLETIONS,
     UNSUPPORTED,
     Content,
     Count,
@@ -23,6 +28,7 @@ from offramp.server.api.fields import (
     TokenId,
     refuse_unsupported,
 )
+from offramp.server.api.tool_bodies import ToolCall, ToolChoice, Tools
 from offramp.server.errors import InvalidRequest
 
 logger = logging.getLogger("offramp.api")
@@ -31,6 +37,13 @@ MAX_CHOICES: Final = 128
 MAX_STOP_TOKENS: Final = 128
 # What logits are divided by must not take them out of fp32: a step with NaN fails all its requests.
 MIN_REPETITION_PENALTY: Final = 0.01
+# Best tokens beside a log-probability; OpenAI's bound for chats.
+MAX_LOGPROBS: Final = 20
+MAX_TEMPLATE_OPTIONS: Final = 32
+MAX_ALLOWED_TOKENS: Final = 16_384
+MAX_BAD_WORDS: Final = 64
+MAX_PRIORITY: Final = 2**31
+MAX_SALT: Final = 256
 # A day; longer wishes are mistakes of unit.
 MAX_DEADLINE_MS: Final = 86_400_000
 DEFAULT_COMPLETION_TOKENS: Final = 16
@@ -45,13 +58,10 @@ _NO_EFFECT: Final = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "prompt_cache_options",
-        "parallel_tool_calls",
-        "reasoning_effort",
         "verbosity",
         "moderation",
-        *("logprobs", "top_logprobs", "tool_choice", "function_call", "response_format"),
-        *("modalities", "suffix", "echo", "best_of", "bad_words", "priority"),
-        "continue_final_message",
+        *("function_call", "top_logprobs", "tool_choice", "continue_final_message"),
+        *("modalities", "suffix", "echo", "best_of"),
     }
 )
 # Warned about once each; bounded, because clients choose the names.
@@ -103,6 +113,8 @@ class GenerationBody(RequestModel):
     model_config = ConfigDict(extra="allow")
     # Length of an answer when the client names none; None is what the context leaves.
     default_tokens: ClassVar[int | None] = None
+    # Known parameters that mean nothing on this route.
+    not_used: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     model: Text | None = None
     max_tokens: Count | None = None
@@ -126,6 +138,21 @@ class GenerationBody(RequestModel):
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
     return_exit_layers: bool = False
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    allowed_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_ALLOWED_TOKENS)
+    bad_words: list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] = Field(
+        default_factory=list, max_length=MAX_BAD_WORDS
+    )
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    cache_salt: Text = Field(default="", max_length=MAX_SALT)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
+    json_schema: dict[str, Any] | None = None
+    grammar: Text | None = None
     early_exit: Annotated[EarlyExit, BeforeValidator(mode_alone)] = Field(default_factory=EarlyExit)
 
     @model_validator(mode="before")
@@ -136,7 +163,7 @@ class GenerationBody(RequestModel):
             # An echo of n is the one best_of that changes nothing.
             if "best_of" in present and present["best_of"] == present.get("n", 1):
                 del present["best_of"]
-            refuse_unsupported(present)
+            refuse_unsupported(present, cls.not_used)
         return data
 
     @model_validator(mode="after")
@@ -155,6 +182,11 @@ class GenerationBody(RequestModel):
         return self.max_tokens
 
     @property
+    def wanted_logprobs(self) -> int | None:
+        """Best tokens wanted beside each token's log-probability; None if that is not wanted."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -168,57 +200,127 @@ class GenerationBody(RequestModel):
 class Message(RequestModel):
     """One turn of a conversation; parts of text are joined by line breaks."""
 
-    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Content | None = None
     name: Text | None = None
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_call_id: Text | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _no_tools(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            uses_tools = data.get("role") in ("tool", "function")
-            if uses_tools or data.get("tool_calls") or data.get("function_call"):
-                raise PydanticCustomError(UNSUPPORTED, "tool calls are not supported")
+    def _no_functions(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (data.get("role") == "function" or data.get("function_call")):
+            raise PydanticCustomError(UNSUPPORTED, "functions are not supported, tools are")
         return data
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("missing", "content is required")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only the assistant calls tools")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise PydanticCustomError("missing", "tool_call_id is required")
         return self
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """What chat templates understand."""
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content or ""}
+        message: dict[str, Any] = {"role": role, "content": self.content or ""}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.role == "tool":
+            message["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            message["name"] = self.name
+        thoughts = self.reasoning_content or self.reasoning
+        if thoughts and self.role == "assistant":
+            message["reasoning_content"] = thoughts
+        return message
 
 
 class ChatBody(GenerationBody):
     """Body of POST /v1/chat/completions."""
 
+    not_used: ClassVar[Mapping[str, tuple[object, ...]]] = NOT_FOR_CHAT
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: Text | None = None
+    chat_template_kwargs: dict[Text, Any] = Field(
+        default_factory=dict, max_length=MAX_TEMPLATE_OPTIONS
+    )
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @model_validator(mode="after")
+    def _sensible(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest(
+                "'top_logprobs' is only allowed with 'logprobs': true.", param="top_logprobs"
+            )
+        if self.continue_final_message:
+            if "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt:
+                raise InvalidRequest(
+                    "'continue_final_message' and 'add_generation_prompt' exclude each other.",
+                    param="continue_final_message",
+                )
+            if self.messages[-1].role != "assistant" or not self.messages[-1].content:
+                raise InvalidRequest(
+                    "'continue_final_message' needs a text of the assistant at the end.",
+                    param="continue_final_message",
+                )
+        return self
 
     @property
     def asked_tokens(self) -> int | None:
         """``max_completion_tokens``, or the deprecated ``max_tokens``."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """See GenerationBody."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionBody(GenerationBody):
     """Body of POST /v1/completions; prompts are texts or lists of token ids."""
 
+    not_used: ClassVar[Mapping[str, tuple[object, ...]]] = NOT_FOR_COMPLETIONS
     default_tokens: ClassVar[int | None] = DEFAULT_COMPLETION_TOKENS
 
     prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    add_special_tokens: bool = True
 
     @model_validator(mode="after")
-    def _not_too_many(self) -> CompletionBody:
+    def _possible(self) -> CompletionBody:
         if len(self.prompt) * self.n > MAX_CHOICES:
             raise InvalidRequest(
                 f"prompts times 'n' must be at most {MAX_CHOICES}.", param="prompt"
             )
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("'max_tokens': 0 is only allowed with 'echo'.", param="max_tokens")
         return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """One token where none is wanted: it is made with the prompt, and left out."""
+        return None if self.max_tokens is None else max(self.max_tokens, 1)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """See GenerationBody."""
+        return self.logprobs
 
 
 def warn_once(name: str) -> None:

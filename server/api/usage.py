@@ -19,6 +19,9 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)
+        },
         "prompt_tokens_details": {
             "cached_tokens": sum(choice.stats.cached_tokens for choice in firsts)
         },

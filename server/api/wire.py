@@ -43,7 +43,7 @@ def failure(error: OfframpError) -> bytes:
 _MAX_PARAM: Final = 100
 _MAX_MESSAGE: Final = 300
 # Steps pydantic adds to a location that are no fields of the body.
-_NOT_FIELDS: Final = frozenset({"body", "texts", "token_ids"})
+_NOT_FIELDS: Final = frozenset({"body", "texts", "token_ids", "word", "named"})
 # Further ones, behind the index of a list's item: which form of a union was tried.
 _FORMS: Final = frozenset({"predicate", "choice", "score", "message", "call", "output"})
 _CODES: Final[Mapping[str, str]] = {

@@ -6,6 +6,7 @@ room for one more token from `Admission.make_room`.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import abc, deque
 
 from offramp.server.engine.blocks import SequenceMemory
@@ -17,10 +18,13 @@ _AUDIT_ROWS = 32
 
 
 class Admission:
-    """Owns the sequences: those that wait, the audits that wait, and by id those that run."""
+    """Owns the sequences: those that wait, the audits that wait, and by id those that run.
+
+    Those that wait are in order of priority (the lowest first), then of arrival.
+    """
 
     def __init__(self, info: EngineInfo, memory: SequenceMemory) -> None:
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.audits: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
         self.preemptions = 0
@@ -31,6 +35,10 @@ class Admission:
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running or self.audits)
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn; one that ran before keeps its place by arrival."""
+        insort(self.waiting, sequence, key=lambda each: (each.request.priority, each.id))
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and free what it holds."""
@@ -91,23 +99,28 @@ class Admission:
         sequence = line[0]
         if not self._memory.admit(sequence):
             return None
-        line.popleft()
+        del line[0]
         if sequence.admitted_at is None:
             sequence.admitted_at = now
         self.running[sequence.id] = sequence
         return sequence
 
     def _preempt(self, spared: abc.Sequence[Sequence]) -> Sequence:
-        """Send the sequence that was admitted last back to waiting, an audit before all others."""
+        """Send one sequence back to waiting: an audit, else the last of the least urgent ones."""
         victim = max(
             (sequence for sequence in self.running.values() if sequence not in spared),
-            key=lambda sequence: (sequence.audit, sequence.admitted_at or 0.0, sequence.id),
+            key=lambda sequence: (
+                sequence.audit,
+                sequence.request.priority,
+                sequence.admitted_at or 0.0,
+                sequence.id,
+            ),
         )
         self._take_out(victim)
         # An audit is dropped: no client waits for it, so it is not worth a second try.
         if not victim.audit:
             victim.restart()
-            self.waiting.appendleft(victim)
+            self.enqueue(victim)
             self.preemptions += 1
         return victim
 

@@ -13,16 +13,21 @@ from offramp.server.errors import BugError
 
 
 def block_hashes(
-    tokens: abc.Sequence[int], block_size: int, known: abc.Sequence[bytes] = ()
+    tokens: abc.Sequence[int],
+    block_size: int,
+    known: abc.Sequence[bytes] = (),
+    salt: str = "",
 ) -> list[bytes]:
     """Chained hashes of the full blocks of ``tokens``; ``known`` are those of its first blocks.
 
-    SHA-256, so that no client can craft a prompt that collides with another's.
+    SHA-256, so that no client can craft a prompt that collides with another's. Texts of another
+    ``salt`` have other hashes.
     """
+    root = hashlib.sha256(salt.encode()).digest() if salt else b""
     hashes = list(known)
     for index in range(len(hashes), len(tokens) // block_size):
         chunk = array("q", tokens[index * block_size : (index + 1) * block_size])
-        parent = hashes[-1] if hashes else b""
+        parent = hashes[-1] if hashes else root
         hashes.append(hashlib.sha256(parent + chunk.tobytes()).digest())
     return hashes
 
@@ -155,8 +160,10 @@ class SequenceMemory:
         size = self.blocks.block_size
         shared: list[int] = []
         cached = 0
-        if self.prefix_caching:
-            sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes)
+        # What is found in the cache does not run, so it has no log-probabilities.
+        if self.prefix_caching and not sequence.unscored:
+            salt = sequence.request.cache_salt
+            sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes, salt)
             wanted = sequence.num_prompt if sequence.audit else len(sequence.tokens)
             last = 0 if wanted == sequence.num_prompt else 1
             shared = self.blocks.share(sequence.hashes[: (wanted - last) // size])
@@ -216,9 +223,8 @@ class SequenceMemory:
         if sequence.exact is not None:
             whole = min(whole, sequence.exact)
         if whole // size > len(sequence.hashes):
-            sequence.hashes = block_hashes(
-                sequence.tokens[: whole // size * size], size, sequence.hashes
-            )
+            known, salt = sequence.tokens[: whole // size * size], sequence.request.cache_salt
+            sequence.hashes = block_hashes(known, size, sequence.hashes, salt)
         for index in range(sequence.published, whole // size):
             self.blocks.register(sequence.table[index], sequence.hashes[index])
         sequence.published = max(sequence.published, whole // size)

@@ -74,6 +74,8 @@ class DeviceDecoder:
         plain = sequence.decoding and not (sequence.audit or sequence.drafts or sequence.lossless)
         if not plain or sampling.adjusts_logits or self._memory.ledger.owed(sequence.id):
             return False
+        if sequence.grammar is not None or sampling.logprobs is not None:
+            return False
         if exits.mode is ExitMode.OFF or not self._info.exit_layers:
             return True
         if self.governor.thresholds.online is not None or exits.deadline_s is not None:

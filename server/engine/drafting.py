@@ -3,6 +3,7 @@
 A sequence's next tokens are guessed by the draft head, or copied from where its text has been in
 the same place before (n-gram). Full depth verifies them in one pass; a sequence of which nothing is
 worth guessing has no drafts. (Exits draft as well, see HostDecoder: a token that leaves early.)
+What an answer's grammar forces is drafted in every mode.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _OWN_RENEWAL, _COMMON_RENEWAL = 0.1, 0.01
 # Guesses are right less often in sampled answers; each request learns its own share from here on,
 # and only greedy ones count for all.
 _SAMPLED_LUCK = 0.7
+# Tokens that a grammar leaves no choice about, at once: each takes a row.
+_MOST_FORCED = 16
 
 
 def draft_room(sequence: Sequence, info: EngineInfo) -> int:
@@ -55,7 +58,10 @@ class Drafting:
         self._accepted: Counter[DraftSource] = Counter()
 
     def ask(self, sequence: Sequence) -> None:
-        """The sequence, lossless and without drafts, is ready for its next token."""
+        """The sequence, which has no drafts, is ready for its next token.
+
+        Only lossless ones get guesses; others the tokens that their grammar forces.
+        """
         self._asking[sequence.id] = sequence
         if sequence.acceptance is None:
             greedy = sequence.request.sampling.temperature == 0
@@ -79,7 +85,12 @@ class Drafting:
 
     def run(self, running: int) -> float:
         """Draft for all who asked, beside ``running`` sequences; returns seconds on the device."""
-        asking, self._asking = self._asking, {}
+        asking = {
+            id_: sequence
+            for id_, sequence in self._asking.items()
+            if not self._force(sequence) and sequence.lossless
+        }
+        self._asking = {}
         many = [each for each in self._holding.values() if len(each.state_rows) > MOST_STATES]
         plan = NO_DRAFTS
         if self._info.draft_head and (asking or many):
@@ -139,7 +150,7 @@ class Drafting:
         count = governor.ngram_length(sequence.acceptance, match.size, running)
         count = min(count, self._room(sequence))
         sequence.match = match.size
-        self._add(sequence, sequence.tokens[match.end : match.end + count], DraftSource.NGRAM)
+        self._guess(sequence, sequence.tokens[match.end : match.end + count], DraftSource.NGRAM)
 
     def _run_head(self, plan: HeadPlan, lacking: set[int]) -> float:
         """Make all entries that are due, and guesses for the sequences with ids ``lacking``."""
@@ -166,7 +177,7 @@ class Drafting:
                 self._governor.head_acceptance.saw(chances[0])
                 kept = self._governor.worth_verifying(plan, chances, sequence.luck)
                 sequence.chances = chances[:kept]
-                self._add(sequence, list(tokens[:kept]), DraftSource.HEAD)
+                self._guess(sequence, list(tokens[:kept]), DraftSource.HEAD)
         return result.seconds
 
     def _rows(self, sequence: Sequence, most: int) -> DraftRows:
@@ -188,6 +199,21 @@ class Drafting:
             sequence.first_entry // self._info.block_size,
             most,
         )
+
+    def _force(self, sequence: Sequence) -> bool:
+        """Draft what the sequence's grammar leaves no choice about; whether there is any."""
+        if sequence.grammar is None:
+            return False
+        self._guess(sequence, sequence.grammar.forced()[:_MOST_FORCED], DraftSource.GRAMMAR)
+        return sequence.drafts > 0
+
+    def _guess(self, sequence: Sequence, tokens: list[int], source: DraftSource) -> None:
+        """Add guesses as far as the answer's grammar allows them, and its length."""
+        tokens = tokens[: self._room(sequence)]
+        if sequence.grammar is not None:
+            tokens = tokens[: sequence.grammar.allowed(tokens)]
+        if tokens:
+            self._add(sequence, tokens, source)
 
     def _add(self, sequence: Sequence, tokens: list[int], source: DraftSource) -> None:
         sequence.add_drafts(tokens, source)

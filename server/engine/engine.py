@@ -8,6 +8,7 @@ from collections import abc
 from dataclasses import replace
 from itertools import count
 
+from offramp.models.step import TokenLogprobs
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.blocks import SequenceMemory
 from offramp.server.engine.decisions import Decisions
@@ -84,7 +85,7 @@ class Engine:
             self._emit(sequence, (), FinishReason.ERROR, error=error)
             return
         self._sequences[request.request_id] = sequence
-        self.admission.waiting.append(sequence)
+        self.admission.enqueue(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored, so aborting twice is harmless."""
@@ -156,7 +157,7 @@ class Engine:
 
     def _commit(self, result: TokenResult, now: float) -> None:
         """New tokens of one sequence: it goes on, or ends."""
-        sequence, tokens = result.sequence, result.tokens
+        sequence, tokens, logprobs = result.sequence, result.tokens, result.logprobs
         if sequence.audit:
             self._commit_audit(sequence, now)
             return
@@ -167,14 +168,17 @@ class Engine:
         for index, token in enumerate(tokens):
             reason = self._finish_reason(sequence, token, first + index + 1)
             if reason is not None:
-                tokens = tokens[: index + 1]
+                tokens, logprobs = tokens[: index + 1], logprobs[: index + 1]
                 sequence.drop_drafts(first + len(tokens))
                 break
         if reason is None:
             self._continue(sequence, now)
         else:
             self._finish(sequence)
-        self._emit(sequence, tuple(tokens), reason, result.layer)
+        error = sequence.grammar.error if sequence.grammar and reason is not None else None
+        if error is not None:
+            reason, error = FinishReason.ERROR, f"The answer's grammar cannot be followed: {error}"
+        self._emit(sequence, tuple(tokens), reason, result.layer, error, logprobs)
 
     def _continue(self, sequence: Sequence, now: float) -> None:
         decoder = next(each for each in self.decoders if each.accepts(sequence))
@@ -202,6 +206,10 @@ class Engine:
         sampling = sequence.request.sampling
         if token in sampling.stop_token_ids:
             return FinishReason.STOP
+        if sequence.grammar is not None:
+            sequence.grammar.accept(token)
+            if sequence.grammar.finished:
+                return FinishReason.STOP
         full = length >= self.info.max_model_len
         if length - sequence.num_prompt >= sampling.max_tokens or full:
             return FinishReason.LENGTH
@@ -217,11 +225,24 @@ class Engine:
         reason: FinishReason | None,
         layer: int = 0,
         error: str | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
+        is_first = bool(tokens) and sequence.num_generated == len(tokens)
+        prompt = tuple(sequence.prompt_logprobs) if is_first else ()
         stats = sequence.stats(time.monotonic() if reason else None)
         layers = (layer,) * len(tokens)
-        event = TokenEvent(sequence.request.request_id, tokens, layers, stats, reason, error)
-        self._events.append(event)
+        self._events.append(
+            TokenEvent(
+                sequence.request.request_id,
+                tokens,
+                layers,
+                stats,
+                reason,
+                error,
+                logprobs=logprobs,
+                prompt_logprobs=prompt,
+            )
+        )
 
     def _with_gauges(self, stats: StepStats) -> StepStats:
         """A decoder's statistics with the state that the step left behind."""

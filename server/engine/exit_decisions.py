@@ -7,9 +7,10 @@ from collections import abc
 
 from offramp.models.exits.criteria import CRITERIA
 from offramp.models.sampling_params import NEVER, KVFill
-from offramp.models.step import ExitCheck, HeadRow, SequenceRows, StepResult
+from offramp.models.step import ExitCheck, SequenceRows, StepResult
 from offramp.server.engine.drafting import draft_room
 from offramp.server.engine.governor import ExitGovernor
+from offramp.server.engine.head_rows import head_row
 from offramp.server.engine.kv_debt import DebtLedger
 from offramp.server.engine.request import EngineInfo
 from offramp.server.engine.sequence import Sequence
@@ -138,15 +139,6 @@ class ExitDecisions:
         """A draft that would end the answer is verified instead of built upon."""
         stops = token in sequence.request.sampling.stop_token_ids
         return not stops and draft_room(sequence, self._info) > 0
-
-
-def head_row(sequence: Sequence, position: int, row: int) -> HeadRow:
-    """How the token after ``position``, whose state is in ``row``, is chosen."""
-    sampling, count = sequence.request.sampling, position + 1
-    # Penalties must not see the drafts behind the row.
-    cut = sampling.adjusts_logits and count < len(sequence.tokens)
-    tokens = sequence.tokens[:count] if cut else sequence.tokens
-    return HeadRow(row, sampling, count - sequence.num_prompt, tokens, sequence.num_prompt)
 
 
 def _notes_depth(sequence: Sequence, segment: int) -> bool:

@@ -43,7 +43,8 @@ class LiveGuard:
         """Whether a finished answer is to be audited; ``pending`` audits wait already."""
         if sequence.request.exits.mode is not ExitMode.ADAPTIVE or not sequence.left_early:
             return False
-        if pending >= _MAX_PENDING:
+        # Where a grammar allows other tokens than the model's own choice, nothing can be compared.
+        if pending >= _MAX_PENDING or sequence.grammar is not None:
             return False
         # Every 1/rate-th answer: an even sample without a random state.
         self._due += self._rate

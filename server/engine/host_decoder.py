@@ -28,11 +28,13 @@ from offramp.server.engine.admission import Admission
 from offramp.server.engine.blocks import SequenceMemory
 from offramp.server.engine.decoder import TokenResult
 from offramp.server.engine.drafting import Drafting
-from offramp.server.engine.exit_decisions import PAID_LATER, ExitDecisions, head_row
+from offramp.server.engine.exit_decisions import PAID_LATER, ExitDecisions
 from offramp.server.engine.governor import ExitGovernor
+from offramp.server.engine.head_rows import HeadOutput, head_rows
 from offramp.server.engine.kv_debt import Owed
 from offramp.server.engine.request import EngineInfo, StepStats
 from offramp.server.engine.sequence import Sequence, SequenceQueue
+from offramp.server.engine.step_stats import checked_prompt_rows, step_stats
 from offramp.server.errors import BugError
 
 _Planned = RunSegments | FillKV
@@ -72,7 +74,7 @@ class HostDecoder:
 
     def add(self, sequence: Sequence, now: float) -> None:
         """See Decoder: the sequence waits for the first segment, if lossless for drafts before."""
-        if sequence.lossless and not sequence.drafts:
+        if (sequence.lossless or sequence.grammar is not None) and not sequence.drafts:
             self._drafting.ask(sequence)
         sequence.decoder = self
         self._queues[0].put(sequence, now)
@@ -112,9 +114,9 @@ class HostDecoder:
         facts: dict[str, Any] = dict(counts, seconds=result.seconds, draft_seconds=drafting)
         facts |= self._drafting.counts()
         if isinstance(step, RunSegments) and step.last + 1 == len(self._queues):
-            facts["prompt_full"] = _checked_prompt_rows(step.work, sequences)
+            facts["prompt_full"] = checked_prompt_rows(step.work, sequences)
         facts["host_seconds"] = started - begun - drafting + time.perf_counter() - ended
-        return results, _step_stats(step, sequences, result, facts)
+        return results, step_stats(step, sequences, result, facts)
 
     def _plan(self, now: float) -> tuple[_Planned, list[Sequence]] | None:
         """Choose the next step and reserve what it needs; None if there is nothing to run.
@@ -199,13 +201,8 @@ class HostDecoder:
         )
         if last + 1 < len(self._queues):
             return RunSegments(first, last, work), sequences
-        head = tuple(
-            head_row(sequence, position, row)
-            for sequence, item in zip(sequences, work, strict=True)
-            for position, row in zip(item.positions, item.rows, strict=True)
-            if position >= sequence.verified - 1
-        )
-        return RunSegments(first, last, work, head), sequences
+        head, scored = head_rows(sequences, work)
+        return RunSegments(first, last, work, head, scored), sequences
 
     def _checks(
         self, segment: int, sequences: list[Sequence], now: float
@@ -255,22 +252,20 @@ class HostDecoder:
         work, last = step.work, step.last
         self._learn_costs(step, result)
         leaving = self._exits.leaving(last, sequences, work, result)
-        tokens = iter(result.head_tokens)
+        made = HeadOutput(result)
         results: list[TokenResult] = []
         for index, sequence in enumerate(sequences):
             self._ran(sequence, step, work[index])
             if result.prompt_left and result.prompt_left[index]:
                 self._prompt_left(sequence, last, result.prompt_left[index])
             if leaving[index]:
-                score = result.scores[index] if result.scores else None
-                token = result.token_ids[index]
-                results += self._leave(sequence, last, token, score, now)
+                results += self._leave(sequence, last, index, result, now)
                 continue
             if result.leave and result.leave[index] and sequence.num_generated > 0:
                 sequence.stayed += 1
                 self._counts["stayed"] += 1
             if last + 1 == len(self._queues) and sequence.chunk:
-                results += self._commit_top(sequence, tokens, now)
+                results += self._commit_top(sequence, made, now)
             else:
                 queue = last + 1 if sequence.chunk else 0
                 self._queues[queue].put(sequence, now)
@@ -303,10 +298,9 @@ class HostDecoder:
             self._memory.ledger.settle(sequence.id)
         return []
 
-    def _commit_top(
-        self, sequence: Sequence, tokens: abc.Iterator[int], now: float
-    ) -> list[TokenResult]:
-        """The sequence ran the top segment; its rows that make tokens take theirs of ``tokens``."""
+    def _commit_top(self, sequence: Sequence, made: HeadOutput, now: float) -> list[TokenResult]:
+        """The sequence ran the top segment; its rows take theirs of what the LM head ``made``."""
+        sequence.prompt_logprobs += made.scored(sequence)
         self._memory.publish(sequence)
         self._drafting.passed(sequence)
         # The row of position p verifies or makes token p + 1.
@@ -315,11 +309,13 @@ class HostDecoder:
             self._queues[0].put(sequence, now)
             return []
         sequence.passes += 1
-        chosen = [next(tokens) for _ in sequence.chunk]
+        chosen, logprobs = made.tokens(len(sequence.chunk))
         verify = self._verify_audit if sequence.audit else self._verify_drafts
         verified = verify(sequence, chosen)
         self._memory.free_chunk(sequence)
-        return [TokenResult(sequence, verified, self._info.num_layers)]
+        # What is verified are the first of those chosen.
+        logprobs = logprobs[: len(verified)]
+        return [TokenResult(sequence, verified, self._info.num_layers, logprobs)]
 
     def _verify_drafts(self, sequence: Sequence, chosen: list[int]) -> list[int]:
         """The tokens that are now verified, of ``chosen`` for the rows of the sequence's chunk.
@@ -364,9 +360,10 @@ class HostDecoder:
             online.add(*left, agreed=agreed)
 
     def _leave(
-        self, sequence: Sequence, segment: int, token: int, score: float | None, now: float
+        self, sequence: Sequence, segment: int, index: int, result: StepResult, now: float
     ) -> list[TokenResult]:
         """A token left after ``segment``: the answer's next one, or a draft of it (lossless)."""
+        token, score = result.token_ids[index], result.scores[index] if result.scores else None
         if score is not None:
             sequence.scores[len(sequence.tokens)] = (segment, score)
         debt = Owed(sequence.chunk[-1], segment + 1, sequence.chunk_rows[-1])
@@ -378,7 +375,9 @@ class HostDecoder:
             self.add(sequence, now)
             return []
         sequence.tokens.append(token)
-        return [TokenResult(sequence, [token], self._info.exit_layers[segment])]
+        own = result.exit_logprobs[index] if result.exit_logprobs else None
+        logprobs = () if own is None else (own,)
+        return [TokenResult(sequence, [token], self._info.exit_layers[segment], logprobs)]
 
     def _ran(self, sequence: Sequence, step: RunSegments, work: SequenceRows) -> None:
         # Above the first segment, what left the chunk on the way has its K,V by now.
@@ -414,35 +413,6 @@ class HostDecoder:
         sequence.prompt_debt = True
 
 
-def _step_stats(
-    step: _Planned, sequences: list[Sequence], result: StepResult, facts: dict[str, Any]
-) -> StepStats:
-    """What a step did; ``facts`` are fields that are known already."""
-    if isinstance(step, FillKV):
-        rows = sum(len(item.rows) for item in step.work)
-        facts |= {"fill_tokens": rows, "fill_method": str(step.method)}
-        return StepStats("fill", step.work[0].segment, decode_rows=rows, **facts)
-    if facts.get("fill_tokens"):
-        facts["fill_method"] = str(KVFill.RECOMPUTE)
-    total = sum(len(item.rows) for item in step.work)
-    decode = sum(
-        len(item.positions) - bisect_left(item.positions, sequence.num_prompt)
-        for item, sequence in zip(step.work, sequences, strict=True)
-        if not sequence.audit
-    )
-    return StepStats(
-        "segments",
-        step.last,
-        first_segment=step.first,
-        head_seconds=result.head_seconds,
-        prefill_rows=total - decode,
-        decode_rows=decode,
-        exit_head_rows=result.exit_head_rows,
-        prompt_left=sum(map(len, result.prompt_left)),
-        **facts,
-    )
-
-
 def _fill_method(sequence: Sequence) -> KVFill:
     return KVFill.PROJECT if sequence.fill in PAID_LATER else sequence.fill
 
@@ -453,14 +423,3 @@ def _owed_rows(sequence: Sequence, debts: list[Owed]) -> abc.Iterator[OwedRows]:
         of = [debt for debt in debts if debt.segment == segment]
         rows = tuple(debt.row for debt in of)
         yield OwedRows(segment, [debt.position for debt in of], rows, sequence.table)
-
-
-def _checked_prompt_rows(
-    work: abc.Sequence[SequenceRows], sequences: abc.Sequence[Sequence]
-) -> int:
-    """Prompt rows of a step that belong to requests whose prompt tokens may leave."""
-    return sum(
-        bisect_left(item.positions, sequence.num_prompt)
-        for item, sequence in zip(work, sequences, strict=True)
-        if sequence.request.exits.prefill_threshold is not None and not sequence.audit
-    )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from offramp.models.step import TokenLogprobs
 from offramp.server.engine.driver import EngineProtocol
 from offramp.server.engine.request import (
     EngineOutput,
@@ -30,6 +31,8 @@ class Finished:
     times: list[float] = field(default_factory=list)
     stats: RequestStats | None = None
     reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 def run_all(
@@ -63,6 +66,8 @@ def run_all(
             finished.token_ids += event.token_ids
             finished.exit_layers += event.exit_layers
             finished.times += [now] * len(event.token_ids)
+            finished.logprobs += event.logprobs
+            finished.prompt_logprobs = finished.prompt_logprobs or event.prompt_logprobs
             if event.finish_reason is not None:
                 finished.stats, finished.reason = event.stats, event.finish_reason
                 del in_flight[event.request_id]

@@ -9,7 +9,8 @@ from enum import StrEnum
 from offramp.models.exits.decision_heads import DecisionPoint
 from offramp.models.exits.file import OperatingPoint
 from offramp.models.sampling_params import DraftSource, ExitSettings, SamplingParams
-from offramp.models.step import Pooling
+from offramp.models.step import Pooling, TokenLogprobs
+from offramp.server.text.grammars import Grammar
 
 # Rows with states for the draft head that a sequence may hold before its entries are made. Sixteen
 # entries at once take little more than one.
@@ -21,18 +22,26 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
     ABORT = "abort"
     ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate: token ids and parameters."""
+    """One sequence to generate: token ids and parameters; ``grammar`` is the form of its answer.
+
+    Of requests that wait those of the lowest ``priority`` run first. K,V are shared only with
+    requests of the same ``cache_salt``.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     exits: ExitSettings = field(default_factory=ExitSettings)
+    grammar: Grammar | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +125,9 @@ class TokenEvent:
 
     The last event of a request carries ``finish_reason``; it may hold no token (abort, error).
     A token that ended the request (a stop id) is included in ``token_ids``. Decisions end in one
-    event with their ``answers``, in the order of the reads.
+    event with their ``answers``, in the order of the reads. ``logprobs`` are those of ``token_ids``
+    where the request asked for them, else empty; ``prompt_logprobs`` are of all tokens of the
+    prompt but the first, and come with the answer's first token.
     """
 
     request_id: str
@@ -126,6 +137,8 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     answers: tuple[AnswerResult, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

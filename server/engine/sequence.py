@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from offramp.models.sampling_params import DraftSource, ExitMode, KVFill
+from offramp.models.step import TokenLogprobs
 from offramp.server.engine.drafts import AcceptanceRates, NgramProposer
 from offramp.server.engine.request import GenerationRequest, RequestStats
+from offramp.server.text.grammars import GrammarState
 
 if TYPE_CHECKING:
     from offramp.server.engine.decoder import Decoder
@@ -34,6 +36,7 @@ class Sequence:
     of positions ``first_entry`` to ``next_entry`` (exclusive), noted of the first ``entry_blocks``
     blocks; the stack's states at ``state_positions`` are in ``state_rows`` for the next ones. An
     ``audit`` reads a finished answer again at full depth; all of the answer counts as drafts.
+    ``grammar`` is where the answer is in its form, ``prompt_logprobs`` are those known so far.
     """
 
     id: int
@@ -80,8 +83,12 @@ class Sequence:
     state_positions: list[int] = field(default_factory=list)
     state_rows: list[int] = field(default_factory=list)
     preemptions: int = 0
+    grammar: GrammarState | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.request.grammar is not None:
+            self.grammar = self.request.grammar.start()
         self.tokens = list(self.request.prompt)
         self.computed = [0] * self.num_segments
 
@@ -114,6 +121,12 @@ class Sequence:
     def makes_token(self) -> bool:
         """Whether the chunk's last row is the newest token, so that a token comes of it."""
         return bool(self.chunk) and self.chunk[-1] + 1 == len(self.tokens)
+
+    @property
+    def unscored(self) -> range:
+        """Positions of the prompt whose next token's log-probability is still wanted."""
+        wanted = self.request.sampling.prompt_logprobs is not None and not self.audit
+        return range(len(self.prompt_logprobs), self.num_prompt - 1) if wanted else range(0)
 
     @property
     def lossless(self) -> bool:

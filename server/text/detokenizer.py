@@ -34,6 +34,10 @@ class Detokenizer:
         self._stream = DecodeStream(ids=list(behind), skip_special_tokens=skip_special_tokens)
         self._pending: list[int] = []
 
+    def fresh(self) -> Detokenizer:
+        """A decoder alike for another sequence, which goes on from nothing."""
+        return Detokenizer(self._tokenizer, skip_special_tokens=self._skip)
+
     def push(self, token_id: int) -> str:
         """Text that ``token_id`` completes; empty while a character is incomplete."""
         self._pending.append(token_id)

@@ -26,15 +26,17 @@ _CUT = "\ufdd0\ufdd1"
 # Characters from which on the tokenizer's threads are quicker than they are to wake.
 _WORTH_THREADS = 50_000
 
-Render = Callable[[Sequence[Mapping[str, str]]], str]
+# Messages, and the template's options by name, to text.
+Render = Callable[..., str]
 
 
 class Tokenizer:
     """A fast tokenizer with its chat template.
 
-    ``render`` turns messages into the prompt text, up to where the assistant begins to speak.
-    The names of special tokens in messages are text, unless ``special_in_messages``: a client
-    cannot end its turn, or speak as somebody else.
+    ``render`` turns messages into the prompt text, up to where the assistant begins to speak, as
+    ``template`` (Jinja) says. The names of special tokens in messages are text, unless
+    ``special_in_messages``: a client cannot end its turn, or speak as somebody else. Texts end with
+    one of ``end_tokens``, whatever the model's own configuration names.
 
     Methods that encode take milliseconds and more on long prompts: call them on a worker thread.
     They share nothing that changes, so several threads may call them at once.
@@ -46,8 +48,12 @@ class Tokenizer:
         render: Render | None,
         *,
         special_in_messages: bool = False,
+        template: str = "",
+        end_tokens: Sequence[int] = (),
         info: Mapping[str, Any] | None = None,
     ) -> None:
+        self.template = template
+        self.end_tokens = tuple(end_tokens)
         self.info = info or {}
         """Its settings, see `tokenizer_info`; empty where they are not known."""
         self._backend = backend
@@ -72,19 +78,27 @@ class Tokenizer:
         if not loaded.is_fast:
             raise OfframpError(f"{folder} has no fast tokenizer (tokenizer.json).")
 
-        def render(messages: Sequence[Mapping[str, str]]) -> str:
-            text: str = loaded.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+        def render(messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+            options = {"add_generation_prompt": True, **options}
+            text: str = loaded.apply_chat_template(list(messages), tokenize=False, **options)
             return text
 
         backend = loaded.backend_tokenizer
         # A tokenizer.json may say that texts are to be cut or filled up; prompts never are.
         backend.no_truncation()
         backend.no_padding()
-        template = render if loaded.chat_template else None
-        info = tokenizer_info(loaded)
-        return cls(backend, template, special_in_messages=special_in_messages, info=info)
+        template = loaded.chat_template
+        # A folder may hold several by name; the one that is used for tools is the fuller one.
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        return cls(
+            backend,
+            render if template else None,
+            special_in_messages=special_in_messages,
+            template=template or "",
+            end_tokens=() if loaded.eos_token_id is None else (loaded.eos_token_id,),
+            info=tokenizer_info(loaded, template or ""),
+        )
 
     def encode(
         self, texts: Sequence[str], max_tokens: int, *, special: bool = True
@@ -100,11 +114,17 @@ class Tokenizer:
         return [tuple(encoding.ids) for encoding in encodings]
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], max_tokens: int
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int,
+        options: Mapping[str, Any] | None = None,
     ) -> tuple[int, ...]:
-        """Ids of a conversation; raises InvalidRequest where the template refuses it."""
+        """Ids of a conversation; raises InvalidRequest where the template refuses it.
+
+        ``options`` are variables of the template, and transformers' own for rendering it.
+        """
         self.refuse_hopeless(messages, max_tokens, "messages")
-        return self.encode_rendered([self.render_chat(messages)])[0]
+        return self.encode_rendered([self.render_chat(messages, options)])[0]
 
     def encode_rendered(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Ids of texts, or parts of texts, in which the template wrote the special tokens."""
@@ -126,6 +146,12 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=False)
         return text
 
+    @property
+    def definition(self) -> str:
+        """The tokenizer as tokenizer.json has it."""
+        text: str = self._backend.to_str()
+        return text
+
     def names(self, ids: Sequence[int]) -> list[str]:
         """Token ids as the vocabulary writes them."""
         return [self._backend.id_to_token(index) or "" for index in ids]
@@ -144,15 +170,16 @@ class Tokenizer:
             behind=behind[-_LOOK_BACK:],
         )
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
+    ) -> str:
         """The text of a conversation; raises InvalidRequest where the template refuses it."""
         if self._render is None:
             raise InvalidRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
-        messages = [{**each, "content": self.as_text(each["content"])} for each in messages]
         try:
-            return self._render(messages)
+            return self._render(self._all_as_text(messages), **self._all_as_text(options or {}))
         except Exception as error:
             # Templates are programs of the model's author: whatever one raises about these
             # messages is an answer to the client, never a fault of the server.
@@ -162,11 +189,23 @@ class Tokenizer:
                 param="messages",
             ) from error
 
+    def _all_as_text(self, value: Any) -> Any:
+        """``value``, as it comes from JSON, with its texts made into `as_text`."""
+        match value:
+            case str():
+                return self.as_text(value)
+            case Mapping():
+                return {key: self._all_as_text(each) for key, each in value.items()}
+            case list() | tuple():
+                return [self._all_as_text(each) for each in value]
+        return value
+
     def refuse_hopeless(
-        self, messages: Sequence[Mapping[str, str]], max_tokens: int, param: str
+        self, messages: Sequence[Mapping[str, Any]], max_tokens: int, param: str
     ) -> None:
         """Raise ContextLengthExceeded if the messages' length alone rules the context out."""
-        self._refuse_hopeless("".join(each["content"] for each in messages), max_tokens, param)
+        texts = (each.get("content") or "" for each in messages)
+        self._refuse_hopeless("".join(texts), max_tokens, param)
 
     def _refuse_hopeless(self, text: str, max_tokens: int, param: str) -> None:
         if len(text) > max_tokens * self._longest_token:

@@ -16,10 +16,11 @@ _OURS: Final = frozenset(
 _TOKENS: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def tokenizer_info(loaded: Any) -> dict[str, Any]:
+def tokenizer_info(loaded: Any, template: str = "") -> dict[str, Any]:
     """The settings of a tokenizer of transformers, in vLLM's form, as JSON can hold them.
 
-    Special tokens are their texts, None for those it does not have.
+    Special tokens are their texts, None for those it does not have. ``template`` is the chat
+    template in use, left out where there is none.
     """
     kept = {name: value for name, value in loaded.init_kwargs.items() if name not in _OURS}
     info: dict[str, Any] = _plain(kept)
@@ -28,9 +29,6 @@ def tokenizer_info(loaded: Any) -> dict[str, Any]:
         "tokenizer_class": type(loaded).__name__,
         "model_max_length": loaded.model_max_length,
     }
-    template = loaded.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
     if template:
         info["chat_template"] = template
     return info

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.kernels import sampling
 from offramp.kernels.sampling import uniform
-from offramp.models.sampler import sample
+from offramp.models.sampler import sample, sample_with_logprobs
 from offramp.models.sampling_params import SamplingParams
 from offramp.models.step import HeadRow
 
@@ -194,3 +197,64 @@ def _by_sorting(logits: Tensor, params: SamplingParams) -> list[int]:
     if params.top_p < 1.0:
         keep &= probs.cumsum(0) - probs < params.top_p
     return ids[:count][keep].tolist()
+
+
+def bits(*allowed: int, size: int = 40) -> NDArray[np.int32]:
+    """A mask in which only some tokens are allowed."""
+    words = np.zeros(-(-size // 32), dtype=np.uint32)
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words.view(np.int32)
+
+
+def test_only_what_a_mask_allows_is_chosen() -> None:
+    logits = torch.randn(3, 40)
+    greedy = SamplingParams(max_tokens=9, temperature=0.0)
+    hot = SamplingParams(max_tokens=9, temperature=5.0, seed=1, logit_bias=((3, 100.0),))
+    stops = SamplingParams(
+        max_tokens=9, temperature=0.0, min_tokens=5, stop_token_ids=frozenset({31})
+    )
+    masks = [bits(7, 39), bits(31, 32), bits(31)]
+    rows = [
+        replace(row(params), mask=mask)
+        for params, mask in zip((greedy, hot, stops), masks, strict=True)
+    ]
+    first, second, third = sample(logits, rows)
+    assert first in {7, 39}
+    assert second in {31, 32}
+    # A grammar that has nothing left ends the answer, however short it is.
+    assert third == 31
+
+
+def test_only_allowed_tokens_come_and_no_bad_words() -> None:
+    logits = torch.zeros(1, 40)
+    logits[0, 5], logits[0, 6], logits[0, 7] = 9.0, 8.0, 7.0
+    greedy = SamplingParams(max_tokens=9, temperature=0.0)
+
+    def chosen(*tokens: int, **limits: Any) -> int:
+        return sample(logits.clone(), [row(replace(greedy, **limits), tokens=tokens)])[0]
+
+    assert chosen(0, allowed_token_ids=(6, 7)) == 6
+    assert chosen(0, bad_words=((5,),)) == 6
+    assert chosen(0, 3, 5, bad_words=((3, 5),)) == 5
+    assert chosen(0, 5, 3, bad_words=((3, 5),)) == 6
+    assert chosen(0, 3, bad_words=((0, 3, 5), (6,))) == 7
+    assert chosen(0, bad_words=((5,),), allowed_token_ids=(5, 7)) == 7
+
+
+def test_log_probabilities_are_those_before_any_change() -> None:
+    logits = torch.randn(2, 40)
+    before = logits.log_softmax(-1)
+    biased = SamplingParams(max_tokens=9, temperature=0.0, logit_bias=((5, 100.0),), logprobs=3)
+    plain = SamplingParams(max_tokens=9, temperature=0.0)
+    (token, other), (found, none) = sample_with_logprobs(logits.clone(), [row(biased), row(plain)])
+    assert token == 5
+    assert none is None
+    assert found is not None
+    assert found.logprob == pytest.approx(float(before[0, 5]))
+    assert found.rank == int((before[0] > before[0, 5]).sum()) + 1
+    best = before[0].topk(3)
+    assert [place for place, _ in found.top] == best.indices.tolist()
+    assert [value for _, value in found.top] == pytest.approx(best.values.tolist())
+    assert other == int(logits[1].argmax())
+    assert sample_with_logprobs(logits.clone(), [row(plain)] * 2)[1] == ()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import uvicorn
 from openai import AsyncOpenAI
@@ -18,6 +19,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from offramp.models.step import TokenLogprobs
 from offramp.server.api.context import Context
 from offramp.server.app import create_app
 from offramp.server.config import EngineConfig, ServerConfig
@@ -57,11 +59,18 @@ def byte_backend() -> Backend:
     return backend
 
 
-def render(messages: Sequence[Mapping[str, str]]) -> str:
-    """A chat template that refuses one word."""
+def render(messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """A chat template that refuses one word, and writes down the options it was given."""
     if any(message["content"] == "refuse me" for message in messages):
         raise ValueError("the template refuses")
-    return "".join(f"{message['role']}:{message['content']}\n" for message in messages)
+    head = "".join(f"[{name}={options[name]}]" for name in sorted(options))
+    return head + "".join(f"{message['role']}:{message['content']}\n" for message in messages)
+
+
+def fake_logprobs(token: int, top: int) -> TokenLogprobs:
+    """The token is the best one, those with the next ids follow."""
+    best = tuple((token + place, -0.25 - place) for place in range(top))
+    return TokenLogprobs(-0.25, 1, best)
 
 
 @dataclass(slots=True)
@@ -81,6 +90,7 @@ class FakeEngine:
     reply: str = "Hello, world!"
     permits: int | None = None
     fail_at: int | None = None
+    context: int = CONTEXT
     info: EngineInfo = field(init=False)
     aborted: list[str] = field(default_factory=list)
     added: list[GenerationRequest] = field(default_factory=list)
@@ -99,7 +109,7 @@ class FakeEngine:
             exit_layers=EXITS,
             exit_thresholds=(0.9,),
             vocab_size=backend.get_vocab_size(),
-            max_model_len=CONTEXT,
+            max_model_len=self.context,
             block_size=16,
             num_blocks=64,
             max_num_seqs=4,
@@ -154,7 +164,19 @@ class FakeEngine:
         )
         if reason is not None:
             del self._slots[request.request_id]
-        return TokenEvent(request.request_id, (token,), (layer,), slot.stats, reason)
+        scored, first = request.sampling.logprobs, not index
+        wanted = request.sampling.prompt_logprobs if first else None
+        return TokenEvent(
+            request.request_id,
+            (token,),
+            (layer,),
+            slot.stats,
+            reason,
+            logprobs=() if scored is None else (fake_logprobs(token, scored),),
+            prompt_logprobs=tuple(
+                fake_logprobs(known, wanted) for known in request.prompt[1:] if wanted is not None
+            ),
+        )
 
     def _token(self, request: GenerationRequest, index: int) -> tuple[int, FinishReason | None]:
         endless = END not in request.sampling.stop_token_ids

@@ -253,12 +253,8 @@ class TestAnswers:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
-            ("grammar", "root ::= x"),
-            ("json_schema", {}),
             ("use_beam_search", True),
             ("truncate_prompt_tokens", 5),
-            ("chat_template_kwargs", {"a": 1}),
-            ("add_generation_prompt", False),
         ],
     )
     async def test_what_cannot_be_honoured_is_named(self, name: str, value: object) -> None:
@@ -551,7 +547,7 @@ class TestRefusals:
             def broken(*_: object) -> None:
                 raise RuntimeError("secret")
 
-            monkeypatch.setattr(tokenizer, "encode_chat", broken)
+            monkeypatch.setattr(tokenizer, "encode_rendered", broken)
             response = await post(server, "/v1/chat/completions", {"messages": MESSAGES})
         assert response.status_code == 500
         error = envelope(response)

@@ -213,6 +213,7 @@ async def test_a_long_input_may_fill_the_context(engine: Recorder, theirs: Embed
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "invalid_value"),
         ({"input": "a", "pooling": "cls"}, "pooling", "invalid_value"),
         ({"input": "a", "normalize": 1}, "normalize", "invalid_type"),
+        ({"input": "a", "cache_salt": "mine"}, "cache_salt", "unsupported_parameter"),
         (
             {"input": "a", "truncate_prompt_tokens": 5},
             "truncate_prompt_tokens",

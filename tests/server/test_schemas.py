@@ -100,12 +100,11 @@ def test_wrong_values_name_their_field(field: str, value: object, param: str) ->
 @pytest.mark.parametrize(
     ("field", "value", "param"),
     [
-        ("logprobs", True, "logprobs"),
-        ("logprobs", 0, "logprobs"),
-        ("top_logprobs", 3, "top_logprobs"),
-        ("tools", [], "tools"),
-        ("tool_choice", "auto", "tool_choice"),
-        ("response_format", {"type": "json_object"}, "response_format"),
+        ("functions", [{"name": "f"}], "functions"),
+        ("function_call", "auto", "function_call"),
+        ("echo", True, "echo"),
+        ("structural_tag", {}, "structural_tag"),
+        ("tools", [{"type": "web_search"}], "tools[0]"),
         ("modalities", ["audio"], "modalities"),
         ("best_of", 2, "best_of"),
         (
@@ -113,7 +112,7 @@ def test_wrong_values_name_their_field(field: str, value: object, param: str) ->
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "messages[0].content",
         ),
-        ("messages", [{"role": "tool", "content": "a", "tool_call_id": "1"}], "messages[0]"),
+        ("messages", [{"role": "function", "content": "a", "name": "f"}], "messages[0]"),
     ],
 )
 def test_known_but_unsupported_is_refused_by_name(field: str, value: object, param: str) -> None:

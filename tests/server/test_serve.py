@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -106,8 +107,8 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, str, thr
     monkeypatch.setattr(Service, "_build", build)
     monkeypatch.setattr(Service, "_resolve", lambda _: Path())
 
-    def load(_: Path, *, special_in_messages: bool) -> Tokenizer:
-        return Tokenizer(byte_backend(), render, special_in_messages=special_in_messages)
+    def load(_: Path, **options: Any) -> Tokenizer:
+        return Tokenizer(byte_backend(), render, **options)
 
     monkeypatch.setattr(Tokenizer, "load", load)
     listener = bind("127.0.0.1", 0)

@@ -80,12 +80,12 @@ def test_settings_that_json_cannot_hold() -> None:
     loaded = PreTrainedTokenizerFast(
         tokenizer_object=byte_backend(),
         eos_token=AddedToken("<end>", special=True),
-        chat_template={"default": "the usual", "tool_use": "other"},
+        chat_template="a file's own",
         own={"names": (AddedToken("a"), 1), 5: Path("b")},
     )
-    info = tokenizer_info(loaded)
+    info = tokenizer_info(loaded, "the one in use")
     assert info["own"] == {"names": ["a", 1], "5": "b"}
-    assert info["chat_template"] == "the usual"
+    assert info["chat_template"] == "the one in use"
 
 
 async def test_a_tokenizer_without_settings_has_the_servers_limit() -> None:

@@ -11,6 +11,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
@@ -21,10 +24,16 @@ from offramp.models.step import (
     HeadRow,
     OwedRows,
     RunSegments,
+    ScoredRow,
     SequenceRows,
     Step,
     StepResult,
+    TokenLogprobs,
 )
+from offramp.server.text.grammars import Grammar, GrammarState
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 VOCAB = 50
 # Seed of requests whose tokens must come of K,V that full depth would give: mode off, or debts
@@ -55,6 +64,72 @@ def expected_answer(prompt: Sequence[int], count: int) -> list[int]:
     return answer
 
 
+def logprobs_after(content: bytes) -> TokenLogprobs:
+    """What the model thinks of the token that follows this content."""
+    return TokenLogprobs(-content[1] / 256, 1, ())
+
+
+def expected_logprobs(tokens: Sequence[int]) -> list[TokenLogprobs]:
+    """What the model thinks of each of ``tokens`` but the first."""
+    content, found = b"", []
+    for token in tokens[:-1]:
+        content = link(content, token)
+        found.append(logprobs_after(content))
+    return found
+
+
+class FakeForm(GrammarState):
+    """A grammar that knows the right answer, is over after ``length`` tokens, and forces some.
+
+    What it forces is right, or the first of it is, as where the model may write a text in other
+    tokens than the tokenizer would.
+    """
+
+    def __init__(self, answer: Sequence[int], length: int) -> None:
+        self._answer = list(answer)
+        self._length = length
+        self._taken: list[int] = []
+
+    @property
+    def finished(self) -> bool:
+        return len(self._taken) >= self._length
+
+    @property
+    def error(self) -> str | None:
+        return None
+
+    def accept(self, token: int) -> None:
+        assert not self.finished
+        self._taken.append(token)
+
+    def allowed(self, drafts: Sequence[int]) -> int:
+        return min(len(drafts), self._length - len(self._taken))
+
+    def forced(self) -> list[int]:
+        assert self._taken == self._answer[: len(self._taken)]
+        begin = len(self._taken)
+        right = self._answer[begin : begin + begin % 4]
+        return right if begin % 3 else [*right[:1], *((token + 1) % VOCAB for token in right[1:])]
+
+    def mask(self, drafts: Sequence[int] = ()) -> NDArray[np.int32]:
+        begin = len(self._taken)
+        # Behind a wrong draft no row counts.
+        if list(drafts) == self._answer[begin : begin + len(drafts)]:
+            assert begin + len(drafts) <= self._length
+        return np.full(2, -1, dtype=np.int32)
+
+
+class FakeGrammar(Grammar):
+    """See FakeForm."""
+
+    def __init__(self, answer: Sequence[int], length: int) -> None:
+        self.length = length
+        self._answer = answer
+
+    def start(self) -> FakeForm:
+        return FakeForm(self._answer, self.length)
+
+
 @dataclass(frozen=True)
 class Cell:
     """K,V of one position in one segment, or a hidden state."""
@@ -80,7 +155,7 @@ class FakeRunner:
     def run(self, step: Step) -> StepResult:
         """Run one step; every step takes a microsecond a row."""
         match step:
-            case RunSegments(first, last, work, head):
+            case RunSegments(first, last, work, head, scored):
                 for segment in range(first, last + 1):
                     for item in work:
                         self._run_sequence(segment, item)
@@ -93,6 +168,11 @@ class FakeRunner:
                     token_ids=tuple(-1 if token is None else token for token in tokens),
                     prompt_left=tuple(map(self._prompt_left, work)),
                     head_tokens=tuple(map(self._head, head)),
+                    head_logprobs=tuple(map(self._logprobs, head)),
+                    exit_logprobs=tuple(
+                        self._logprobs(item.check.head) if item.check else None for item in work
+                    ),
+                    scored=tuple(map(self._scored, scored)),
                 )
             case FillKV(method, owed):
                 for debts in owed:
@@ -164,6 +244,14 @@ class FakeRunner:
             for segment in range(item.segment, self._num_segments):
                 assert self.rows[row].content == self.pages[0, place].content
                 self.pages[segment, place] = Cell(self.rows[row].content, exact=False)
+
+    def _logprobs(self, item: HeadRow) -> TokenLogprobs | None:
+        wanted = item.sampling.logprobs is not None
+        return logprobs_after(self.rows[item.row].content) if wanted else None
+
+    def _scored(self, item: ScoredRow) -> TokenLogprobs:
+        assert self.rows[item.row].exact
+        return logprobs_after(self.rows[item.row].content)
 
     def _head(self, item: HeadRow) -> int:
         cell = self.rows[item.row]

@@ -56,6 +56,45 @@ def test_the_last_token_of_an_answer_is_not_written_into_a_shared_block() -> Non
     assert sequence.table[-1] not in engine.memory.blocks._hash_of
 
 
+def test_other_salts_share_no_blocks() -> None:
+    engine, _ = fake_engine(num_blocks=40)
+    prompt = list(range(12))
+    cached = []
+    for name, salt in (("a", ""), ("b", "x"), ("c", "y"), ("d", "x"), ("e", "")):
+        done, _ = run(engine, [replace(request(name, prompt, 6), cache_salt=salt)])
+        assert done[0].stats is not None
+        assert done[0].token_ids == expected_answer(prompt, 6)
+        cached.append(done[0].stats.cached_tokens)
+    assert cached == [0, 0, 0, 11, 11]
+
+
+def test_the_lowest_priority_runs_first() -> None:
+    engine, _ = fake_engine(max_num_seqs=1)
+    wanted = {"a": 0, "b": 5, "c": -3, "d": 0, "e": -3}
+    for name, priority in wanted.items():
+        engine.add(replace(request(name, [1, 2, 3], 3), priority=priority), time.monotonic())
+    ended = [
+        event.request_id
+        for _ in range(60)
+        if engine.has_work
+        for event in engine.step().events
+        if event.finish_reason
+    ]
+    assert ended == ["c", "e", "a", "d", "b"]
+
+
+def test_the_least_urgent_gives_up_its_blocks() -> None:
+    engine, _ = fake_engine(num_blocks=11, max_num_seqs=3)
+    for name, priority in (("a", 1), ("b", 2), ("c", 0)):
+        sooner = replace(request(name, [ord(name)] * 9, 20), priority=priority)
+        engine.add(sooner, time.monotonic())
+    events = [event for _ in range(300) if engine.has_work for event in engine.step().events]
+    lost = {event.request_id: event.stats.preemptions for event in events if event.finish_reason}
+    assert lost["c"] == 0
+    assert lost["b"] > 0
+    assert lost["b"] >= lost["a"]
+
+
 @pytest.mark.parametrize("fill", [KVFill.PROJECT, KVFill.COPY])
 def test_approximate_kv_is_never_shared(fill: KVFill) -> None:
     """Blocks with projected or copied K,V stay private: mode off must not read them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 from hypothesis import HealthCheck, settings
@@ -39,7 +40,14 @@ from offramp.server.engine.request import (
 from offramp.server.engine.thresholds import ExitThresholds
 
 from .fake_device import FakeLoop
-from .fake_runner import MAY_GUESS, MUST_BE_EXACT, FakeRunner, expected_answer
+from .fake_runner import (
+    MAY_GUESS,
+    MUST_BE_EXACT,
+    FakeGrammar,
+    FakeRunner,
+    expected_answer,
+    expected_logprobs,
+)
 
 LAYERS = 12
 # One of each kind: without memory, with memory of the exits below, one depth for the answer.
@@ -135,19 +143,32 @@ def request(
     criterion: ExitCriterion = ExitCriterion.TWO_KEY,
     *,
     prefill: bool = False,
+    scores: bool = False,
+    form: int | None = None,
 ) -> GenerationRequest:
-    """A greedy request, marked where its K,V have to be exact and where exits may guess wrong."""
+    """A greedy request, marked where its K,V have to be exact and where exits may guess wrong.
+
+    With ``scores`` log-probabilities are wanted, of the prompt too. With ``form`` a grammar ends
+    the answer after so many tokens.
+    """
+    prefill = prefill and not scores
     seed = 0
     if mode is ExitMode.LOSSLESS:
         prefill, seed = False, MAY_GUESS
     elif mode is ExitMode.OFF or (fill is KVFill.RECOMPUTE and not prefill):
         seed = MUST_BE_EXACT
     sampling = SamplingParams(
-        max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop, seed=seed
+        max_tokens=max_tokens,
+        temperature=0.0,
+        stop_token_ids=stop,
+        seed=seed,
+        logprobs=0 if scores else None,
+        prompt_logprobs=0 if scores else None,
     )
+    grammar = None if form is None else FakeGrammar(expected_answer(prompt, CONTEXT), form)
     bound = 0.5 if prefill else None
     exits = ExitSettings(mode, criterion, kv_fill=fill, prefill_threshold=bound)
-    return GenerationRequest(name, tuple(prompt), sampling, exits)
+    return GenerationRequest(name, tuple(prompt), sampling, exits, grammar)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -206,6 +227,10 @@ class EngineMachine(RuleBasedStateMachine):
         stop=st.frozensets(st.integers(0, 49), max_size=3),
         criterion=st.sampled_from(CRITERIA),
         prefill=st.booleans(),
+        scores=st.booleans(),
+        form=st.none() | st.integers(1, 14),
+        priority=st.integers(-1, 1),
+        salt=st.sampled_from(["", "", "x"]),
     )
     def add(
         self,
@@ -216,10 +241,16 @@ class EngineMachine(RuleBasedStateMachine):
         stop: frozenset[int],
         criterion: ExitCriterion = ExitCriterion.TWO_KEY,
         prefill: bool = False,  # noqa: FBT001, FBT002 (drawn by hypothesis)
+        scores: bool = False,  # noqa: FBT001, FBT002 (drawn by hypothesis)
+        form: int | None = None,
+        priority: int = 0,
+        salt: str = "",
     ) -> None:
         """A new request; two-letter prompts make prefix hits common."""
         name = str(len(self.requests))
-        item = request(name, prompt, max_tokens, mode, fill, stop, criterion, prefill=prefill)
+        wishes = {"prefill": prefill, "scores": scores}
+        item = request(name, prompt, max_tokens, mode, fill, stop, criterion, form=form, **wishes)
+        item = replace(item, priority=priority, cache_salt=salt)
         self.requests[item.request_id] = item
         self.events[item.request_id] = []
         self.engine.add(item, time.monotonic())
@@ -280,6 +311,11 @@ class EngineMachine(RuleBasedStateMachine):
         assert tokens == expected_answer(item.prompt, len(tokens))
         if item.exits.mode is not ExitMode.ADAPTIVE:
             assert set(layers) <= {LAYERS}
+        if item.sampling.logprobs is not None and tokens:
+            every = expected_logprobs([*item.prompt, *tokens])
+            prompt = [own for event in events for own in event.prompt_logprobs]
+            answer = [own for event in events for own in event.logprobs]
+            assert prompt + answer == every
         if events[-1].finish_reason is FinishReason.ABORT:
             assert name in self.aborted
         else:
@@ -289,13 +325,18 @@ class EngineMachine(RuleBasedStateMachine):
     def _judge_ending(item: GenerationRequest, tokens: list[int], last: TokenEvent) -> None:
         stops = [i for i, token in enumerate(tokens) if token in item.sampling.stop_token_ids]
         full = min(item.sampling.max_tokens, CONTEXT - len(item.prompt))
+        form = item.grammar.length if isinstance(item.grammar, FakeGrammar) else None
         if stops:
             assert stops == [len(tokens) - 1]
+            assert last.finish_reason is FinishReason.STOP
+        elif form is not None and form <= full:
+            assert len(tokens) == form
             assert last.finish_reason is FinishReason.STOP
         else:
             assert len(tokens) == full
             assert last.finish_reason is FinishReason.LENGTH
-        if item.exits.mode is ExitMode.OFF and not last.stats.preemptions:
+        plain = item.exits.mode is ExitMode.OFF and item.grammar is None
+        if plain and not last.stats.preemptions:
             assert last.stats.layers_executed == LAYERS * len(tokens)
 
 
