@@ -1,4 +1,7 @@
-"""Decisions at work: prompts that stop at the first layer that knows the answer."""
+"""Decisions at work: prompts that stop at the first layer that knows the answer.
+
+Embeddings are read here too, of prompts that run every layer.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import RowTable, Span, flat_places
 from offramp.models.exits.decision_heads import DecisionHeads, DecisionTask, features
 from offramp.models.kv_cache import KVCache
-from offramp.models.step import AnswerRead, Decide
+from offramp.models.step import AnswerRead, Decide, Pooling
 from offramp.models.transformer import Segment, Transformer
 
 # Sets of candidates whose LM-head rows are kept.
@@ -24,7 +27,9 @@ class Decider:
 
     Each position's state is kept at its place in the pages, so that it lives as long as its K,V
     do: whatever stopped inside the stack can go on from there. Of each block the sum of its states
-    is kept after every segment, for the means that heads read.
+    is kept after every segment, for the means that heads read. An embedding is pooled from the
+    states themselves, which lie there for all positions of a prompt once it is through the stack:
+    those of blocks that earlier requests ran as well.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class Decider:
         self._kept: dict[tuple[int, ...], Tensor] = {}
 
     def run(self, step: Decide) -> tuple[tuple[float, ...], ...]:
-        """The step's reads: logits of each one's candidates.
+        """The step's reads: logits of each one's candidates, or an embedding's d numbers.
 
         A position's state after the segment takes the place of the one before it.
         """
@@ -60,7 +65,7 @@ class Decider:
             hidden = self._model.embed(torch.tensor(ids, device=device))
         else:
             hidden = self._states[rows.places]
-        self._copy_kv(step)
+        self._copy(step)
         hidden = self._segments[step.segment](hidden, rows, self._cache)
         self._states[rows.places] = hidden
         if self._tasks:
@@ -92,20 +97,27 @@ class Decider:
             sources, targets, _ = zip(*step.copies, strict=True)
             sums[list(targets)] += sums[list(sources)]
 
-    def _copy_kv(self, step: Decide) -> None:
+    def _copy(self, step: Decide) -> None:
         first, end = self.bounds[step.segment : step.segment + 2]
         pages = self._cache.pages[first:end]
+        states = self._states.view(self._cache.num_blocks, self._cache.block_size, -1)
+        top = step.segment == len(self._segments) - 1
         groups: dict[tuple[int, int], list[int]] = {}
         for source, target, count in step.copies:
             groups.setdefault((source, count), []).append(target)
         for (source, count), targets in groups.items():
             pages[:, :, targets, :count] = pages[:, :, source, None, :count]
+            if top:
+                states[targets, :count] = states[source, :count]
 
     def _read(self, step: Decide, last: Tensor) -> tuple[tuple[float, ...], ...]:
         found: list[tuple[float, ...]] = [()] * len(step.reads)
         groups: dict[str | None, list[int]] = {}
         for index, read in enumerate(step.reads):
-            groups.setdefault(read.task, []).append(index)
+            if read.pooling is not None:
+                found[index] = tuple(self._pooled(read, read.pooling).tolist())
+            else:
+                groups.setdefault(read.task, []).append(index)
         for task, own in groups.items():
             reads = [step.reads[index] for index in own]
             if task is not None:
@@ -119,6 +131,13 @@ class Decider:
             for index, logits in zip(own, made, strict=True):
                 found[index] = tuple(logits.tolist())
         return tuple(found)
+
+    def _pooled(self, read: AnswerRead, pooling: Pooling) -> Tensor:
+        """The embedding [d] of a prompt that is through the stack, fp32."""
+        first = read.length - 1 if pooling is Pooling.LAST else 0
+        places = flat_places(read.table, range(first, read.length), self._cache.block_size)
+        states = self._states[torch.tensor(places, device=self._model.device)]
+        return self._model.normed(states).float().mean(0)
 
     def _heads(
         self, heads: DecisionHeads, segment: int, last: Tensor, reads: Sequence[AnswerRead]

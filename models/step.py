@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
@@ -18,6 +19,13 @@ from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+class Pooling(StrEnum):
+    """What stands for a whole prompt: the mean of its positions' states, or the last one's."""
+
+    MEAN = "mean"
+    LAST = "last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +183,8 @@ class AnswerRead:
 
     ``table`` lists the prompt's blocks; its last position is the last one of the step's rows of
     ``work``. ``task`` names the heads to ask, whose outputs then stand for the candidates; without
-    one the LM head is asked, above the last segment.
+    one the LM head is asked, above the last segment. With ``pooling`` nobody is asked: the read is
+    an embedding, the prompt's states behind the final norm pooled into one.
     """
 
     work: int
@@ -183,6 +192,7 @@ class AnswerRead:
     length: int
     candidates: tuple[int, ...]
     task: str | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +201,7 @@ class Decide:
 
     A part ends where a block ends, or the prompt. The states are kept until the next segment.
     ``copies`` are blocks that begin like another, each as source, target and number of positions:
-    the target gets the source's K,V of the segment's layers before it runs.
+    the target gets the source's K,V of the segment's layers, and above the last segment its states.
     """
 
     segment: int
@@ -218,7 +228,7 @@ class StepResult:
     ``exit_head_rows`` are rows an exit's LM head was run for. ``guesses`` and ``chances``: for each
     sequence of a draft its guesses, and the draft head's probability of each; of
     ``guess_seconds`` the first are until the first guesses, the others for the rest. ``logits``:
-    for each read of a decision those of its candidates.
+    for each read of a decision those of its candidates, for an embedding its d numbers.
     """
 
     seconds: float

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from offramp import __version__
-from offramp.server.api import chat, completions, decisions, models, ops, tokenize, wire
+from offramp.server.api import (
+    chat,
+    completions,
+    decisions,
+    embeddings,
+    models,
+    openapi,
+    ops,
+    tokenize,
+    tokenizer_info,
+    wire,
+)
 from offramp.server.api.context import Context
-from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, RequestId
+from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, InFlight, RequestId
+from offramp.server.errors import Unauthorized
 
-_ROUTERS: tuple[APIRouter, ...] = (
-    chat.router,
-    completions.router,
-    decisions.router,
-    models.router,
-    ops.router,
-    tokenize.router,
+# With what their routes answer beside what FastAPI finds out by itself.
+_ROUTERS: tuple[tuple[APIRouter, dict[int | str, dict[str, Any]]], ...] = (
+    (chat.router, openapi.errors(openapi.RUNS_THE_MODEL) | openapi.STREAMED),
+    (completions.router, openapi.errors(openapi.RUNS_THE_MODEL) | openapi.STREAMED),
+    (decisions.router, openapi.errors(openapi.RUNS_THE_MODEL)),
+    (embeddings.router, openapi.errors(openapi.RUNS_THE_MODEL)),
+    (models.router, openapi.errors(openapi.READS)),
+    (ops.router, {}),
+    (tokenize.router, openapi.errors(openapi.TAKES_A_BODY)),
+    (tokenizer_info.router, openapi.errors(openapi.READS)),
 )
 
 
@@ -25,12 +42,15 @@ def create_app(context: Context) -> FastAPI:
 
     Starting and stopping the driver is left to the caller.
     """
-    app = FastAPI(title="Offramp", version=__version__, redirect_slashes=False)
+    app = openapi.DescribedApp(title="Offramp", version=__version__, redirect_slashes=False)
     app.state.context = context
-    for router in _ROUTERS:
-        app.include_router(router)
+    for router, responses in _ROUTERS:
+        needs_key = context.config.api_key and router is not ops.router
+        refused = openapi.errors([Unauthorized]) if needs_key else {}
+        app.include_router(router, responses=responses | refused)
     wire.register(app)
     # The one added last sees a request first.
+    app.add_middleware(InFlight, context=context)
     app.add_middleware(BodyLimit, max_bytes=context.config.max_body_bytes)
     if context.config.api_key:
         app.add_middleware(ApiKey, keys=context.config.api_key)

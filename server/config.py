@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from offramp.models.config import Weights
 from offramp.models.sampling_params import DEFAULT_CRITERION, ExitCriterion
+from offramp.models.step import Pooling
 
 GIB = 1024**3
 MIB = 1024**2
@@ -185,6 +186,12 @@ class ServerConfig(_Options):
         "HTTP",
         False,
         "Let the names of special tokens in messages be special tokens; they are text otherwise.",
+    )
+    embedding_pooling: Pooling = _option(
+        "Model",
+        Pooling.MEAN,
+        "What embeddings are made of where a request does not say: the mean of all states, or the "
+        "last token's.",
     )
     tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral"] = _option(
         "HTTP",

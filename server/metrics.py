@@ -68,6 +68,7 @@ _COUNTERS: Final = (
     ("offramp:layers_executed", "Layers run for generated tokens, recomputed debts included."),
     ("offramp:layers_possible", "Layers full depth would have run for the same tokens."),
     ("offramp:stayed_tokens", "Tokens whose gate fired but that were kept in the stack."),
+    ("offramp:embeddings", "Embedded inputs."),
     ("offramp:exit_audits", "Exited tokens checked at full depth."),
     ("offramp:exit_disagreements", "Checked tokens that full depth would have chosen differently."),
     ("offramp:exit_head_rows", "Rows an exit's adapter and LM head ran for."),
@@ -210,15 +211,24 @@ class Metrics:
         """Count the questions of one request by ``kinds``, and the layers that answered them."""
         for kind, number in kinds.items():
             self._decisions.labels(*self._who, kind).inc(number)
+        self._prompts(stats, seconds)
+        if self._exit_layer is not None:
+            depth = self._exit_layer.labels(*self._who, "decision")
+            for layer in layers:
+                depth.observe(layer)
+
+    def embeddings(self, inputs: int, stats: RequestStats, seconds: float) -> None:
+        """Count the inputs of one request."""
+        self.count("offramp:embeddings", inputs)
+        self._prompts(stats, seconds)
+
+    def _prompts(self, stats: RequestStats, seconds: float) -> None:
+        """An answered request that generated nothing."""
         self.finished("stop")
         self.record("vllm:e2e_request_latency_seconds", seconds)
         self.record("vllm:request_prompt_tokens", stats.prompt_tokens)
         self.count("vllm:prompt_tokens", stats.prompt_tokens)
         self.count("vllm:prompt_tokens_cached", stats.cached_tokens)
-        if self._exit_layer is not None:
-            depth = self._exit_layer.labels(*self._who, "decision")
-            for layer in layers:
-                depth.observe(layer)
 
     def _observe_step(self, stats: StepStats) -> None:
         rows = stats.prefill_rows + stats.decode_rows

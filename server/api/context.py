@@ -22,13 +22,15 @@ class Context:
     """State of one application.
 
     ``tokenizer`` appears once the model folder was read; ``busy_since`` is when, on the monotonic
-    clock, the engine last got work after having had none.
+    clock, the engine last got work after having had none; ``in_flight`` counts requests to the
+    model that wait for the rest of their answer.
     """
 
     driver: EngineDriver
     config: ServerConfig
     metrics: Metrics
     tokenizer: Tokenizer | None = None
+    in_flight: int = 0
     busy_since: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     priors: PriorCache = field(default_factory=PriorCache)

@@ -157,7 +157,7 @@ async def decide(
         _reads(variant, encoded, info, _thresholds(variant.task, mode, wish.exits, info))
         for variant, encoded in zip(plan.variants, plan.encoded, strict=True)
     ]
-    event = await _run(context, request_id, [read for own in reads for read in own])
+    event = await read_answers(context, request_id, [read for own in reads for read in own])
     results = iter(event.answers)
     found = [[next(results) for _ in own] for own in reads]
     answers = tuple(
@@ -279,7 +279,8 @@ async def _find_priors(
             _reads(replace(variant, task=None), encoded, context.driver.info, ())
             for variant, encoded in zip(made.variants, made.encoded, strict=True)
         ]
-        event = await _run(context, f"{request_id}-prior", [r for own in reads for r in own])
+        all_reads = [read for own in reads for read in own]
+        event = await read_answers(context, f"{request_id}-prior", all_reads)
         results = iter(event.answers)
         for key, own in zip(missing, reads, strict=True):
             known[key] = prior = tuple(next(results).logits for _ in own)
@@ -346,8 +347,13 @@ def _reads(
     ]
 
 
-async def _run(context: Context, request_id: str, reads: Sequence[AnswerRequest]) -> TokenEvent:
-    """The engine's answer to all reads."""
+async def read_answers(
+    context: Context, request_id: str, reads: Sequence[AnswerRequest]
+) -> TokenEvent:
+    """The engine's answer to all reads; leaving it aborts them.
+
+    Raises ServerError if the engine could not read, and what the driver raises.
+    """
     async with context.submit(DecisionRequest(request_id, tuple(reads))) as stream:
         async for event in stream:
             if event.finish_reason is FinishReason.ERROR:

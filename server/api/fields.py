@@ -162,18 +162,32 @@ def _prompt_kind(value: Any) -> str:
 
 
 Text = Annotated[str, AfterValidator(clean_text)]
-Content = Annotated[Text, BeforeValidator(lambda content: join_parts(content, _text_part))]
+Content = Annotated[
+    Text,
+    BeforeValidator(
+        lambda content: join_parts(content, _text_part),
+        json_schema_input_type=str | list[dict[str, Any]],
+    ),
+]
 StopStrings = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-    BeforeValidator(_stop_list),
+    BeforeValidator(_stop_list, json_schema_input_type=str | list[str]),
 ]
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
-LogitBias = Annotated[dict[int, float], BeforeValidator(_biases)]
+LogitBias = Annotated[
+    dict[int, float], BeforeValidator(_biases, json_schema_input_type=dict[str, float])
+]
+_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompts = Annotated[
-    Annotated[list[Text], Tag("texts")]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Tag("token_ids")],
+    Annotated[list[Text], Tag("texts")] | Annotated[list[_TokenIds], Tag("token_ids")],
     Discriminator(_prompt_kind),
-    BeforeValidator(_prompt_list),
     Field(min_length=1),
+    BeforeValidator(
+        _prompt_list,
+        json_schema_input_type=str
+        | Annotated[list[str], Field(min_length=1)]
+        | _TokenIds
+        | Annotated[list[_TokenIds], Field(min_length=1)],
+    ),
 ]
 Count = Annotated[int, Field(ge=1, le=INT64_MAX)]

@@ -11,11 +11,12 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from offramp.server.api.context import Context
 from offramp.server.api.wire import REQUEST_ID_HEADER, error_response
 from offramp.server.errors import RequestTooLarge, Unauthorized
 
 # Probes and scrapers carry no key.
-OPEN_PATHS: Final = frozenset({"/health", "/ready", "/version", "/metrics"})
+OPEN_PATHS: Final = frozenset({"/health", "/ready", "/version", "/metrics", "/load"})
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 # So much of a body over the limit is still read, and dropped: a client cut off while it sends sees
 # a broken connection instead of the answer.
@@ -59,6 +60,26 @@ class HeadAsGet:
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
+
+
+class InFlight:
+    """Counts the requests to the model that have not been answered to their end."""
+
+    def __init__(self, app: ASGIApp, context: Context) -> None:
+        self._app = app
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count the request while it lasts."""
+        asks = scope["type"] == "http" and scope["method"] == "POST"
+        if not asks or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        self._context.in_flight += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._context.in_flight -= 1
 
 
 class ApiKey:

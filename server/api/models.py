@@ -5,6 +5,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from offramp.server.api.context import Context, Shared
+from offramp.server.api.openapi import errors
+from offramp.server.errors import ModelNotFound
 
 router = APIRouter(tags=["Models"])
 
@@ -15,7 +17,7 @@ async def list_models(context: Shared) -> dict[str, Any]:
     return {"object": "list", "data": [_card(context, name) for name in context.model_names]}
 
 
-@router.get("/v1/models/{model_id:path}")
+@router.get("/v1/models/{model_id:path}", responses=errors([ModelNotFound]))
 async def retrieve_model(model_id: str, context: Shared) -> dict[str, Any]:
     """One of the names; 404 for any other."""
     context.check_model(model_id)

@@ -1,11 +1,12 @@
-"""Routes for operators: health, readiness, version, metrics."""
+"""Routes for operators: health, readiness, load, version, metrics."""
 
 import time
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel
 
 from offramp import __version__
 from offramp.server.api.context import Shared
@@ -17,7 +18,22 @@ router = APIRouter(tags=["Operations"])
 STALLED_AFTER_S: Final = 120.0
 
 
-@router.get("/health", response_model=None)
+class Status(BaseModel):
+    """One word."""
+
+    status: str
+
+
+# Probes read the status, so that it says itself why it is not 200.
+_UNAVAILABLE: Final[dict[int | str, dict[str, Any]]] = {
+    503: {"model": Status, "description": "Not now."}
+}
+_OPEN_METRICS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}
+}
+
+
+@router.get("/health", response_model=Status, responses=_UNAVAILABLE)
 async def health(context: Shared) -> Response:
     """Liveness: 503 once the engine failed or hangs; loading and draining are healthy."""
     driver = context.driver
@@ -30,12 +46,18 @@ async def health(context: Shared) -> Response:
     return _status(200, "ok")
 
 
-@router.get("/ready", response_model=None)
+@router.get("/ready", response_model=Status, responses=_UNAVAILABLE)
 async def ready(context: Shared) -> Response:
     """Readiness: 200 only while requests are accepted."""
     state = context.driver.state
     is_ready = state is EngineState.READY and context.tokenizer is not None
     return _status(200 if is_ready else 503, state.value)
+
+
+@router.get("/load")
+async def load(context: Shared) -> dict[str, int]:
+    """Requests under /v1 that have not been answered to their end."""
+    return {"server_load": context.in_flight}
 
 
 @router.get("/version")
@@ -44,7 +66,9 @@ async def version() -> dict[str, Any]:
     return {"version": __version__}
 
 
-@router.get("/metrics", response_model=None)
+@router.get(
+    "/metrics", response_model=None, response_class=PlainTextResponse, responses=_OPEN_METRICS
+)
 async def metrics(request: Request, context: Shared) -> Response:
     """Prometheus text, or OpenMetrics for clients that ask for it."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

@@ -35,6 +35,8 @@ logger = logging.getLogger("offramp.api")
 
 MAX_CHOICES: Final = 128
 MAX_STOP_TOKENS: Final = 128
+# What logits are divided by must not take them out of fp32: a step with NaN fails all its requests.
+MIN_REPETITION_PENALTY: Final = 0.01
 # Best tokens beside a log-probability; OpenAI's bound for chats.
 MAX_LOGPROBS: Final = 20
 MAX_TEMPLATE_OPTIONS: Final = 32
@@ -128,7 +130,7 @@ class GenerationBody(RequestModel):
     stream_options: StreamOptions | None = None
     top_k: int = Field(default=0, ge=-1, le=INT64_MAX)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    repetition_penalty: float = Field(default=1.0, ge=MIN_REPETITION_PENALTY, le=100)
     min_tokens: int = Field(default=0, ge=0, le=INT64_MAX)
     ignore_eos: bool = False
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)

@@ -271,6 +271,7 @@ def _load(
         decision_layers=cuts,
         decision_tasks={name: _decision_info(task) for name, task in tasks.items()},
         sampling_defaults=sampling_defaults(folder) if config.generation_config == "auto" else {},
+        hidden_size=shape.hidden_size,
     )
     rows = hidden_rows(info)
     drafter = None if drafts is None else Drafter(model, drafts.head, cache, rows)

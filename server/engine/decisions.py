@@ -4,6 +4,10 @@ Nothing is generated afterwards, so no K,V are owed: when all questions about an
 the layers above run for none of its tokens. The unit of work is a block of K,V. Every block knows
 how many segments it has been through, and its states stay where its K,V are; a later request that
 shares the block and wants more of it goes on from there.
+
+An embedding is such a read behind all layers. Its mean is over the states of all positions, so of
+cached blocks it takes only those whose states are there, of other decisions and embeddings, not the
+ones that chats left.
 """
 
 from __future__ import annotations
@@ -186,7 +190,7 @@ class Decisions:
     def _fault(self, request: DecisionRequest) -> str | None:
         longest = max((len(read.tokens) for read in request.reads), default=0)
         empty = not request.reads or any(
-            not read.tokens or not read.candidates for read in request.reads
+            not read.tokens or not (read.candidates or read.pooling) for read in request.reads
         )
         if empty or longest > self._info.max_model_len:
             return "A question is empty or longer than the model's context."
@@ -229,8 +233,8 @@ class Decisions:
     def _share(self, job: _Job) -> bool:
         """Hold the blocks of what the job's prompts share, known ones first; False without room."""
         pool = self._memory.blocks
-        # Heads read means, for which a block's states must have been seen on their way.
-        plain = all(read.task is None for read in job.request.reads)
+        # Heads and embeddings read means, for which a block's states must have been seen.
+        plain = all(read.task is None and not read.pooling for read in job.request.reads)
         for digest in job.digests:
             found = self._known(digest, plain=plain)
             if found is None:
@@ -326,7 +330,7 @@ class Decisions:
         by_heads = request.labelled or call.segment < self._top - 1
         task = request.task if by_heads else None
         place, length = len(call.work) - 1, len(request.tokens)
-        return AnswerRead(place, prompt.table, length, request.candidates, task)
+        return AnswerRead(place, prompt.table, length, request.candidates, task, request.pooling)
 
     def _add_rows(
         self, job: _Job, tokens: Sequence[int], table: Sequence[int], first: int, call: _Call

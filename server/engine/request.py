@@ -9,7 +9,7 @@ from enum import StrEnum
 from offramp.models.exits.decision_heads import DecisionPoint
 from offramp.models.exits.file import OperatingPoint
 from offramp.models.sampling_params import DraftSource, ExitSettings, SamplingParams
-from offramp.models.step import TokenLogprobs
+from offramp.models.step import Pooling, TokenLogprobs
 from offramp.server.text.grammars import Grammar
 
 # Rows with states for the draft head that a sequence may hold before its entries are made. Sixteen
@@ -52,7 +52,8 @@ class AnswerRequest:
     answer earlier; their outputs then stand for the candidates, at full depth only where the task
     is ``labelled``. Such an answer leaves after the first segment where its probability reaches the
     threshold, of which there is one for each of the engine's ``decision_layers`` (empty: full
-    depth).
+    depth). With ``pooling`` the read is an embedding: the prompt's states behind the final norm
+    pooled into one, at full depth, and needs no other field.
     """
 
     tokens: tuple[int, ...]
@@ -60,6 +61,7 @@ class AnswerRequest:
     task: str | None = None
     labelled: bool = False
     thresholds: tuple[float, ...] = ()
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class DecisionRequest:
 
 @dataclass(frozen=True, slots=True)
 class AnswerResult:
-    """Logits of the candidates, and the layer they were read after."""
+    """Logits of the candidates, or an embedding, and the layer they were read after."""
 
     logits: tuple[float, ...]
     layer: int
@@ -219,7 +221,7 @@ class EngineInfo:
     segments. ``max_num_batched_tokens`` bounds the rows of one step, ``max_exit_debt`` the
     positions that one sequence may owe. ``head_chances`` are those of the draft head's file, empty
     without a draft head. ``decision_layers`` cut the stack for decisions; ``decision_tasks`` are
-    those that heads were trained for, by name.
+    those that heads were trained for, by name. ``hidden_size`` is the length of an embedding.
     """
 
     model_name: str
@@ -243,6 +245,7 @@ class EngineInfo:
     decision_layers: tuple[int, ...] = ()
     decision_tasks: Mapping[str, DecisionInfo] = field(default_factory=dict)
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    hidden_size: int = 0
 
     @property
     def draft_head(self) -> bool:

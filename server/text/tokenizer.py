@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from offramp.server.errors import ContextLengthExceeded, InvalidRequest, OfframpError
 from offramp.server.text.detokenizer import Detokenizer
+from offramp.server.text.tokenizer_info import tokenizer_info
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,9 +50,12 @@ class Tokenizer:
         special_in_messages: bool = False,
         template: str = "",
         end_tokens: Sequence[int] = (),
+        info: Mapping[str, Any] | None = None,
     ) -> None:
         self.template = template
         self.end_tokens = tuple(end_tokens)
+        self.info = info or {}
+        """Its settings, see `tokenizer_info`; empty where they are not known."""
         self._backend = backend
         self._render = render
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -93,6 +97,7 @@ class Tokenizer:
             special_in_messages=special_in_messages,
             template=template or "",
             end_tokens=() if loaded.eos_token_id is None else (loaded.eos_token_id,),
+            info=tokenizer_info(loaded, template or ""),
         )
 
     def encode(

@@ -33,7 +33,7 @@ from offramp.models.exits.decision_heads import (
 )
 from offramp.models.loading.formats import Recipes
 from offramp.models.sampling_params import NEVER
-from offramp.models.step import AnswerRead, Decide, PromptRows, Step, StepResult
+from offramp.models.step import AnswerRead, Decide, Pooling, PromptRows, Step, StepResult
 from offramp.models.transformer import Transformer
 from offramp.server.engine.blocks import BlockPool, SequenceMemory
 from offramp.server.engine.decisions import Decisions
@@ -89,12 +89,17 @@ TASKS = {
 }
 
 
-def transformer(folder: Path, *, native: bool = False) -> Transformer:
+def both(folder: Path, *, native: bool) -> tuple[Any, Transformer]:
+    """Transformers' model and ours."""
     form = WeightFormat.FP32 if native else WeightFormat.PLAIN
     recipes = Recipes(*[lambda _: form] * 4)
-    model = make(LlamaConfig(**SHAPE), folder, recipes)[1]
+    theirs, model = make(LlamaConfig(**SHAPE), folder, recipes)
     assert model.segments[0].is_native is native
-    return model
+    return theirs, model
+
+
+def transformer(folder: Path, *, native: bool = False) -> Transformer:
+    return both(folder, native=native)[1]
 
 
 def decider_of(model: Transformer, blocks: int = 40) -> Decider:
@@ -118,6 +123,7 @@ def climb(
     chunk: int = 100,
     *,
     task: str | None = None,
+    pooling: Pooling | None = None,
 ) -> list[tuple[float, ...]]:
     """Take prompts through segments, ``chunk`` blocks of each a step; reads after the last."""
     candidates = tuple(range(VOCAB)) if task is None else (0, 1, 2)
@@ -132,7 +138,7 @@ def climb(
                 ids = tuple(prompt[start:end]) if segment == 0 else ()
                 work.append(PromptRows(range(start, end), table, ids))
                 if end == len(prompt) and segment == segments[-1]:
-                    reads.append(AnswerRead(len(work) - 1, table, end, candidates, task))
+                    reads.append(AnswerRead(len(work) - 1, table, end, candidates, task, pooling))
                     asked.append(index)
             for index, logits in zip(
                 asked, run(made, Decide(segment, tuple(work), tuple(reads))), strict=True
@@ -267,6 +273,32 @@ def test_reads_of_all_kinds_share_a_step(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(own), expected, rtol=1e-3, atol=1e-3)
 
 
+@torch.inference_mode()
+def their_embedding(theirs: Any, prompt: Sequence[int], pooling: Pooling) -> Tensor:
+    """Transformers' states behind the final norm, pooled."""
+    states: Tensor = theirs.model(input_ids=torch.tensor([list(prompt)])).last_hidden_state[0]
+    return states.mean(0) if pooling is Pooling.MEAN else states[-1]
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("pooling", Pooling)
+def test_embeddings_are_transformers_states(
+    tmp_path: Path,
+    pooling: Pooling,
+    chunk: int,
+    native: bool,  # noqa: FBT001
+) -> None:
+    """However the prompts are cut into steps."""
+    theirs, model = both(tmp_path, native=native)
+    prompts = [random_ids(length) for length in (1, 4, 5, 13, 22)]
+    made = decider_of(model)
+    found = climb(made, prompts, tables_of(prompts), FULL, chunk, pooling=pooling)
+    for prompt, vector in zip(prompts, found, strict=True):
+        wanted = their_embedding(theirs, prompt, pooling)
+        torch.testing.assert_close(torch.tensor(vector), wanted, rtol=1e-4, atol=1e-4)
+
+
 class _Runner:
     """Carries out the steps of `Decisions`."""
 
@@ -347,6 +379,44 @@ def test_answers_do_not_depend_on_what_is_shared(
                 wanted = heads_say(TASKS[read.task].heads, answer.layer, states)
             found = torch.tensor(answer.logits)
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("native", NATIVE)
+@pytest.mark.parametrize("max_batched", [4, 10, 500])
+def test_embeddings_do_not_depend_on_what_is_shared(
+    tmp_path: Path,
+    max_batched: int,
+    native: bool,  # noqa: FBT001
+) -> None:
+    """Neither on blocks that others left, wherever they stopped, nor on those begun for others."""
+    theirs, model = both(tmp_path, native=native)
+    runner = _Runner(decider_of(model, 60))
+    decisions = decisions_of(runner, max_batched, 60)
+    shared = random_ids(22)
+    left_early = AnswerRequest((*shared[:9], 3), (0, 1, 2), "all", True, (0.0, NEVER))
+    decisions.add(DecisionRequest("early", (left_early,)), 0.0)
+    asked: dict[str, list[AnswerRequest]] = {}
+    for name, length in (("a", 14), ("b", 22), ("c", 7)):
+        prompts = [(*shared[:length], *random_ids(1 + 3 * index)) for index in range(4)]
+        asked[name] = [
+            AnswerRequest(prompt, (), pooling=pooling) for prompt in prompts for pooling in Pooling
+        ]
+    events = {}
+    for name, reads in asked.items():
+        while decisions.has_work:
+            decisions.advance(time.monotonic())
+        decisions.add(DecisionRequest(name, tuple(reads)), 0.0)
+        while name not in events:
+            ended, _ = decisions.advance(time.monotonic())
+            events.update({event.request_id: event for event in ended})
+    assert runner.copies
+    assert [events[name].stats.cached_tokens for name in asked] == [8, 12, 4]
+    for name, reads in asked.items():
+        for read, answer in zip(reads, events[name].answers, strict=True):
+            assert read.pooling is not None
+            wanted = their_embedding(theirs, read.tokens, read.pooling)
+            found = torch.tensor(answer.logits)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def file_of(*tasks: DecisionTask, name: str = "model") -> DecisionFile:

@@ -355,7 +355,10 @@ class TestOtherRoutes:
 
     async def test_operations(self) -> None:
         async with serving() as server:
-            for path in ("/health", "/ready", "/version", "/metrics", "/v1/models"):
+            for path in (
+                *("/health", "/ready", "/version", "/metrics", "/load"),
+                *("/v1/models", f"/v1/models/{MODEL}", "/tokenizer_info"),
+            ):
                 for method in ("GET", "HEAD"):
                     response = await send(server, method, path)
                     assert response.status_code == 200, (method, path)
@@ -384,6 +387,45 @@ class TestOtherRoutes:
             assert line in text
         assert text.startswith("# HELP")
         assert other.headers["content-type"].startswith("application/openmetrics-text")
+
+    async def test_answers_to_head_end_behind_their_headers(self) -> None:
+        """As the connection has it, on which clients drop what should not be there."""
+        async with serving() as server:
+            port = int(server.url.rsplit(":", 1)[1])
+            whole = await send(server, "GET", "/v1/models")
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            head = "HEAD /v1/models HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+            writer.write(head.encode())
+            answer = (await asyncio.wait_for(reader.read(), PATIENCE_S)).decode()
+            writer.close()
+        assert answer.startswith("HTTP/1.1 200")
+        assert f"content-length: {len(whole.content)}" in answer
+        assert answer.endswith("\r\n\r\n")
+        assert answer.count("\r\n\r\n") == 1
+
+    async def test_load_counts_requests_until_their_answers_end(self) -> None:
+        engine = FakeEngine(permits=0)
+
+        async def load() -> Any:
+            return (await send(server, "GET", "/load")).json()
+
+        async with serving(engine) as server:
+            assert await load() == {"server_load": 0}
+            plain = asyncio.create_task(chat(server, n=2))
+            await engine.arrivals(2)
+            engine.release(1)
+            stream = await chat(server, stream=True)
+            await engine.arrivals(1)
+            assert await load() == {"server_load": 2}
+            engine.release(1000)
+            await plain
+            async for _ in stream:
+                pass
+            # A client may be done a moment before the server is.
+            while (await load())["server_load"]:
+                pass
+            await send(server, "POST", "/v1/chat/completions", content=b"{")
+            assert await load() == {"server_load": 0}
 
     async def test_request_ids_are_echoed_or_made(self) -> None:
         async with serving() as server:
@@ -524,7 +566,7 @@ class TestRefusals:
                 bearer = {"Authorization": f"Bearer {key}"}
                 assert (await send(server, "GET", "/v1/models", headers=bearer)).is_success
             assert (await send(server, "GET", "/docs")).status_code == 401
-            for path in ("/health", "/ready", "/version", "/metrics"):
+            for path in ("/health", "/ready", "/version", "/metrics", "/load"):
                 assert (await send(server, "GET", path)).status_code == 200
 
     async def test_a_full_queue_is_429_and_takes_no_part_of_a_request(self) -> None:

@@ -62,6 +62,7 @@ def refusal(model: type[GenerationBody], body: Any) -> InvalidRequest:
         ("top_k", -2, "top_k"),
         ("min_p", 1.5, "min_p"),
         ("repetition_penalty", 0, "repetition_penalty"),
+        ("repetition_penalty", 1e-300, "repetition_penalty"),
         ("stop_token_ids", [-1], "stop_token_ids[0]"),
         ("ignore_eos", 1, "ignore_eos"),
         ("stream_options", {"include_usage": True}, "stream_options"),

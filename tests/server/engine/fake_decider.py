@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, MutableMapping, Sequence
 from itertools import pairwise
 
-from offramp.models.step import AnswerRead, Decide, PromptRows, Step, StepResult
+from offramp.models.step import AnswerRead, Decide, Pooling, PromptRows, Step, StepResult
 
 from .fake_runner import Cell, FakeRunner, link
 
@@ -63,12 +63,19 @@ def logits_of(
     return tuple(found)
 
 
+def embedding_of(contents: Sequence[bytes], pooling: Pooling) -> tuple[float, ...]:
+    """What an embedding is made of: the states of all positions, or the last one's."""
+    read = contents if pooling is Pooling.MEAN else contents[-1:]
+    key = b"".join(read) + pooling.encode()
+    return tuple(hashlib.blake2b(key, digest_size=4).digest())
+
+
 class DecidingRunner(FakeRunner):
     """Also carries out decisions over a stack cut at ``cuts``.
 
     ``faults`` lists what must not be: a row that is run without the K,V or the state that it needs,
-    a block whose rows come apart, heads that read means of states that nobody kept. ``fail_at`` are
-    the numbers of decision steps that fail, after all they do.
+    a block whose rows come apart, heads or embeddings that read means of states that nobody kept.
+    ``fail_at`` are the numbers of decision steps that fail, after all they do.
     """
 
     def __init__(
@@ -111,10 +118,12 @@ class DecidingRunner(FakeRunner):
         begin, end = self._cuts[step.segment : step.segment + 2]
         for source, target, count in step.copies:
             for offset in range(count):
+                place = source * self._block_size + offset
                 for layer in range(begin, end):
-                    place = source * self._block_size + offset
                     cell = self.kv.layers[layer, place]
                     self.kv.layers[layer, target * self._block_size + offset] = cell
+                if end == self._cuts[-1]:
+                    self._states[target * self._block_size + offset] = self._states[place]
         written: set[int] = set()
         for item in step.work:
             for place, content in self._advance(step.segment, item):
@@ -193,11 +202,21 @@ class DecidingRunner(FakeRunner):
         content = self._states[self._place(read.table, read.length - 1)][0]
         top = self._cuts[step.segment + 1] == self._cuts[-1]
         assert top or read.task is not None
+        if read.pooling is not None:
+            return self._embed(read, read.pooling, content)
         if read.task is not None:
             kept = [own for block in read.table for own in self._sums[step.segment, block]]
             assert sorted(kept) == sorted(self._chain(content))
             assert len(kept) == read.length
         return logits_of(content, self._cuts[step.segment + 1], read.candidates, read.task)
+
+    def _embed(self, read: AnswerRead, pooling: Pooling, last: bytes) -> tuple[float, ...]:
+        top = len(self._cuts) - 1
+        if pooling is Pooling.LAST:
+            return embedding_of([last], pooling)
+        found = [self._states[self._place(read.table, place)] for place in range(read.length)]
+        assert {done for _, done in found} == {top}
+        return embedding_of([content for content, _ in found], pooling)
 
     def _chain(self, content: bytes) -> list[bytes]:
         found = []

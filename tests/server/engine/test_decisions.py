@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from offramp.models.costs import CostModel
 from offramp.models.sampling_params import NEVER, ExitMode
+from offramp.models.step import Pooling
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.blocks import BlockPool, SequenceMemory, block_hashes
 from offramp.server.engine.build import hidden_rows
@@ -35,7 +36,7 @@ from offramp.server.engine.request import (
 )
 from offramp.server.engine.thresholds import ExitThresholds
 
-from .fake_decider import DecidingRunner, contents_of, logits_of
+from .fake_decider import DecidingRunner, contents_of, embedding_of, logits_of
 from .fake_runner import Cell, expected_answer
 from .test_engine_machine import BLOCK, CONTEXT, LAYERS, request
 
@@ -84,6 +85,8 @@ def deciding_engine(
 
 def expected(read: AnswerRequest, cuts: Sequence[int] = CUTS) -> AnswerResult:
     """The only right answer to a read."""
+    if read.pooling is not None:
+        return AnswerResult(embedding_of(contents_of(read.tokens), read.pooling), LAYERS)
     content = contents_of(read.tokens)[-1]
     for layer, bound in zip(cuts, read.thresholds, strict=False):
         logits = logits_of(content, layer, read.candidates, read.task)
@@ -157,6 +160,10 @@ def read(
     return AnswerRequest(tuple(tokens), candidates, task, labelled, thresholds)
 
 
+def embedding(tokens: Sequence[int], pooling: Pooling = Pooling.MEAN) -> AnswerRequest:
+    return AnswerRequest(tuple(tokens), (), pooling=pooling)
+
+
 AT_ONCE = (0.0, NEVER, NEVER)
 
 
@@ -170,6 +177,9 @@ def reads_of(draw: st.DrawFn) -> tuple[AnswerRequest, ...]:
     found = []
     for _ in range(draw(st.integers(1, 5))):
         own = draw(st.lists(st.integers(0, 2), min_size=1, max_size=12))
+        if draw(st.integers(0, 3)) == 0:
+            found.append(embedding([*shared, *own], draw(st.sampled_from(Pooling))))
+            continue
         candidates = tuple(draw(st.sampled_from([(1, 2), (3, 4, 5), (2, 1)])))
         labelled = draw(st.booleans())
         found.append(read([*shared, *own], draw(bounds), candidates=candidates, labelled=labelled))
@@ -305,6 +315,22 @@ def test_the_numbers_of_a_request_and_of_the_next() -> None:
     assert sum(stats.prefix_hits for stats in log.stats) == 8
 
 
+def test_embeddings_share_what_they_begin_with() -> None:
+    """Within a request, and with what earlier requests left, as far as that has come."""
+    log, _ = log_of(num_blocks=20, max_batched=64)
+    text = list(range(10))
+    log.run("shallow", read([*text, 1], AT_ONCE))
+    reads = [embedding([*text, 1]), embedding([*text, 2, 2]), embedding(text, Pooling.LAST)]
+    event = log.run("embed", *reads)
+    assert event.answers == tuple(map(expected, reads))
+    assert event.stats.cached_tokens == 8
+    # The two blocks have been through two layers; the ninth token is shared and the rest is not.
+    assert event.stats.layers_executed == (LAYERS - 2) * 8 + LAYERS * (1 + 2 + 3 + 1)
+    again = log.run("again", embedding([*text, 3]))
+    assert again.answers == (expected(embedding([*text, 3])),)
+    assert again.stats.layers_executed == LAYERS * 3
+
+
 def test_when_all_have_left_nothing_runs_above() -> None:
     log, runner = log_of(num_blocks=20, max_batched=64)
     event = log.run("a", read([*range(8), 1], AT_ONCE), read([*range(8), 2], AT_ONCE))
@@ -347,9 +373,13 @@ def test_chats_find_only_what_has_been_through_the_whole_stack() -> None:
 
 
 def test_questions_at_full_depth_find_what_chats_left() -> None:
-    """Heads do not: they read means of states, which chats do not keep."""
+    """Heads and embeddings do not: they read means of states, which chats do not keep."""
     text = list(range(8))
-    for own, cached in ((read([*text, 1]), 8), (read([*text, 1], AT_ONCE), 0)):
+    for own, cached in (
+        (read([*text, 1]), 8),
+        (read([*text, 1], AT_ONCE), 0),
+        (embedding([*text, 1]), 0),
+    ):
         log, _ = log_of(num_blocks=20)
         run_all(log.engine, [request("chat", [*text, 9], 1)], concurrency=1)
         event = log.run("ask", own)
@@ -460,8 +490,14 @@ def test_requests_at_one_height_run_together() -> None:
 
 @pytest.mark.parametrize(
     "reads",
-    [(), (read([]),), (read([1], candidates=()),), (read([1] * (CONTEXT + 1)),)],
-    ids=["none", "empty", "no answers", "too long"],
+    [
+        (),
+        (read([]),),
+        (read([1], candidates=()),),
+        (read([1] * (CONTEXT + 1)),),
+        (embedding([]),),
+    ],
+    ids=["none", "empty", "no answers", "too long", "nothing to embed"],
 )
 def test_what_cannot_be_asked_ends_at_once(reads: tuple[AnswerRequest, ...]) -> None:
     log, runner = log_of()
