@@ -105,5 +105,9 @@ def _adjust(logits: Tensor, row: HeadRow) -> None:
         logits[torch.tensor(sorted(params.stop_token_ids), device=logits.device)] = -torch.inf
     if row.mask is not None:
         bits = np.unpackbits(row.mask.view(np.uint8), bitorder="little", count=len(logits))
-        forbidden = torch.from_numpy(bits == 0)
-        logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
+        forbidden = torch.from_numpy(bits == 0).to(logits.device)
+        logits.masked_fill_(forbidden, -torch.inf)
+        limited = params.allowed_token_ids or params.bad_words
+        if limited and not bool(logits.isfinite().any()):
+            # Together they allow nothing. An answer in its form ends, others would not.
+            logits.masked_fill_(~forbidden, 0.0)

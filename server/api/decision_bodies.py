@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from offramp.models.sampling_params import ExitMode
 from offramp.server.api.fields import (
     INT64_MAX,
+    MAX_MESSAGES,
     UNSUPPORTED,
     RequestModel,
     Text,
@@ -254,7 +255,7 @@ AskedQuestion = Annotated[
 class DecisionBody(_Body):
     """Body of POST /v1/decisions."""
 
-    input: Annotated[list[_Item], Field(min_length=1)]
+    input: list[_Item] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     questions: list[AskedQuestion] = Field(min_length=1, max_length=MAX_QUESTIONS)
 
     @model_validator(mode="before")

@@ -21,6 +21,12 @@ from offramp.server.errors import InvalidRequest
 
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
+# Lists are bounded before their items are looked at, and checked up to the first fault: checking
+# holds the event loop.
+MAX_FIELDS: Final = 256
+MAX_PROMPTS: Final = 2048
+MAX_MESSAGES: Final = 2048
+MAX_PARTS: Final = 1024
 MAX_STOP_STRINGS: Final = 4
 MAX_STOP_LENGTH: Final = 1024
 MAX_BIASES: Final = 1024
@@ -58,6 +64,8 @@ class RequestModel(BaseModel):
     def _null_is_omitted(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > MAX_FIELDS:
+            raise PydanticCustomError("too_many", "too many fields")
         return {name: value for name, value in data.items() if value is not None}
 
 
@@ -112,6 +120,8 @@ def join_parts(content: Any, text_of: Callable[[Mapping[str, Any]], str]) -> Any
     """Text of a content given as a list of parts, each of which ``text_of`` reads."""
     if not isinstance(content, list):
         return content
+    if len(content) > MAX_PARTS:
+        raise PydanticCustomError("too_many", "at most 1024 parts are allowed")
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise PydanticCustomError("invalid_part", "content parts must be objects with a type")
@@ -153,6 +163,8 @@ def _prompt_list(value: Any) -> Any:
         return [value]
     if isinstance(value, list) and value and not isinstance(value[0], str | list):
         return [value]
+    if isinstance(value, list) and len(value) > MAX_PROMPTS:
+        raise PydanticCustomError("too_many", "at most 2048 are allowed")
     return value
 
 
@@ -177,9 +189,10 @@ TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 LogitBias = Annotated[
     dict[int, float], BeforeValidator(_biases, json_schema_input_type=dict[str, float])
 ]
-_TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompts = Annotated[
-    Annotated[list[Text], Tag("texts")] | Annotated[list[_TokenIds], Tag("token_ids")],
+    Annotated[list[Text], Field(fail_fast=True), Tag("texts")]
+    | Annotated[list[_TokenIds], Field(fail_fast=True), Tag("token_ids")],
     Discriminator(_prompt_kind),
     Field(min_length=1),
     BeforeValidator(

@@ -21,6 +21,9 @@ _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 # So much of a body over the limit is still read, and dropped: a client cut off while it sends sees
 # a broken connection instead of the answer.
 _DRAIN_BYTES: Final = 64 * 1024**2
+# Values of a JSON body, about: reading many more would hold the event loop for longer than other
+# requests should wait. Names count twice, since they take longer.
+_MAX_VALUES: Final = 524_288
 _WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 # Of a Content-Length; int() of much longer ones is slow.
 _MAX_DIGITS: Final = 18
@@ -148,7 +151,10 @@ class BodyLimit:
                 f"The body is over the limit of {self._max_bytes} bytes.",
                 headers={"Connection": "close"},
             )
-        return b"".join(chunks)
+        body = b"".join(chunks)
+        if len(body) > _MAX_VALUES and body.count(b",") + 2 * body.count(b":") > _MAX_VALUES:
+            raise RequestTooLarge("The body holds too many values.")
+        return body
 
     @staticmethod
     def _announced(scope: Scope) -> int:

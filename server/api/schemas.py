@@ -14,6 +14,7 @@ from offramp.server.api.answer_forms import Choices, ResponseFormat, StructuredO
 from offramp.server.api.fields import (
     INT64_MAX,
     INT64_MIN,
+    MAX_MESSAGES,
     MAX_STOP_LENGTH,
     NOT_FOR_CHAT,
     NOT_FOR_COMPLETIONS,
@@ -28,7 +29,7 @@ from offramp.server.api.fields import (
     TokenId,
     refuse_unsupported,
 )
-from offramp.server.api.tool_bodies import ToolCall, ToolChoice, Tools
+from offramp.server.api.tool_bodies import MAX_TOOLS, ToolCall, ToolChoice, Tools
 from offramp.server.errors import InvalidRequest
 
 logger = logging.getLogger("offramp.api")
@@ -203,7 +204,7 @@ class Message(RequestModel):
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Content | None = None
     name: Text | None = None
-    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_calls: list[ToolCall] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)
     tool_call_id: Text | None = None
     reasoning: Text | None = None
     reasoning_content: Text | None = None
@@ -241,12 +242,15 @@ class Message(RequestModel):
         return message
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatBody(GenerationBody):
     """Body of POST /v1/chat/completions."""
 
     not_used: ClassVar[Mapping[str, tuple[object, ...]]] = NOT_FOR_CHAT
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)

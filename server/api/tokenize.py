@@ -1,14 +1,14 @@
 """POST /tokenize and /detokenize, in vLLM's form: what a prompt is to the model."""
 
 import asyncio
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 from fastapi import APIRouter
 from pydantic import Field, model_validator
 
 from offramp.server.api.context import Shared
 from offramp.server.api.fields import UNSUPPORTED, RequestModel, Text, TokenId
-from offramp.server.api.schemas import Message
+from offramp.server.api.schemas import Messages
 from offramp.server.errors import InvalidRequest
 
 router = APIRouter(tags=["Tokenizer"])
@@ -22,7 +22,7 @@ class TokenizeBody(RequestModel):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -49,7 +49,7 @@ class DetokenizeBody(RequestModel):
     """Token ids."""
 
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(fail_fast=True)
 
 
 @router.post("/tokenize")

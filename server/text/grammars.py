@@ -90,7 +90,8 @@ class GrammarState:
     @property
     def error(self) -> str | None:
         """Why the grammar cannot be followed any further; None if it can."""
-        return self._matcher.get_error() or None
+        found = self._matcher.get_error()
+        return _reason(found) if found else None
 
     def accept(self, token: int) -> None:
         """The answer goes on with ``token``."""

@@ -224,6 +224,10 @@ def test_only_what_a_mask_allows_is_chosen() -> None:
     assert second in {31, 32}
     # A grammar that has nothing left ends the answer, however short it is.
     assert third == 31
+    both: list[dict[str, Any]] = [{"allowed_token_ids": (1, 2)}, {"bad_words": ((7,), (39,))}]
+    for limits in both:
+        limited = replace(row(replace(greedy, **limits)), mask=bits(7, 39))
+        assert sample(logits.clone(), [limited])[0] in {7, 39}
 
 
 def test_only_allowed_tokens_come_and_no_bad_words() -> None:

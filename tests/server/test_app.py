@@ -539,6 +539,14 @@ class TestRefusals:
             assert response.status_code == 413
             assert envelope(response)["code"] == "request_too_large"
 
+    async def test_a_body_of_too_many_values(self) -> None:
+        async with serving() as server:
+            for values in ("1," * 600_000, '"a":1,' * 200_000):
+                content = f'{{"messages": [{values}1]}}'
+                response = await send(server, "POST", "/v1/completions", content=content)
+                assert response.status_code == 413
+                assert envelope(response)["code"] == "request_too_large"
+
     async def test_a_fault_of_ours_tells_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         async with serving() as server:
             tokenizer = server.context.tokenizer

@@ -188,3 +188,29 @@ def test_any_json_is_taken_or_refused_with_the_envelope(body: Any) -> None:
             json.dumps(invalid_request(error.errors()).body()).encode()
         except InvalidRequest as error:
             json.dumps(error.body()).encode()
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "param"),
+    [
+        (ChatBody, {"messages": [1] * 1_000}, "messages[0]"),
+        (ChatBody, {"messages": [{}] * 100_000}, "messages"),
+        (ChatBody, {"messages": [{"role": "user", "content": ""}] * 2049}, "messages"),
+        (
+            ChatBody,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}]},
+            "messages[0].content",
+        ),
+        (CompletionBody, {"prompt": ["a"] * 2049}, "prompt"),
+        (CompletionBody, {"prompt": [[1.5] * 1_000]}, "prompt[0][0]"),
+        (CompletionBody, {"prompt": "a", **{f"x{i}": 1 for i in range(300)}}, ""),
+    ],
+)
+def test_long_lists_are_looked_at_up_to_the_first_fault(
+    model: type[GenerationBody], body: Any, param: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() == 1
+    if param:
+        assert invalid_request(caught.value.errors()).param == param
