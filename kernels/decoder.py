@@ -12,6 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp.kernels.bounds import (
+    check_eps,
+    check_indices,
+    check_pages,
+    check_shape,
+    check_size,
+)
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Batch, Layer, Library, Matrix, Shape, library
 from offramp.kernels.rows import RowTable
@@ -70,10 +77,17 @@ class Taps:
 
 
 class NativeLayers:
-    """Consecutive decoder layers, all of whose matrices the C kernels hold."""
+    """Consecutive decoder layers, all of whose matrices the C kernels hold.
+
+    Raises ValueError for sizes that do not fit them or one another.
+    """
 
     def __init__(self, found: Library, layers: Sequence[LayerWeights], sizes: LayerSizes) -> None:
+        _check_sizes(sizes)
+        for layer in layers:
+            _check_layer(layer, sizes)
         self._library = found
+        self._last = max(layer.index for layer in layers)
         self._kept = list(layers)
         self.layers = (Layer * len(layers))(*map(_struct, layers))
         window = sizes.window or 0
@@ -104,12 +118,75 @@ class NativeLayers:
         """``hidden`` [T, width] after the layers.
 
         Writes the rows' K,V into ``pages`` [layers, 2, blocks, block_size, kv_heads, head_dim],
-        fp32 or fp16.
+        fp32 or fp16. Raises ValueError for tensors of other shapes, IndexError for blocks that
+        pages do not have.
         """
+        self._check(hidden, rows, pages)
+        if taps is not None:
+            self._check_taps(taps, hidden.shape[0])
         out = hidden.clone()
         batch = _batch(hidden.shape[0], rows, pages, taps)
         self._library.run_layers(self.shape, self.layers, batch, out)
         return out
+
+    def check_pages(self, pages: Tensor) -> None:
+        """Raise ValueError unless ``pages`` hold K,V of the layers."""
+        check_pages(pages, self._last, self.shape.kv_heads, self.shape.head_dim)
+
+    def _check(self, hidden: Tensor, rows: RowTable, pages: Tensor) -> None:
+        count = hidden.shape[0]
+        check_shape("hidden", hidden, (count, self.shape.width))
+        for name in ("places", "positions", "first_blocks"):
+            check_shape(name, getattr(rows, name), (count,), torch.int64)
+        for angles in (rows.cos, rows.sin):
+            check_shape("angles", angles, (count, 1, self.shape.head_dim))
+        self.check_pages(pages)
+        if rows.block_size != pages.shape[3]:
+            raise ValueError(f"blocks of {rows.block_size} tokens, pages of {pages.shape[3]}")
+        check_indices("blocks", 0, rows.last_block, pages.shape[2])
+
+    def _check_taps(self, taps: Taps, count: int) -> None:
+        states, width = taps.states, self.shape.width
+        check_shape("states", states, (*states.shape[:2], width))
+        check_shape("rows of states", taps.rows, (count,), torch.int64)
+        check_shape("slots", taps.slots, taps.slots.shape, torch.int32)
+        lowest, highest = taps.rows.aminmax()
+        check_indices("rows of states", int(lowest), int(highest), len(states))
+        check_indices("layers with slots", 0, self._last, len(taps.slots))
+
+
+def _check_sizes(sizes: LayerSizes) -> None:
+    for name in ("width", "heads", "kv_heads", "head_dim", "inner"):
+        check_size(name, getattr(sizes, name))
+    if sizes.window is not None:
+        check_size("window", sizes.window)
+    check_size("queries, keys and values", (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim)
+    check_size("gate and up", 2 * sizes.inner)
+    check_eps(sizes.eps)
+    if sizes.heads % sizes.kv_heads:
+        raise ValueError(f"{sizes.heads} heads do not share {sizes.kv_heads} of keys and values")
+
+
+def _check_layer(layer: LayerWeights, sizes: LayerSizes) -> None:
+    queries = sizes.heads * sizes.head_dim
+    kv = sizes.kv_heads * sizes.head_dim
+    shapes = {
+        "qkv": (queries + 2 * kv, sizes.width),
+        "o": (sizes.width, queries),
+        "gate_up": (2 * sizes.inner, sizes.width),
+        "down": (sizes.width, sizes.inner),
+    }
+    for name, shape in shapes.items():
+        found = tuple(getattr(layer, name).shape)
+        if found != shape:
+            raise ValueError(f"{name} of layer {layer.index} is {found}, not {shape}")
+    for name in ("attn_norm", "mlp_norm"):
+        check_shape(name, getattr(layer, name), (sizes.width,))
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(layer, name)
+        if norm is not None:
+            check_shape(name, norm, (sizes.head_dim,))
+    check_indices("layers", layer.index, layer.index, 2**31)
 
 
 def _batch(count: int, rows: RowTable, pages: Tensor, taps: Taps | None) -> Batch:

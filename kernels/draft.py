@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offramp.kernels.bounds import check_indices, check_shape
 from offramp.kernels.decoder import NativeLayers, matrix_of
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import (
@@ -91,11 +92,15 @@ class Guesses:
 
 
 class NativeDraft:
-    """The draft head, all of whose matrices the C kernels hold."""
+    """The draft head, all of whose matrices the C kernels hold.
+
+    Raises ValueError for sizes that do not fit one another.
+    """
 
     def __init__(
         self, found: Library, layer: NativeLayers, parts: DraftParts, embeddings: Matrix
     ) -> None:
+        _check_parts(parts, layer, embeddings)
         self._library = found
         self._layer = layer
         self._parts = parts
@@ -129,9 +134,11 @@ class NativeDraft:
 
         An entry's states are in its row of ``states`` [n, F, d] (-1: none). A sequence's guesses
         end where the product of their probabilities falls below ``bound``. ``pages`` are those of
-        all layers, fp32 or fp16.
+        all layers, fp32 or fp16. Raises ValueError for tensors of other shapes, IndexError for
+        tokens, rows, positions and blocks that there are not.
         """
         begun = time.perf_counter()
+        self._layer.check_pages(pages)
         size = pages.shape[3]
         asking = [span for span in work if span.guesses]
         limits = array("i", [span.guesses for span in asking])
@@ -150,6 +157,7 @@ class NativeDraft:
         ends = array("i", [own.ends[index] for index, span in enumerate(work) if span.guesses])
         ids = array("q", [token for span in work for token in span.token_ids])
         rows = array("q", [row for span in work for row in span.rows])
+        self._check(ids, rows, (own, asked), states, pages)
         tokens, chances = array("q", [-1]) * (most * count), array("f", [0]) * (most * count)
         first = c_int64(0)
         call = DraftCall(
@@ -178,6 +186,27 @@ class NativeDraft:
         found = [tuple(token for token in tokens[place] if token >= 0) for place in places]
         sure = [tuple(chances[at][: len(own)]) for at, own in zip(places, found, strict=True)]
         return Guesses(tuple(found), tuple(sure), seconds)
+
+    def _check(
+        self,
+        ids: array[int],
+        rows: array[int],
+        tables: Sequence[_Rows],
+        states: Tensor,
+        pages: Tensor,
+    ) -> None:
+        width, weights = self._layer.shape.width, self._weights
+        check_shape("states", states, (len(states), weights.fuse.columns // width - 1, width))
+        if not len(ids) == len(rows) == len(tables[0].positions):
+            raise ValueError("tokens, rows and positions are not as many")
+        check_indices("tokens", min(ids), max(ids), weights.embeddings.outs)
+        check_indices("rows", min(rows), max(rows), len(states), -1)
+        for table in tables:
+            if table.positions:
+                check_indices(
+                    "positions", min(table.positions), max(table.angles), len(self._parts.angles[0])
+                )
+                check_indices("blocks", min(table.blocks), max(table.blocks), pages.shape[2])
 
     def _batch(self, rows: _Rows, pages: Tensor) -> Batch:
         cos, sin = self._parts.angles
@@ -226,6 +255,23 @@ class _Rows:
             self.first_blocks.append(self._starts[index])
             self.angles.append(position)
         self.ends.append(len(self.places) - 1)
+
+
+def _check_parts(parts: DraftParts, layer: NativeLayers, embeddings: Matrix) -> None:
+    width, (cos, sin) = layer.shape.width, parts.angles
+    fuse, feedback = tuple(parts.fuse.shape), tuple(parts.feedback.shape)
+    if fuse[0] != width or fuse[1] % width or fuse[1] < 2 * width:
+        raise ValueError(f"fuse is {fuse}; the layer has {width} columns")
+    if feedback != (width, 2 * width):
+        raise ValueError(f"feedback is {feedback}; the layer has {width} columns")
+    if {embeddings.columns, parts.lm_head.shape[1]} != {width}:
+        raise ValueError(f"embeddings and head do not have the layer's {width} columns")
+    check_shape("norm", parts.norm, (width,))
+    check_shape("vocab", parts.vocab, (parts.lm_head.shape[0],), torch.int64)
+    lowest, highest = parts.vocab.aminmax()
+    check_indices("vocab", int(lowest), int(highest), embeddings.outs)
+    for angles in (cos, sin):
+        check_shape("angles", angles, (len(cos), 1, layer.shape.head_dim))
 
 
 def _address(values: array[int] | array[float]) -> int:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from offramp.kernels.bounds import check_indices, check_shape
 from offramp.kernels.native_build import candidates
 from offramp.paths import cache_folder
 
@@ -168,6 +169,8 @@ class _Scratch(threading.local):
 class Library:
     """The compiled kernels; tensors are fp32 and contiguous on the CPU.
 
+    What `run_layers` and `draft` are given is checked where it is put together (NativeLayers and
+    NativeDraft); the other functions check it here, and raise ValueError or IndexError.
     Raises OSError if ``path`` holds no such library.
     """
 
@@ -212,6 +215,7 @@ class Library:
     def matmul(self, matrix: Matrix, x: Tensor) -> Tensor:
         """``x`` [n, columns] times the matrix transposed, plus its bias: [n, outs]."""
         rows, columns, threads = x.shape[0], matrix.columns, torch.get_num_threads()
+        check_shape("inputs", x, (rows, columns))
         out = torch.empty(rows, matrix.outs)
         scratch, per_thread = self._scratch.at, self._function("matmul_floats")(columns)
         inputs = self._function("prepared_floats")(rows, columns)
@@ -234,6 +238,10 @@ class Library:
 
     def rows(self, matrix: Matrix, ids: Tensor) -> Tensor:
         """Rows ``ids`` [n] (int64) of the matrix as fp32 [n, columns]."""
+        check_shape("ids", ids, (len(ids),), torch.int64)
+        if len(ids):
+            lowest, highest = ids.aminmax()
+            check_indices("rows of a weight", int(lowest), int(highest), matrix.outs)
         out = torch.empty(ids.shape[0], matrix.columns)
         self._function("rows")(
             ctypes.byref(matrix),

@@ -28,8 +28,8 @@ class RowTable:
     ``blocks[first_blocks[i]]``; ``longest`` is the longest context in tokens. ``cos`` and ``sin``
     [T, 1, head_dim] as RotaryTable gives them. ``count`` int32 [1] is the number of rows where only
     the device knows it (None: all T). ``spans`` are the same rows on the host, one sequence after
-    another, where the host knows them. ``memo`` holds what attention kernels derive from the spans,
-    the same for all layers.
+    another, where the host knows them, and ``last_block`` is the largest block of their tables.
+    ``memo`` holds what attention kernels derive from the spans, the same for all layers.
     """
 
     places: Tensor
@@ -42,13 +42,17 @@ class RowTable:
     sin: Tensor
     count: Tensor | None = None
     spans: Sequence[Span] = ()
+    last_block: int = -1
     memo: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, spans: Sequence[Span], block_size: int, rotary: RotaryTable, device: torch.device
     ) -> RowTable:
-        """The rows of ``spans``, one after another, as tensors on ``device``."""
+        """The rows of ``spans``, one after another, as tensors on ``device``.
+
+        Raises IndexError for negative blocks, and for positions that a table or ``rotary`` lacks.
+        """
         places: list[int] = []
         starts: list[int] = []
         blocks: list[int] = []
@@ -57,6 +61,8 @@ class RowTable:
             starts += [len(blocks)] * len(span.positions)
             blocks += span.table
         positions = [position for span in spans for position in span.positions]
+        if min(blocks) < 0 or any(span.positions[0] < 0 for span in spans):
+            raise IndexError("negative blocks or positions")
         at = torch.tensor(positions, device=device)
         cos, sin = rotary.at(at)
         return cls(
@@ -69,6 +75,7 @@ class RowTable:
             cos=cos,
             sin=sin,
             spans=spans,
+            last_block=max(blocks),
         )
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.kernels.bounds import check_shape, check_size
 from offramp.kernels.native import Matrix, library
 
 GROUP = 32
@@ -89,8 +90,13 @@ class NativeWeight:
         if found is None or weight.device.type != "cpu":
             raise PackError(f"{form} needs the C kernels, and they a CPU")
         self._library = found
+        outs, columns = weight.shape
+        check_size("rows of a weight", outs)
+        check_size("columns of a weight", columns)
         self._data = _encode(weight.float(), form)
         self._bias = None if bias is None else bias.float().contiguous()
+        if self._bias is not None:
+            check_shape("bias", self._bias, (outs,))
         self.nbytes = self._data.nbytes
         self.matrix = Matrix(
             found.constant(_NATIVE[form]),

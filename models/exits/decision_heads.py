@@ -19,12 +19,13 @@ from offramp.kernels.rms_norm import rms_norm
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.exits.file import (
-    check_finite,
     raw_metadata,
     read_safetensors,
     save_safetensors,
     shipped,
 )
+from offramp.models.files import is_number, is_whole, parse_json, shown
+from offramp.models.finite import check_finite
 
 FORMAT = "offramp-decisions-1"
 SUFFIX = ".decisions.safetensors"
@@ -143,12 +144,13 @@ def load_decision_heads(
             "`offramp exits train-task`"
         )
     _, stored = read_safetensors(path, _WHAT, DecisionFileError)
-    check_finite(path, stored, DecisionFileError)
     stored = {name: tensor.to(device) for name, tensor in stored.items()}
     try:
         tasks = {}
         for index, (name, own) in enumerate(metadata["tasks"].items()):
+            _check_words(name, own)
             heads, labels = _heads(str(index), own, stored, config), tuple(own["labels"])
+            check_finite({name: heads.weight, f"{name}.bias": heads.bias}, path, DecisionFileError)
             tasks[name] = DecisionTask(
                 name,
                 own["wording"],
@@ -175,7 +177,7 @@ def read_decision_metadata(path: Path) -> dict[str, Any]:
     if raw.get("format") != FORMAT:
         raise DecisionFileError(f"{path} holds no decision heads of format {FORMAT}")
     try:
-        tasks = json.loads(raw["tasks"])
+        tasks = parse_json(raw["tasks"], finite=False)
         if not isinstance(tasks, dict):
             raise TypeError("tasks are no object")
         return {"format": FORMAT, "fingerprint": raw["fingerprint"], "tasks": tasks}
@@ -188,8 +190,8 @@ def _heads(
 ) -> DecisionHeads:
     layers = tuple(own["layers"])
     weight, bias = stored[f"{name}.weight"].float(), stored[f"{name}.bias"].float()
-    ascending = list(layers) == sorted({int(layer) for layer in layers})
-    if not layers or not ascending or layers[0] < 1 or layers[-1] != config.num_layers:
+    inside = all(is_whole(layer, 1, config.num_layers) for layer in layers)
+    if not inside or list(layers) != sorted(set(layers)) or layers[-1:] != (config.num_layers,):
         raise ValueError(
             f"heads read after layers {list(layers)}; of this model they may be ascending ones up "
             f"to {config.num_layers}, the last included"
@@ -201,8 +203,23 @@ def _heads(
     return DecisionHeads(layers, weight, bias, points)
 
 
+def _check_words(name: str, own: Mapping[str, Any]) -> None:
+    """Raise ValueError for what is no task but for its heads."""
+    labels, scale = own["labels"], own["scale"]
+    if not isinstance(labels, list) or not labels or not isinstance(own["wording"], str):
+        raise ValueError(f"task {shown(name)} has no wording or labels")
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
+        raise ValueError(f"task {shown(name)} has labels that are no different words")
+    if not is_number(scale) or scale <= 0:
+        raise ValueError(f"task {shown(name)} has the scale {shown(scale)}")
+    if not isinstance(own["metrics"], dict):
+        raise TypeError(f"task {shown(name)} has no metrics")
+
+
 def _point(raw: Sequence[Any], exits: int) -> DecisionPoint:
     quality, thresholds, agreement, mean_layer = raw
     if len(thresholds) != exits:
         raise ValueError(f"a point has {len(thresholds)} thresholds for {exits} layers")
+    if not all(map(is_number, (quality, *thresholds, agreement, mean_layer))):
+        raise ValueError("a point has values that are not numbers")
     return DecisionPoint(float(quality), tuple(map(float, thresholds)), agreement, mean_layer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
-from offramp.models.exits.file import check_finite, read_safetensors, save_safetensors
+from offramp.models.exits.file import read_safetensors, save_safetensors
+from offramp.models.finite import check_finite
 
 FORMAT = "offramp-deltas-1"
 PART_BYTES = 16 * 2**20
 # The header names each tensor; it stays far below this for any model.
 _HEADER_BYTES = 2**17
 _LINEARS = ("qkv", "o", "gate_up", "down")
+_NUMBER = re.compile("[0-9]{1,4}")
 _METADATA = ("format", "fingerprint", "rank", "part", "parts", "digest")
 
 
@@ -82,10 +85,13 @@ def apply_deltas(weights: Mapping[str, Tensor], deltas: Deltas) -> dict[str, Ten
         weight = weights.get(name)
         if weight is None:
             raise DeltasError(f"deltas for {name}, which the model does not have")
-        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
+        rank = deltas.rank
+        if (up.shape, down.shape) != ((len(weight), rank), (rank, *weight.shape[1:])):
             raise DeltasError(f"deltas for {name} have another shape than the weight")
         change = up.float() @ down.float()
         merged[name] = (weight.float() + change.to(weight.device)).to(weight.dtype)
+        # Finite factors may have a product that is not.
+        check_finite({name: merged[name]}, "deltas", DeltasError)
     return merged
 
 
@@ -157,9 +163,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     metadata, tensors = read_safetensors(path, "deltas", DeltasError)
     if metadata.get("format") != FORMAT or not set(_METADATA) <= set(metadata):
         raise DeltasError(f"{path} does not hold deltas of format {FORMAT}")
-    if not (metadata["rank"].isdecimal() and metadata["parts"].isdecimal()):
+    if not all(_NUMBER.fullmatch(metadata[name]) for name in ("rank", "part", "parts")):
         raise DeltasError(f"{path} has broken metadata")
-    check_finite(path, tensors, DeltasError)
     return metadata, tensors
 
 

@@ -19,13 +19,14 @@ from offramp.kernels.weight_formats import GROUP
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.exits.file import (
-    check_finite,
     check_vocab,
     raw_metadata,
     read_safetensors,
     save_safetensors,
     shipped,
 )
+from offramp.models.files import is_number, is_whole, parse_json
+from offramp.models.finite import check_finite
 
 FORMAT = "offramp-draft-1"
 SUFFIX = ".draft.safetensors"
@@ -147,10 +148,9 @@ def load_draft_head(path: Path, *, fingerprint: str, config: ModelConfig) -> Dra
             "`offramp exits train-draft`"
         )
     _, stored = read_safetensors(path, "a draft head", DraftFileError)
-    check_finite(path, stored, DraftFileError)
     try:
         layers = tuple(metadata["layers"])
-        chances = tuple((float(a), float(b)) for a, b in metadata["chances"])
+        chances = tuple((a, b) for a, b in metadata["chances"])
         tensors = {name: stored[name].float() for name in VECTORS}
         for name in MATRICES:
             both = stored[f"{name}.levels"]
@@ -158,6 +158,8 @@ def load_draft_head(path: Path, *, fingerprint: str, config: ModelConfig) -> Dra
             tensors[name] = dequantize(levels, stored[f"{name}.scales"], stored[f"{name}.minima"])
         vocab = stored["vocab"]
         _check(layers, chances, tensors, vocab, config)
+        # Of numbers of another type than the format's the products may be none.
+        check_finite(tensors, path, DraftFileError)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DraftFileError(f"{path}: {reason}") from error
@@ -174,7 +176,7 @@ def read_draft_metadata(path: Path) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "fingerprint": raw["fingerprint"],
-            **{name: json.loads(raw[name]) for name in _JSON},
+            **{name: parse_json(raw[name], finite=False) for name in _JSON},
         }
     except (KeyError, ValueError) as error:
         raise DraftFileError(f"{path} has broken metadata: {error}") from error
@@ -193,13 +195,14 @@ def _check(
     config: ModelConfig,
 ) -> None:
     """Raise ValueError where the head has no place in a model of this ``config``."""
-    ascending = list(layers) == sorted({int(layer) for layer in layers})
-    if not layers or not ascending or layers[0] < 1 or layers[-1] != config.num_layers:
+    inside = all(is_whole(layer, 1, config.num_layers) for layer in layers)
+    if not inside or list(layers) != sorted(set(layers)) or layers[-1:] != (config.num_layers,):
         raise ValueError(
             f"it takes states after layers {list(layers)}; of this model it may be ascending ones "
             f"up to {config.num_layers}, the last included"
         )
-    if len(chances) != CHANCE_BINS or not all(0 <= n <= 1 for pair in chances for n in pair):
+    shares = all(is_number(n) and 0 <= n <= 1 for pair in chances for n in pair)
+    if len(chances) != CHANCE_BINS or not shares:
         raise ValueError(f"chances must be {CHANCE_BINS} pairs of shares")
     d, inner = config.hidden_size, config.intermediate_size
     shapes = {

@@ -10,7 +10,6 @@ exits tell apart (all of them if it is missing).
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +26,8 @@ from torch import Tensor
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.exits.head import PREDICTOR, ExitHead
+from offramp.models.files import check_safetensors, is_number, is_whole, parse_json
+from offramp.models.finite import check_finite
 from offramp.models.sampling_params import ExitCriterion, KVFill
 
 FORMAT = "offramp-exits-2"
@@ -57,6 +58,9 @@ _SHAPES: dict[str, tuple[str | int, ...]] = {
     "kv_bias": ("kv",),
 }
 _LENGTH_BYTES = 8
+# A model's deltas, which are the most, take eight a layer.
+_MOST_TENSORS = 65_536
+_MOST_LAYERS = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class OperatingPoint:
         scores = row["thresholds"]
         prompt = row["prefill_threshold"]
         numbers = [row[name] for name in _POINT_NUMBERS] + ([] if prompt is None else [prompt])
-        if not isinstance(scores, list | tuple) or not all(map(_is_number, [*scores, *numbers])):
+        if not isinstance(scores, list | tuple) or not all(map(is_number, [*scores, *numbers])):
             raise ValueError("it has values that are not numbers")
         point = cls(
             **{
@@ -173,7 +177,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise ExitFileError(f"{path} lacks metadata: {', '.join(sorted(missing))}")
     try:
         found: dict[str, Any] = {
-            key: json.loads(value) if key in _JSON else value for key, value in raw.items()
+            key: parse_json(value, finite=False) if key in _JSON else value
+            for key, value in raw.items()
         }
         _check_metadata(found)
     except ValueError as error:
@@ -193,7 +198,6 @@ def load_exits(
             f"this model has {fingerprint}); train exits for it with `offramp exits train`"
         )
     _, stored = read_safetensors(path, "an exit file", ExitFileError)
-    check_finite(path, stored, ExitFileError)
     vocab = stored.pop("vocab", None)
     if vocab is not None:
         with _naming(path):
@@ -210,6 +214,8 @@ def load_exits(
             raise ExitFileError(
                 f"{path} lacks tensors of exit {layer}: {', '.join(sorted(missing))}"
             )
+        # Values of a wider type may be none in this one.
+        check_finite(tensors, f"{path}: exit {layer}", ExitFileError)
         with _naming(path):
             _check_tensors(layer, tensors, hidden_size)
         numbers = {"floor": metadata["floors"][index], "threshold": metadata["thresholds"][index]}
@@ -269,30 +275,32 @@ def shipped(form: str, fingerprint: str) -> Path | None:
 def raw_metadata(path: Path, kind: str, failure: type[ModelError]) -> dict[str, str]:
     """Metadata of a file; raises ``failure`` if it cannot be read as ``kind``."""
     try:
+        check_safetensors(path)
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise failure(f"{path} cannot be read as {kind}: {error}") from error
 
 
 def read_safetensors(
     path: Path, kind: str, failure: type[ModelError]
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file; raises ``failure`` if it cannot be read as ``kind``."""
+    """Metadata and tensors of a file; raises ``failure`` if it cannot be read as ``kind``.
+
+    No tensor has an infinity or a NaN.
+    """
     try:
+        check_safetensors(path)
         with safe_open(path, "pt") as file:
+            names = file.keys()
+            if len(names) > _MOST_TENSORS:
+                raise ValueError(f"it has {len(names)} tensors")
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise failure(f"{path} cannot be read as {kind}: {error}") from error
+    check_finite(tensors, path, failure)
     return metadata, tensors
-
-
-def check_finite(path: Path, tensors: Mapping[str, Tensor], failure: type[ModelError]) -> None:
-    """Raise ``failure`` if one of the ``tensors`` of ``path`` has an infinity or a NaN."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise failure(f"{path}: tensor {name} has values that are not numbers")
 
 
 def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -322,11 +330,6 @@ def _naming(path: Path) -> Iterator[None]:
         raise ExitFileError(f"{path}: {error}") from error
 
 
-def _is_number(value: object) -> bool:
-    """Whether a JSON value is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
     """Types, and lists that fit together."""
     kinds = {"operating_points": list, "metrics": dict, "data": dict}
@@ -334,10 +337,12 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     if wrong:
         raise ValueError(f"{wrong[0]} is no {'list' if kinds[wrong[0]] is list else 'object'}")
     layers = metadata["exit_layers"]
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+    if not isinstance(layers, list) or not all(
+        is_whole(layer, 0, _MOST_LAYERS) for layer in layers
+    ):
         raise ValueError("exit_layers is no list of whole numbers")
     for key in ("thresholds", "floors"):
-        if not isinstance(metadata[key], list) or not all(map(_is_number, metadata[key])):
+        if not isinstance(metadata[key], list) or not all(map(is_number, metadata[key])):
             raise ValueError(f"{key} is no list of numbers")
     counts = {len(layers), len(metadata["thresholds"]), len(metadata["floors"])}
     if layers != sorted(set(layers)) or len(counts) != 1:
@@ -360,15 +365,17 @@ def _check_tensors(layer: int, tensors: Mapping[str, Tensor], hidden_size: int) 
         # The first tensor with a name says what it stands for.
         sizes |= {s: n for s, n in zip(pattern, found, strict=False) if s not in sizes}
         wanted = tuple(s if isinstance(s, int) else sizes.get(s, s) for s in pattern)
-        if found != wanted:
+        if found != wanted or 0 in found:
             raise ValueError(f"tensor {layer}.{name} has the shape {found}, not {wanted}")
 
 
 def check_vocab(vocab: Tensor, config: ModelConfig | None = None) -> None:
     """Raise ValueError for what is no ascending list of token ids, of the model if it is given."""
-    if vocab.dim() != 1 or vocab.is_floating_point() or not len(vocab):
+    if vocab.dim() != 1 or vocab.dtype not in {torch.int32, torch.int64} or not len(vocab):
         raise ValueError("vocab is no list of token ids")
-    if int(vocab[0]) < 0 or not (vocab.diff() > 0).all():
+    # Of other numbers differences may wrap around.
+    inside = int(vocab.min()) >= 0 and int(vocab.max()) < 2**31
+    if not inside or not (vocab.diff() > 0).all():
         raise ValueError("vocab is not ascending from 0 or above")
     if config is not None and int(vocab[-1]) >= config.vocab_size:
         raise ValueError(

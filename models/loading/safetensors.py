@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -18,6 +17,8 @@ from torch import Tensor
 from offramp.models.config import ModelConfig
 from offramp.models.errors import CheckpointError
 from offramp.models.families import FAMILIES
+from offramp.models.files import check_safetensors, read_json, shown
+from offramp.models.finite import check_finite
 
 logger = logging.getLogger("offramp.loading")
 
@@ -56,7 +57,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
     ``progress`` is called with (tensors read so far, tensors in all). Every name and shape is
     checked first. Raises CheckpointError for missing, unexpected, misshapen or damaged tensors,
-    naming them, also when one is read.
+    naming them, also when one is read: then too for values that are not finite in ``dtype``.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class StoredWeights(Mapping[str, Tensor]):
         self._seen: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = _read(self._plan[name], self._homes, self._dtype)
-        if self._progress is not None and name not in self._seen:
-            self._seen.add(name)
+        first = name not in self._seen
+        tensor = _read(self._plan[name], self._homes, self._dtype, check=first)
+        self._seen.add(name)
+        if self._progress is not None and first:
             self._progress(len(self._seen), len(self._plan))
         return tensor
 
@@ -175,11 +177,13 @@ def _linear(name: str, parts: list[tuple[str, int]], width: int, *, bias: bool) 
 def _open(path: Path, stack: ExitStack) -> Any:
     """Open a weight file until ``stack`` closes it."""
     try:
+        check_safetensors(path)
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
     except FileNotFoundError:
         raise CheckpointError(f"weight file {path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"weight file {path} is damaged: {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"weight file {path} is damaged: {reason}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -187,8 +191,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         return [folder / SINGLE]
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = set(read_json(index)["weight_map"].values())
+        for name in names:
+            # A name with a folder in it would read files that are not the model's.
+            if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+                raise ValueError(f"{shown(name)} names no file of this folder")
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise CheckpointError(f"{index} is not a valid index of weight files: {error!r}") from error
     return [folder / name for name in sorted(names)]
 
@@ -241,7 +249,7 @@ def _named(names: list[str]) -> str:
     return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _read(fused: Fused, homes: dict[str, Path], dtype: torch.dtype) -> Tensor:
+def _read(fused: Fused, homes: dict[str, Path], dtype: torch.dtype, *, check: bool) -> Tensor:
     """Stack the parts straight into their place, so only one part is held twice.
 
     Files are mapped, and what was read of one counts as this process's memory until it is closed.
@@ -250,6 +258,17 @@ def _read(fused: Fused, homes: dict[str, Path], dtype: torch.dtype) -> Tensor:
     start = 0
     for name, shape in fused.parts:
         with ExitStack() as stack:
-            target[start : start + shape[0]].copy_(_open(homes[name], stack).get_tensor(name))
+            part = target[start : start + shape[0]]
+            part.copy_(_read_part(homes[name], name, stack))
+            if check:
+                check_finite({name: part}, f"weight file {homes[name]}", CheckpointError)
         start += shape[0]
     return target
+
+
+def _read_part(path: Path, name: str, stack: ExitStack) -> Tensor:
+    try:
+        tensor: Tensor = _open(path, stack).get_tensor(name)
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"weight file {path} has changed: {error}") from error
+    return tensor
