@@ -61,7 +61,9 @@ class RowTable:
             starts += [len(blocks)] * len(span.positions)
             blocks += span.table
         positions = [position for span in spans for position in span.positions]
-        if min(blocks) < 0 or any(span.positions[0] < 0 for span in spans):
+        every = torch.tensor(blocks)
+        first, last = every.aminmax()
+        if int(first) < 0 or any(span.positions[0] < 0 for span in spans):
             raise IndexError("negative blocks or positions")
         at = torch.tensor(positions, device=device)
         cos, sin = rotary.at(at)
@@ -69,13 +71,13 @@ class RowTable:
             places=torch.tensor(places, device=device),
             positions=at,
             first_blocks=torch.tensor(starts, device=device),
-            blocks=torch.tensor(blocks, device=device),
+            blocks=every.to(device),
             block_size=block_size,
             longest=1 + max(span.positions[-1] for span in spans),
             cos=cos,
             sin=sin,
             spans=spans,
-            last_block=max(blocks),
+            last_block=int(last),
         )
 
 

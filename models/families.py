@@ -203,9 +203,9 @@ def _generation(folder: Path) -> dict[str, Any]:
 
 def _eos_token_ids(folder: Path, content: dict[str, Any], hf: PreTrainedConfig) -> tuple[int, ...]:
     """Ids that end a text; generation_config.json wins, as in transformers' generate."""
-    file, ids = "generation_config.json", _generation(folder).get("eos_token_id")
-    if ids is None:
-        file, ids = "config.json", content.get("eos_token_id", hf.eos_token_id)
-    found = token_ids(f"{file}: eos_token_id", ids)
+    own = token_ids("config.json: eos_token_id", content.get("eos_token_id", hf.eos_token_id))
+    chosen = _generation(folder).get("eos_token_id")
+    if chosen is not None:
+        own = token_ids("generation_config.json: eos_token_id", chosen)
     # Ids that the model cannot say end nothing, and would be read outside the logits.
-    return tuple(each for each in found if 0 <= each < hf.vocab_size)
+    return tuple(each for each in own if 0 <= each < hf.vocab_size)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
-from offramp.models.exits.file import read_safetensors, save_safetensors
+from offramp.models.exits.file import raw_metadata, read_safetensors, save_safetensors
 from offramp.models.finite import check_finite
 
 FORMAT = "offramp-deltas-1"
@@ -160,11 +160,12 @@ def load_deltas(paths: Sequence[Path], *, fingerprint: str) -> Deltas:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    metadata, tensors = read_safetensors(path, "deltas", DeltasError)
+    metadata = raw_metadata(path, "deltas", DeltasError)
     if metadata.get("format") != FORMAT or not set(_METADATA) <= set(metadata):
         raise DeltasError(f"{path} does not hold deltas of format {FORMAT}")
     if not all(_NUMBER.fullmatch(metadata[name]) for name in ("rank", "part", "parts")):
         raise DeltasError(f"{path} has broken metadata")
+    _, tensors = read_safetensors(path, "deltas", DeltasError)
     return metadata, tensors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ SINGLE = "model.safetensors"
 STORED_DTYPES = ("F32", "BF16", "F16")
 FINGERPRINT_ROWS = 64
 _HEAD = "lm_head.weight"
+_FILE_NAME = re.compile(r"[^/\\\0]*\.safetensors")
 # Enough names to recognise the fault, few enough to read.
 MAX_NAMED = 8
 
@@ -194,7 +196,7 @@ def _weight_files(folder: Path) -> list[Path]:
         names = set(read_json(index)["weight_map"].values())
         for name in names:
             # A name with a folder in it would read files that are not the model's.
-            if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"{shown(name)} names no file of this folder")
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise CheckpointError(f"{index} is not a valid index of weight files: {error!r}") from error

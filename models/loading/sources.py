@@ -45,6 +45,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from offramp.models.errors import ModelNotAvailable, PullError
+from offramp.models.files import check_plain
 from offramp.models.shapes import write_tiny
 from offramp.paths import cache_folder
 
@@ -89,6 +90,7 @@ def resolve(
         return write_tiny(cache_folder(cache) / "models" / TINY)
     folder = Path(model).expanduser()
     if folder.is_dir():
+        _check_folder(folder)
         return folder
     if folder.suffix.lower() == ".gguf":
         raise ModelNotAvailable(
@@ -98,6 +100,16 @@ def resolve(
     if folder.is_absolute() or model.startswith((".", "~")):
         raise ModelNotAvailable(f"there is no folder {folder}")
     return _from_hub(model, revision)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ModelNotAvailable for a file of the model that would have to be waited for."""
+    for pattern in HUB_FILES:
+        for path in folder.glob(pattern):
+            try:
+                check_plain(path)
+            except OSError as error:
+                raise ModelNotAvailable(f"cannot read the model: {error}") from error
 
 
 def _from_hub(model: str, revision: str | None) -> Path:

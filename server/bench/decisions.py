@@ -279,7 +279,7 @@ class _Transformers(_Peer):
     def __init__(self, args: argparse.Namespace, ours: _Server) -> None:
         super().__init__(args, ours)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(args.model), dtype=torch.float32
+            resolve(args.model), dtype=torch.float32, trust_remote_code=False
         ).eval()
         if args.threads:
             torch.set_num_threads(args.threads)

@@ -136,7 +136,9 @@ class Transformers(Target):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         ends = self._model.generation_config.eos_token_id
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
 
@@ -206,7 +208,10 @@ class Batching(Target):
     def __init__(
         self, folder: Path, device: torch.device, dtype: torch.dtype, context: int
     ) -> None:
-        model = cast("Any", AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+        model = cast(
+            "Any",
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False),
+        )
         self._model = model.to(device).eval()
         self._blocks = -(-context // _PAGE) + 1
         self._concurrency = 0

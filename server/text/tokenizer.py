@@ -74,7 +74,9 @@ class Tokenizer:
         """
         # transformers takes seconds to import, which only a starting server should pay.
         transformers: Any = importlib.import_module("transformers")
-        loaded = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        loaded = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         if not loaded.is_fast:
             raise OfframpError(f"{folder} has no fast tokenizer (tokenizer.json).")
 
