@@ -45,15 +45,15 @@ def create_app(context: Context) -> FastAPI:
     app = openapi.DescribedApp(title="Offramp", version=__version__, redirect_slashes=False)
     app.state.context = context
     for router, responses in _ROUTERS:
-        needs_key = context.config.api_key and router is not ops.router
+        needs_key = context.keys and router is not ops.router
         refused = openapi.errors([Unauthorized]) if needs_key else {}
         app.include_router(router, responses=responses | refused)
     wire.register(app)
     # The one added last sees a request first.
     app.add_middleware(InFlight, context=context)
     app.add_middleware(BodyLimit, max_bytes=context.config.max_body_bytes)
-    if context.config.api_key:
-        app.add_middleware(ApiKey, keys=context.config.api_key)
+    if context.keys:
+        app.add_middleware(ApiKey, keys=context.keys)
     app.add_middleware(HeadAsGet)
     if context.config.allowed_origins:
         # Before the keys: a browser asks beforehand without one.

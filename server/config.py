@@ -6,13 +6,16 @@ Flags, environment names, help text and docs/options.md are derived from these f
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from offramp.models.config import Weights
 from offramp.models.sampling_params import DEFAULT_CRITERION, ExitCriterion
 from offramp.models.step import Pooling
+from offramp.server.keys import ApiKeyError, check_key
 
 GIB = 1024**3
 MIB = 1024**2
@@ -163,6 +166,11 @@ class ServerConfig(_Options):
     host: str = _option("HTTP", "127.0.0.1", "Address to listen on.")
     port: int = _option("HTTP", 8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     api_key: tuple[str, ...] = _option("HTTP", (), "Keys clients must send; none means open.")
+    api_key_file: Path | None = _option(
+        "HTTP",
+        None,
+        "File of more keys, one a line, # begins a comment; read again when it changes.",
+    )
     served_model_name: tuple[str, ...] = _option(
         "HTTP", (), "Names clients may use; the first is reported. The model's own if unset."
     )
@@ -232,6 +240,17 @@ class ServerConfig(_Options):
         "Logging", "warning", "Level of the HTTP server's own log."
     )
     engine: EngineConfig = EngineConfig()
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """Keys that could not be sent would lock everybody out, and none at all let all in."""
+        for key in keys:
+            try:
+                check_key(key)
+            except ApiKeyError as error:
+                raise PydanticCustomError("api_key", "{reason}", {"reason": str(error)}) from error
+        return keys
 
     @property
     def max_body_bytes(self) -> int:

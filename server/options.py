@@ -30,6 +30,7 @@ OTHER_VARIABLES = {
     f"{', '.join(variant.name for variant in VARIANTS)}; the best of this processor if unset",
 }
 POSITIONAL = "model"
+HIDDEN = "api_key"
 SECTIONS = ("Model", "Scheduling", "Cache", "Early exit", "HTTP", "Logging")
 M = TypeVar("M", bound=BaseModel)
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -149,7 +150,7 @@ def non_defaults(config: ServerConfig) -> dict[str, object]:
         for option in options()
         if values[option.name] != option.field.default
     }
-    return {name: "***" if name == "api_key" else value for name, value in changed.items()}
+    return {name: "***" if name == HIDDEN else value for name, value in changed.items()}
 
 
 def markdown() -> str:
@@ -219,7 +220,9 @@ def _dashed(word: str) -> str:
 
 def _from_text(option: Option, text: str) -> object:
     if option.is_list:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        parts = tuple(part.strip() for part in text.split(","))
+        # Of keys none is left out: without any the server would be open.
+        return parts if option.name == HIDDEN else tuple(filter(None, parts))
     if not option.is_bool:
         return text
     word = text.strip().lower()

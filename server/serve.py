@@ -36,6 +36,7 @@ from offramp.server.engine.driver import (
 from offramp.server.engine.request import EngineInfo, EngineOutput
 from offramp.server.errors import EngineFailed
 from offramp.server.http_protocol import BoundedHttpProtocol
+from offramp.server.keys import ApiKeyError, is_loopback
 from offramp.server.metrics import Metrics
 from offramp.server.options import non_defaults
 from offramp.server.progress import bar
@@ -58,12 +59,21 @@ def run(config: ServerConfig) -> int:
     try:
         listener = bind(config.host, config.port)
     except OSError as error:
-        sys.stderr.write(f"offramp serve: error: {_bind_message(config, error)}\n")
-        return 1
+        return _refused(_bind_message(config, error))
+    try:
+        service = Service(config, listener)
+    except ApiKeyError as error:
+        listener.close()
+        return _refused(str(error))
     logger.info("offramp %s, options %s", __version__, non_defaults(config) or "all default")
-    service = Service(config, listener)
     with asyncio.Runner(loop_factory=service.server.config.get_loop_factory()) as runner:
         return runner.run(service.run())
+
+
+def _refused(reason: str) -> int:
+    """Say why the server does not start; its exit status."""
+    sys.stderr.write(f"offramp serve: error: {reason}\n")
+    return 1
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -116,7 +126,10 @@ class Service:
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         logger.info("listening on %s", self._address())
+        if not self._context.keys and not is_loopback(self._listener.getsockname()[0]):
+            logger.warning("no API key: whoever reaches this address may use the server")
         tasks = (
+            asyncio.create_task(self._context.keys.watch()),
             asyncio.create_task(self._load()),
             asyncio.create_task(self._stats.run(self._config.log_stats_interval)),
         )

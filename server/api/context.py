@@ -12,6 +12,7 @@ from offramp.server.config import ServerConfig
 from offramp.server.engine.driver import EngineDriver, TokenStream
 from offramp.server.engine.request import DecisionRequest, GenerationRequest
 from offramp.server.errors import EngineLoading, InvalidRequest, ModelNotFound
+from offramp.server.keys import ApiKeys
 from offramp.server.metrics import Metrics
 from offramp.server.text.grammars import GrammarCompiler
 from offramp.server.text.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ class Context:
 
     ``tokenizer`` appears once the model folder was read; ``busy_since`` is when, on the monotonic
     clock, the engine last got work after having had none; ``in_flight`` counts requests to the
-    model that wait for the rest of their answer.
+    model that wait for the rest of their answer. Raises ApiKeyError where the keys cannot be used.
     """
 
     driver: EngineDriver
@@ -34,10 +35,12 @@ class Context:
     busy_since: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     priors: PriorCache = field(default_factory=PriorCache)
+    keys: ApiKeys = field(init=False)
     seeds: random.Random = field(init=False)
     _grammars: GrammarCompiler | None = None
 
     def __post_init__(self) -> None:
+        self.keys = ApiKeys(self.config.api_key, self.config.api_key_file)
         # Seeds only have to differ; with --seed a restarted server repeats its answers.
         self.seeds = random.Random(self.config.engine.seed)  # noqa: S311
 
