@@ -8,6 +8,7 @@ torch, because building a wheel uses it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -16,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ _SOURCE = "decoder.c"
 _FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi")
 _COMPILERS = ("cc", "gcc", "clang")
 _TIMEOUT_S = 120
+# No process takes so long to make what it moves into place.
+_LEFT_AFTER_S = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ def compiled(compiler: list[str], folder: Path, variant: Variant | None = None) 
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     logger.info("compiling the C kernels for %s, once", variant.name if variant else "this machine")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch, target.name)
@@ -99,6 +104,15 @@ def compiled(compiler: list[str], folder: Path, variant: Variant | None = None) 
         # Two processes may compile at once; each renames a whole file.
         made.replace(target)
     return target
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `tempfile` made in ``folder`` for processes that were killed a day ago."""
+    oldest = time.time() - _LEFT_AFTER_S
+    for path in folder.glob(f"{tempfile.gettempprefix()}*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                shutil.rmtree(path)
 
 
 def find_compiler() -> list[str] | None:

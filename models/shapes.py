@@ -20,7 +20,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
+from offramp.kernels.native_build import remove_leftovers
 from offramp.models.config import ModelConfig
+from offramp.models.files import check_safetensors, read_json
 
 _SEED = 20
 # Large enough that layers change the state and greedy text does not fall into one token.
@@ -80,6 +82,8 @@ def _llama(
     )
 
 
+# Of its weights; their header comes on top.
+_TINY_BYTES = 670_000
 _TINY = _llama(64, 4, 2, 16, 128, 4, 320, theta=10000.0, positions=2048, tied=True)
 # Llama 3.1 and later stretch their frequencies for long contexts; that changes no shape.
 MODEL_SHAPES: Mapping[str, ModelConfig] = MappingProxyType(
@@ -106,12 +110,26 @@ def write_tiny(folder: Path) -> Path:
     ``<|endoftext|>``. Returns ``folder``.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     # Moved into place file by file, so that a reader of the same folder never meets half of one.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         _write(Path(scratch))
         for path in Path(scratch).iterdir():
             path.replace(folder / path.name)
     return folder
+
+
+def holds_tiny(folder: Path) -> bool:
+    """Whether ``folder`` has what `write_tiny` would write, as far as names and sizes tell."""
+    try:
+        config = read_json(folder / "config.json")
+        check_safetensors(folder / "model.safetensors")
+        size = (folder / "model.safetensors").stat().st_size
+    except (OSError, ValueError):
+        return False
+    others = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    whole = all((folder / name).is_file() for name in (*others, "generation_config.json"))
+    return whole and size > _TINY_BYTES and bool(config == _json_files()["config.json"])
 
 
 def _write(folder: Path) -> None:

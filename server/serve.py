@@ -191,8 +191,13 @@ class Service:
                     model_name=self._config.engine.model,
                     progress=progress,
                 )
-        except ModelError as error:
+        except (ModelError, EngineConfigError) as error:
             raise EngineConfigError(str(error)) from error
+        except Exception as error:
+            # Memory that is not there has many classes; where it was wanted is for the log.
+            name = type(error).__name__
+            hint = "OFFRAMP_LOG_LEVEL=DEBUG says where"
+            raise EngineConfigError(f"{name}: {error} ({hint})") from error
         fault = default_fault(self._config, engine.info)
         if fault is not None:
             raise EngineConfigError(fault)
@@ -203,7 +208,8 @@ class Service:
         self._stats.observe(output)
 
     def _give_up(self, reason: str) -> None:
-        logger.error("cannot load %s: %s", self._config.engine.model, reason)
+        told = " ".join(reason.split())
+        logger.error("cannot load %s: %s", self._config.engine.model, told)
         self._status = 1
         self.server.should_exit = True
 

