@@ -15,6 +15,7 @@ import pytest
 
 from offramp.server import serve
 from offramp.server.config import EngineConfig, ServerConfig
+from offramp.server.engine import build
 from offramp.server.serve import Service, bind
 from offramp.server.text.tokenizer import Tokenizer
 from tests.server.fakes import PATIENCE_S, FakeEngine, byte_backend, render
@@ -140,3 +141,23 @@ async def test_the_port_answers_while_the_model_loads(
         assert response.status_code == 200
     starting._on_signal(signal.SIGTERM)
     assert await asyncio.wait_for(task, PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no memory\nfor 10 bytes")])
+def test_whatever_fails_while_loading_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(build, "build_engine", fail)
+    monkeypatch.setattr(Service, "_resolve", lambda _: Path())
+    monkeypatch.setattr(Tokenizer, "load", lambda *_, **__: Tokenizer(byte_backend(), render))
+    with bind("127.0.0.1", 0) as listener:
+        service = Service(ServerConfig(port=0, engine=EngineConfig(model="fake")), listener)
+        assert asyncio.run(service.run()) == 1
+    (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert "cannot load fake: " in record.getMessage()
+    assert type(error).__name__ in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert record.exc_info is None
