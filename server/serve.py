@@ -44,6 +44,9 @@ from offramp.server.text.tokenizer import Tokenizer
 logger = logging.getLogger("offramp.server")
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+# How often the engine is looked at, and how long its last step may take when the server stops.
+_WATCH_S: Final = 0.5
+_STEP_PATIENCE_S: Final = 10.0
 # For writing the last frames once the engine is done.
 _FLUSH_S: Final = 5
 # Longer than clients and load balancers keep idle connections (5 and 60 s), so that they close
@@ -92,7 +95,10 @@ class Service:
         self._folder = Path()
         self._metrics = Metrics(config.model_names((config.engine.model,))[0])
         self._driver = EngineDriver(
-            self._build, self._observe, max_waiting=config.max_num_queued_reqs
+            self._build,
+            self._observe,
+            max_waiting=config.max_num_queued_reqs,
+            restarts=config.engine.engine_restarts,
         )
         self._context = Context(self._driver, config, self._metrics)
         self._stop_task: asyncio.Task[None] | None = None
@@ -119,10 +125,12 @@ class Service:
         tasks = (
             asyncio.create_task(self._load()),
             asyncio.create_task(self._stats.run(self._config.log_stats_interval)),
+            asyncio.create_task(self._watch()),
         )
         await self.server.serve(sockets=[self._listener])
-        if self._driver.state is EngineState.LOADING:
-            # Neither a download nor a model that loads can be interrupted, only left behind.
+        if self._driver.state is EngineState.LOADING or self._driver.stuck_for:
+            # Neither a download nor a model that loads can be interrupted, only left behind, nor
+            # can a step that hangs.
             _exit_now(self._status)
         for task in tasks:
             task.cancel()
@@ -189,6 +197,20 @@ class Service:
         self._metrics.observe(output)
         self._stats.observe(output)
 
+    async def _watch(self) -> None:
+        """End the server when its engine is gone for good: whoever started it starts another."""
+        timeout = self._config.engine.step_timeout
+        while not self._driver.failed.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._driver.failed.wait(), _WATCH_S)
+            if self._driver.stuck_for > timeout:
+                logger.error("a step of the engine has not ended after %.0f s", timeout)
+                self._driver.give_up("a step did not end")
+        if self._context.tokenizer is not None:
+            logger.error("the engine is gone: %s", self._driver.failure)
+        self._status = 1
+        self.server.should_exit = True
+
     def _give_up(self, reason: str) -> None:
         logger.error("cannot load %s: %s", self._config.engine.model, reason)
         self._status = 1
@@ -223,7 +245,8 @@ class Service:
             logger.info("stopping: %d running requests have %.0f s to end", count, grace)
             if not await self._driver.drain(grace):
                 logger.warning("%d requests did not end in time", self._driver.num_requests)
-            await self._driver.stop()
+            if not await self._driver.stop(_STEP_PATIENCE_S):
+                logger.warning("the engine's last step did not end")
         self.server.should_exit = True
 
 

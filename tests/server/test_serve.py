@@ -140,3 +140,36 @@ async def test_the_port_answers_while_the_model_loads(
         assert response.status_code == 200
     starting._on_signal(signal.SIGTERM)
     assert await asyncio.wait_for(task, PATIENCE_S) == 0
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_server_whose_engine_is_gone_ends(*, hangs: bool) -> None:
+    """So that whoever supervises it starts another; open requests are told first."""
+    code = f"""
+import sys, time
+from offramp.server import serve
+from offramp.server.config import EngineConfig, ServerConfig
+from offramp.server.serve import Service
+from offramp.server.text.tokenizer import Tokenizer
+from tests.server.fakes import FakeEngine, byte_backend, render
+
+class Engine(FakeEngine):
+    def step(self):
+        if self.has_work and {hangs}:
+            time.sleep(1e6)
+        return super().step()
+
+Service._build = lambda self: Engine(fail_at=0)
+Service._resolve = lambda self: None
+Tokenizer.load = lambda folder, **options: Tokenizer(byte_backend(), render, **options)
+engine = EngineConfig(model="fake", step_timeout=0.5, engine_restarts=0)
+sys.exit(serve.run(ServerConfig(port=0, engine=engine)))
+"""
+    with running(code=code) as process:
+        url = process.address()
+        body = {"prompt": "a", "max_tokens": 5}
+        response = httpx2.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+        assert response.status_code == 500
+        assert response.json()["error"]["code"] == "internal_error"
+        assert process.status() == 1
+    assert "the engine is gone" in process.log
