@@ -172,6 +172,12 @@ class ServerConfig(_Options):
     host: str = _option("HTTP", "127.0.0.1", "Address to listen on.")
     port: int = _option("HTTP", 8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     api_key: tuple[str, ...] = _option("HTTP", (), "Keys clients must send; none means open.")
+    ssl_certfile: str | None = _option(
+        "HTTP", None, "Certificate (PEM, with its chain) to serve HTTPS with."
+    )
+    ssl_keyfile: str | None = _option(
+        "HTTP", None, "Private key of the certificate (PEM), if that is not in the same file."
+    )
     served_model_name: tuple[str, ...] = _option(
         "HTTP", (), "Names clients may use; the first is reported. The model's own if unset."
     )

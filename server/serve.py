@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,10 @@ def run(config: ServerConfig) -> int:
     """Serve until a signal; returns the exit status."""
     logs.setup(config.uvicorn_log_level)
     _raise_file_limit()
+    fault = _tls_fault(config)
+    if fault is not None:
+        sys.stderr.write(f"offramp serve: error: {fault}\n")
+        return 1
     try:
         listener = bind(config.host, config.port)
     except OSError as error:
@@ -111,6 +116,8 @@ class Service:
                 log_level=config.uvicorn_log_level,
                 access_log=False,
                 http=BoundedHttpProtocol,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_FLUSH_S,
             )
@@ -230,7 +237,8 @@ class Service:
 
     def _address(self) -> str:
         host, port = self._listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self._config.ssl_certfile else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def _on_signal(self, number: int) -> None:
         if self._stop_task is not None:
@@ -280,6 +288,19 @@ def _raise_file_limit() -> None:
         # Some systems name a hard limit they do not grant; the soft one then stays.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _tls_fault(config: ServerConfig) -> str | None:
+    """Why HTTPS cannot be served as configured; None if it can, or is not wished."""
+    certificate, key = config.ssl_certfile, config.ssl_keyfile
+    if certificate is None:
+        return "--ssl-keyfile needs --ssl-certfile" if key is not None else None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except OSError as error:
+        reason = error.strerror or error
+        return f"cannot use --ssl-certfile {certificate} with its key: {reason}"
+    return None
 
 
 def _bind_message(config: ServerConfig, error: OSError) -> str:

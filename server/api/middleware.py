@@ -12,11 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.server.api.context import Context
-from offramp.server.api.wire import REQUEST_ID_HEADER, error_response
-from offramp.server.errors import RequestTooLarge, Unauthorized
+from offramp.server.api.wire import REQUEST_ID_HEADER, as_wire_error, error_response
+from offramp.server.errors import RequestTooLarge, ServerError, Unauthorized
 
 # Probes and scrapers carry no key.
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/version", "/metrics", "/load"})
+_PANIC: Final = "The server had an error while processing the request."
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 # So much of a body over the limit is still read, and dropped: a client cut off while it sends sees
 # a broken connection instead of the answer.
@@ -44,12 +45,27 @@ class RequestId:
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        started = False
+
         async def named_send(message: Message) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        await self._app(scope, receive, named_send)
+        try:
+            await self._app(scope, receive, named_send)
+        except BaseException as error:
+            # Libraries in Rust raise their panics as exceptions that no handler of the framework
+            # takes for errors.
+            if type(error).__name__ != "PanicException":
+                raise
+            fault = ServerError(_PANIC)
+            fault.__cause__ = error
+            refusal = error_response(as_wire_error(fault))
+            if not started:
+                await refusal(scope, receive, named_send)
 
 
 class HeadAsGet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,3 +174,36 @@ sys.exit(serve.run(ServerConfig(port=0, engine=engine)))
         assert response.json()["error"]["code"] == "internal_error"
         assert process.status() == 1
     assert "the engine is gone" in process.log
+
+
+CERTIFICATE = Path(__file__).parents[1] / "data" / "localhost.pem"
+
+
+def test_https() -> None:
+    with running("tiny", "--ssl-certfile", str(CERTIFICATE)) as process:
+        url = process.expect(r"ready on (https://\S+)")[1]
+        trusted = ssl.create_default_context(cafile=CERTIFICATE)
+        with httpx2.Client(verify=trusted, timeout=PATIENCE_S) as client:
+            answer = client.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert answer.json()["usage"]["completion_tokens"] == 2
+            with client.stream("POST", f"{url}/v1/completions", json=BODY | PROMPT) as response:
+                assert "data: [DONE]" in list(response.iter_lines())
+
+
+PROMPT = {"prompt": "a", "max_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--ssl-keyfile", "key.pem"), "--ssl-keyfile needs --ssl-certfile"),
+        (("--ssl-certfile", "/nowhere/cert.pem"), "No such file"),
+        (("--ssl-certfile", __file__), "cannot use --ssl-certfile"),
+    ],
+)
+def test_https_that_cannot_be_is_one_line(options: tuple[str, ...], says: str) -> None:
+    with running("tiny", *options) as process:
+        assert process.status() == 1
+    (line,) = process.log.splitlines()
+    assert line.startswith("offramp serve: error: ")
+    assert says in line
