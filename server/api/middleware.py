@@ -114,16 +114,22 @@ class ApiKey:
             await self._app(scope, receive, send)
             return
         error = Unauthorized(
-            "Send a valid key as 'Authorization: Bearer KEY'.",
+            "Send a valid key as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope)(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
-        scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        sent = headers.getlist("x-api-key")
+        if scheme.lower() == "bearer":
+            sent.append(bearer.strip())
         # All keys are compared, each in constant time, so timing tells nothing.
-        matches = [hmac.compare_digest(sent.strip().encode("latin-1"), key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        matches = [
+            hmac.compare_digest(each.encode("latin-1"), key) for each in sent for key in self._keys
+        ]
+        return any(matches)
 
 
 class BodyLimit:
@@ -141,7 +147,7 @@ class BodyLimit:
         try:
             body = await self._read(scope, receive)
         except RequestTooLarge as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         if body is not None:
             await self._app(scope, _replay(body, receive), send)
