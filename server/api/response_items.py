@@ -18,13 +18,15 @@ class Output:
     """Items of one answer, in order; each is closed before the next one opens.
 
     `feed` and `close` return the events of what they changed, without sequence numbers. With
-    ``logprobs`` texts carry those of their tokens.
+    ``logprobs`` texts carry those of their tokens; ``parsed`` says that the answer may hold more
+    than text.
     """
 
-    def __init__(self, names: TokenNames, *, logprobs: bool) -> None:
+    def __init__(self, names: TokenNames, *, logprobs: bool, parsed: bool) -> None:
         self.items: list[Item] = []
         self._names = names
         self._wants_logprobs = logprobs
+        self._parsed = parsed
         self._open: Item | None = None
 
     def feed(self, delta: Delta) -> Iterator[Event]:
@@ -134,13 +136,14 @@ class Output:
 
     def _scored(self, delta: Delta) -> Sequence[ScoredToken]:
         """The tokens of a delta that are its text: not those of thoughts, calls and marks."""
-        if all(isinstance(part, TextPart) for part in delta.parts):
+        goes_on = self._is_open("message") and all(isinstance(p, TextPart) for p in delta.parts)
+        if goes_on or not self._parsed:
             return delta.scored
         rest = delta.text.encode()
         found: list[ScoredToken] = []
         for each in delta.scored:
             own = self._names.bytes_of(each.token)
-            if rest.startswith(own):
+            if own and rest.startswith(own):
                 rest = rest[len(own) :]
                 found.append(each)
         return found

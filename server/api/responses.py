@@ -35,7 +35,8 @@ async def create_response(body: ResponseBody, request: Request, context: Shared)
         chat = body.as_chat()
         prepared = await prepare_chat(context, chat)
         generation = start(request, context, chat, prepared, reply_id)
-    reply = ResponseReply(context, body, reply_id)
+    parsed = prepared.parser() is not None
+    reply = ResponseReply(context, body, reply_id, parsed=parsed)
     if body.stream:
         return EventStream(generation, reply.frames(generation))
     with closing(generation):
@@ -50,7 +51,9 @@ async def count_input_tokens(body: ResponseBody, context: Shared) -> dict[str, A
     return {"object": "response.input_tokens", "input_tokens": count}
 
 
-@router.api_route("/v1/responses/{path:path}", methods=["GET", "POST", "DELETE"])
+@router.get("/v1/responses/{path:path}")
+@router.post("/v1/responses/{path:path}")
+@router.delete("/v1/responses/{path:path}")
 async def stored_response(path: str) -> None:
     """Nothing is stored: responses are neither found again nor cancelled, compacted or deleted."""
     del path
@@ -61,11 +64,14 @@ async def stored_response(path: str) -> None:
 
 
 class ResponseReply:
-    """Builds the bodies of one response."""
+    """Builds the bodies of one response; ``parsed`` if it may hold more than text."""
 
-    def __init__(self, context: Context, body: ResponseBody, reply_id: str) -> None:
+    def __init__(
+        self, context: Context, body: ResponseBody, reply_id: str, *, parsed: bool
+    ) -> None:
         self._context = context
-        self._output = Output(TokenNames(context), logprobs=body.wants_logprobs)
+        names = TokenNames(context)
+        self._output = Output(names, logprobs=body.wants_logprobs, parsed=parsed)
         self._fixed = {
             "id": reply_id,
             "object": "response",

@@ -160,9 +160,9 @@ _ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
 def anthropic_error(error: OfframpError, request_id: str) -> dict[str, Any]:
     """Anthropic's error object; it has no place for the field at fault but its message."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
-    message = error.message
-    if error.param is not None and error.param not in message:
-        message = f"{error.param}: {message}"
+    message, param = error.message, error.param
+    if param is not None and not message.startswith(param) and f"'{param}'" not in message:
+        message = f"{param}: {message}"
     return {
         "type": "error",
         "error": {"type": kind, "message": message},
