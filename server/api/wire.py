@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from offramp.server.errors import (
+    ContextLengthExceeded,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -161,7 +162,10 @@ def anthropic_error(error: OfframpError, request_id: str) -> dict[str, Any]:
     """Anthropic's error object; it has no place for the field at fault but its message."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
     message, param = error.message, error.param
-    if param is not None and not message.startswith(param) and f"'{param}'" not in message:
+    if isinstance(error, ContextLengthExceeded):
+        # Anthropic's words, by which its clients know that they must shorten the conversation.
+        message = f"prompt is too long: {message}"
+    elif param is not None and not message.startswith(param) and f"'{param}'" not in message:
         message = f"{param}: {message}"
     return {
         "type": "error",

@@ -558,7 +558,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (body(early_exit={"quality": 0.9}), "early_exit.quality"),
     (body(messages=[{"role": "user", "content": "refuse me"}]), "messages"),
-    (body(messages=[{"role": "user", "content": "a" * CONTEXT}]), "messages"),
+    (body(messages=[{"role": "user", "content": "a" * CONTEXT}]), "prompt is too long: "),
 ]
 
 
