@@ -5,29 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Final, Self
+from typing import Any, Final, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from offramp.server.api.context import Context
-from offramp.server.api.fields import (
-    INT64_MAX,
-    INT64_MIN,
-    LogitBias,
-    RequestModel,
-    Text,
-    TokenId,
-)
-from offramp.server.api.prepared import Prompt, render
-from offramp.server.api.schemas import (
-    MAX_STOP_TOKENS,
-    MAX_TEMPLATE_OPTIONS,
-    ChatBody,
-    EarlyExit,
-    mode_alone,
-    warn_once,
-)
+from offramp.server.api.fields import UNSUPPORTED, Text
+from offramp.server.api.prepared import render
+from offramp.server.api.schemas import MAX_TEMPLATE_OPTIONS, ChatBody, SamplingBody, warn_once
 from offramp.server.api.tool_bodies import tool_use
 from offramp.server.api.wire import invalid_request
 from offramp.server.errors import InvalidRequest, RequestError
@@ -39,28 +25,12 @@ Names = Mapping[str, str]
 MAX_METADATA: Final = 16
 
 
-class AdaptedBody(RequestModel):
-    """Fields of other APIs that the chat has under the same names: ours, and vLLM's."""
+class AdaptedBody(SamplingBody):
+    """A conversation in another API's form; what it shares with the chat is as there."""
 
-    model_config = ConfigDict(extra="allow")
-
-    model: Text | None = None
-    stream: bool = False
-    seed: int | None = Field(default=None, ge=INT64_MIN, le=INT64_MAX)
-    top_k: int = Field(default=0, ge=-1, le=INT64_MAX)
-    top_p: float = Field(default=1.0, ge=0, le=1)
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
-    logit_bias: LogitBias = Field(default_factory=dict)
-    min_tokens: int = Field(default=0, ge=0, le=INT64_MAX)
-    ignore_eos: bool = False
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
     chat_template_kwargs: dict[Text, Any] = Field(
         default_factory=dict, max_length=MAX_TEMPLATE_OPTIONS
     )
-    early_exit: Annotated[EarlyExit, BeforeValidator(mode_alone)] = Field(default_factory=EarlyExit)
 
     @model_validator(mode="after")
     def _tell_unknown(self) -> Self:
@@ -103,7 +73,6 @@ async def count_tokens(context: Context, chat: ChatBody, names: Names) -> int:
     with speaking_of(names):
         context.check_model(chat.model)
         use = tool_use(chat.tools, chat.tool_choice, parallel=chat.parallel_tool_calls)
-        prompt: Prompt
         prompt, _ = await asyncio.to_thread(render, context, chat, use)
     return len(prompt)
 
@@ -116,10 +85,10 @@ def joined(messages: list[Message]) -> list[Message]:
         if last is None or last["role"] != message["role"] or message["role"] == "tool":
             found.append(dict(message))
             continue
-        for name, glue in (("content", "\n\n"), ("reasoning_content", "\n\n")):
+        for name in ("content", "reasoning_content"):
             texts = [each[name] for each in (last, message) if each.get(name)]
             if texts:
-                last[name] = glue.join(texts)
+                last[name] = "\n\n".join(texts)
         calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
         if calls:
             last["tool_calls"] = calls
@@ -129,5 +98,5 @@ def joined(messages: list[Message]) -> list[Message]:
 def unsupported(kind: str) -> PydanticCustomError:
     """The error for a part of a conversation that a text model cannot take."""
     return PydanticCustomError(
-        "unsupported_parameter", "{kind} is not supported by this server", {"kind": repr(kind[:64])}
+        UNSUPPORTED, "{kind} is not supported by this server", {"kind": repr(kind[:64])}
     )

@@ -380,9 +380,9 @@ class TestConversations:
         prepared = importlib.import_module("offramp.server.api.prepared")
         original = prepared.source_of_calls
 
-        def seen(use: Any, *others: Any) -> Any:
+        def seen(use: Any, *others: Any, **options: Any) -> Any:
             uses.append(use)
-            return original(use, *others)
+            return original(use, *others, **options)
 
         monkeypatch.setattr(prepared, "source_of_calls", seen)
         web = {"type": "web_search_20250305", "name": "web_search"}
