@@ -28,17 +28,14 @@ from offramp.server.errors import Unauthorized
 
 # With what their routes answer beside what FastAPI finds out by itself.
 _ROUTERS: tuple[tuple[APIRouter, dict[int | str, dict[str, Any]]], ...] = (
-    (
-        anthropic.router,
-        openapi.errors(openapi.RUNS_THE_MODEL, openapi.AnthropicError) | openapi.STREAMED,
-    ),
+    (anthropic.router, openapi.errors(openapi.RUNS_THE_MODEL, openapi.AnthropicError)),
     (chat.router, openapi.errors(openapi.RUNS_THE_MODEL) | openapi.STREAMED),
     (completions.router, openapi.errors(openapi.RUNS_THE_MODEL) | openapi.STREAMED),
     (decisions.router, openapi.errors(openapi.RUNS_THE_MODEL)),
     (embeddings.router, openapi.errors(openapi.RUNS_THE_MODEL)),
     (models.router, openapi.errors(openapi.READS)),
     (ops.router, {}),
-    (responses.router, openapi.errors(openapi.RUNS_THE_MODEL) | openapi.STREAMED),
+    (responses.router, openapi.errors(openapi.RUNS_THE_MODEL)),
     (tokenize.router, openapi.errors(openapi.TAKES_A_BODY)),
     (tokenizer_info.router, openapi.errors(openapi.READS)),
 )

@@ -14,6 +14,7 @@ from offramp.server.api.adapted import count_tokens, speaking_of
 from offramp.server.api.anthropic_bodies import NAMES, CountBody, MessagesBody
 from offramp.server.api.context import Context, Shared
 from offramp.server.api.generation import Delta, Generation
+from offramp.server.api.openapi import STREAMED
 from offramp.server.api.prepared import prepare_chat
 from offramp.server.api.reply import EventStream, start
 from offramp.server.text.answer_parts import CallPart, Part, ReasoningPart, TextPart
@@ -26,7 +27,7 @@ _REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "to
 Event = dict[str, Any]
 
 
-@router.post("/v1/messages", response_model=None)
+@router.post("/v1/messages", response_model=None, responses=STREAMED)
 async def create_message(body: MessagesBody, request: Request, context: Shared) -> Response:
     """Answer a conversation in Anthropic's form."""
     reply_id = f"msg_{uuid.uuid4().hex}"

@@ -55,7 +55,9 @@ class _TextBlock(RequestModel):
         return self
 
 
-_Texts = Annotated[list[_TextBlock], BeforeValidator(_as_blocks)]
+_Texts = Annotated[
+    list[_TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[_TextBlock])
+]
 
 
 def _joined_texts(blocks: list[_TextBlock]) -> str:
@@ -107,7 +109,9 @@ class _Block(RequestModel):
 
 class _Message(RequestModel):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[_Block], BeforeValidator(_as_blocks)]
+    content: Annotated[
+        list[_Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[_Block])
+    ]
 
     @model_validator(mode="after")
     def _by_whom(self) -> _Message:
@@ -165,6 +169,13 @@ def _own_tools(value: Any) -> Any:
     ]
 
 
+_Tools = Annotated[
+    list[CustomTool],
+    BeforeValidator(_own_tools, json_schema_input_type=list[CustomTool | dict[str, Any]]),
+    Field(max_length=MAX_TOOLS),
+]
+
+
 class AnthropicChoice(RequestModel):
     """Which tools are called."""
 
@@ -211,9 +222,7 @@ class CountBody(AdaptedBody):
 
     messages: list[_Message] = Field(min_length=1)
     system: _Texts = Field(default_factory=list)
-    tools: Annotated[list[CustomTool], BeforeValidator(_own_tools), Field(max_length=MAX_TOOLS)] = (
-        Field(default_factory=list)
-    )
+    tools: _Tools = Field(default_factory=list)
     tool_choice: AnthropicChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig = Field(default_factory=OutputConfig)

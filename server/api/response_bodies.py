@@ -71,7 +71,9 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-_Parts = Annotated[list[_Part], BeforeValidator(_as_parts)]
+_Parts = Annotated[
+    list[_Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[_Part])
+]
 
 
 def _text(parts: list[_Part]) -> str:
@@ -163,6 +165,13 @@ def _as_items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
+_Items = Annotated[
+    list[_Item],
+    BeforeValidator(_as_items, json_schema_input_type=str | list[_Item]),
+    Field(min_length=1),
+]
+
+
 class FunctionTool(RequestModel):
     """A function that is offered; ``parameters`` is a JSON schema of its arguments."""
 
@@ -189,6 +198,13 @@ def _own_tools(value: Any) -> Any:
         or not isinstance(tool.get("type"), str)
         or tool["type"] == "function"
     ]
+
+
+_Tools = Annotated[
+    list[FunctionTool],
+    BeforeValidator(_own_tools, json_schema_input_type=list[FunctionTool | dict[str, Any]]),
+    Field(max_length=MAX_TOOLS),
+]
 
 
 class _AllowedTool(RequestModel):
@@ -227,6 +243,14 @@ class Choice(RequestModel):
 
 def _as_choice(value: Any) -> Any:
     return {"type": value} if value in ("none", "auto", "required") else value
+
+
+_OneChoice = Annotated[
+    Choice,
+    BeforeValidator(
+        _as_choice, json_schema_input_type=Literal["none", "auto", "required"] | Choice
+    ),
+]
 
 
 class Format(RequestModel):
@@ -296,7 +320,7 @@ class ResponseStreamOptions(RequestModel):
 class ResponseBody(AdaptedBody):
     """Body of POST /v1/responses."""
 
-    input: Annotated[list[_Item], BeforeValidator(_as_items), Field(min_length=1)]
+    input: _Items
     instructions: Text | None = None
     max_output_tokens: Count | None = None
     max_tool_calls: Count | None = None
@@ -305,10 +329,8 @@ class ResponseBody(AdaptedBody):
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
     include: list[Text] = Field(default_factory=list)
     stream_options: ResponseStreamOptions | None = None
-    tools: Annotated[
-        list[FunctionTool], BeforeValidator(_own_tools), Field(max_length=MAX_TOOLS)
-    ] = Field(default_factory=list)
-    tool_choice: Annotated[Choice, BeforeValidator(_as_choice)] | None = None
+    tools: _Tools = Field(default_factory=list)
+    tool_choice: _OneChoice | None = None
     parallel_tool_calls: bool = True
     text: TextOptions = Field(default_factory=TextOptions)
     reasoning: Reasoning = Field(default_factory=Reasoning)

@@ -15,6 +15,7 @@ from offramp.server.api.adapted import count_tokens, speaking_of
 from offramp.server.api.context import Context, Shared
 from offramp.server.api.generation import Generation
 from offramp.server.api.logprobs import TokenNames
+from offramp.server.api.openapi import STREAMED
 from offramp.server.api.prepared import prepare_chat
 from offramp.server.api.reply import EventStream, start
 from offramp.server.api.response_bodies import NAMES, FunctionTool, ResponseBody
@@ -27,7 +28,7 @@ router = APIRouter(tags=["Responses"])
 _FAILED: Final = "server_error"
 
 
-@router.post("/v1/responses", response_model=None)
+@router.post("/v1/responses", response_model=None, responses=STREAMED)
 async def create_response(body: ResponseBody, request: Request, context: Shared) -> Response:
     """Answer a conversation that is sent whole."""
     reply_id = f"resp_{uuid.uuid4().hex}"
@@ -51,9 +52,9 @@ async def count_input_tokens(body: ResponseBody, context: Shared) -> dict[str, A
     return {"object": "response.input_tokens", "input_tokens": count}
 
 
-@router.get("/v1/responses/{path:path}")
-@router.post("/v1/responses/{path:path}")
-@router.delete("/v1/responses/{path:path}")
+@router.api_route(
+    "/v1/responses/{path:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False
+)
 async def stored_response(path: str) -> None:
     """Nothing is stored: responses are neither found again nor cancelled, compacted or deleted."""
     del path
