@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, Self
 
@@ -95,8 +95,10 @@ def joined(messages: list[Message]) -> list[Message]:
     return found
 
 
-def unsupported(kind: str) -> PydanticCustomError:
-    """The error for a part of a conversation that a text model cannot take."""
-    return PydanticCustomError(
-        UNSUPPORTED, "{kind} is not supported by this server", {"kind": repr(kind[:64])}
-    )
+def of_type(value: Any, known: Collection[str]) -> Any:
+    """``value``, an object from a conversation; one whose type is not ``known`` is refused."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in known:
+        message = "{kind} is not supported by this server"
+        raise PydanticCustomError(UNSUPPORTED, message, {"kind": repr(kind[:64])})
+    return value

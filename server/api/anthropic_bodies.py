@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from offramp.server.api.adapted import AdaptedBody, Message, Names, joined, unsupported
+from offramp.server.api.adapted import AdaptedBody, Message, Names, joined, of_type
 from offramp.server.api.fields import MAX_STOP_LENGTH, Count, RequestModel, Text
 from offramp.server.api.schemas import ChatBody
 from offramp.server.api.tool_bodies import MAX_TOOLS, Name
@@ -43,16 +43,13 @@ def _as_blocks(content: Any) -> Any:
 
 
 class _TextBlock(RequestModel):
-    type: Text
-    text: Text | None = None
+    type: Literal["text"]
+    text: Text
 
-    @model_validator(mode="after")
-    def _is_text(self) -> _TextBlock:
-        if self.type != "text":
-            raise unsupported(self.type)
-        if self.text is None:
-            raise PydanticCustomError("missing", "a text block needs text")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        return of_type(data, {"text"})
 
 
 _Texts = Annotated[
@@ -61,13 +58,13 @@ _Texts = Annotated[
 
 
 def _joined_texts(blocks: list[_TextBlock]) -> str:
-    return "\n".join(block.text or "" for block in blocks)
+    return "\n".join(block.text for block in blocks)
 
 
 class _Block(RequestModel):
     """A block of a message, of any type; which fields it has is up to its type."""
 
-    type: Text
+    type: Literal["text", "tool_result", "tool_use", "thinking", "redacted_thinking"]
     text: Text | None = None
     id: Text | None = None
     name: Text | None = None
@@ -80,11 +77,8 @@ class _Block(RequestModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, data: Any) -> Any:
-        kind = data.get("type") if isinstance(data, dict) else None
         # Before the fields, which mean other things in blocks of other types.
-        if isinstance(kind, str) and kind not in _BLOCKS:
-            raise unsupported(kind)
-        return data
+        return of_type(data, _BLOCKS)
 
     @model_validator(mode="after")
     def _complete(self) -> _Block:

@@ -14,7 +14,7 @@ from offramp.server.api.adapted import (
     Message,
     Names,
     joined,
-    unsupported,
+    of_type,
 )
 from offramp.server.api.fields import UNSUPPORTED, Count, RequestModel, StopStrings, Text
 from offramp.server.api.schemas import MAX_LOGPROBS, ChatBody
@@ -49,15 +49,18 @@ _OUTPUTS: Final = frozenset({f"{kind}_output" for kind in _CALLS})
 class _Part(RequestModel):
     """A part of a content; ``said`` is its text."""
 
-    type: Text
+    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal"]
     text: Text | None = None
     refusal: Text | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        return of_type(data, _PART_TEXTS)
+
     @model_validator(mode="after")
     def _is_text(self) -> _Part:
-        name = _PART_TEXTS.get(self.type)
-        if name is None:
-            raise unsupported(self.type)
+        name = _PART_TEXTS[self.type]
         if getattr(self, name) is None:
             raise PydanticCustomError("missing", "the part needs {name}", {"name": name})
         return self
@@ -145,10 +148,7 @@ def _kind(value: Any) -> str:
 
 
 def _known(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if isinstance(kind, str) and kind not in _CALLS | _OUTPUTS | {"message", "reasoning"}:
-        raise unsupported(kind)
-    return value
+    return of_type(value, _CALLS | _OUTPUTS | {"message", "reasoning"})
 
 
 _Item = Annotated[

@@ -20,12 +20,13 @@ from offramp.server.api.prepared import prepare_chat
 from offramp.server.api.reply import EventStream, start
 from offramp.server.api.response_bodies import NAMES, FunctionTool, ResponseBody
 from offramp.server.api.response_items import Output
-from offramp.server.errors import NotFound, OfframpError
+from offramp.server.errors import MethodNotAllowed, NotFound, OfframpError
 
 router = APIRouter(tags=["Responses"])
 
 # The only code of OpenAI's for faults of the server.
 _FAILED: Final = "server_error"
+_COUNTING: Final = "input_tokens"
 
 
 @router.post("/v1/responses", response_model=None, responses=STREAMED)
@@ -45,7 +46,7 @@ async def create_response(body: ResponseBody, request: Request, context: Shared)
     return JSONResponse(payload)
 
 
-@router.post("/v1/responses/input_tokens")
+@router.post(f"/v1/responses/{_COUNTING}")
 async def count_input_tokens(body: ResponseBody, context: Shared) -> dict[str, Any]:
     """Tokens of the prompt that a request would have."""
     count = await count_tokens(context, body.as_chat(), NAMES)
@@ -57,7 +58,9 @@ async def count_input_tokens(body: ResponseBody, context: Shared) -> dict[str, A
 )
 async def stored_response(path: str) -> None:
     """Nothing is stored: responses are neither found again nor cancelled, compacted or deleted."""
-    del path
+    if path == _COUNTING:
+        message = "This route does not allow that method."
+        raise MethodNotAllowed(message, headers={"Allow": "POST"})
     raise NotFound(
         "Responses are not stored by this server: none can be found again, cancelled, compacted "
         "or deleted."

@@ -810,6 +810,12 @@ class TestRefusals:
         assert refusal(response, 404) == (None, "not_found")
         assert "not stored" in response.json()["error"]["message"]
 
+    async def test_counting_is_posted(self) -> None:
+        async with serving() as server:
+            response = await get(server, "GET", f"{PATH}/input_tokens")
+        assert refusal(response, 405) == (None, "method_not_allowed")
+        assert response.headers["allow"] == "POST"
+
 
 class TestLeaving:
     async def test_a_stream_whose_client_leaves_is_aborted(self) -> None:
