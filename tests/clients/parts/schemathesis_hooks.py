@@ -15,7 +15,7 @@ TOKENS = 4
 RESPONSE_TOKENS = 16
 
 
-@schemathesis.hook  # type: ignore[untyped-decorator] (installed elsewhere)
+@schemathesis.hook  # type: ignore[untyped-decorator]
 def map_body(context: Any, body: Any) -> Any:
     """A body that costs little; what is no object stays as it is."""
     if not isinstance(body, dict):
