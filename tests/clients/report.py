@@ -42,6 +42,14 @@ class PartResult:
         """How many checks ended so."""
         return sum(each.outcome == outcome for each in self.outcomes)
 
+    def details(self, outcome: str) -> list[tuple[str, str]]:
+        """Names of checks that ended so, and why; those with the same reason together."""
+        names: dict[str, list[str]] = {}
+        for each in self.outcomes:
+            if each.outcome == outcome:
+                names.setdefault(each.detail, []).append(each.check)
+        return [("; ".join(checks), detail) for detail, checks in names.items()]
+
     def good(self) -> bool:
         """Whether all checks that apply passed."""
         return not self.reason and not self.count(FAILED)
@@ -78,11 +86,7 @@ def table(results: Results) -> str:
             mark = "ok  " if result.good() else "FAIL"
             name = f"{result.part.name} {result.version}"
             lines.append(f"  {mark}  {name:<46} {result.score()}")
-            lines += [
-                f"        {each.check}: {each.detail}"
-                for each in result.outcomes
-                if each.outcome == FAILED
-            ]
+            lines += [f"        {checks}: {text}" for checks, text in result.details(FAILED)]
     return "\n".join(lines)
 
 
@@ -146,11 +150,10 @@ def _matrix(found: Sequence[PartResult]) -> Iterator[str]:
 
 def _details(results: Results, outcome: str) -> list[str]:
     lines = [
-        f"| {system} | {result.part.name} | {each.check} | {_cell(each.detail)} |"
+        f"| {system} | {result.part.name} | {checks} | {_cell(detail)} |"
         for system, found in results.items()
         for result in found
-        for each in result.outcomes
-        if each.outcome == outcome
+        for checks, detail in result.details(outcome)
     ]
     return ["| server | suite | check | detail |", "|---|---|---|---|", *lines] if lines else []
 

@@ -36,10 +36,10 @@ LLAMACPP = "llamacpp"
 def main(words: Sequence[str] | None = None) -> int:
     """Run what the command line names; returns the exit status."""
     args = _arguments(words)
-    parts = [part for part in PARTS if not args.only or any(n in part.name for n in args.only)]
+    parts = [part for part in PARTS if not args.only or part.name.split()[0] in args.only]
     if not parts:
-        names = ", ".join(part.name for part in PARTS)
-        sys.stderr.write(f"no part has such a name; there are {names}\n")
+        names = ", ".join(dict.fromkeys(part.name.split()[0] for part in PARTS))
+        _log(f"no part has such a name; there are {names}")
         return 2
     folders = _environments(parts)
     results: dict[str, list[PartResult]] = {}
@@ -61,7 +61,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests.clients.run", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="parts whose name has a NAME")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="parts by the first word of their name"
+    )
     parser.add_argument("--peer", choices=[LLAMACPP], help="run the parts against a peer as well")
     parser.add_argument("--url", help="an Offramp that runs already, without /v1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
@@ -102,7 +104,7 @@ def _run(part: Part, folder: Path | NotInstalled, url: str, system: str) -> Part
     """Run one part against the server at ``url``."""
     if isinstance(folder, NotInstalled):
         return PartResult(part, "", [], f"{part.package} is not installed: {folder}")
-    work = FOLDER / "work" / system / part.name.replace(" ", "-").replace(",", "")
+    work = FOLDER / "work" / system / part.name.replace(" ", "-")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     results = work / "results.jsonl"

@@ -68,7 +68,7 @@ PARTS = (
     ),
     Part("compatcanary", JUDGE, "compatcanary_judge.py", "compatcanary.json", "compatcanary", 240),
     Part(
-        "schemathesis, own description",
+        "schemathesis own",
         JUDGE,
         "schemathesis_judge.py",
         "schemathesis.txt",
@@ -78,7 +78,7 @@ PARTS = (
         against_peers=False,
     ),
     Part(
-        "schemathesis, OpenAI's description",
+        "schemathesis openai",
         JUDGE,
         "schemathesis_judge.py",
         "schemathesis.txt",

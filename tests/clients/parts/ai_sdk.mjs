@@ -24,17 +24,29 @@ const forced = {
 };
 const Judgement = z.object({ city: z.enum(["Paris", "Rome"]), certain: z.boolean() });
 
+// A stream reports its fault to a callback, and its results say only that there are none.
+function stream(settings) {
+  let fault = null;
+  const result = streamText({ ...settings, onError: ({ error }) => { fault = error; } });
+  return { result, consume: async () => {
+    let text = "";
+    for await (const part of result.textStream) text += part;
+    if (fault) throw fault;
+    return text;
+  } };
+}
+
 async function streamed(model) {
-  const result = streamText({ ...options, model, prompt: PROMPT, onError: () => {} });
-  let text = "";
-  for await (const part of result.textStream) text += part;
+  const { result, consume } = stream({ ...options, model, prompt: PROMPT });
+  const text = await consume();
   expect(text, "no text");
   expect((await result.usage).outputTokens > 0, "no usage");
   return text;
 }
 
 async function streamedCall(model) {
-  const result = streamText({ ...forced, model, onError: () => {} });
+  const { result, consume } = stream({ ...forced, model });
+  await consume();
   validArguments((await result.toolCalls)[0].input);
 }
 

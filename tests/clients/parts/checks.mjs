@@ -36,7 +36,7 @@ export async function rejects(kind, call) {
   try {
     await call();
   } catch (fault) {
-    expect(kind(fault), `raised ${fault.name}: ${fault.message}`);
+    expect(kind(fault), `raised ${fault.constructor.name}: ${fault.message}`);
     return `${fault.constructor.name}: ${fault.message}`;
   }
   throw new Error("nothing was raised");
@@ -51,7 +51,7 @@ export async function run(checks) {
       detail = (await body()) ?? "";
     } catch (fault) {
       outcome = "failed";
-      detail = `${fault.name}: ${fault.message}`;
+      detail = `${fault.constructor.name}: ${fault.message}`;
     }
     detail = String(detail).split(/\s+/).join(" ").slice(0, 400);
     const line = { check, outcome, detail, seconds: (Date.now() - begun) / 1000 };

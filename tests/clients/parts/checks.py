@@ -101,7 +101,7 @@ def report(name: str, outcome: str, detail: str = "", seconds: float = 0.0) -> N
 def program(
     name: str, *words: str, timeout_s: float | None = None, **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of the client's environment in WORK, with ``environ`` beside the environment."""
+    """Run a command of the client's environment in WORK, with ``environ`` set as well."""
     folders = (TOOLS / "bin", TOOLS / "node_modules" / ".bin")
     path = next(folder / name for folder in folders if (folder / name).exists())
     return subprocess.run(

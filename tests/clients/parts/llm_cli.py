@@ -82,13 +82,12 @@ def json_schema() -> None:
 
 @check("responses")
 def responses() -> None:
-    words = ("-o", "max_output_tokens", "24", "--no-stream")
-    assert llm("-m", "here-responses", *words, PROMPT).stdout.strip()
+    assert llm("-m", "here-responses", *GREEDY, "--no-stream", PROMPT).stdout.strip()
 
 
 @check("responses, streamed")
 def responses_streamed() -> None:
-    assert llm("-m", "here-responses", "-o", "max_output_tokens", "24", PROMPT).stdout.strip()
+    assert llm("-m", "here-responses", *GREEDY, PROMPT).stdout.strip()
 
 
 run()
