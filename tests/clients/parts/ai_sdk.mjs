@@ -66,9 +66,13 @@ await run({
     const answer = await generateText({ ...options, model, prompt: "The capital of France is" });
     expect(answer.text, "no text");
   },
-  error: async () => rejects(
+  "unknown model": async () => rejects(
     (fault) => APICallError.isInstance(fault) && fault.statusCode === 404,
     () => generateText({ ...options, model: here("no-such-model"), prompt: PROMPT }),
+  ),
+  "wrong value": async () => rejects(
+    (fault) => APICallError.isInstance(fault) && fault.statusCode === 400,
+    () => generateText({ ...options, temperature: 9, model: here(MODEL), prompt: PROMPT }),
   ),
   tools: async () => {
     const answer = await generateText({ ...forced, model: here(MODEL) });

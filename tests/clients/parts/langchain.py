@@ -66,8 +66,14 @@ def completion() -> None:
     assert "Paris" in text, text
 
 
-@check("error")
-def error() -> str:
+@check("wrong value")
+def wrong_value() -> str:
+    wrong = model(temperature=9)
+    return raises(openai.BadRequestError, lambda: wrong.invoke(PROMPT))
+
+
+@check("unknown model")
+def unknown_model() -> str:
     wrong = model(model="no-such-model")
     return raises(openai.NotFoundError, lambda: wrong.invoke(PROMPT))
 

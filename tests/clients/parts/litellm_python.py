@@ -86,9 +86,15 @@ def models() -> None:
     assert any(MODEL in name for name in found), found
 
 
-@check("error")
-def error() -> str:
-    wrong = {**CHAT, "model": "openai/no-such-model"}
+@check("wrong value")
+def wrong_value() -> str:
+    wrong = {**CHAT, "max_tokens": MAX_TOKENS, "temperature": 9}
+    return raises(lite.BadRequestError, lambda: lite.completion(**wrong))
+
+
+@check("unknown model")
+def unknown_model() -> str:
+    wrong = {**CHAT, "max_tokens": MAX_TOKENS, "model": "openai/no-such-model"}
     return raises(lite.NotFoundError, lambda: lite.completion(**wrong))
 
 

@@ -55,9 +55,9 @@ def completion() -> None:
     assert "Paris" in done.stdout, done.stdout
 
 
-@check("error")
-def error() -> str:
-    return llm("-m", "here-wrong", "--no-stream", PROMPT, fails=True).stderr.strip()
+@check("unknown model")
+def unknown_model() -> str:
+    return llm("-m", "here-wrong", *GREEDY, "--no-stream", PROMPT, fails=True).stderr.strip()
 
 
 @check("tools offered")

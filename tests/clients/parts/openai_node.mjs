@@ -47,8 +47,14 @@ await run({
     for await (const card of client.models.list()) ids.push(card.id);
     expect(ids.includes(MODEL), `models ${ids}`);
   },
-  error: async () => {
+  "unknown model": async () => {
     await rejects((fault) => fault instanceof NotFoundError, () => client.models.retrieve("none"));
+    return rejects(
+      (fault) => fault instanceof NotFoundError,
+      () => client.chat.completions.create({ ...chat, model: "no-such-model" }),
+    );
+  },
+  "wrong value": async () => {
     const wrong = { ...chat, temperature: 9 };
     return rejects(
       (fault) => fault instanceof BadRequestError && fault.param === "temperature",

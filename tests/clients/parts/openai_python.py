@@ -79,9 +79,15 @@ def models() -> None:
     assert client.models.retrieve(MODEL).id == MODEL
 
 
-@check("error")
-def error() -> str:
+@check("unknown model")
+def unknown_model() -> str:
     raises(openai.NotFoundError, lambda: client.models.retrieve("no-such-model"))
+    wrong = {**CHAT, "model": "no-such-model"}
+    return raises(openai.NotFoundError, lambda: client.chat.completions.create(**wrong))
+
+
+@check("wrong value")
+def wrong_value() -> str:
     wrong = {**CHAT, "temperature": 9}
     return raises(openai.BadRequestError, lambda: client.chat.completions.create(**wrong))
 
