@@ -24,6 +24,8 @@ def main() -> None:
     params.port = 0
     params.n_parallel = 4
     params.n_ctx = 4 * 8192
+    # It would go on for ever where a request has no limit and the model no end.
+    params.n_predict = 2048
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.use_jinja = True
     params.fit_params = False

@@ -18,7 +18,19 @@ DOES_NOT_APPLY = {
 
 def main() -> None:
     """Report each of its tests."""
-    words = ("--format", FORMAT, "-u", BASE_URL, "-k", "none", "-m", MODEL, "--json")
+    words = (
+        "--format",
+        FORMAT,
+        "-u",
+        BASE_URL,
+        "-k",
+        "none",
+        "-m",
+        MODEL,
+        "--json",
+        "--timeout",
+        "30",
+    )
     done = program("llm-comply", *words)
     for test in json.loads(done.stdout)["results"]:
         name, status = test["id"], test["status"]

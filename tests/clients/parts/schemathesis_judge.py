@@ -47,8 +47,11 @@ NAMES = {
 }
 
 
-def vendor_document(target: Path) -> None:
-    """Write the vendor's document with the routes that this server has."""
+def vendor_document(target: Path) -> bool:
+    """Write the vendor's document with the routes that this server has; returns if there are any.
+
+    One that is missing has failed.
+    """
     text = load_spec_path(SPEC, "official").read_text(encoding="utf-8")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     document: Any = yaml.load(text, Loader=loader)
@@ -57,12 +60,13 @@ def vendor_document(target: Path) -> None:
         if exists(path, method):
             paths[path] = {method: document["paths"][path][method]}
         else:
-            report(f"route {path}", "skipped", "the server has no such route")
+            report(f"route {path}", "failed", "the server has no such route")
     document["paths"] = paths
     # OpenAI's document has no streams of completions, Anthropic's none at all.
     for path in {"/completions", "/v1/messages"} & set(paths):
         paths[path]["post"]["responses"]["200"]["content"]["text/event-stream"] = {}
     target.write_text(json.dumps(document, default=str), encoding="utf-8")
+    return bool(paths)
 
 
 def exists(path: str, method: str) -> bool:
@@ -82,7 +86,8 @@ def main() -> None:
     location = WORK / "description.json"
     if SPEC in ROUTES:
         checks, mode, cases = ANSWERS, "positive", "300"
-        vendor_document(location)
+        if not vendor_document(location):
+            return
     else:
         checks, mode, cases = OURS, "all", "100"
         with urlopen(f"{ORIGIN}/openapi.json", timeout=30) as reply:
