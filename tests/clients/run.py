@@ -92,7 +92,7 @@ def _server(system: str, url: str | None) -> Iterator[str]:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     module, *words = (
-        (*SERVE_OFFRAMP, MODEL, "--port", "0")
+        (*SERVE_OFFRAMP, MODEL, "--port", "0", "--require-model")
         if system == OFFRAMP
         else ("tests.clients.llamacpp", str(gguf(MODEL)), MODEL)
     )

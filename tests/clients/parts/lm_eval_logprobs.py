@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: a small task through `local-completions` and the remote tokenizer.
+"""lm-evaluation-harness: a small task through `local-completions`, with the remote tokenizer.
 
 The log-likelihoods are compared with those of transformers, computed in fp32.
 """
@@ -33,15 +33,19 @@ TASK = {
     "target_delimiter": "",
     "metric_list": [{"metric": "acc"}],
 }
-found: dict[tuple[str, str], float] = {}
+COMPLETIONS = f"{BASE_URL}/completions"
+
+
+def remote() -> bool:
+    """Whether the server has what the remote tokenizer asks for."""
+    from lm_eval.utils import check_remote_tokenizer_support  # noqa: PLC0415 (slow to import)
+
+    return bool(check_remote_tokenizer_support(COMPLETIONS, max_retries=1))
 
 
 @check("remote tokenizer")
 def remote_tokenizer() -> None:
-    from lm_eval.utils import check_remote_tokenizer_support  # noqa: PLC0415 (slow to import)
-
-    url = f"{BASE_URL}/completions"
-    assert check_remote_tokenizer_support(url), "GET /tokenizer_info or POST /tokenize is missing"
+    assert remote(), "GET /tokenizer_info or POST /tokenize is missing"
 
 
 @check("log-likelihoods")
@@ -56,8 +60,9 @@ def loglikelihoods() -> str:
         model="local-completions",
         model_args={
             "model": MODEL,
-            "base_url": f"{BASE_URL}/completions",
-            "tokenizer_backend": "remote",
+            "base_url": COMPLETIONS,
+            "tokenizer_backend": "remote" if remote() else "huggingface",
+            "tokenizer": str(MODEL_FOLDER),
             "max_length": 2048,
             "max_retries": 1,
         },
@@ -66,6 +71,7 @@ def loglikelihoods() -> str:
         log_samples=True,
         bootstrap_iters=0,
     )
+    found = {}
     for sample in results["samples"][TASK["task"]]:
         text, choices = sample["doc"]["text"], sample["doc"]["choices"]
         for choice, (value, _) in zip(choices, sample["filtered_resps"], strict=True):
