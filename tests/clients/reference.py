@@ -1,6 +1,7 @@
 """Log-likelihoods by transformers in fp32: ``python -m tests.clients.reference FOLDER``.
 
-Reads a JSON list of [context, continuation] and writes the list of their log-likelihoods.
+Reads a JSON list of [context, continuation] and writes the list of their log-likelihoods, each with
+its number of tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def main() -> None:
         with torch.inference_mode():
             logits = model(torch.tensor([ids])).logits[0, before - 1 : -1]
         chosen = torch.tensor(ids[before:])[:, None]
-        values.append(float(logits.log_softmax(-1).gather(1, chosen).sum()))
+        value = float(logits.log_softmax(-1).gather(1, chosen).sum())
+        values.append([value, len(chosen)])
     sys.stdout.write(json.dumps(values) + "\n")
 
 

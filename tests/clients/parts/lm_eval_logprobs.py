@@ -13,6 +13,7 @@ import yaml
 
 from tests.clients.parts.checks import BASE_URL, MODEL, MODEL_FOLDER, PYTHON, WORK, check, run
 
+# Of each token: differences add up over an answer.
 TOLERANCE = 1e-3
 DOCUMENTS = [
     ("The capital of France is", [" Paris", " London", " Berlin"]),
@@ -77,15 +78,15 @@ def loglikelihoods() -> str:
         for choice, (value, _) in zip(choices, sample["filtered_resps"], strict=True):
             found[text, choice] = float(value)
     expected = reference()
-    gap = max(abs(value - expected[pair]) for pair, value in found.items())
+    gap = max(abs(value - expected[pair][0]) / expected[pair][1] for pair, value in found.items())
     assert len(found) == sum(len(choices) for _, choices in DOCUMENTS)
-    assert gap < TOLERANCE, f"differs from transformers by up to {gap:.2g}"
+    assert gap < TOLERANCE, f"differs from transformers by up to {gap:.2g} a token"
     score = results["results"][TASK["task"]]["acc,none"]
-    return f"largest difference from transformers {gap:.2g}, accuracy {score:.2f}"
+    return f"largest difference from transformers {gap:.2g} a token, accuracy {score:.2f}"
 
 
-def reference() -> dict[tuple[str, str], float]:
-    """Log-likelihoods from transformers in an environment that has it."""
+def reference() -> dict[tuple[str, str], tuple[float, int]]:
+    """Log-likelihoods and tokens from transformers, in an environment that has it."""
     pairs = [[text, choice] for text, choices in DOCUMENTS for choice in choices]
     done = subprocess.run(
         [PYTHON, "-m", "tests.clients.reference", str(MODEL_FOLDER)],
@@ -96,7 +97,7 @@ def reference() -> dict[tuple[str, str], float]:
         check=True,
     )
     values = json.loads(done.stdout.splitlines()[-1])
-    return {(text, choice): value for (text, choice), value in zip(pairs, values, strict=True)}
+    return {(pair[0], pair[1]): tuple(value) for pair, value in zip(pairs, values, strict=True)}
 
 
 run()

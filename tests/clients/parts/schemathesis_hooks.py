@@ -22,7 +22,7 @@ def map_body(context: Any, body: Any) -> Any:
         return body
     body = dict(body)
     path = context.operation.path
-    if isinstance(body.get("model"), str) and os.environ["NAME_MODEL"] == "1":
+    if body.get("model") is None or isinstance(body["model"], str):
         body["model"] = MODEL
     for name, limit in LIMITS.items():
         if isinstance(body.get(name), int | float) and body[name] > limit:
