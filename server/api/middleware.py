@@ -63,7 +63,7 @@ class RequestId:
                 raise
             fault = ServerError(_PANIC)
             fault.__cause__ = error
-            refusal = error_response(scope, as_wire_error(fault))
+            refusal = error_response(as_wire_error(fault), scope)
             if not started:
                 await refusal(scope, receive, named_send)
 
