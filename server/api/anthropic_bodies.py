@@ -10,7 +10,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from offramp.server.api.adapted import AdaptedBody, Message, Names, joined, of_type
-from offramp.server.api.fields import MAX_STOP_LENGTH, Count, RequestModel, Text
+from offramp.server.api.fields import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_STOP_LENGTH,
+    Count,
+    RequestModel,
+    Text,
+)
 from offramp.server.api.schemas import ChatBody
 from offramp.server.api.tool_bodies import MAX_TOOLS, Name
 from offramp.server.errors import InvalidRequest
@@ -53,7 +60,9 @@ class _TextBlock(RequestModel):
 
 
 _Texts = Annotated[
-    list[_TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[_TextBlock])
+    list[_TextBlock],
+    Field(max_length=MAX_PARTS, fail_fast=True),
+    BeforeValidator(_as_blocks, json_schema_input_type=str | list[_TextBlock]),
 ]
 
 
@@ -104,7 +113,9 @@ class _Block(RequestModel):
 class _Message(RequestModel):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        list[_Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[_Block])
+        list[_Block],
+        Field(max_length=MAX_PARTS, fail_fast=True),
+        BeforeValidator(_as_blocks, json_schema_input_type=str | list[_Block]),
     ]
 
     @model_validator(mode="after")
@@ -165,8 +176,8 @@ def _own_tools(value: Any) -> Any:
 
 _Tools = Annotated[
     list[CustomTool],
+    Field(max_length=MAX_TOOLS, fail_fast=True),
     BeforeValidator(_own_tools, json_schema_input_type=list[CustomTool | dict[str, Any]]),
-    Field(max_length=MAX_TOOLS),
 ]
 
 
@@ -214,7 +225,7 @@ class OutputConfig(RequestModel):
 class CountBody(AdaptedBody):
     """Body of POST /v1/messages/count_tokens: what a prompt is made of."""
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     system: _Texts = Field(default_factory=list)
     tools: _Tools = Field(default_factory=list)
     tool_choice: AnthropicChoice | None = None

@@ -16,7 +16,15 @@ from offramp.server.api.adapted import (
     joined,
     of_type,
 )
-from offramp.server.api.fields import UNSUPPORTED, Count, RequestModel, StopStrings, Text
+from offramp.server.api.fields import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    UNSUPPORTED,
+    Count,
+    RequestModel,
+    StopStrings,
+    Text,
+)
 from offramp.server.api.schemas import MAX_LOGPROBS, ChatBody
 from offramp.server.api.tool_bodies import MAX_TOOLS, Name
 from offramp.server.errors import InvalidRequest
@@ -75,7 +83,9 @@ def _as_parts(content: Any) -> Any:
 
 
 _Parts = Annotated[
-    list[_Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[_Part])
+    list[_Part],
+    Field(max_length=MAX_PARTS, fail_fast=True),
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[_Part]),
 ]
 
 
@@ -167,8 +177,8 @@ def _as_items(value: Any) -> Any:
 
 _Items = Annotated[
     list[_Item],
+    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
     BeforeValidator(_as_items, json_schema_input_type=str | list[_Item]),
-    Field(min_length=1),
 ]
 
 
@@ -202,8 +212,8 @@ def _own_tools(value: Any) -> Any:
 
 _Tools = Annotated[
     list[FunctionTool],
+    Field(max_length=MAX_TOOLS, fail_fast=True),
     BeforeValidator(_own_tools, json_schema_input_type=list[FunctionTool | dict[str, Any]]),
-    Field(max_length=MAX_TOOLS),
 ]
 
 
@@ -327,7 +337,7 @@ class ResponseBody(AdaptedBody):
     temperature: float = Field(default=1.0, ge=0, le=2)
     stop: StopStrings = Field(default_factory=list)
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
-    include: list[Text] = Field(default_factory=list)
+    include: list[Text] = Field(default_factory=list, max_length=MAX_TOOLS)
     stream_options: ResponseStreamOptions | None = None
     tools: _Tools = Field(default_factory=list)
     tool_choice: _OneChoice | None = None
