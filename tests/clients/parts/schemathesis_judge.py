@@ -125,6 +125,8 @@ def main() -> None:
     found = json.loads(target.read_text(encoding="utf-8"))
     failures = {item["type"]: item for item in found["failures"] if item["code"] != ACCEPTANCE}
     for kind, name in NAMES.items():
+        if kind == "UndefinedStatusCode" and SPEC in ROUTES:
+            continue
         item = failures.pop(kind, None)
         report(name, "failed" if item else "passed", described(item))
     for kind, item in failures.items():
