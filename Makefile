@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := server models kernels offramp tests
 
-.PHONY: install serve test sanitize lint type docs bench clean
+.PHONY: install serve test test-clients sanitize lint type docs bench clean
 
 install: $(STAMP)
 
@@ -25,6 +25,13 @@ test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/offramp pull smollm2-135m
 	$(BIN)/python -m pytest $(ARGS)
+
+# Client libraries and judges against a live server, each in an environment of its own that is kept in
+# .venv-clients. Writes docs/conformance.md; ARGS='--peer llamacpp' puts llama.cpp's server beside it.
+test-clients: export OMP_NUM_THREADS ?= 1
+test-clients: install
+	$(BIN)/offramp pull smollm2-135m
+	$(BIN)/python -m tests.clients.run $(ARGS)
 
 # The C kernels' tests with the address and undefined-behaviour sanitizers of GCC, built for MARCH.
 MARCH ?= native
@@ -51,5 +58,5 @@ bench: install
 	$(BIN)/offramp bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(filter-out offramp,$(SOURCES)) -name __pycache__ -type d -exec rm -rf {} +

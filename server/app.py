@@ -9,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from offramp import __version__
 from offramp.server.api import (
+    anthropic,
     chat,
     completions,
     decisions,
@@ -16,6 +17,7 @@ from offramp.server.api import (
     models,
     openapi,
     ops,
+    responses,
     tokenize,
     tokenizer_info,
     wire,
@@ -26,12 +28,14 @@ from offramp.server.errors import Unauthorized
 
 # With what their routes answer beside what FastAPI finds out by itself.
 _ROUTERS: tuple[tuple[APIRouter, dict[int | str, dict[str, Any]]], ...] = (
+    (anthropic.router, openapi.errors(openapi.RUNS_THE_MODEL, openapi.AnthropicError)),
     (chat.router, openapi.errors(openapi.RUNS_THE_MODEL) | openapi.STREAMED),
     (completions.router, openapi.errors(openapi.RUNS_THE_MODEL) | openapi.STREAMED),
     (decisions.router, openapi.errors(openapi.RUNS_THE_MODEL)),
     (embeddings.router, openapi.errors(openapi.RUNS_THE_MODEL)),
     (models.router, openapi.errors(openapi.READS)),
     (ops.router, {}),
+    (responses.router, openapi.errors(openapi.RUNS_THE_MODEL)),
     (tokenize.router, openapi.errors(openapi.TAKES_A_BODY)),
     (tokenizer_info.router, openapi.errors(openapi.READS)),
 )
@@ -44,10 +48,11 @@ def create_app(context: Context) -> FastAPI:
     """
     app = openapi.DescribedApp(title="Offramp", version=__version__, redirect_slashes=False)
     app.state.context = context
-    for router, responses in _ROUTERS:
+    for router, answers in _ROUTERS:
         needs_key = context.keys and router is not ops.router
-        refused = openapi.errors([Unauthorized]) if needs_key else {}
-        app.include_router(router, responses=responses | refused)
+        form = openapi.AnthropicError if router is anthropic.router else openapi.ErrorEnvelope
+        refused = openapi.errors([Unauthorized], form) if needs_key else {}
+        app.include_router(router, responses=answers | refused)
     wire.register(app)
     # The one added last sees a request first.
     app.add_middleware(InFlight, context=context)

@@ -75,6 +75,15 @@ class EngineConfig(_Options):
     max_num_seqs: int = _option("Scheduling", 64, "Sequences in the engine at once.", ge=1)
     max_num_batched_tokens: int = _option("Scheduling", 512, "Token rows in one step.", ge=1)
     threads: int = _option("Scheduling", 0, "CPU threads of the engine; 0 takes all cores.", ge=0)
+    step_timeout: float = _option(
+        "Scheduling",
+        300.0,
+        "Seconds a step of the engine may take; one that takes longer hangs, and the server ends.",
+        gt=0,
+    )
+    engine_restarts: int = _option(
+        "Scheduling", 3, "Times that an engine which fails is built anew.", ge=0
+    )
     kv_cache_dtype: Literal["auto", "float32", "float16"] = _option(
         "Cache",
         "auto",
@@ -170,6 +179,12 @@ class ServerConfig(_Options):
         "HTTP",
         None,
         "File of more keys, one a line, # begins a comment; read again when it changes.",
+    )
+    ssl_certfile: str | None = _option(
+        "HTTP", None, "Certificate (PEM, with its chain) to serve HTTPS with."
+    )
+    ssl_keyfile: str | None = _option(
+        "HTTP", None, "Private key of the certificate (PEM), if that is not in the same file."
     )
     served_model_name: tuple[str, ...] = _option(
         "HTTP", (), "Names clients may use; the first is reported. The model's own if unset."

@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,9 @@ from offramp.server.text.tokenizer import Tokenizer
 logger = logging.getLogger("offramp.server")
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+# How often the engine is looked at, and how long its last step may take when the server stops.
+_WATCH_S: Final = 0.5
+_STEP_PATIENCE_S: Final = 10.0
 # For writing the last frames once the engine is done.
 _FLUSH_S: Final = 5
 # Longer than clients and load balancers keep idle connections (5 and 60 s), so that they close
@@ -56,6 +60,9 @@ def run(config: ServerConfig) -> int:
     """Serve until a signal; returns the exit status."""
     logs.setup(config.uvicorn_log_level)
     _raise_file_limit()
+    fault = _tls_fault(config)
+    if fault is not None:
+        return _refused(fault)
     try:
         listener = bind(config.host, config.port)
     except OSError as error:
@@ -102,11 +109,15 @@ class Service:
         self._folder = Path()
         self._metrics = Metrics(config.model_names((config.engine.model,))[0])
         self._driver = EngineDriver(
-            self._build, self._observe, max_waiting=config.max_num_queued_reqs
+            self._build,
+            self._observe,
+            max_waiting=config.max_num_queued_reqs,
+            restarts=config.engine.engine_restarts,
         )
         self._context = Context(self._driver, config, self._metrics)
         self._stop_task: asyncio.Task[None] | None = None
         self._status = 0
+        self._announced = False
         self.server = _Server(
             uvicorn.Config(
                 create_app(self._context),
@@ -115,6 +126,8 @@ class Service:
                 log_level=config.uvicorn_log_level,
                 access_log=False,
                 http=BoundedHttpProtocol,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_FLUSH_S,
             )
@@ -132,10 +145,12 @@ class Service:
             asyncio.create_task(self._context.keys.watch()),
             asyncio.create_task(self._load()),
             asyncio.create_task(self._stats.run(self._config.log_stats_interval)),
+            asyncio.create_task(self._watch()),
         )
         await self.server.serve(sockets=[self._listener])
-        if self._driver.state is EngineState.LOADING:
-            # Neither a download nor a model that loads can be interrupted, only left behind.
+        if self._driver.state is EngineState.LOADING or self._driver.stuck_for:
+            # Neither a download nor a model that loads can be interrupted, only left behind, nor
+            # can a step that hangs.
             _exit_now(self._status)
         for task in tasks:
             task.cancel()
@@ -194,6 +209,9 @@ class Service:
         except (ModelError, EngineConfigError) as error:
             raise EngineConfigError(str(error)) from error
         except Exception as error:
+            if self._driver.state is not EngineState.LOADING:
+                # Of an engine that worked before, which may work again.
+                raise
             # Memory that is not there has many classes; where it was wanted is for the log.
             name = type(error).__name__
             hint = "OFFRAMP_LOG_LEVEL=DEBUG says where"
@@ -206,6 +224,20 @@ class Service:
     def _observe(self, output: EngineOutput) -> None:
         self._metrics.observe(output)
         self._stats.observe(output)
+
+    async def _watch(self) -> None:
+        """End the server when its engine is gone for good: whoever started it starts another."""
+        timeout = self._config.engine.step_timeout
+        while not self._driver.failed.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._driver.failed.wait(), _WATCH_S)
+            if self._driver.stuck_for > timeout:
+                logger.error("a step of the engine has not ended after %.0f s", timeout)
+                self._driver.give_up("a step did not end")
+        if self._announced:
+            logger.error("the engine is gone: %s", self._driver.failure)
+        self._status = 1
+        self.server.should_exit = True
 
     def _give_up(self, reason: str) -> None:
         told = " ".join(reason.split())
@@ -224,10 +256,12 @@ class Service:
             *(tokens, info.max_model_len, tokens / info.max_model_len),
         )
         logger.info("ready on %s", self._address())
+        self._announced = True
 
     def _address(self) -> str:
         host, port = self._listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self._config.ssl_certfile else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def _on_signal(self, number: int) -> None:
         if self._stop_task is not None:
@@ -242,7 +276,8 @@ class Service:
             logger.info("stopping: %d running requests have %.0f s to end", count, grace)
             if not await self._driver.drain(grace):
                 logger.warning("%d requests did not end in time", self._driver.num_requests)
-            await self._driver.stop()
+            if not await self._driver.stop(_STEP_PATIENCE_S):
+                logger.warning("the engine's last step did not end")
         self.server.should_exit = True
 
 
@@ -276,6 +311,19 @@ def _raise_file_limit() -> None:
         # Some systems name a hard limit they do not grant; the soft one then stays.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _tls_fault(config: ServerConfig) -> str | None:
+    """Why HTTPS cannot be served as configured; None if it can, or is not wished."""
+    certificate, key = config.ssl_certfile, config.ssl_keyfile
+    if certificate is None:
+        return "--ssl-keyfile needs --ssl-certfile" if key is not None else None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except OSError as error:
+        reason = error.strerror or error
+        return f"cannot use --ssl-certfile {certificate} with its key: {reason}"
+    return None
 
 
 def _bind_message(config: ServerConfig, error: OSError) -> str:

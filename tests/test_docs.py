@@ -18,7 +18,9 @@ PAGES |= {
     ROOT / name: (ROOT / name).read_text(encoding="utf-8")
     for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 }
-TEXT = "\n".join(PAGES.values())
+# A page that quotes what other programs said.
+QUOTES = ROOT / "docs" / "conformance.md"
+TEXT = "\n".join(text for path, text in PAGES.items() if path != QUOTES)
 # Flags of other programs.
 NOT_OURS = {"--help", "--cuda-graph-trace", "--graph-profiling", "--decision-bench-only"}
 

@@ -105,6 +105,11 @@ class Choice:
         """What finds thoughts and calls in the answer; None where there can be none."""
         return self._settings.parser
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._settings.stop.matched
+
     def feed(self, event: TokenEvent) -> Delta | None:
         """Take an event; None when there is nothing to show yet.
 

@@ -12,11 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.server.api.context import Context
-from offramp.server.api.wire import REQUEST_ID_HEADER, error_response
-from offramp.server.errors import RequestTooLarge, Unauthorized
+from offramp.server.api.wire import REQUEST_ID_HEADER, as_wire_error, error_response
+from offramp.server.errors import RequestTooLarge, ServerError, Unauthorized
 
 # Probes and scrapers carry no key.
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/version", "/metrics", "/load"})
+_PANIC: Final = "The server had an error while processing the request."
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 # So much of a body over the limit is still read, and dropped: a client cut off while it sends sees
 # a broken connection instead of the answer.
@@ -44,12 +45,27 @@ class RequestId:
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
+        started = False
+
         async def named_send(message: Message) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        await self._app(scope, receive, named_send)
+        try:
+            await self._app(scope, receive, named_send)
+        except BaseException as error:
+            # Libraries in Rust raise their panics as exceptions that no handler of the framework
+            # takes for errors.
+            if type(error).__name__ != "PanicException":
+                raise
+            fault = ServerError(_PANIC)
+            fault.__cause__ = error
+            refusal = error_response(as_wire_error(fault), scope)
+            if not started:
+                await refusal(scope, receive, named_send)
 
 
 class HeadAsGet:
@@ -98,16 +114,22 @@ class ApiKey:
             await self._app(scope, receive, send)
             return
         error = Unauthorized(
-            "Send a valid key as 'Authorization: Bearer KEY'.",
+            "Send a valid key as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope)(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
-        scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        sent = headers.getlist("x-api-key")
+        if scheme.lower() == "bearer":
+            sent.append(bearer.strip())
         # All keys are compared, each in constant time, so timing tells nothing.
-        matches = [hmac.compare_digest(sent.strip().encode("latin-1"), key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        matches = [
+            hmac.compare_digest(each.encode("latin-1"), key) for each in sent for key in self._keys
+        ]
+        return any(matches)
 
 
 class BodyLimit:
@@ -125,7 +147,7 @@ class BodyLimit:
         try:
             body = await self._read(scope, receive)
         except RequestTooLarge as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         if body is not None:
             await self._app(scope, _replay(body, receive), send)

@@ -1,6 +1,6 @@
 """GET /v1/models and /v1/models/{id}."""
 
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter
 
@@ -10,11 +10,23 @@ from offramp.server.errors import ModelNotFound
 
 router = APIRouter(tags=["Models"])
 
+# Codex takes its prompt from here where its user names no other; its own is longer than the context
+# of a small model.
+_CODEX_PROMPT: Final = (
+    "You are a coding agent. Use the tools you are given to read, run and change files, one step "
+    "at a time, until the task is done. Then say briefly what you did."
+)
+
 
 @router.get("/v1/models")
 async def list_models(context: Shared) -> dict[str, Any]:
-    """The served model under each of its names."""
-    return {"object": "list", "data": [_card(context, name) for name in context.model_names]}
+    """The served model under each of its names, once more as Codex reads it."""
+    names = context.model_names
+    return {
+        "object": "list",
+        "data": [_card(context, name) for name in names],
+        "models": [_codex(context, name, place) for place, name in enumerate(names)],
+    }
 
 
 @router.get("/v1/models/{model_id:path}", responses=errors([ModelNotFound]))
@@ -40,4 +52,28 @@ def _card(context: Context, name: str) -> dict[str, Any]:
             name: {"question": task.wording, "answers": list(task.labels)}
             for name, task in info.decision_tasks.items()
         },
+    }
+
+
+def _codex(context: Context, name: str, priority: int) -> dict[str, Any]:
+    """What Codex must be told of a model (its ModelInfo); it reads a list with less not at all."""
+    context_window = context.driver.info.max_model_len
+    return {
+        "slug": name,
+        "id": name,
+        "display_name": name,
+        "priority": priority,
+        "visibility": "list",
+        "supported_in_api": True,
+        "base_instructions": _CODEX_PROMPT,
+        "shell_type": "shell_command",
+        "experimental_supported_tools": [],
+        "input_modalities": ["text"],
+        "context_window": context_window,
+        # Longer outputs of tools are cut, so that several fit.
+        "truncation_policy": {"mode": "tokens", "limit": context_window // 4},
+        "supported_reasoning_levels": [],
+        "supports_reasoning_summaries": False,
+        "support_verbosity": False,
+        "supports_parallel_tool_calls": True,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -36,6 +36,21 @@ class ErrorEnvelope(BaseModel):
     error: ErrorDetail
 
 
+class AnthropicDetail(BaseModel):
+    """What went wrong; the message names the field at fault."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(BaseModel):
+    """Anthropic's form of an error."""
+
+    type: Literal["error"]
+    error: AnthropicDetail
+    request_id: str
+
+
 _MEANINGS: Final[dict[type[OfframpError], str]] = {
     InvalidRequest: "A field is missing, wrong or not supported, or the context is too short.",
     Unauthorized: "No key, or the wrong one.",
@@ -52,9 +67,11 @@ RUNS_THE_MODEL: Final = (*TAKES_A_BODY, QueueFull)
 STREAMED: Final[dict[int | str, dict[str, Any]]] = {200: {"content": {wire.MEDIA_TYPE: {}}}}
 
 
-def errors(kinds: Iterable[type[OfframpError]]) -> dict[int | str, dict[str, Any]]:
+def errors(
+    kinds: Iterable[type[OfframpError]], form: type[BaseModel] = ErrorEnvelope
+) -> dict[int | str, dict[str, Any]]:
     """Responses of a route that may end in these errors, as FastAPI takes them."""
-    return {kind.status: {"model": ErrorEnvelope, "description": _MEANINGS[kind]} for kind in kinds}
+    return {kind.status: {"model": form, "description": _MEANINGS[kind]} for kind in kinds}
 
 
 class DescribedApp(FastAPI):

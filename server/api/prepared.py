@@ -131,8 +131,11 @@ def render(context: Context, body: ChatBody, use: ToolUse) -> tuple[Prompt, str]
             options["tools"] = [tool.for_template() for tool in use.tools]
     else:
         messages = with_instructions(messages, use.tools)
-    tokenizer.refuse_hopeless(messages, context.driver.info.max_model_len, "messages")
+    most = context.driver.info.max_model_len
+    tokenizer.refuse_hopeless(messages, most, "messages")
     rendered = tokenizer.render_chat(messages, options)
+    # A template may write more than it was given.
+    tokenizer.refuse_hopeless([{"content": rendered}], most, "messages")
     return tokenizer.encode_rendered([rendered])[0], rendered
 
 

@@ -108,44 +108,51 @@ def mode_alone(value: Any) -> Any:
     return {"mode": value} if isinstance(value, str) else value
 
 
-class GenerationBody(RequestModel):
-    """Fields the chat and the completions route share; ranges are OpenAI's."""
+class SamplingBody(RequestModel):
+    """Fields that all routes which generate have under the same names; ranges are OpenAI's."""
 
     model_config = ConfigDict(extra="allow")
-    # Length of an answer when the client names none; None is what the context leaves.
-    default_tokens: ClassVar[int | None] = None
-    # Known parameters that mean nothing on this route.
-    not_used: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     model: Text | None = None
-    max_tokens: Count | None = None
-    temperature: float = Field(default=1.0, ge=0, le=2)
+    stream: bool = False
     top_p: float = Field(default=1.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    stop: StopStrings = Field(default_factory=list)
     seed: int | None = Field(default=None, ge=INT64_MIN, le=INT64_MAX)
     logit_bias: LogitBias = Field(default_factory=dict)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     top_k: int = Field(default=0, ge=-1, le=INT64_MAX)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, ge=MIN_REPETITION_PENALTY, le=100)
     min_tokens: int = Field(default=0, ge=0, le=INT64_MAX)
     ignore_eos: bool = False
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
-    return_token_ids: bool = False
-    return_exit_layers: bool = False
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     allowed_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_ALLOWED_TOKENS)
     bad_words: list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] = Field(
         default_factory=list, max_length=MAX_BAD_WORDS
     )
     priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_salt: Text = Field(default="", max_length=MAX_SALT)
+    early_exit: Annotated[EarlyExit, BeforeValidator(mode_alone)] = Field(default_factory=EarlyExit)
+
+
+class GenerationBody(SamplingBody):
+    """Fields the chat and the completions route share."""
+
+    # Length of an answer when the client names none; None is what the context leaves.
+    default_tokens: ClassVar[int | None] = None
+    # Known parameters that mean nothing on this route.
+    not_used: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    max_tokens: Count | None = None
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stop: StopStrings = Field(default_factory=list)
+    stream_options: StreamOptions | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    return_token_ids: bool = False
+    return_exit_layers: bool = False
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | Text | None = None
@@ -154,7 +161,6 @@ class GenerationBody(RequestModel):
     guided_grammar: Text | None = None
     json_schema: dict[str, Any] | None = None
     grammar: Text | None = None
-    early_exit: Annotated[EarlyExit, BeforeValidator(mode_alone)] = Field(default_factory=EarlyExit)
 
     @model_validator(mode="before")
     @classmethod

@@ -12,8 +12,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from offramp.server.errors import (
+    ContextLengthExceeded,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -35,6 +37,11 @@ def data(payload: Mapping[str, Any]) -> bytes:
     return b"data: " + text.encode("ascii") + b"\n\n"
 
 
+def event(payload: Mapping[str, Any]) -> bytes:
+    """One event that is named by its payload's ``type``."""
+    return f"event: {payload['type']}\n".encode("ascii") + data(payload)
+
+
 def failure(error: OfframpError) -> bytes:
     """The end of a stream that went wrong after it began."""
     return data(error.body()) + DONE
@@ -45,7 +52,9 @@ _MAX_MESSAGE: Final = 300
 # Steps pydantic adds to a location that are no fields of the body.
 _NOT_FIELDS: Final = frozenset({"body", "texts", "token_ids", "word", "named"})
 # Further ones, behind the index of a list's item: which form of a union was tried.
-_FORMS: Final = frozenset({"predicate", "choice", "score", "message", "call", "output"})
+_FORMS: Final = frozenset(
+    {"predicate", "choice", "score", "message", "call", "output", "reasoning"}
+)
 _CODES: Final[Mapping[str, str]] = {
     "missing": "missing_required_parameter",
     "json_invalid": "invalid_json",
@@ -138,11 +147,44 @@ def as_wire_error(error: Exception) -> OfframpError:
     return ServerError("The server had an error while processing the request.")
 
 
-def error_response(error: OfframpError, headers: Mapping[str, str] | None = None) -> Response:
-    """The envelope with the error's status."""
+# Routes of Anthropic's API; everything else is OpenAI's.
+_ANTHROPIC: Final = "/v1/messages"
+_ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(error: OfframpError, request_id: str) -> dict[str, Any]:
+    """Anthropic's error object; it has no place for the field at fault but its message."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
+    message, param = error.message, error.param
+    if isinstance(error, ContextLengthExceeded):
+        # Anthropic's words, by which its clients know that they must shorten the conversation.
+        message = f"prompt is too long: {message}"
+    elif param is not None and not message.startswith(param) and f"'{param}'" not in message:
+        message = f"{param}: {message}"
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": message},
+        "request_id": request_id,
+    }
+
+
+def error_response(
+    error: OfframpError, scope: Scope, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The envelope of the API that ``scope``'s path belongs to, with the error's status."""
+    body: Mapping[str, Any] = error.body()
+    path = scope["path"]
+    if path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/"):
+        body = anthropic_error(error, scope.get("state", {}).get("request_id", ""))
     # ASCII escapes carry what UTF-8 cannot.
     return Response(
-        json.dumps(error.body()),
+        json.dumps(body),
         status_code=error.status,
         headers={**error.headers, **(headers or {})},
         media_type="application/json",
@@ -163,8 +205,8 @@ def register(app: FastAPI) -> None:
 
 
 def _handler(translate: Callable[[Exception], OfframpError]) -> Any:
-    async def handle(_: Request, error: Exception) -> Response:
-        return error_response(translate(error))
+    async def handle(request: Request, error: Exception) -> Response:
+        return error_response(translate(error), request.scope)
 
     return handle
 
@@ -177,7 +219,8 @@ async def _unexpected(request: Request, _error: Exception) -> Response:
     # This runs outside the middleware that names requests. The server logs the traceback.
     request_id = getattr(request.state, "request_id", "")
     message = f"The server had an error while processing the request ({request_id})."
-    return error_response(ServerError(message), {REQUEST_ID_HEADER: request_id})
+    headers = {REQUEST_ID_HEADER: request_id}
+    return error_response(ServerError(message), request.scope, headers)
 
 
 def _from_validation(error: Exception) -> OfframpError:

@@ -1,5 +1,7 @@
 """The thread that owns the engine, and the only way to reach it from the event loop.
 
+An engine that fails is built anew, a few times; one that hangs cannot be ended and is given up.
+
 Public methods are called on the event loop. They never touch sequences, queues or blocks: requests
 and aborts go into an inbox the engine thread empties between steps, and each step's output comes
 back with one `call_soon_threadsafe`.
@@ -8,6 +10,7 @@ back with one `call_soon_threadsafe`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -24,12 +27,18 @@ from offramp.server.engine.request import (
     FinishReason,
     GenerationRequest,
     RequestStats,
+    StepStats,
     TokenEvent,
 )
 from offramp.server.errors import EngineFailed, EngineLoading, QueueFull, ShuttingDown
 
 logger = logging.getLogger("offramp.engine")
 
+# Seconds before an engine that failed is built anew, the first time and at most; the wait doubles.
+_FIRST_WAIT_S = 0.5
+_LONGEST_WAIT_S = 30.0
+# An engine that ran so long before it failed has its restarts again.
+_GOOD_AGAIN_S = 3600.0
 # Steps whose output may wait to be delivered together; bounds how old a gauge can get.
 _MAX_OUTPUTS = 16
 
@@ -64,6 +73,7 @@ class EngineState(StrEnum):
 
     LOADING = "loading"
     READY = "ready"
+    RESTARTING = "restarting"
     DRAINING = "draining"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -115,7 +125,8 @@ class EngineDriver:
 
     ``build`` makes the engine (slow: it loads the model) on that thread. ``observe`` sees every
     output on the event loop, before the streams do. ``max_waiting`` bounds the requests accepted
-    beyond ``max_num_seqs``; more raise QueueFull.
+    beyond ``max_num_seqs``; more raise QueueFull. An engine that fails ends its requests with an
+    error and is built anew, ``restarts`` times.
     """
 
     def __init__(
@@ -124,7 +135,9 @@ class EngineDriver:
         observe: Observer | None = None,
         *,
         max_waiting: int = 256,
+        restarts: int = 0,
     ) -> None:
+        self._restarts = restarts
         self._build = build
         self._observe = observe
         self._max_waiting = max_waiting
@@ -140,6 +153,10 @@ class EngineDriver:
         self._stopping = False
         self.state = EngineState.LOADING
         self.failure: str | None = None
+        self.failed = asyncio.Event()
+        """Set when the engine has failed and will not be built anew."""
+        self._step_since: float | None = None
+        self._built = False
         self.last_step_at = time.monotonic()
 
     @property
@@ -158,6 +175,16 @@ class EngineDriver:
     def capacity(self) -> int:
         """Requests that may run or wait at once."""
         return self.info.max_num_seqs + self._max_waiting
+
+    @property
+    def stuck_for(self) -> float:
+        """Seconds that the step under way has taken so far; 0 while there is none."""
+        since = self._step_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def give_up(self, message: str) -> None:
+        """The engine hangs: end all requests with an error and take no more."""
+        self._became_failed(message)
 
     def start(self) -> None:
         """Start the thread; returns at once, `ready` waits for the model."""
@@ -196,22 +223,28 @@ class EngineDriver:
             return False
         return True
 
-    async def stop(self) -> None:
-        """End the thread after the step in flight; open streams get an abort event."""
+    async def stop(self, patience_s: float | None = None) -> bool:
+        """End the thread after the step in flight; open streams get an abort event.
+
+        False if the thread has not ended after ``patience_s`` seconds.
+        """
         if self.state is not EngineState.FAILED:
             self.state = EngineState.STOPPED
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, patience_s)
         self._end_streams(FinishReason.ABORT, "The server was stopped.")
+        return self._thread is None or not self._thread.is_alive()
 
     def _unavailable(self) -> EngineFailed | EngineLoading | ShuttingDown:
         if self.state is EngineState.FAILED:
             return EngineFailed("The engine failed; the server must be restarted.")
         if self.state is EngineState.LOADING:
             return EngineLoading("The model is being loaded.", headers={"Retry-After": "2"})
+        if self.state is EngineState.RESTARTING:
+            return EngineLoading("The engine is being restarted.", headers={"Retry-After": "2"})
         return ShuttingDown("The server is shutting down.", headers={"Retry-After": "5"})
 
     def _abort(self, request_id: str) -> None:
@@ -256,7 +289,7 @@ class EngineDriver:
 
     def _became_ready(self, info: EngineInfo) -> None:
         self._info = info
-        if self.state is EngineState.LOADING:
+        if self.state in {EngineState.LOADING, EngineState.RESTARTING}:
             self.state = EngineState.READY
         self.last_step_at = time.monotonic()
         self._settled.set()
@@ -264,8 +297,25 @@ class EngineDriver:
     def _became_failed(self, message: str) -> None:
         self.state = EngineState.FAILED
         self.failure = message
-        self._end_streams(FinishReason.ERROR, "The engine failed.")
+        self._end_requests()
         self._settled.set()
+        self.failed.set()
+
+    def _became_restarting(self) -> None:
+        if self.state is EngineState.READY:
+            self.state = EngineState.RESTARTING
+        self._end_requests()
+
+    def _end_requests(self) -> None:
+        """The engine is gone, and its requests with it; gauges say so."""
+        self._end_streams(FinishReason.ERROR, "The engine failed.")
+        with self._wake:
+            self._inbox.clear()
+        if self._info is not None:
+            queues = (0,) * self._info.num_segments
+            total = self._info.num_blocks
+            idle = StepStats("idle", 0, kv_total_blocks=total, segment_queue=queues)
+            self._hand_out(EngineOutput((), idle))
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         assert self._loop is not None
@@ -273,24 +323,55 @@ class EngineDriver:
             self._loop.call_soon_threadsafe(function, *args)
 
     def _run(self) -> None:
-        try:
-            engine = self._build()
-            self._call(self._became_ready, engine.info)
-            outputs: list[EngineOutput] = []
-            while self._intake(engine):
-                outputs.append(engine.step())
-                # Waking the event loop costs more than a thin segment's bookkeeping, so steps
-                # without events wait for the next one that has some.
-                if outputs[-1].events or len(outputs) >= _MAX_OUTPUTS or not engine.has_work:
-                    self._call(self._deliver, outputs)
-                    outputs = []
-        except EngineConfigError as error:
-            # The configuration is at fault, so a traceback would not help.
-            logger.debug("engine refused", exc_info=error)
-            self._call(self._became_failed, str(error))
-        except Exception as error:
-            logger.exception("engine thread died")
-            self._call(self._became_failed, f"{type(error).__name__}: {error}")
+        left, wait = self._restarts, _FIRST_WAIT_S
+        while True:
+            begun = time.monotonic()
+            try:
+                self._serve()
+            except EngineConfigError as error:
+                # The configuration is at fault, so a traceback would not help.
+                logger.debug("engine refused", exc_info=error)
+                self._call(self._became_failed, str(error))
+                return
+            except BaseException as error:
+                logger.exception("engine thread failed")
+                failure = f"{type(error).__name__}: {error}"
+            else:
+                return
+            self._step_since = None
+            if time.monotonic() - begun > _GOOD_AGAIN_S:
+                left, wait = self._restarts, _FIRST_WAIT_S
+            if not left or not self._built:
+                self._call(self._became_failed, failure)
+                return
+            self._call(self._became_restarting)
+            logger.warning("the engine is built anew in %.1f s; %d restarts are left", wait, left)
+            if self._stops_within(wait):
+                return
+            left, wait = left - 1, min(2 * wait, _LONGEST_WAIT_S)
+            # What was loaded was kept from the garbage collector, which now has to find it.
+            gc.unfreeze()
+            gc.collect()
+
+    def _serve(self) -> None:
+        """Build an engine and run it until the driver is stopped."""
+        engine = self._build()
+        self._built = True
+        self._call(self._became_ready, engine.info)
+        outputs: list[EngineOutput] = []
+        while self._intake(engine):
+            self._step_since = time.monotonic()
+            outputs.append(engine.step())
+            self._step_since = None
+            # Waking the event loop costs more than a thin segment's bookkeeping, so steps
+            # without events wait for the next one that has some.
+            if outputs[-1].events or len(outputs) >= _MAX_OUTPUTS or not engine.has_work:
+                self._call(self._deliver, outputs)
+                outputs = []
+
+    def _stops_within(self, seconds: float) -> bool:
+        with self._wake:
+            return self._wake.wait_for(lambda: self._stopping, seconds)
 
     def _intake(self, engine: EngineProtocol) -> bool:
         """Empty the inbox into the engine, sleeping while there is nothing to do."""

@@ -20,13 +20,14 @@ class StopFilter:
     Only a suffix that could still grow into a stop string is held back; what follows a match is
     dropped. The pieces released for any way of cutting a text into pieces add up to the text cut
     at the earliest end of a stop string (the longest one, if several end there). With ``include``
-    the stop string itself is released too.
+    the stop string itself is released too. ``matched`` is the one that ended the text.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
+        self.matched: str | None = None
 
     def push(self, piece: str) -> Released:
         """Take the next piece; returns what is now certain."""
@@ -36,7 +37,7 @@ class StopFilter:
         match = self._first_match(text)
         if match is not None:
             start, end = match
-            self._held = ""
+            self._held, self.matched = "", text[start:end]
             return Released(text[: end if self._include else start], stopped=True)
         keep = self._possible_start(text)
         self._held = text[keep:]

@@ -103,7 +103,8 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
         for call in message.get("tool_calls", ())
     ]
     parts = [content, *calls] if content else calls
-    return {"role": message["role"], "content": "\n".join(parts) if calls else content}
+    kept = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**kept, "content": "\n".join(parts) if calls else content}
 
 
 def _instructions(tools: Sequence[Tool]) -> str:

@@ -61,9 +61,12 @@ class ServerProcess:
 
 
 @contextmanager
-def running(model: str = "tiny", *options: str) -> Iterator[ServerProcess]:
-    """A server of ``model`` on a free port; killed at the end if it still runs."""
-    words = [sys.executable, "-c", _MAIN, "serve", model, "--port", "0", *options]
+def running(model: str = "tiny", *options: str, code: str = _MAIN) -> Iterator[ServerProcess]:
+    """A server of ``model`` on a free port; killed at the end if it still runs.
+
+    ``code`` is what Python runs, if not the command.
+    """
+    words = [sys.executable, "-c", code, "serve", model, "--port", "0", *options]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environ) as process:
         server = ServerProcess(process)

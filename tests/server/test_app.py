@@ -562,6 +562,36 @@ class TestRefusals:
         assert "secret" not in response.text
         assert response.headers["x-request-id"] in error["message"]
 
+    async def test_a_panic_of_a_library_is_a_fault_of_ours(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class PanicException(BaseException):
+            pass
+
+        async with serving() as server:
+            tokenizer = server.context.tokenizer
+            assert tokenizer is not None
+
+            def broken(*_: object) -> None:
+                raise PanicException("secret")
+
+            monkeypatch.setattr(tokenizer, "encode_rendered", broken)
+            response = await post(server, "/v1/chat/completions", {"messages": MESSAGES})
+        assert response.status_code == 500
+        assert envelope(response)["code"] == "internal_error"
+        assert "secret" not in response.text
+
+    async def test_a_template_that_writes_too_much_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with serving() as server:
+            tokenizer = server.context.tokenizer
+            assert tokenizer is not None
+            monkeypatch.setattr(tokenizer, "_render", lambda _: "x" * 10_000_000)
+            response = await post(server, "/v1/chat/completions", {"messages": MESSAGES})
+        assert response.status_code == 400
+        assert envelope(response)["code"] == "context_length_exceeded"
+
     async def test_keys(self) -> None:
         async with serving(api_key=("one", "two")) as server:
             for value in ("one", "Basic one", "Bearer wrong", "Bearer onetwo", "Bearer é"):

@@ -102,7 +102,7 @@ def another_value(option: Option) -> str:
     if words:
         return words[-1]
     # Half a unit, one more, and a word: the first that the option takes and does not have.
-    for text in ("0.5", "3", "word"):
+    for text in ("0.5", "7", "word"):
         try:
             config = build({option.name: (text,) if option.is_list else text})
         except OptionError:

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from pydantic import TypeAdapter
+from pydantic import BaseModel
 
-from offramp.server.api.openapi import ErrorEnvelope
+from offramp.server.api.openapi import AnthropicError, ErrorEnvelope
 from offramp.server.app import create_app
 from tests.server.fakes import MODEL, PATIENCE_S, FakeEngine, config, make_context, serving
 
@@ -29,6 +29,10 @@ def operations(schema: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
+def error_form(path: str) -> type[BaseModel]:
+    return AnthropicError if path.startswith("/v1/messages") else ErrorEnvelope
+
+
 def test_every_route_says_what_it_takes_and_how_it_ends() -> None:
     schema = described()
     found = operations(schema)
@@ -45,7 +49,7 @@ def test_every_route_says_what_it_takes_and_how_it_ends() -> None:
             assert {"400", "404", "413", "500", "503"} <= statuses, path
         for status in statuses - {"200"}:
             content = operation["responses"][status]["content"]["application/json"]["schema"]
-            name = "Status" if path in OPEN else "ErrorEnvelope"
+            name = "Status" if path in OPEN else error_form(path).__name__
             assert content == {"$ref": f"#/components/schemas/{name}"}, (path, status)
     assert "HTTPValidationError" not in schema["components"]["schemas"]
 
@@ -81,6 +85,15 @@ def test_all_forms_of_a_prompt_are_described(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "name", ["ResponseBody.input", "_MessageItem.content", "_Message.content", "CountBody.system"]
+)
+def test_conversations_may_be_texts_alone(name: str) -> None:
+    kind, field = name.split(".")
+    forms = described()["components"]["schemas"][kind]["properties"][field]["anyOf"]
+    assert [each["type"] for each in forms] == ["string", "array"]
+
+
 CASES: list[tuple[str, str, Any]] = [
     ("GET", "/health", None),
     ("GET", "/ready", None),
@@ -103,6 +116,14 @@ CASES: list[tuple[str, str, Any]] = [
     ("POST", "/v1/decisions", {}),
     ("POST", "/v1/systemone", {}),
     ("POST", "/v1/embeddings", {"input": ""}),
+    ("POST", "/v1/responses", {"input": "a"}),
+    ("POST", "/v1/responses", {"input": "a", "stream": True}),
+    ("POST", "/v1/responses", {"input": "a", "model": "other"}),
+    ("POST", "/v1/responses/input_tokens", {"input": "a"}),
+    ("POST", "/v1/messages", {"messages": MESSAGES, "max_tokens": 1}),
+    ("POST", "/v1/messages", {"messages": MESSAGES, "max_tokens": 1, "stream": True}),
+    ("POST", "/v1/messages", {"messages": MESSAGES}),
+    ("POST", "/v1/messages/count_tokens", {"messages": MESSAGES}),
 ]
 
 
@@ -121,6 +142,6 @@ async def test_answers_are_among_those_described() -> None:
             media_type = answer.headers["content-type"].split(";")[0]
             assert media_type in responses[str(answer.status_code)]["content"], path
             if answer.status_code >= 400:
-                TypeAdapter(ErrorEnvelope).validate_json(answer.content)
+                error_form(path).model_validate_json(answer.content)
             seen.add(answer.status_code)
     assert seen == {200, 400, 404, 413}

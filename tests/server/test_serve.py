@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,3 +162,69 @@ def test_whatever_fails_while_loading_is_one_line(
     assert type(error).__name__ in record.getMessage()
     assert "\n" not in record.getMessage()
     assert record.exc_info is None
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_server_whose_engine_is_gone_ends(*, hangs: bool) -> None:
+    """So that whoever supervises it starts another; open requests are told first."""
+    code = f"""
+import sys, time
+from offramp.server import serve
+from offramp.server.config import EngineConfig, ServerConfig
+from offramp.server.serve import Service
+from offramp.server.text.tokenizer import Tokenizer
+from tests.server.fakes import FakeEngine, byte_backend, render
+
+class Engine(FakeEngine):
+    def step(self):
+        if self.has_work and {hangs}:
+            time.sleep(1e6)
+        return super().step()
+
+Service._build = lambda self: Engine(fail_at=0)
+Service._resolve = lambda self: None
+Tokenizer.load = lambda folder, **options: Tokenizer(byte_backend(), render, **options)
+engine = EngineConfig(model="fake", step_timeout=0.5, engine_restarts=0)
+sys.exit(serve.run(ServerConfig(port=0, engine=engine)))
+"""
+    with running(code=code) as process:
+        url = process.address()
+        body = {"prompt": "a", "max_tokens": 5}
+        response = httpx2.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+        assert response.status_code == 500
+        assert response.json()["error"]["code"] == "internal_error"
+        assert process.status() == 1
+    assert "the engine is gone" in process.log
+
+
+CERTIFICATE = Path(__file__).parents[1] / "data" / "localhost.pem"
+
+
+def test_https() -> None:
+    with running("tiny", "--ssl-certfile", str(CERTIFICATE)) as process:
+        url = process.expect(r"ready on (https://\S+)")[1]
+        trusted = ssl.create_default_context(cafile=CERTIFICATE)
+        with httpx2.Client(verify=trusted, timeout=PATIENCE_S) as client:
+            answer = client.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert answer.json()["usage"]["completion_tokens"] == 2
+            with client.stream("POST", f"{url}/v1/completions", json=BODY | PROMPT) as response:
+                assert "data: [DONE]" in list(response.iter_lines())
+
+
+PROMPT = {"prompt": "a", "max_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--ssl-keyfile", "key.pem"), "--ssl-keyfile needs --ssl-certfile"),
+        (("--ssl-certfile", "/nowhere/cert.pem"), "No such file"),
+        (("--ssl-certfile", __file__), "cannot use --ssl-certfile"),
+    ],
+)
+def test_https_that_cannot_be_is_one_line(options: tuple[str, ...], says: str) -> None:
+    with running("tiny", *options) as process:
+        assert process.status() == 1
+    (line,) = process.log.splitlines()
+    assert line.startswith("offramp serve: error: ")
+    assert says in line

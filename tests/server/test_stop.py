@@ -46,6 +46,16 @@ def test_pieces_add_up_to_the_text_cut_at_the_earliest_stop(
 
 
 @given(text=TEXTS, stops=STOPS)
+def test_the_stop_string_that_matched_is_what_was_cut_off(text: str, stops: list[str]) -> None:
+    stop = StopFilter(stops)
+    for char in text:
+        if stop.push(char).stopped:
+            break
+    kept, whole = (cut(text, stops, include=include) for include in (False, True))
+    assert stop.matched == (whole.removeprefix(kept) or None)
+
+
+@given(text=TEXTS, stops=STOPS)
 def test_only_a_possible_beginning_of_a_stop_string_is_held_back(
     text: str, stops: list[str]
 ) -> None:

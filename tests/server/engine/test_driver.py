@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
 from offramp.models.sampling_params import SamplingParams
+from offramp.server.engine import driver as driver_module
 from offramp.server.engine.driver import (
     EngineDriver,
     EngineProtocol,
@@ -45,15 +46,15 @@ class Puppet:
         self._left: dict[str, int] = {}
         self._events: list[TokenEvent] = []
         self._permits = threading.Semaphore(0)
-        self._broken = False
+        self._broken: BaseException | None = None
 
     def allow(self, steps: int = 1) -> None:
         """Let the engine take steps."""
         self._permits.release(steps)
 
-    def fail(self) -> None:
+    def fail(self, error: BaseException | None = None) -> None:
         """Make the next step raise."""
-        self._broken = True
+        self._broken = error or RuntimeError("a wire came off")
         self.allow()
 
     def add(self, item: EngineRequest, submitted_at: float) -> None:
@@ -72,8 +73,8 @@ class Puppet:
 
     def step(self) -> EngineOutput:
         assert self._permits.acquire(timeout=PATIENCE_S)
-        if self._broken:
-            raise RuntimeError("a wire came off")
+        if self._broken is not None:
+            raise self._broken
         events, self._events = self._events, []
         for request_id in list(self._left):
             self._left[request_id] -= 1
@@ -212,7 +213,121 @@ async def test_a_failing_engine_tells_every_stream(caplog: pytest.LogCaptureFixt
         with pytest.raises(EngineFailed):
             driver.submit(ask("late"))
     assert driver.state is EngineState.FAILED
-    assert "engine thread died" in caplog.text
+    assert "engine thread failed" in caplog.text
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver_module, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(driver_module, "_LONGEST_WAIT_S", 0.01)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(int(PATIENCE_S / 0.005)):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    pytest.fail("it did not come to that")
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("error", [RuntimeError("a wire came off"), SystemExit(3), MemoryError()])
+async def test_a_failed_engine_is_built_anew(error: BaseException) -> None:
+    """Also where what ended it is no ordinary exception."""
+    puppets = [Puppet(), Puppet()]
+    gate = threading.Event()
+    built: list[Puppet] = []
+    outputs: list[EngineOutput] = []
+
+    def build() -> EngineProtocol:
+        if built:
+            assert gate.wait(PATIENCE_S)
+        built.append(puppets[len(built)])
+        return built[-1]
+
+    driver = EngineDriver(build, outputs.append, restarts=1)
+    driver.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await driver.ready()
+        stream = driver.submit(ask("a", 9))
+        puppets[0].fail(error)
+        assert reasons(await events_of(stream)) == [FinishReason.ERROR]
+        await until(lambda: driver.state is EngineState.RESTARTING)
+        assert not driver.failed.is_set()
+        # The gauges fall with the requests.
+        assert outputs[-1].stats is not None
+        assert outputs[-1].stats.running == outputs[-1].stats.kv_used_blocks == 0
+        with pytest.raises(EngineLoading):
+            driver.submit(ask("too soon"))
+        gate.set()
+        await until(lambda: driver.state is EngineState.READY)
+        puppets[1].allow(3)
+        assert reasons(await events_of(driver.submit(ask("b")))) == [FinishReason.LENGTH]
+        assert list(puppets[1].seen) == ["add b"]
+        stream = driver.submit(ask("c", 9))
+        puppets[1].fail(error)
+        assert reasons(await events_of(stream)) == [FinishReason.ERROR]
+        await driver.failed.wait()
+        assert driver.state is EngineState.FAILED
+        await driver.stop()
+
+
+@pytest.mark.usefixtures("no_waiting")
+async def test_an_engine_that_cannot_be_built_again_is_a_failure() -> None:
+    puppet = Puppet()
+    builds = 0
+
+    def build() -> EngineProtocol:
+        nonlocal builds
+        builds += 1
+        if builds > 1:
+            raise OSError("the disk is gone")
+        return puppet
+
+    driver = EngineDriver(build, restarts=2)
+    driver.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await driver.ready()
+        stream = driver.submit(ask("a", 9))
+        puppet.fail()
+        await events_of(stream)
+        await driver.failed.wait()
+        await driver.stop()
+    assert builds == 3
+    assert driver.failure == "OSError: the disk is gone"
+
+
+async def test_a_driver_that_waits_to_build_anew_can_be_stopped() -> None:
+    puppet = Puppet()
+    driver = EngineDriver(lambda: puppet, restarts=9)
+    driver.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await driver.ready()
+        stream = driver.submit(ask("a", 9))
+        puppet.fail()
+        await events_of(stream)
+        assert await driver.stop()
+    assert driver.state is EngineState.STOPPED
+
+
+async def test_a_step_that_hangs_is_seen_and_given_up() -> None:
+    puppet = Puppet()
+    driver = EngineDriver(lambda: puppet, restarts=9)
+    driver.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await driver.ready()
+        assert driver.stuck_for == 0
+        stream = driver.submit(ask("a", 9))
+        await until(lambda: driver.stuck_for > 0.05)
+        driver.give_up("it hangs")
+        assert reasons(await events_of(stream)) == [FinishReason.ERROR]
+        assert driver.failed.is_set()
+        with pytest.raises(EngineFailed):
+            driver.submit(ask("b"))
+        # The thread cannot be ended, and nobody waits for it longer than wished.
+        assert not await driver.stop(0.05)
+        puppet.allow(100)
+        assert await driver.stop(PATIENCE_S)
 
 
 async def test_a_model_that_does_not_load_is_a_failure() -> None:
