@@ -54,12 +54,13 @@ class Context:
         """The name responses report."""
         return self.model_names[0]
 
-    def check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None, *, optional: bool = False) -> None:
         """Raise ModelNotFound unless ``name`` is ours; None takes the only model.
 
-        Raises InvalidRequest for None where the server wants a name.
+        Raises InvalidRequest for None where the server wants a name, unless that is ``optional`` on
+        the route.
         """
-        if name is None and self.config.require_model:
+        if name is None and self.config.require_model and not optional:
             raise InvalidRequest(
                 "'model' is required.", param="model", code="missing_required_parameter"
             )

@@ -1,9 +1,9 @@
 """Answers held to schemas of a folder, such as JSONSchemaBench's: how many are kept to.
 
-``python -m tests.clients.json_schemas FOLDER --url http://127.0.0.1:8000/v1`` draws schemas (``*.json``,
-anywhere in the folder) with a fixed seed, asks for an object of each, and checks finished answers
-with the jsonschema library, which has to be installed (`make test-clients` puts it into
-.venv-clients/schemathesis). Prints JSON: counts, and each schema that was refused or not kept to.
+``python -m tests.clients.json_schemas FOLDER --url http://127.0.0.1:8000/v1`` draws schemas
+(``*.json``, anywhere in the folder) with a fixed seed, asks for an object of each, and checks
+finished answers with the jsonschema library, which has to be installed (`make test-clients` puts it
+into .venv-clients/schemathesis). Prints JSON: counts, and each schema refused or not kept to.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=300)
     args = parser.parse_args(words)
     paths = sorted(args.folder.rglob("*.json"))
-    drawn = random.Random(SEED).sample(paths, min(args.count, len(paths)))  # noqa: S311
+    drawn = random.Random(SEED).sample(paths, min(args.count, len(paths)))
     begun = time.monotonic()
     with ThreadPoolExecutor(args.concurrency) as workers:
         found = list(workers.map(lambda path: _ask(args, path), drawn))
@@ -69,13 +69,13 @@ def _ask(args: argparse.Namespace, path: Path) -> tuple[str, str]:
             "json_schema": {"name": "answer", "schema": schema},
         },
     }
-    request = urllib.request.Request(  # noqa: S310 (the address is the user's own)
+    request = urllib.request.Request(
         f"{args.url}/chat/completions",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=300) as response:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=300) as response:
             (choice,) = json.load(response)["choices"]
     except urllib.error.HTTPError as error:
         detail = error.read().decode(errors="replace")[:300]

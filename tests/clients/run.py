@@ -30,6 +30,9 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "conformance.md"
 MODEL = "smollm2-135m"
 OFFRAMP = "offramp"
+# Judges send requests without a model, which OpenAI refuses, and sampled ones without a bound:
+# their answers must end before the judges lose patience.
+_OPTIONS = ("--port", "0", "--require-model", "--max-model-len", "2048")
 LLAMACPP = "llamacpp"
 
 
@@ -92,7 +95,7 @@ def _server(system: str, url: str | None) -> Iterator[str]:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     module, *words = (
-        (*SERVE_OFFRAMP, MODEL, "--port", "0", "--require-model")
+        (*SERVE_OFFRAMP, MODEL, *_OPTIONS)
         if system == OFFRAMP
         else ("tests.clients.llamacpp", str(gguf(MODEL)), MODEL)
     )

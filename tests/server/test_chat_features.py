@@ -557,6 +557,8 @@ class TestEnds:
         async with serving(require_model=True) as server:
             response = await post(server, "/v1/chat/completions", {"messages": MESSAGES})
             assert (await chat(server)).choices
+            tokens = await post(server, "/tokenize", {"prompt": "a"})
+            assert tokens.status_code == 200
         error = envelope(response)
         assert (error["param"], error["code"]) == ("model", "missing_required_parameter")
         with pytest.raises(openai.NotFoundError):

@@ -46,7 +46,7 @@ def remote() -> bool:
 
 @check("remote tokenizer")
 def remote_tokenizer() -> None:
-    assert remote(), "GET /tokenizer_info or POST /tokenize is missing"
+    assert remote(), "GET /tokenizer_info or POST /tokenize without a model is refused"
 
 
 @check("log-likelihoods")

@@ -69,8 +69,23 @@ def vendor_document(target: Path) -> bool:
     if SPEC == "openai":
         fields = document["components"]["schemas"]["Embedding"]["properties"]
         fields["embedding"] = {"anyOf": [fields["embedding"], {"type": "string"}]}
+        # Open Responses wants this key in every answer, and null in it where a request has none.
+        _allow_null(document["components"]["schemas"], "safety_identifier")
     target.write_text(json.dumps(document, default=str), encoding="utf-8")
     return bool(paths)
+
+
+def _allow_null(schemas: Any, name: str) -> None:
+    """Let the property ``name`` be null wherever it is described."""
+    if isinstance(schemas, dict):
+        properties = schemas.get("properties")
+        if isinstance(properties, dict) and name in properties:
+            properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
+        for each in schemas.values():
+            _allow_null(each, name)
+    elif isinstance(schemas, list):
+        for each in schemas:
+            _allow_null(each, name)
 
 
 def exists(path: str, method: str) -> bool:
