@@ -253,7 +253,19 @@ async def _encode(
                 f"question has {longest}.",
                 param=wish.source,
             )
+        _check_ids(own, info, wish.source)
     return _Plan(variants, encoded)
+
+
+def _check_ids(encoded: EncodedQuestion, info: EngineInfo, param: str) -> None:
+    """Refuse ids of a tokenizer that knows more tokens than the model does."""
+    reads = encoded.tree.reads
+    said = (encoded.prompt, *(ids for read in reads for ids in (read.path, read.candidates)))
+    if max(max(ids, default=0) for ids in said) >= info.vocab_size:
+        raise InvalidRequest(
+            f"The input has a token outside the model's vocabulary of {info.vocab_size}.",
+            param=param,
+        )
 
 
 async def _find_priors(

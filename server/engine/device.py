@@ -18,6 +18,8 @@ _OVERHEAD = GIB
 _ON_A_CPU = float(GIB)
 _LEAST_CAPABILITY = (8, 0)
 _LARGEST_HEAD = 256
+# Blocks of a tiny model are so small that lists of those that fit would take more than they do.
+_MOST_BLOCKS = 2**20
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -109,7 +111,10 @@ def blocks_that_fit(
             f"K,V for one request of {max_model_len} tokens need {needed * size / GIB:.3g} GiB, "
             f"{flag} gives {max(memory, 0) / GIB:.3g}; raise it or lower --max-model-len"
         )
-    return int(memory // size)
+    blocks = int(memory // size)
+    if config.kv_cache_memory is None and device.type == "cpu":
+        return min(blocks, max(needed, _MOST_BLOCKS))
+    return blocks
 
 
 def decode_bytes(

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,16 @@ async def test_errors_name_the_field_that_the_body_has(plain: Recorder) -> None:
         longer = await post(server, "/v1/systemone", state="a " * 10 * CONTEXT, questions=noul)
     assert refusal(refused) == ("input", "invalid_value")
     assert refusal(long) == refusal(longer) == ("state", "context_length_exceeded")
+
+
+async def test_tokens_that_the_model_does_not_have_are_refused(plain: Recorder) -> None:
+    """A tokenizer may know more of them; their rows would be read outside the weights."""
+    plain.engine.info = replace(plain.engine.info, vocab_size=60)
+    async with serve(plain) as server:
+        response = await post(server, "/v1/decisions", input="a", questions=[PREDICATE])
+    assert refusal(response) == ("input", "invalid_value")
+    assert "vocabulary of 60" in response.text
+    assert plain.added == []
 
 
 async def test_other_models_are_not_found(plain: Recorder) -> None:

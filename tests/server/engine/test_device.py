@@ -102,6 +102,12 @@ def test_keys_and_values_take_what_is_left(gpu: pytest.MonkeyPatch, shape: Model
     assert said * bytes_per_block(shape, config.block_size, BF16) == 2 * GIB
 
 
+def test_a_model_of_no_size_takes_no_millions_of_blocks(shape: ModelConfig) -> None:
+    small = replace(shape, num_layers=1, num_kv_heads=1, head_dim=2)
+    blocks = blocks_that_fit(small, EngineConfig(), [], 2048, torch.float32, torch.device("cpu"))
+    assert blocks == 2**20
+
+
 def test_a_share_that_leaves_nothing_is_refused(
     gpu: pytest.MonkeyPatch, shape: ModelConfig
 ) -> None:
