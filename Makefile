@@ -40,7 +40,7 @@ sanitize: install
 	CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1 -march=$(MARCH)' \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest tests/kernels/test_decoder.py tests/kernels/test_weight_formats.py \
-	tests/models/test_drafting.py $(ARGS)
+	tests/models/test_drafting.py tests/kernels/test_bounds.py tests/models/test_hostile_config.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -70,13 +70,18 @@ class Tokenizer:
     def load(cls, folder: Path, *, special_in_messages: bool = False) -> Tokenizer:
         """Read the tokenizer and the chat template of a model folder.
 
-        Raises OfframpError when the folder has no fast tokenizer.
+        Raises OfframpError when the folder has no fast tokenizer, or a broken one.
         """
         # transformers takes seconds to import, which only a starting server should pay.
         transformers: Any = importlib.import_module("transformers")
-        loaded = transformers.AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        read = transformers.AutoTokenizer.from_pretrained
+        try:
+            loaded = read(str(folder), local_files_only=True, trust_remote_code=False)
+        except BaseException as error:
+            # What panics in the library is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise OfframpError(f"{folder} has no tokenizer that can be read: {error}") from error
         if not loaded.is_fast:
             raise OfframpError(f"{folder} has no fast tokenizer (tokenizer.json).")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from offramp.server.errors import OfframpError
 from offramp.server.text.detokenizer import Detokenizer
 from offramp.server.text.tokenizer import Tokenizer
 from tests.server.fakes import END, byte_backend, render
@@ -71,3 +73,14 @@ def test_a_completion_keeps_its_first_space() -> None:
 
     assert text((0, 1)) == " world world!"
     assert text(()) == "world world!"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"a":' * 100_000, '{"model": {"type": "BPE"}}']
+)
+def test_a_broken_tokenizer_is_told(tiny_dir: Path, tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_dir, folder)
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(OfframpError, match=f"{folder} has no tokenizer that can be read"):
+        Tokenizer.load(folder)
