@@ -195,6 +195,12 @@ class ServerConfig(_Options):
     max_num_queued_reqs: int = _option(
         "HTTP", 256, "Requests waiting beyond the running ones before 429.", ge=0
     )
+    max_num_queued_tokens: int | None = _option(
+        "HTTP",
+        None,
+        "Tokens of prompts that may wait for their first answer before 429; unset: any number.",
+        ge=1,
+    )
     max_body_size: float = _option("HTTP", 8.0, "Largest request body, in MiB.", gt=0)
     shutdown_timeout: float = _option(
         "HTTP", 30.0, "Seconds running requests may take to end after SIGTERM.", ge=0

@@ -112,6 +112,7 @@ class Service:
             self._build,
             self._observe,
             max_waiting=config.max_num_queued_reqs,
+            max_waiting_tokens=config.max_num_queued_tokens,
             restarts=config.engine.engine_restarts,
         )
         self._context = Context(self._driver, config, self._metrics)

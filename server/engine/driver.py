@@ -125,7 +125,8 @@ class EngineDriver:
 
     ``build`` makes the engine (slow: it loads the model) on that thread. ``observe`` sees every
     output on the event loop, before the streams do. ``max_waiting`` bounds the requests accepted
-    beyond ``max_num_seqs``; more raise QueueFull. An engine that fails ends its requests with an
+    beyond ``max_num_seqs``, ``max_waiting_tokens`` those of prompts without an answer yet; more
+    raise QueueFull. An engine that fails ends its requests with an
     error and is built anew, ``restarts`` times.
     """
 
@@ -135,8 +136,12 @@ class EngineDriver:
         observe: Observer | None = None,
         *,
         max_waiting: int = 256,
+        max_waiting_tokens: int | None = None,
         restarts: int = 0,
     ) -> None:
+        self._max_waiting_tokens = max_waiting_tokens
+        self._unread: dict[str, int] = {}
+        """Tokens of each prompt that the engine has not answered yet."""
         self._restarts = restarts
         self._build = build
         self._observe = observe
@@ -206,11 +211,23 @@ class EngineDriver:
                 f"{len(self._streams)} requests are running or waiting; try again later.",
                 headers={"Retry-After": "1"},
             )
+        if isinstance(request, GenerationRequest):
+            self._count_unread(request)
         stream = TokenStream(request.request_id, self._abort)
         self._streams[request.request_id] = stream
         self._idle.clear()
         self._post((request, time.monotonic()))
         return stream
+
+    def _count_unread(self, request: GenerationRequest) -> None:
+        limit, waiting = self._max_waiting_tokens, sum(self._unread.values())
+        # A prompt alone is always taken: it would never be, otherwise.
+        if limit is not None and waiting and waiting + len(request.prompt) > limit:
+            raise QueueFull(
+                f"{waiting} tokens of prompts are waiting; try again later.",
+                headers={"Retry-After": "1"},
+            )
+        self._unread[request.request_id] = len(request.prompt)
 
     async def drain(self, grace_s: float) -> bool:
         """Take nothing new; wait up to ``grace_s`` seconds for what runs. True if all ended."""
@@ -258,6 +275,7 @@ class EngineDriver:
 
     def _forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
+        self._unread.pop(request_id, None)
         if not self._streams:
             self._idle.set()
 
@@ -277,6 +295,7 @@ class EngineDriver:
             stream = self._streams.get(event.request_id)
             if stream is None:
                 continue
+            self._unread.pop(event.request_id, None)
             if event.finish_reason is not None:
                 self._forget(event.request_id)
             stream.push(event)

@@ -199,6 +199,34 @@ async def test_a_full_queue_refuses_before_any_work() -> None:
         assert "add one too many" not in puppet.seen
 
 
+async def test_tokens_of_waiting_prompts_are_bounded() -> None:
+    puppet = Puppet()
+    driver = EngineDriver(lambda: puppet, max_waiting=9, max_waiting_tokens=5)
+    driver.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await driver.ready()
+        first = driver.submit(ask("a", 9))
+        second = driver.submit(ask("b", 9))
+        with pytest.raises(QueueFull) as caught:
+            driver.submit(ask("c"))
+        assert caught.value.headers == {"Retry-After": "1"}
+        # A prompt that was given up waits no more, nor one that has its first token.
+        second.abort()
+        third = driver.submit(ask("d", 9))
+        puppet.allow()
+        await anext(aiter(first))
+        await anext(aiter(third))
+        driver.submit(ask("e"))
+        long = GenerationRequest("long", (1,) * 50, SamplingParams(max_tokens=1))
+        with pytest.raises(QueueFull):
+            driver.submit(long)
+        puppet.allow(100)
+        await until(lambda: not driver.num_requests)
+        # Alone it is taken however long it is.
+        assert reasons(await events_of(driver.submit(long))) == [FinishReason.LENGTH]
+        await driver.stop()
+
+
 async def test_a_failing_engine_tells_every_stream(caplog: pytest.LogCaptureFixture) -> None:
     puppet = Puppet()
     async with driving(puppet) as driver:
