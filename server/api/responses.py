@@ -185,7 +185,7 @@ def _echo(body: ResponseBody) -> dict[str, Any]:
         "tool_choice": "auto" if body.tool_choice is None else body.tool_choice.as_sent(),
         "tools": [_tool(tool) for tool in body.tools],
         "top_logprobs": body.top_logprobs,
-        "user": body.user,
+        **({} if body.user is None else {"user": body.user}),
         "background": False,
         "previous_response_id": None,
         "service_tier": "default",

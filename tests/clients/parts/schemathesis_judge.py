@@ -69,8 +69,9 @@ def vendor_document(target: Path) -> bool:
     if SPEC == "openai":
         fields = document["components"]["schemas"]["Embedding"]["properties"]
         fields["embedding"] = {"anyOf": [fields["embedding"], {"type": "string"}]}
-        # Open Responses wants this key in every answer, and null in it where a request has none.
-        _allow_null(document["components"]["schemas"], "safety_identifier")
+        # Open Responses wants these keys in every answer, and null where a request has none.
+        for name in ("safety_identifier", "prompt_cache_key"):
+            _allow_null(document["components"]["schemas"], name)
     target.write_text(json.dumps(document, default=str), encoding="utf-8")
     return bool(paths)
 
