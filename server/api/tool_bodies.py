@@ -72,7 +72,7 @@ class ToolCall(RequestModel):
         """What chat templates understand: arguments are an object."""
         try:
             arguments: Any = json.loads(self.function.arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             # A model may have written anything; the template gets it as it was.
             arguments = self.function.arguments
         function = {"name": self.function.name, "arguments": arguments}

@@ -338,7 +338,7 @@ class _CallReader:
             found = json.loads(self.text[:end])
             name = found["name"]
             given: Any = next((found[key] for key in _ARGUMENT_KEYS if key in found), {})
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RecursionError):
             return ""
         if not isinstance(name, str):
             return ""

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offramp.server.api.tool_bodies import CalledFunction, ToolCall
 from offramp.server.text.answer_parts import AnswerParser, CallPart, Part, ReasoningPart, TextPart
 from offramp.server.text.tools import Tool, ToolFormat, tool_format, with_instructions
 
@@ -262,3 +263,12 @@ def test_a_template_without_tools_is_told_of_them_in_words() -> None:
     assert result == {"role": "user", "content": "<tool_response>\n42\n</tool_response>"}
     assert with_instructions(messages[1:2], [tool])[0]["role"] == "system"
     assert with_instructions(messages[1:2], []) == messages[1:2]
+
+
+def test_arguments_nested_without_end_are_no_call() -> None:
+    """Python's own reader of JSON would end the answer, or the request that repeats it."""
+    deep = '{"a":' * 50_000 + "1" + "}" * 50_000
+    whole = f'<tool_call>{{"arguments": {deep}, "name": "b"}}</tool_call>'
+    assert read(whole, [], HERMES).calls == []
+    call = ToolCall(function=CalledFunction(name="b", arguments=deep))
+    assert call.for_template()["function"]["arguments"] == deep
