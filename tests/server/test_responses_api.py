@@ -123,7 +123,6 @@ def resource(**own: Any) -> dict[str, Any]:
         "tools": [],
         "truncation": "disabled",
         "usage": None,
-        "user": None,
         **own,
     }
 
