@@ -14,6 +14,9 @@ without trained exits. It reports only if the loop makes the tokens of single st
 ``offramp bench decisions`` asks a server questions with fixed answers about labelled inputs:
 questions a second, accuracy, calibration and depth, with exits off and on.
 
+``offramp bench forms`` measures what it costs to hold answers to a form, and what text that a form
+forces spares.
+
 ``offramp bench kernels`` measures how close each kernel comes to what the device can do. It
 reports only if every op computes what its reference does. On a CPU the references are timed, which
 rehearses a run on a GPU.
@@ -284,6 +287,22 @@ def decisions_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def forms_parser() -> argparse.ArgumentParser:
+    """Options of ``offramp bench forms``."""
+    parser = argparse.ArgumentParser(prog="offramp bench forms", allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    add(
+        "--weights", choices=("fp32", "fp16", "bf16", "int4", "auto"), default="auto", help="[auto]"
+    )
+    add("--threads", type=int, default=0, help="CPU threads; 0 takes all cores")
+    add("--modes", type=_modes, default=("off", "lossless"), help="[off,lossless]")
+    add("--concurrency", type=_numbers, default=(1, 16), help="streams [1,16]")
+    add("--max-tokens", type=_at_least(16), default=192, help="longest answer [192]")
+    add("--rounds", type=_at_least(1), default=5, help="measured rounds [5]")
+    return parser
+
+
 def answer_values(text: str) -> tuple[tuple[str, str], ...]:
     """Answers with their values in a file, of ``negative=0,positive=1``."""
     pairs = [part.partition("=") for part in text.split(",")]
@@ -297,6 +316,7 @@ _BENCHES = {
     "": (load_parser, "offramp.server.bench.run"),
     "decisions": (decisions_parser, "offramp.server.bench.decisions"),
     "engine": (engine_parser, "offramp.server.bench.engine.run"),
+    "forms": (forms_parser, "offramp.server.bench.forms"),
     "kernels": (kernels_parser, "offramp.server.bench.kernels.run"),
 }
 """Parser and module of each benchmark, by the word behind ``bench``."""
