@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.kernels.sampling import draw_token, uniform
@@ -104,10 +105,16 @@ def _adjust(logits: Tensor, row: HeadRow) -> None:
     if row.index < params.min_tokens and params.stop_token_ids and row.mask is None:
         logits[torch.tensor(sorted(params.stop_token_ids), device=logits.device)] = -torch.inf
     if row.mask is not None:
-        bits = np.unpackbits(row.mask.view(np.uint8), bitorder="little", count=len(logits))
-        forbidden = torch.from_numpy(bits == 0).to(logits.device)
-        logits.masked_fill_(forbidden, -torch.inf)
+        _forbid(logits, row.mask)
         limited = params.allowed_token_ids or params.bad_words
         if limited and not bool(logits.isfinite().any()):
             # Together they allow nothing. An answer in its form ends, others would not.
-            logits.masked_fill_(~forbidden, 0.0)
+            logits.zero_()
+            _forbid(logits, row.mask)
+
+
+def _forbid(logits: Tensor, mask: NDArray[np.int32]) -> None:
+    """Make tokens impossible whose bit is not set."""
+    closed = (~mask).view(np.uint8)
+    forbidden = np.unpackbits(closed, bitorder="little", count=len(logits)).view(np.bool_)
+    logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), -torch.inf)

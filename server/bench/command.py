@@ -298,7 +298,7 @@ def forms_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, help="CPU threads; 0 takes all cores")
     add("--modes", type=_modes, default=("off", "lossless"), help="[off,lossless]")
     add("--concurrency", type=_numbers, default=(1, 16), help="streams [1,16]")
-    add("--max-tokens", type=_at_least(16), default=192, help="longest answer [192]")
+    add("--max-tokens", type=_at_least(16), default=320, help="longest answer [320]")
     add("--rounds", type=_at_least(1), default=5, help="measured rounds [5]")
     return parser
 

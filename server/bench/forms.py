@@ -33,7 +33,7 @@ _FREE, _ANY, _OBJECT, _UNFORCED = "free", "any", "object", "unforced"
 _FIELDS = ("title", "summary", "author", "language", "category", "audience")
 _SCHEMA = {
     "type": "object",
-    "properties": {name: {"type": "string", "maxLength": 24} for name in _FIELDS},
+    "properties": {name: {"type": "string", "maxLength": 64} for name in _FIELDS},
     "required": list(_FIELDS),
     "additionalProperties": False,
 }

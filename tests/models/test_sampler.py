@@ -230,6 +230,20 @@ def test_only_what_a_mask_allows_is_chosen() -> None:
         assert sample(logits.clone(), [limited])[0] in {7, 39}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.97, 1.0])
+def test_masks_of_any_kind_forbid_what_they_do_not_name(share: float) -> None:
+    """Vocabularies need not fill the last word, whose bits beyond mean nothing."""
+    rng, vocab = np.random.default_rng(3), 1003
+    greedy = SamplingParams(max_tokens=9, temperature=0.0)
+    for _ in range(20):
+        allowed = {*np.flatnonzero(rng.random(vocab) < share).tolist(), 5}
+        mask = bits(*allowed, *range(vocab, 1024), size=1024)
+        logits = torch.from_numpy(rng.standard_normal((1, vocab)).astype(np.float32))
+        expected = max(allowed, key=lambda token: float(logits[0, token]))
+        assert sample(logits, [replace(row(greedy), mask=mask)]) == [expected]
+        assert set(logits[0].isfinite().nonzero().squeeze(-1).tolist()) == allowed
+
+
 def test_only_allowed_tokens_come_and_no_bad_words() -> None:
     logits = torch.zeros(1, 40)
     logits[0, 5], logits[0, 6], logits[0, 7] = 9.0, 8.0, 7.0
