@@ -95,6 +95,19 @@ def joined(messages: list[Message]) -> list[Message]:
     return found
 
 
+def own_tools(value: Any, kind: str) -> Any:
+    """Tools of a ``kind``; others run at their vendor, and the model is not told of them."""
+    if not isinstance(value, list):
+        return value
+    return [
+        tool
+        for tool in value
+        if not isinstance(tool, dict)
+        or not isinstance(tool.get("type"), str)
+        or tool["type"] == kind
+    ]
+
+
 def of_type(value: Any, known: Collection[str]) -> Any:
     """``value``, an object from a conversation; one whose type is not ``known`` is refused."""
     kind = value.get("type") if isinstance(value, dict) else None

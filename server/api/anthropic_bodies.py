@@ -9,7 +9,14 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from offramp.server.api.adapted import AdaptedBody, Message, Names, joined, of_type
+from offramp.server.api.adapted import (
+    AdaptedBody,
+    Message,
+    Names,
+    joined,
+    of_type,
+    own_tools,
+)
 from offramp.server.api.fields import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -161,23 +168,13 @@ class CustomTool(RequestModel):
         return {"type": "function", "function": fields}
 
 
-def _own_tools(value: Any) -> Any:
-    """Tools that only Anthropic knows cannot be called here: the model is not told of them."""
-    if not isinstance(value, list):
-        return value
-    return [
-        tool
-        for tool in value
-        if not isinstance(tool, dict)
-        or not isinstance(tool.get("type"), str)
-        or tool["type"] == "custom"
-    ]
-
-
 _Tools = Annotated[
     list[CustomTool],
     Field(max_length=MAX_TOOLS, fail_fast=True),
-    BeforeValidator(_own_tools, json_schema_input_type=list[CustomTool | dict[str, Any]]),
+    BeforeValidator(
+        lambda tools: own_tools(tools, "custom"),
+        json_schema_input_type=list[CustomTool | dict[str, Any]],
+    ),
 ]
 
 

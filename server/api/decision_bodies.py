@@ -28,6 +28,7 @@ from offramp.server.api.fields import (
     join_parts,
 )
 from offramp.server.api.schemas import mode_alone, warn_once
+from offramp.server.api.tool_bodies import CallItem, OutputItem, check_outputs
 from offramp.server.errors import InvalidRequest
 from offramp.server.text.decisions import Option, Question, QuestionKind, predicate, score
 
@@ -153,29 +154,15 @@ class _InputMessage(RequestModel):
         return {"role": role, "content": self.content}
 
 
-class _Call(RequestModel):
-    """A tool call: ``arguments`` of a function, ``input`` of a custom tool."""
-
-    type: Literal["function_call", "custom_tool_call"]
+class _Call(CallItem):
     call_id: Name
     name: Name
-    arguments: Text | None = None
-    input: Text | None = None
-
-    @model_validator(mode="after")
-    def _has_its_text(self) -> _Call:
-        wanted = "arguments" if self.type == "function_call" else "input"
-        if getattr(self, wanted) is None:
-            raise PydanticCustomError("missing", "the call needs {name}", {"name": wanted})
-        return self
 
     def as_message(self) -> Message:
-        said = self.arguments if self.type == "function_call" else self.input
-        return {"role": "assistant", "content": f"Call {self.name}: {said}"}
+        return {"role": "assistant", "content": f"Call {self.name}: {self.said}"}
 
 
-class _Output(RequestModel):
-    type: Literal["function_call_output", "custom_tool_call_output"]
+class _Output(OutputItem):
     call_id: Name
     output: Content
 
@@ -269,15 +256,7 @@ class DecisionBody(_Body):
 
     @model_validator(mode="after")
     def _calls_match(self) -> DecisionBody:
-        calls: set[str] = set()
-        for index, item in enumerate(self.input):
-            if isinstance(item, _Call):
-                calls.add(item.call_id)
-            elif isinstance(item, _Output) and item.call_id not in calls:
-                raise InvalidRequest(
-                    "An output's call_id is that of no call before it.",
-                    param=f"input[{index}].call_id",
-                )
+        check_outputs(self.input)
         return self
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from offramp.server.api.adapted import (
     Names,
     joined,
     of_type,
+    own_tools,
 )
 from offramp.server.api.fields import (
     MAX_MESSAGES,
@@ -26,7 +27,7 @@ from offramp.server.api.fields import (
     Text,
 )
 from offramp.server.api.schemas import MAX_LOGPROBS, ChatBody
-from offramp.server.api.tool_bodies import MAX_TOOLS, Name
+from offramp.server.api.tool_bodies import MAX_TOOLS, CallItem, Name, OutputItem, check_outputs
 from offramp.server.errors import InvalidRequest
 
 LOGPROBS: Final = "message.output_text.logprobs"
@@ -103,31 +104,17 @@ class _MessageItem(RequestModel):
         return {"role": role, "content": _text(self.content)}
 
 
-class _CallItem(RequestModel):
-    """A call: ``arguments`` of a function, ``input`` of a custom tool."""
-
-    type: Literal["function_call", "custom_tool_call"]
+class _CallItem(CallItem):
     call_id: Annotated[Text, Field(min_length=1)]
     name: Annotated[Text, Field(min_length=1)]
-    arguments: Text | None = None
-    input: Text | None = None
-
-    @model_validator(mode="after")
-    def _has_its_text(self) -> _CallItem:
-        wanted = "arguments" if self.type == "function_call" else "input"
-        if getattr(self, wanted) is None:
-            raise PydanticCustomError("missing", "the call needs {name}", {"name": wanted})
-        return self
 
     def as_message(self) -> Message:
-        said = self.arguments if self.type == "function_call" else self.input
-        function = {"name": self.name, "arguments": said}
+        function = {"name": self.name, "arguments": self.said}
         call = {"id": self.call_id, "type": "function", "function": function}
         return {"role": "assistant", "tool_calls": [call]}
 
 
-class _OutputItem(RequestModel):
-    type: Literal["function_call_output", "custom_tool_call_output"]
+class _OutputItem(OutputItem):
     call_id: Annotated[Text, Field(min_length=1)]
     output: _Parts
 
@@ -197,23 +184,13 @@ class FunctionTool(RequestModel):
         return {"type": "function", "function": fields}
 
 
-def _own_tools(value: Any) -> Any:
-    """Tools that only OpenAI's servers run cannot be called here: the model is not told of them."""
-    if not isinstance(value, list):
-        return value
-    return [
-        tool
-        for tool in value
-        if not isinstance(tool, dict)
-        or not isinstance(tool.get("type"), str)
-        or tool["type"] == "function"
-    ]
-
-
 _Tools = Annotated[
     list[FunctionTool],
     Field(max_length=MAX_TOOLS, fail_fast=True),
-    BeforeValidator(_own_tools, json_schema_input_type=list[FunctionTool | dict[str, Any]]),
+    BeforeValidator(
+        lambda tools: own_tools(tools, "function"),
+        json_schema_input_type=list[FunctionTool | dict[str, Any]],
+    ),
 ]
 
 
@@ -368,15 +345,7 @@ class ResponseBody(AdaptedBody):
 
     @model_validator(mode="after")
     def _calls_match(self) -> ResponseBody:
-        calls: set[str] = set()
-        for index, item in enumerate(self.input):
-            if isinstance(item, _CallItem):
-                calls.add(item.call_id)
-            elif isinstance(item, _OutputItem) and item.call_id not in calls:
-                raise InvalidRequest(
-                    "An output's call_id is that of no call before it.",
-                    param=f"input[{index}].call_id",
-                )
+        check_outputs(self.input)
         return self
 
     @property

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from offramp.server.api.fields import UNSUPPORTED, RequestModel, Text
@@ -77,6 +77,47 @@ class ToolCall(RequestModel):
             arguments = self.function.arguments
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
+
+
+class CallItem(RequestModel):
+    """A call in a conversation: ``arguments`` of a function, ``input`` of a custom tool."""
+
+    type: Literal["function_call", "custom_tool_call"]
+    call_id: Text
+    arguments: Text | None = None
+    input: Text | None = None
+
+    @model_validator(mode="after")
+    def _has_its_text(self) -> CallItem:
+        wanted = "arguments" if self.type == "function_call" else "input"
+        if getattr(self, wanted) is None:
+            raise PydanticCustomError("missing", "the call needs {name}", {"name": wanted})
+        return self
+
+    @property
+    def said(self) -> str:
+        """What the tool was called with."""
+        return (self.arguments if self.type == "function_call" else self.input) or ""
+
+
+class OutputItem(RequestModel):
+    """What a call gave, by the call's id."""
+
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: Text
+
+
+def check_outputs(items: Sequence[RequestModel]) -> None:
+    """Raise InvalidRequest for an output in ``input`` whose call does not come before it."""
+    calls: set[str] = set()
+    for index, item in enumerate(items):
+        if isinstance(item, CallItem):
+            calls.add(item.call_id)
+        elif isinstance(item, OutputItem) and item.call_id not in calls:
+            raise InvalidRequest(
+                "An output's call_id is that of no call before it.",
+                param=f"input[{index}].call_id",
+            )
 
 
 Tools = Annotated[
