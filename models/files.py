@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
+SINGLE = "model.safetensors"
+"""The weights of a model folder, where they are one file."""
 LARGEST_JSON = 64 * 1024**2
 """Bytes; the index of a model of many hundred gigabytes takes a sixth."""
 # Weight files name each tensor once, in about a hundred bytes; the format's own bound is 100 MB.

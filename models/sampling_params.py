@@ -33,6 +33,11 @@ class ExitCriterion(StrEnum):
     FIXED = "fixed"
     PROMPT_DEPTH = "prompt_depth"
 
+    @property
+    def needs_threshold(self) -> bool:
+        """Whether there is a score to compare; without, all leave at the first exit allowed."""
+        return self is not ExitCriterion.FIXED
+
 
 DEFAULT_CRITERION = ExitCriterion.TWO_KEY
 """The rule that the exit file's own thresholds are for, and the one that GPUs decide by."""

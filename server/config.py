@@ -21,11 +21,15 @@ GIB = 1024**3
 MIB = 1024**2
 
 
-def _option(section: str, default: object, description: str, **bounds: Any) -> Any:
-    """A field with the extra facts the command line needs."""
-    return Field(
-        default=default, description=description, json_schema_extra={"section": section}, **bounds
-    )
+def _option(
+    section: str, default: object, description: str, *, word: str | None = None, **bounds: Any
+) -> Any:
+    """A field with the extra facts the command line needs.
+
+    ``word`` is what users write, if not the field's name.
+    """
+    extra: dict[str, Any] = {"section": section, **({"word": word} if word else {})}
+    return Field(default=default, description=description, json_schema_extra=extra, **bounds)
 
 
 class EngineConfigError(Exception):
@@ -78,7 +82,8 @@ class EngineConfig(_Options):
     step_timeout: float = _option(
         "Scheduling",
         300.0,
-        "Seconds a step of the engine may take; one that takes longer hangs, and the server ends.",
+        "Seconds a step of the engine may take; one that takes longer hangs: the engine is killed "
+        "and built anew, or on a thread the server ends.",
         gt=0,
     )
     engine_restarts: int = _option(
@@ -188,6 +193,13 @@ class ServerConfig(_Options):
     )
     served_model_name: tuple[str, ...] = _option(
         "HTTP", (), "Names clients may use; the first is reported. The model's own if unset."
+    )
+    engine_worker: Literal["process", "thread"] = _option(
+        "Scheduling",
+        "process",
+        "Where the engine runs: in a process of its own, which can be killed when it hangs and "
+        "takes nothing with it when it crashes, or on a thread of the server.",
+        word="engine",
     )
     require_model: bool = _option(
         "HTTP", False, "Refuse requests that name no model, as OpenAI does."

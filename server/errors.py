@@ -165,7 +165,7 @@ class ShuttingDown(ServiceUnavailable):
 
 
 class EngineFailed(ServiceUnavailable):
-    """The engine thread died; the process must be restarted."""
+    """The engine is gone for good; the server must be restarted."""
 
     default_code = "engine_failed"
 

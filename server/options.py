@@ -49,20 +49,29 @@ class Option:
     field: FieldInfo
 
     @property
+    def word(self) -> str:
+        """The name users write."""
+        return str(self._extra.get("word", self.name))
+
+    @property
     def flag(self) -> str:
         """Long flag, vLLM's spelling."""
-        return "--" + self.name.replace("_", "-")
+        return "--" + self.word.replace("_", "-")
 
     @property
     def variable(self) -> str:
         """Environment twin."""
-        return PREFIX + self.name.upper()
+        return PREFIX + self.word.upper()
 
     @property
     def section(self) -> str:
         """Heading in the help text."""
+        return str(self._extra.get("section", ""))
+
+    @property
+    def _extra(self) -> Mapping[str, Any]:
         extra = self.field.json_schema_extra
-        return str(extra["section"]) if isinstance(extra, dict) else ""
+        return extra if isinstance(extra, dict) else {}
 
     @property
     def is_bool(self) -> bool:
@@ -206,8 +215,8 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
         group.add_argument(option.flag, nargs="+", metavar="NAME", help=option.help)
     else:
         words = option.choices
-        metavar = "{" + ",".join(words) + "}" if words else option.name.upper()
-        group.add_argument(option.flag, metavar=metavar, help=option.help)
+        metavar = "{" + ",".join(words) + "}" if words else option.word.upper()
+        group.add_argument(option.flag, dest=option.name, metavar=metavar, help=option.help)
 
 
 def _dashed(word: str) -> str:
@@ -237,7 +246,8 @@ def _checked(model: type[M], values: Mapping[str, Any]) -> M:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ""
-        raise OptionError(f"{Option(name, FieldInfo()).flag}: {first['msg']}") from None
+        option = Option(name, model.model_fields.get(name, FieldInfo()))
+        raise OptionError(f"{option.flag}: {first['msg']}") from None
 
 
 if __name__ == "__main__":

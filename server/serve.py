@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import logging
 import os
 import resource
@@ -18,6 +17,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -26,28 +26,23 @@ import uvicorn
 from offramp import __version__
 from offramp.server import logs
 from offramp.server.api.context import Context
-from offramp.server.api.plan import default_fault
 from offramp.server.app import create_app
-from offramp.server.config import EngineConfigError, ServerConfig
-from offramp.server.engine.driver import (
-    EngineDriver,
-    EngineProtocol,
-    EngineState,
-)
+from offramp.server.config import ServerConfig
+from offramp.server.engine.driver import EngineDriver, EngineState
 from offramp.server.engine.request import EngineInfo, EngineOutput
+from offramp.server.engine.workers import ProcessWorker, ThreadWorker, Worker
 from offramp.server.errors import EngineFailed
 from offramp.server.http_protocol import BoundedHttpProtocol
 from offramp.server.keys import ApiKeyError, is_loopback
+from offramp.server.load import load_engine, settle_memory
 from offramp.server.metrics import Metrics
 from offramp.server.options import non_defaults
-from offramp.server.progress import bar
 from offramp.server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("offramp.server")
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-# How often the engine is looked at, and how long its last step may take when the server stops.
-_WATCH_S: Final = 0.5
+# How long the engine's last step may take when the server stops.
 _STEP_PATIENCE_S: Final = 10.0
 # For writing the last frames once the engine is done.
 _FLUSH_S: Final = 5
@@ -109,11 +104,12 @@ class Service:
         self._folder = Path()
         self._metrics = Metrics(config.model_names((config.engine.model,))[0])
         self._driver = EngineDriver(
-            self._build,
+            self._worker,
             self._observe,
             max_waiting=config.max_num_queued_reqs,
             max_waiting_tokens=config.max_num_queued_tokens,
             restarts=config.engine.engine_restarts,
+            step_timeout=config.engine.step_timeout,
         )
         self._context = Context(self._driver, config, self._metrics)
         self._stop_task: asyncio.Task[None] | None = None
@@ -149,9 +145,12 @@ class Service:
             asyncio.create_task(self._watch()),
         )
         await self.server.serve(sockets=[self._listener])
-        if self._driver.state is EngineState.LOADING or self._driver.stuck_for:
-            # Neither a download nor a model that loads can be interrupted, only left behind, nor
-            # can a step that hangs.
+        if self._driver.state is EngineState.LOADING:
+            # Neither a download nor a tokenizer that loads can be interrupted, only left behind.
+            _exit_now(self._status)
+        patience = 0.0 if self._driver.state is EngineState.FAILED else _STEP_PATIENCE_S
+        if not await self._driver.stop(patience):
+            # Nor can a step that hangs on a thread.
             _exit_now(self._status)
         for task in tasks:
             task.cancel()
@@ -174,7 +173,9 @@ class Service:
 
     async def _loaded(self) -> EngineInfo:
         self._folder = await asyncio.to_thread(self._resolve)
-        # The engine thread loads the weights meanwhile.
+        if self._config.engine_worker == "process":
+            _do_without_torch()
+        # The engine loads the weights meanwhile.
         self._driver.start()
         self._context.tokenizer = await asyncio.to_thread(
             Tokenizer.load,
@@ -184,7 +185,7 @@ class Service:
         info = await self._driver.ready()
         self._metrics.configure(info)
         self._stats.configure(info.num_layers)
-        await asyncio.to_thread(_settle_memory)
+        await asyncio.to_thread(settle_memory)
         return info
 
     def _resolve(self) -> Path:
@@ -194,33 +195,10 @@ class Service:
 
         return resolve(self._config.engine.model, revision=self._config.engine.revision)
 
-    def _build(self) -> EngineProtocol:
-        """Make the engine; runs on the engine's thread. Raises EngineConfigError."""
-        from offramp.models.errors import ModelError  # noqa: PLC0415
-        from offramp.server.engine.build import build_engine  # noqa: PLC0415
-
-        try:
-            with bar("loading weights") as progress:
-                engine = build_engine(
-                    self._config.engine,
-                    self._folder,
-                    model_name=self._config.engine.model,
-                    progress=progress,
-                )
-        except (ModelError, EngineConfigError) as error:
-            raise EngineConfigError(str(error)) from error
-        except Exception as error:
-            if self._driver.state is not EngineState.LOADING:
-                # Of an engine that worked before, which may work again.
-                raise
-            # Memory that is not there has many classes; where it was wanted is for the log.
-            name = type(error).__name__
-            hint = "OFFRAMP_LOG_LEVEL=DEBUG says where"
-            raise EngineConfigError(f"{name}: {error} ({hint})") from error
-        fault = default_fault(self._config, engine.info)
-        if fault is not None:
-            raise EngineConfigError(fault)
-        return engine
+    def _worker(self) -> Worker:
+        build = partial(load_engine, self._config, self._folder)
+        process = self._config.engine_worker == "process"
+        return ProcessWorker(build) if process else ThreadWorker(build)
 
     def _observe(self, output: EngineOutput) -> None:
         self._metrics.observe(output)
@@ -228,13 +206,7 @@ class Service:
 
     async def _watch(self) -> None:
         """End the server when its engine is gone for good: whoever started it starts another."""
-        timeout = self._config.engine.step_timeout
-        while not self._driver.failed.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._driver.failed.wait(), _WATCH_S)
-            if self._driver.stuck_for > timeout:
-                logger.error("a step of the engine has not ended after %.0f s", timeout)
-                self._driver.give_up("a step did not end")
+        await self._driver.failed.wait()
         if self._announced:
             logger.error("the engine is gone: %s", self._driver.failure)
         self._status = 1
@@ -296,13 +268,12 @@ def _exit_now(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _settle_memory() -> None:
-    """Give back what only loading needed; what is left is never garbage: never look at it again."""
-    from offramp.models.cpu import return_freed_memory  # noqa: PLC0415 (takes torch with it)
-
-    gc.collect()
-    gc.freeze()
-    return_freed_memory()
+def _do_without_torch() -> None:
+    """Keep transformers from importing torch for its tokenizers: it takes 350 MB and seconds."""
+    if "torch" not in sys.modules:
+        # To Python, a module that cannot be found.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 
 
 def _raise_file_limit() -> None:

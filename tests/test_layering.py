@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,3 +65,15 @@ def test_each_kind_of_fault_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_root_folders_are_no_packages(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_http_process_does_without_torch() -> None:
+    """It takes 350 MB and seconds, and only the engine's process needs it."""
+    modules = [
+        f"offramp.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}"
+        for path in (ROOT / "server" / "api").glob("*.py")
+    ]
+    code = "import sys, importlib; sys.modules['torch'] = None\n" + "".join(
+        f"importlib.import_module({name!r})\n" for name in ["offramp.server.serve", *modules]
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

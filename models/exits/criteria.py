@@ -108,8 +108,6 @@ class Criterion(ABC):
     """Whether it compares with the exits below, so that it must see every exit."""
     decides_for_answer: ClassVar[bool] = False
     """Whether the prompt's last row chooses one depth for the whole answer."""
-    needs_threshold: ClassVar[bool] = True
-    """Whether there is a score to compare; without, all leave at the first exit allowed."""
     calibrated: ClassVar[bool] = True
     """Whether the score estimates P(right), so that one price of errors sets all thresholds."""
 
@@ -304,7 +302,6 @@ class Predictor(Criterion):
 class Fixed(Criterion):
     """Every token leaves at the first exit allowed (LayerSkip, arXiv 2404.16710)."""
 
-    needs_threshold = False
     calibrated = False
 
     def score(self, view: ExitView) -> Tensor:

@@ -24,6 +24,7 @@ from offramp.models.exits.file import (
     save_safetensors,
     shipped,
 )
+from offramp.models.exits.points import DecisionPoint
 from offramp.models.files import is_number, is_whole, parse_json, shown
 from offramp.models.finite import check_finite
 
@@ -35,21 +36,6 @@ _CPU = torch.device("cpu")
 
 class DecisionFileError(ModelError):
     """The file holds no decision heads, or none for this model."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecisionPoint:
-    """A calibrated operating point: the probability at which an answer leaves at each layer.
-
-    With labels ``quality`` 0.98 promises, with 95 % confidence, an accuracy at most 0.02 below full
-    depth's; without, that 0.98 of the answers are full depth's (Learn then Test, arXiv 2110.01052).
-    ``agreement`` with full depth and ``mean_layer`` are what held-out inputs showed.
-    """
-
-    quality: float
-    thresholds: tuple[float, ...]
-    agreement: float
-    mean_layer: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,19 +26,15 @@ from torch import Tensor
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.exits.head import PREDICTOR, ExitHead
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.files import check_safetensors, is_number, is_whole, parse_json
 from offramp.models.finite import check_finite
-from offramp.models.sampling_params import ExitCriterion, KVFill
 
 FORMAT = "offramp-exits-2"
 _JSON = ("exit_layers", "thresholds", "floors", "operating_points", "metrics", "data")
 _OPTIONAL = ("fuse", *PREDICTOR, "kv_map", "kv_bias")
 _NUMBERS = ("layer", "threshold", "floor")
 _TENSORS = tuple(f.name for f in fields(ExitHead) if f.name not in (*_NUMBERS, *_OPTIONAL))
-_POINT_NUMBERS = (
-    *("quality", "confidence", "agreement", "layers_skipped", "mean_depth"),
-    *("prompts", "tokens"),
-)
 # Names stand for one size throughout an exit; see ExitHead.
 _SHAPES: dict[str, tuple[str | int, ...]] = {
     "scale": ("d",),
@@ -61,72 +57,6 @@ _LENGTH_BYTES = 8
 # A model's deltas, which are the most, take eight a layer.
 _MOST_TENSORS = 65_536
 _MOST_LAYERS = 2**16
-
-
-@dataclass(frozen=True, slots=True)
-class OperatingPoint:
-    """One calibrated setting of the exits.
-
-    With ``confidence``, at least ``quality`` of all emitted tokens are the full-depth model's
-    choice in their context (agreement), on prompts like those of the calibration. ``thresholds``
-    are scores of ``criterion`` at each exit point. ``agreement``, ``layers_skipped`` (share) and
-    ``mean_depth`` (layers) were measured on ``tokens`` tokens of ``prompts`` free-running answers.
-    ``prefill_threshold`` is the gate score at which prompt tokens may leave as well, None where
-    that was not calibrated.
-    """
-
-    quality: float
-    confidence: float
-    criterion: ExitCriterion
-    kv_fill: KVFill
-    thresholds: tuple[float, ...]
-    agreement: float
-    layers_skipped: float
-    mean_depth: float
-    prompts: int
-    tokens: int
-    prefill_threshold: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for the exit file's metadata."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> OperatingPoint:
-        """Back from `to_json`; raises ValueError for missing, unknown or impossible values."""
-        known = {field.name for field in fields(cls)}
-        if set(row) != known:
-            raise ValueError(f"an operating point has {sorted(set(row) ^ known)} wrong")
-        scores = row["thresholds"]
-        prompt = row["prefill_threshold"]
-        numbers = [row[name] for name in _POINT_NUMBERS] + ([] if prompt is None else [prompt])
-        if not isinstance(scores, list | tuple) or not all(map(is_number, [*scores, *numbers])):
-            raise ValueError("it has values that are not numbers")
-        point = cls(
-            **{
-                **row,
-                "criterion": ExitCriterion(row["criterion"]),
-                "kv_fill": KVFill(row["kv_fill"]),
-                "thresholds": tuple(float(value) for value in row["thresholds"]),
-            }
-        )
-        if not 0 < point.quality <= 1 or not 0 < point.confidence < 1:
-            raise ValueError("quality and confidence of an operating point lie between 0 and 1")
-        return point
-
-
-class _Promise(Protocol):
-    @property
-    def quality(self) -> float: ...
-
-
-_Point = TypeVar("_Point", bound=_Promise)
-
-
-def point_for(points: Sequence[_Point], quality: float) -> _Point | None:
-    """The loosest point that promises at least ``quality``; None if there is none."""
-    enough = [point for point in points if point.quality >= quality]
-    return min(enough, key=lambda point: point.quality, default=None)
 
 
 class ExitFileError(ModelError):

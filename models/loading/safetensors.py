@@ -18,13 +18,12 @@ from torch import Tensor
 from offramp.models.config import ModelConfig
 from offramp.models.errors import CheckpointError
 from offramp.models.families import FAMILIES
-from offramp.models.files import check_safetensors, read_json, shown
+from offramp.models.files import SINGLE, check_safetensors, read_json, shown
 from offramp.models.finite import check_finite
 
 logger = logging.getLogger("offramp.loading")
 
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 STORED_DTYPES = ("F32", "BF16", "F16")
 FINGERPRINT_ROWS = 64
 _HEAD = "lm_head.weight"

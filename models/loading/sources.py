@@ -28,7 +28,6 @@ from pathlib import Path
 
 import httpx2
 import requests
-import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -43,12 +42,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from offramp.models.errors import ModelNotAvailable, PullError
-from offramp.models.files import check_plain, check_safetensors, read_json
-from offramp.models.loading.safetensors import SINGLE
-from offramp.models.shapes import holds_tiny, write_tiny
+from offramp.models.files import SINGLE, check_plain, check_safetensors, read_json
 from offramp.paths import cache_folder
 
 logger = logging.getLogger("offramp.loading")
@@ -108,6 +104,8 @@ def resolve(
 
 def _tiny(folder: Path) -> Path:
     """The tiny model, made anew where that is possible."""
+    from offramp.models.shapes import holds_tiny, write_tiny  # noqa: PLC0415 (takes torch with it)
+
     try:
         return write_tiny(folder)
     except (OSError, SafetensorError) as error:
@@ -244,7 +242,7 @@ def _is_whole(folder: Path) -> bool:
         for name in ("config.json", "tokenizer.json"):
             read_json(folder / name)
         check_safetensors(folder / SINGLE)
-        with safe_open(folder / SINGLE, "pt"):
+        with safe_open(folder / SINGLE, "np"):
             pass
     except (FileNotFoundError, ValueError, SafetensorError) as error:
         logger.warning("the model in %s is not whole, it is made again: %s", folder, error)
@@ -353,6 +351,13 @@ def convert(source: Path, folder: Path, eos_token_ids: tuple[int, ...]) -> None:
     Digits are split one by one as llama.cpp's ``smollm`` rule does; ``eos_token_ids`` become the
     ends of text in generation_config.json. Needs memory of about twice the fp32 weights.
     """
+    import torch  # noqa: PLC0415 (a server's HTTP process does without it, and this runs once)
+    from transformers import (  # noqa: PLC0415 (takes torch with it)
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GgufConfig,
+    )
+
     # Progress of the inner steps is drawn by tqdm without a switch; the caller has its own bar.
     with redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)

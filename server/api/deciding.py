@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
-from offramp.models.exits.file import point_for
+from offramp.models.exits.points import point_for
 from offramp.models.sampling_params import NEVER, ExitMode
 from offramp.server.api.plan import refused
 from offramp.server.engine.request import (

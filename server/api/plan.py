@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from offramp.models.exits.criteria import CRITERIA
-from offramp.models.exits.file import OperatingPoint, point_for
+from offramp.models.exits.points import OperatingPoint, point_for
 from offramp.models.sampling_params import (
     DEFAULT_CRITERION,
     ExitCriterion,
@@ -213,7 +212,7 @@ def default_fault(config: ServerConfig, info: EngineInfo) -> str | None:
 
 def _lacks_thresholds(criterion: ExitCriterion, points: Sequence[OperatingPoint]) -> bool:
     """Whether a request must name its own; the file's own are for the default."""
-    return not points and criterion is not DEFAULT_CRITERION and CRITERIA[criterion].needs_threshold
+    return not points and criterion is not DEFAULT_CRITERION and criterion.needs_threshold
 
 
 def _check(wish: EarlyExit, info: EngineInfo) -> None:
@@ -249,7 +248,7 @@ def _thresholds(
     threshold = config.exit_threshold if wish.threshold is None else wish.threshold
     if threshold is not None:
         return (threshold,) * count, None
-    if not CRITERIA[criterion].needs_threshold:
+    if not criterion.needs_threshold:
         return (1.0,) * count, None
     if _lacks_thresholds(criterion, points) and mode is ExitMode.ADAPTIVE:
         message = f"criterion '{criterion}' has no calibrated thresholds; give one"

@@ -62,13 +62,15 @@ class ServerProcess:
         return address
 
     def peak_memory_mib(self) -> float | None:
-        """Largest resident size so far; None on systems without /proc."""
+        """Largest resident sizes so far of all its processes; None on systems without /proc.
+
+        What they share counts for each.
+        """
         try:
-            status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
+            sizes = [_peak_kib(process) for process in _family(self._process.pid)]
         except OSError:
             return None
-        found = re.search(r"VmHWM:\s+(\d+) kB", status)
-        return round(int(found[1]) / 1024, 1) if found else None
+        return round(sum(sizes) / 1024, 1)
 
     def stop(self) -> None:
         """End it: by closing the pipe it watches, or by force."""
@@ -110,6 +112,20 @@ def serving(module: str, *words: str) -> Iterator[ServerProcess]:
         yield server
     finally:
         server.stop()
+
+
+def _family(process: int) -> Iterator[int]:
+    """A process and those it started, as Linux lists them; raises OSError elsewhere."""
+    yield process
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in children.read_text(encoding="ascii").split():
+            yield from _family(int(child))
+
+
+def _peak_kib(process: int) -> int:
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) if found else 0
 
 
 def follow_parent(child: subprocess.Popen[bytes] | None = None) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from offramp.models.exits.decision_heads import (
     SUFFIX,
     DecisionFile,
-    DecisionPoint,
     DecisionTask,
     load_decision_heads,
     shipped_decision_heads,
 )
+from offramp.models.exits.points import DecisionPoint
 from offramp.models.exits.training.decisions import (
     Judged,
     PromptStates,

@@ -1,35 +1,30 @@
-"""The thread that owns the engine, and the only way to reach it from the event loop.
+"""The way from the event loop to the engine: requests in, events out, and what if the engine fails.
 
-An engine that fails is built anew, a few times; one that hangs cannot be ended and is given up.
-
-Public methods are called on the event loop. They never touch sequences, queues or blocks: requests
-and aborts go into an inbox the engine thread empties between steps, and each step's output comes
-back with one `call_soon_threadsafe`.
+An engine that dies is built anew, a few times. One that hangs is killed and counts as dead; on a
+thread, where it cannot be killed, it is given up.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from enum import StrEnum
-from typing import Protocol, Self
+from typing import Self
 
 from offramp.server.config import EngineConfigError
+from offramp.server.engine.loop import EngineRequest, ended
 from offramp.server.engine.request import (
-    DecisionRequest,
     EngineInfo,
     EngineOutput,
     FinishReason,
     GenerationRequest,
-    RequestStats,
     StepStats,
     TokenEvent,
 )
+from offramp.server.engine.workers import EngineDied, Worker
 from offramp.server.errors import EngineFailed, EngineLoading, QueueFull, ShuttingDown
 
 logger = logging.getLogger("offramp.engine")
@@ -39,33 +34,10 @@ _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 30.0
 # An engine that ran so long before it failed has its restarts again.
 _GOOD_AGAIN_S = 3600.0
-# Steps whose output may wait to be delivered together; bounds how old a gauge can get.
-_MAX_OUTPUTS = 16
-
-EngineRequest = GenerationRequest | DecisionRequest
-
-
-class EngineProtocol(Protocol):
-    """What the driver needs of an engine; all of it runs on the engine thread."""
-
-    info: EngineInfo
-
-    def add(self, request: EngineRequest, submitted_at: float) -> None:
-        """Accept a request; its events come out of `step`."""
-        ...
-
-    def abort(self, request_id: str) -> None:
-        """Forget a request; unknown ids are ignored."""
-        ...
-
-    def step(self) -> EngineOutput:
-        """Plan, run and commit once."""
-        ...
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `step` would do anything."""
-        ...
+# How often the engine is looked at. A look that comes this much later says nothing about the
+# engine: the whole machine, or this process, stood still.
+_WATCH_S = 0.5
+_LATE_S = 2.0
 
 
 class EngineState(StrEnum):
@@ -104,8 +76,7 @@ class TokenStream:
             self._finished = True
             self._abort(self.request_id)
             # The engine's own event comes too late: this stream is forgotten by then.
-            stats = RequestStats(submitted_at=time.monotonic())
-            self.push(TokenEvent(self.request_id, (), (), stats, FinishReason.ABORT))
+            self.push(ended(self.request_id, FinishReason.ABORT).events[0])
 
     async def __aenter__(self) -> Self:
         return self
@@ -121,47 +92,45 @@ class TokenStream:
 
 
 class EngineDriver:
-    """Runs an engine on a thread of its own.
+    """Owns the requests that are open, and the worker that an engine runs in.
 
-    ``build`` makes the engine (slow: it loads the model) on that thread. ``observe`` sees every
-    output on the event loop, before the streams do. ``max_waiting`` bounds the requests accepted
-    beyond ``max_num_seqs``, ``max_waiting_tokens`` those of prompts without an answer yet; more
-    raise QueueFull. An engine that fails ends its requests with an
-    error and is built anew, ``restarts`` times.
+    ``make`` makes a worker; each builds one engine. ``observe`` sees every output before the
+    streams do. ``max_waiting`` bounds the requests accepted beyond ``max_num_seqs``,
+    ``max_waiting_tokens`` those of prompts without an answer yet; more raise QueueFull. An engine
+    that fails, or whose step takes longer than ``step_timeout`` seconds, ends its requests with an
+    error and is built anew, ``restarts`` times. All methods belong to the event loop.
     """
 
     def __init__(
         self,
-        build: Callable[[], EngineProtocol],
+        make: Callable[[], Worker],
         observe: Observer | None = None,
         *,
         max_waiting: int = 256,
         max_waiting_tokens: int | None = None,
         restarts: int = 0,
+        step_timeout: float = float("inf"),
     ) -> None:
-        self._max_waiting_tokens = max_waiting_tokens
-        self._unread: dict[str, int] = {}
-        """Tokens of each prompt that the engine has not answered yet."""
-        self._restarts = restarts
-        self._build = build
+        self._make = make
         self._observe = observe
         self._max_waiting = max_waiting
-        self._inbox: deque[tuple[EngineRequest, float] | str] = deque()
-        self._wake = threading.Condition()
+        self._max_waiting_tokens = max_waiting_tokens
+        self._restarts = restarts
+        self._step_timeout = step_timeout
+        self._worker: Worker | None = None
         self._streams: dict[str, TokenStream] = {}
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._unread: dict[str, int] = {}
+        """Tokens of each prompt that the engine has not answered yet."""
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
         self._info: EngineInfo | None = None
         self._settled = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._stopping = False
+        self._stop = asyncio.Event()
         self.state = EngineState.LOADING
         self.failure: str | None = None
         self.failed = asyncio.Event()
         """Set when the engine has failed and will not be built anew."""
-        self._step_since: float | None = None
-        self._built = False
         self.last_step_at = time.monotonic()
 
     @property
@@ -181,21 +150,10 @@ class EngineDriver:
         """Requests that may run or wait at once."""
         return self.info.max_num_seqs + self._max_waiting
 
-    @property
-    def stuck_for(self) -> float:
-        """Seconds that the step under way has taken so far; 0 while there is none."""
-        since = self._step_since
-        return 0.0 if since is None else time.monotonic() - since
-
-    def give_up(self, message: str) -> None:
-        """The engine hangs: end all requests with an error and take no more."""
-        self._became_failed(message)
-
     def start(self) -> None:
-        """Start the thread; returns at once, `ready` waits for the model."""
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="offramp-engine", daemon=True)
-        self._thread.start()
+        """Start the first worker; returns at once, `ready` waits for the model."""
+        run, watch = asyncio.create_task(self._run()), asyncio.create_task(self._watch())
+        self._tasks = run, watch
 
     async def ready(self) -> EngineInfo:
         """Wait until the engine is loaded; raises EngineFailed if that failed."""
@@ -216,7 +174,8 @@ class EngineDriver:
         stream = TokenStream(request.request_id, self._abort)
         self._streams[request.request_id] = stream
         self._idle.clear()
-        self._post((request, time.monotonic()))
+        assert self._worker is not None
+        self._worker.post((request, time.monotonic()))
         return stream
 
     def _count_unread(self, request: GenerationRequest) -> None:
@@ -241,19 +200,24 @@ class EngineDriver:
         return True
 
     async def stop(self, patience_s: float | None = None) -> bool:
-        """End the thread after the step in flight; open streams get an abort event.
+        """End the engine after the step in flight; open streams get an abort event.
 
-        False if the thread has not ended after ``patience_s`` seconds.
+        What has not ended after ``patience_s`` seconds is killed. False where it cannot be.
         """
         if self.state is not EngineState.FAILED:
             self.state = EngineState.STOPPED
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, patience_s)
+        self._stop.set()
+        over = True
+        if self._worker is not None:
+            self._worker.stop()
+            run, watch = self._tasks
+            watch.cancel()
+            done, _ = await asyncio.wait({run}, timeout=patience_s)
+            over = bool(done) or self._worker.kill("it did not stop in time")
+            if over:
+                await asyncio.wait({run})
         self._end_streams(FinishReason.ABORT, "The server was stopped.")
-        return self._thread is None or not self._thread.is_alive()
+        return over
 
     def _unavailable(self) -> EngineFailed | EngineLoading | ShuttingDown:
         if self.state is EngineState.FAILED:
@@ -266,12 +230,8 @@ class EngineDriver:
 
     def _abort(self, request_id: str) -> None:
         self._forget(request_id)
-        self._post(request_id)
-
-    def _post(self, item: tuple[EngineRequest, float] | str) -> None:
-        with self._wake:
-            self._inbox.append(item)
-            self._wake.notify()
+        if self._worker is not None:
+            self._worker.post(request_id)
 
     def _forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
@@ -301,10 +261,8 @@ class EngineDriver:
             stream.push(event)
 
     def _end_streams(self, reason: FinishReason, message: str) -> None:
-        stats = RequestStats(submitted_at=time.monotonic())
         for request_id in list(self._streams):
-            event = TokenEvent(request_id, (), (), stats, reason, message)
-            self._hand_out(EngineOutput((event,)))
+            self._hand_out(ended(request_id, reason, message))
 
     def _became_ready(self, info: EngineInfo) -> None:
         self._info = info
@@ -328,82 +286,79 @@ class EngineDriver:
     def _end_requests(self) -> None:
         """The engine is gone, and its requests with it; gauges say so."""
         self._end_streams(FinishReason.ERROR, "The engine failed.")
-        with self._wake:
-            self._inbox.clear()
         if self._info is not None:
             queues = (0,) * self._info.num_segments
             total = self._info.num_blocks
             idle = StepStats("idle", 0, kv_total_blocks=total, segment_queue=queues)
             self._hand_out(EngineOutput((), idle))
 
-    def _call(self, function: Callable[..., None], *args: object) -> None:
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *args)
-
-    def _run(self) -> None:
+    async def _run(self) -> None:
+        """Run one engine after another, until stopped or out of restarts."""
         left, wait = self._restarts, _FIRST_WAIT_S
         while True:
             begun = time.monotonic()
             try:
-                self._serve()
+                await self._serve()
             except EngineConfigError as error:
-                # The configuration is at fault, so a traceback would not help.
-                logger.debug("engine refused", exc_info=error)
-                self._call(self._became_failed, str(error))
+                self._became_failed(str(error))
                 return
-            except BaseException as error:
-                logger.exception("engine thread failed")
-                failure = f"{type(error).__name__}: {error}"
+            except EngineDied as error:
+                failure = str(error)
+                self._log(error)
             else:
                 return
-            self._step_since = None
+            if self.state is EngineState.STOPPED:
+                return
             if time.monotonic() - begun > _GOOD_AGAIN_S:
                 left, wait = self._restarts, _FIRST_WAIT_S
-            if not left or not self._built:
-                self._call(self._became_failed, failure)
+            serving = self.state in {EngineState.READY, EngineState.RESTARTING}
+            if self.state is EngineState.LOADING:
+                failure += " (OFFRAMP_LOG_LEVEL=DEBUG says where)"
+            if not left or not serving:
+                self._became_failed(failure)
                 return
-            self._call(self._became_restarting)
+            self._became_restarting()
             logger.warning("the engine is built anew in %.1f s; %d restarts are left", wait, left)
-            if self._stops_within(wait):
+            if await self._stops_within(wait):
                 return
             left, wait = left - 1, min(2 * wait, _LONGEST_WAIT_S)
-            # What was loaded was kept from the garbage collector, which now has to find it.
-            gc.unfreeze()
-            gc.collect()
 
-    def _serve(self) -> None:
-        """Build an engine and run it until the driver is stopped."""
-        engine = self._build()
-        self._built = True
-        self._call(self._became_ready, engine.info)
-        outputs: list[EngineOutput] = []
-        while self._intake(engine):
-            self._step_since = time.monotonic()
-            outputs.append(engine.step())
-            self._step_since = None
-            # Waking the event loop costs more than a thin segment's bookkeeping, so steps
-            # without events wait for the next one that has some.
-            if outputs[-1].events or len(outputs) >= _MAX_OUTPUTS or not engine.has_work:
-                self._call(self._deliver, outputs)
-                outputs = []
+    async def _serve(self) -> None:
+        """Build an engine and take its reports until it is stopped."""
+        self._worker = worker = self._make()
+        async with aclosing(worker.run()) as reports:
+            async for report in reports:
+                if isinstance(report, EngineInfo):
+                    self._became_ready(report)
+                else:
+                    self._deliver(report)
 
-    def _stops_within(self, seconds: float) -> bool:
-        with self._wake:
-            return self._wake.wait_for(lambda: self._stopping, seconds)
-
-    def _intake(self, engine: EngineProtocol) -> bool:
-        """Empty the inbox into the engine, sleeping while there is nothing to do."""
-        with self._wake:
-            while not self._inbox and not self._stopping and not engine.has_work:
-                self._wake.wait()
-            items = list(self._inbox)
-            self._inbox.clear()
-            if self._stopping:
-                return False
-        for item in items:
-            if isinstance(item, str):
-                engine.abort(item)
-            else:
-                engine.add(*item)
+    async def _stops_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+        except TimeoutError:
+            return False
         return True
+
+    async def _watch(self) -> None:
+        """Notice an engine that hangs."""
+        looked = time.monotonic()
+        while not self.failed.is_set():
+            await asyncio.sleep(_WATCH_S)
+            late = time.monotonic() - looked > _LATE_S
+            looked = time.monotonic()
+            serving = self.state in {EngineState.READY, EngineState.DRAINING}
+            # Building takes as long as it takes.
+            if late or not serving or self._worker is None:
+                continue
+            if self._worker.stuck_for > self._step_timeout:
+                reason = f"a step of the engine has not ended after {self._step_timeout:g} s"
+                if not self._worker.kill(reason):
+                    logger.error(reason)
+                    self._became_failed(reason)
+
+    def _log(self, error: EngineDied) -> None:
+        """Say why an engine is gone; of one that was never there, whoever waits for it does."""
+        level = logging.DEBUG if self._info is None else logging.ERROR
+        logger.log(level, "the engine failed: %s", error, exc_info=error.__cause__)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from offramp.models.step import TokenLogprobs
-from offramp.server.engine.driver import EngineProtocol
+from offramp.server.engine.loop import EngineProtocol
 from offramp.server.engine.request import (
     EngineOutput,
     FinishReason,

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from offramp.models.exits.decision_heads import DecisionPoint
-from offramp.models.exits.file import OperatingPoint
+from offramp.models.exits.points import DecisionPoint, OperatingPoint
 from offramp.models.sampling_params import DraftSource, ExitSettings, SamplingParams
 from offramp.models.step import Pooling, TokenLogprobs
 from offramp.server.text.grammars import Grammar

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offramp.models.exits.calibration import OnlineThresholds
-from offramp.models.exits.file import OperatingPoint, point_for
+from offramp.models.exits.points import OperatingPoint, point_for
 from offramp.models.sampling_params import NEVER, ExitSettings
 
 # Steps with a waiting line before quality falls a point, and without one before it rises again:

@@ -91,7 +91,7 @@ def _line(
     criterion: ExitCriterion, scored: Scored, count: int, low: float, high: float
 ) -> list[Candidate]:
     rule = CRITERIA[criterion]
-    if not rule.needs_threshold:
+    if not criterion.needs_threshold:
         return stepwise_candidates(scored)
     # Scores that are no probability of being right share one threshold.
     find = candidates if rule.calibrated else uniform_candidates

@@ -18,7 +18,7 @@ from offramp.models.exits.calibration import (
     fixed_sequence,
     upper_bound,
 )
-from offramp.models.exits.file import OperatingPoint
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.server.lab.runs import Run
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offramp.models.exits.file import OperatingPoint, point_for
+from offramp.models.exits.points import OperatingPoint, point_for
 from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.server.lab.candidates import candidates_from
 from offramp.server.lab.options import LabError, say

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import llguidance
 import numpy as np
@@ -28,8 +28,6 @@ from offramp.server.text.tools import (
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from offramp.server.text.tokenizer import Tokenizer
 
 _MOST_COMPILED: Final = 256
 # A small model that may call again seldom stops by itself.
@@ -129,16 +127,41 @@ class GrammarState:
 
 
 class Grammar:
-    """A compiled grammar, shared by the sequences that follow it."""
+    """A compiled grammar, shared by the sequences that follow it.
 
-    def __init__(self, matcher: llguidance.LLMatcher, words: int, ends: frozenset[int]) -> None:
+    ``source`` and ``vocabulary`` are what it was compiled of.
+    """
+
+    def __init__(
+        self, matcher: llguidance.LLMatcher, source: str, vocabulary: GrammarVocabulary
+    ) -> None:
+        self.source = source
+        self.vocabulary = vocabulary
         self._matcher = matcher
-        self._words = words
-        self._ends = ends
+        self._words = -(-vocabulary.size // 32)
+        self._ends = frozenset(vocabulary.ends)
 
     def start(self) -> GrammarState:
         """The state of a new answer."""
         return GrammarState(self._matcher.deep_copy(), self._words, self._ends)
+
+
+class Definition(Protocol):
+    """A tokenizer, as far as grammars need it."""
+
+    @property
+    def definition(self) -> str:
+        """All of it as JSON (tokenizer.json)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarVocabulary:
+    """A tokenizer's ``definition``, the tokens the model tells apart, and those that end texts."""
+
+    definition: str
+    size: int
+    ends: tuple[int, ...]
 
 
 class GrammarCompiler:
@@ -148,13 +171,13 @@ class GrammarCompiler:
     about a quarter of a second.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Definition, vocab_size: int, ends: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._ends = tuple(ends)
         self._known: OrderedDict[bytes, Grammar] = OrderedDict()
         self._lock = threading.Lock()
-        self._native: llguidance.LLTokenizer | None = None
+        self._native: tuple[llguidance.LLTokenizer, GrammarVocabulary] | None = None
 
     def compile(self, source: str) -> Grammar:
         """Compile llguidance's own form of a grammar; raises GrammarError."""
@@ -163,10 +186,11 @@ class GrammarCompiler:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        matcher = llguidance.LLMatcher(self.native(), source, log_level=0)
+        tokenizer, vocabulary = self._loaded()
+        matcher = llguidance.LLMatcher(tokenizer, source, log_level=0)
         if matcher.is_error():
             raise GrammarError(_reason(matcher.get_error()))
-        grammar = Grammar(matcher, -(-self._vocab_size // 32), frozenset(self._ends))
+        grammar = Grammar(matcher, source, vocabulary)
         with self._lock:
             self._known[key] = grammar
             while len(self._known) > _MOST_COMPILED:
@@ -179,17 +203,23 @@ class GrammarCompiler:
 
     def native(self) -> llguidance.LLTokenizer:
         """The tokenizer for llguidance; raises GrammarError if it cannot be had."""
+        return self._loaded()[0]
+
+    def _loaded(self) -> tuple[llguidance.LLTokenizer, GrammarVocabulary]:
         with self._lock:
             if self._native is None:
                 ends = list(self._ends) or None
                 try:
-                    self._native = llguidance.LLTokenizer(
-                        self._tokenizer.definition, n_vocab=self._vocab_size, eos_token=ends
+                    definition = self._tokenizer.definition
+                    tokenizer = llguidance.LLTokenizer(
+                        definition, n_vocab=self._vocab_size, eos_token=ends
                     )
                 except Exception as error:
                     # The binding raises whatever its parser of tokenizers says.
                     message = f"this model's tokenizer is not supported: {error}"
                     raise GrammarError(message) from error
+                vocabulary = GrammarVocabulary(definition, self._vocab_size, self._ends)
+                self._native = tokenizer, vocabulary
             return self._native
 
 

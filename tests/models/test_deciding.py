@@ -26,11 +26,11 @@ from offramp.models.exits.decision_heads import (
     DecisionFile,
     DecisionFileError,
     DecisionHeads,
-    DecisionPoint,
     DecisionTask,
     load_decision_heads,
     read_decision_metadata,
 )
+from offramp.models.exits.points import DecisionPoint
 from offramp.models.loading.formats import Recipes
 from offramp.models.sampling_params import NEVER
 from offramp.models.step import AnswerRead, Decide, Pooling, PromptRows, Step, StepResult

@@ -16,13 +16,13 @@ from offramp.models.exits.file import (
     FORMAT,
     ExitFile,
     ExitFileError,
-    OperatingPoint,
     check_fit,
     load_exits,
     read_metadata,
     shipped_exits,
 )
 from offramp.models.exits.head import ExitHead
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.exits.training.data import Answer, States, collect
 from offramp.models.exits.training.pipeline import Judged, judge, split_answers, train_exits
 from offramp.models.exits.training.second_key import Draft

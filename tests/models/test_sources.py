@@ -11,6 +11,7 @@ import pytest
 import requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from offramp.models import shapes
 from offramp.models.errors import ModelNotAvailable
 from offramp.models.loading import sources
 from offramp.models.loading.sources import resolve
@@ -107,7 +108,7 @@ def test_the_tiny_model_is_served_from_a_cache_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = resolve("tiny", cache=tmp_path)
-    monkeypatch.setattr(sources, "write_tiny", unwritable)
+    monkeypatch.setattr(shapes, "write_tiny", unwritable)
     assert resolve("tiny", cache=tmp_path) == folder
     for name in sorted(path.name for path in folder.iterdir()):
         content = (folder / name).read_bytes()

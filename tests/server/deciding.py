@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from offramp.models.config import Weights
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
-from offramp.server.engine.driver import EngineRequest
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.loop import EngineRequest
 from offramp.server.engine.request import DecisionRequest, EngineInfo, EngineOutput
 from tests.server.fakes import CONTEXT, MODEL, PATIENCE_S, Running, byte_backend, serving
 

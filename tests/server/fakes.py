@@ -23,7 +23,8 @@ from offramp.models.step import TokenLogprobs
 from offramp.server.api.context import Context
 from offramp.server.app import create_app
 from offramp.server.config import EngineConfig, ServerConfig
-from offramp.server.engine.driver import EngineDriver, EngineRequest
+from offramp.server.engine.driver import EngineDriver
+from offramp.server.engine.loop import EngineRequest
 from offramp.server.engine.request import (
     EngineInfo,
     EngineOutput,
@@ -33,6 +34,7 @@ from offramp.server.engine.request import (
     StepStats,
     TokenEvent,
 )
+from offramp.server.engine.workers import ThreadWorker
 from offramp.server.http_protocol import BoundedHttpProtocol
 from offramp.server.metrics import Metrics
 from offramp.server.serve import bind
@@ -240,7 +242,11 @@ def config(**options: object) -> ServerConfig:
 def make_context(engine: FakeEngine, options: ServerConfig) -> Context:
     """What the application of ``engine`` shares; the driver is not started."""
     metrics = Metrics(MODEL)
-    driver = EngineDriver(lambda: engine, metrics.observe, max_waiting=options.max_num_queued_reqs)
+    driver = EngineDriver(
+        lambda: ThreadWorker(lambda: engine),
+        metrics.observe,
+        max_waiting=options.max_num_queued_reqs,
+    )
     return Context(driver, options, metrics, Tokenizer(byte_backend(), render))
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from offramp.models.exits.decision_heads import DecisionFile, DecisionPoint
+from offramp.models.exits.decision_heads import DecisionFile
+from offramp.models.exits.points import DecisionPoint
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.server.bench import decisions

@@ -13,9 +13,9 @@ import torch
 from offramp.models.exits.decision_heads import (
     DecisionFile,
     DecisionHeads,
-    DecisionPoint,
     DecisionTask,
 )
+from offramp.models.exits.points import DecisionPoint
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.server.text.decisions import predicate

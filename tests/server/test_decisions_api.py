@@ -24,6 +24,7 @@ from offramp.server.config import EngineConfig, ServerConfig
 from offramp.server.engine.build import build_engine, runner_of
 from offramp.server.engine.driver import EngineDriver
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.workers import ThreadWorker
 from offramp.server.metrics import Metrics
 from offramp.server.text.decisions import confidence
 from offramp.server.text.tokenizer import Tokenizer
@@ -406,7 +407,7 @@ async def client_of(engine: Engine, tokenizer: Tokenizer) -> AsyncIterator[httpx
     """A client of an application around an engine, without a socket."""
     config = ServerConfig(engine=EngineConfig(model=MODEL))
     metrics = Metrics(MODEL)
-    driver = EngineDriver(lambda: engine, metrics.observe)
+    driver = EngineDriver(lambda: ThreadWorker(lambda: engine), metrics.observe)
     context = Context(driver, config, metrics, tokenizer)
     driver.start()
     metrics.configure(await driver.ready())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from offramp.models.exits.file import OperatingPoint
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, ExitMode, KVFill
 from offramp.server.api.plan import default_fault, exit_settings
 from offramp.server.api.schemas import EarlyExit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import ssl
 import threading
@@ -102,11 +103,11 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, str, thr
     """A service whose model loads when the event is set."""
     may_load = threading.Event()
 
-    def build(_: Service) -> FakeEngine:
+    def build(*_: object) -> FakeEngine:
         assert may_load.wait(PATIENCE_S)
         return FakeEngine()
 
-    monkeypatch.setattr(Service, "_build", build)
+    monkeypatch.setattr(serve, "load_engine", build)
     monkeypatch.setattr(Service, "_resolve", lambda _: Path())
 
     def load(_: Path, **options: Any) -> Tokenizer:
@@ -115,7 +116,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Service, str, thr
     monkeypatch.setattr(Tokenizer, "load", load)
     listener = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    config = ServerConfig(port=0, engine=EngineConfig(model="fake"))
+    config = ServerConfig(port=0, engine=EngineConfig(model="fake"), engine_worker="thread")
     yield Service(config, listener), url, may_load
     may_load.set()
     listener.close()
@@ -155,7 +156,8 @@ def test_whatever_fails_while_loading_is_one_line(
     monkeypatch.setattr(Service, "_resolve", lambda _: Path())
     monkeypatch.setattr(Tokenizer, "load", lambda *_, **__: Tokenizer(byte_backend(), render))
     with bind("127.0.0.1", 0) as listener:
-        service = Service(ServerConfig(port=0, engine=EngineConfig(model="fake")), listener)
+        config = ServerConfig(port=0, engine=EngineConfig(model="fake"), engine_worker="thread")
+        service = Service(config, listener)
         assert asyncio.run(service.run()) == 1
     (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
     assert "cannot load fake: " in record.getMessage()
@@ -181,11 +183,11 @@ class Engine(FakeEngine):
             time.sleep(1e6)
         return super().step()
 
-Service._build = lambda self: Engine(fail_at=0)
+serve.load_engine = lambda *_: Engine(fail_at=0)
 Service._resolve = lambda self: None
 Tokenizer.load = lambda folder, **options: Tokenizer(byte_backend(), render, **options)
 engine = EngineConfig(model="fake", step_timeout=0.5, engine_restarts=0)
-sys.exit(serve.run(ServerConfig(port=0, engine=engine)))
+sys.exit(serve.run(ServerConfig(port=0, engine=engine, engine_worker="thread")))
 """
     with running(code=code) as process:
         url = process.address()
@@ -196,6 +198,33 @@ sys.exit(serve.run(ServerConfig(port=0, engine=engine)))
         assert process.status() == 1
     assert "the engine is gone" in process.log
 
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_is_killed_or_stopped_is_replaced(number: signal.Signals) -> None:
+    """Its streams end with an error frame, and the next request is answered."""
+    with running("tiny", "--step-timeout", "1") as process:
+        engine = int(process.expect(r"engine runs in process (\d+)")[1])
+        url = process.address()
+        path, body = f"{url}/v1/completions", {"prompt": "a", "max_tokens": 1900, **ENDLESS}
+        with httpx2.stream("POST", path, json=body, timeout=PATIENCE_S) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            os.kill(engine, number)
+            *_, last, done = lines
+        assert done == "data: [DONE]"
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+        process.expect("the engine is built anew")
+        assert int(process.expect(r"engine runs in process (\d+)")[1]) != engine
+        with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
+            while client.get("/ready").status_code != 200:
+                assert client.get("/health").status_code == 200
+            answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert answer.json()["usage"]["completion_tokens"] == 2
+        process.signal(signal.SIGTERM)
+        assert process.status() == 0
+
+
+ENDLESS = {"stream": True, "ignore_eos": True}
 
 CERTIFICATE = Path(__file__).parents[1] / "data" / "localhost.pem"
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from offramp.kernels.decoder import Taps
 from offramp.kernels.rows import RowTable, Span
 from offramp.models.exits.calibration import betting_p_value, fixed_sequence
-from offramp.models.exits.decision_heads import DecisionHeads, DecisionPoint, features
+from offramp.models.exits.decision_heads import DecisionHeads, features
+from offramp.models.exits.points import DecisionPoint
 from offramp.models.kv_cache import KVCache
 from offramp.models.transformer import Transformer
 

@@ -10,7 +10,8 @@ import pytest
 
 from offramp.kernels.native import library
 from offramp.models.config import Weights
-from offramp.models.exits.file import ExitFileError, OperatingPoint
+from offramp.models.exits.file import ExitFileError
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import (
     ExitCriterion,

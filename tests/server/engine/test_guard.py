@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from offramp.models.exits.file import OperatingPoint
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import (
     NEVER,
     ExitCriterion,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offramp.models.exits.file import OperatingPoint
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.server.engine.thresholds import GUARD_OFF, ExitThresholds
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from offramp.models.exits.calibration import Candidate
-from offramp.models.exits.file import ExitFile, OperatingPoint, load_exits, read_metadata
+from offramp.models.exits.file import ExitFile, load_exits, read_metadata
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.server.lab import calibrate, candidates, selection
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from offramp.models.exits.file import OperatingPoint, load_exits, read_metadata
+from offramp.models.exits.file import load_exits, read_metadata
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.server.lab import evaluate
 

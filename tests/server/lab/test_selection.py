@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from offramp.models.exits.calibration import Candidate, betting_p_value, upper_bound
-from offramp.models.exits.file import OperatingPoint
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.server.lab.selection import (
     Choice,
