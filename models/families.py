@@ -1,19 +1,21 @@
-"""What differs between model families, one row of data each, and how their config is read."""
+"""What differs between model families, one row of data each, and how their config is read.
+
+transformers reads the same files. It is not used, because a server would pay for it with two
+seconds and 120 MB; the tests compare every field with what it finds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from typing import Any
 
 from offramp.models.config import ModelConfig
 from offramp.models.config_checks import check_sizes, known_fields, token_ids
-from offramp.models.errors import CheckpointError, ModelError, UnsupportedModel
+from offramp.models.errors import CheckpointError, UnsupportedModel
 from offramp.models.files import is_number, read_json, shown
+from offramp.models.rope import scaled_inv_freq
 
 # What requests may name themselves, least and largest.
 _SAMPLING = {
@@ -23,9 +25,12 @@ _SAMPLING = {
     "min_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0),
 }
-# The dynamic and longrope kinds change their frequencies with the length of the sequence, which
-# would make cached keys wrong; they stay out until asked for.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_NEEDED = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads"),
+)
+_ROPE_THETA = 10000.0
+_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,10 @@ class Family:
 
     ``model_type`` is transformers' name of its configuration. A bias of None is decided by the
     model's own config (``attention_bias``, ``mlp_bias``). ``prefix`` precedes the names of all
-    tensors except the language-model head.
+    tensors except the language-model head. ``positions``, ``kv_heads``, ``head_dim``, ``window``
+    and ``end`` stand for fields that a config leaves out; None: as many K,V heads as others, heads
+    that share the hidden size, no window, no end. ``late_window``: a window is for layers from
+    ``max_window_layers`` on, and only with ``use_sliding_window``.
     """
 
     architecture: str
@@ -43,18 +51,53 @@ class Family:
     output_bias: bool | None
     mlp_bias: bool | None
     qk_norm: bool
+    positions: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    window: int | None = None
+    late_window: bool = False
+    end: int | None = None
     prefix: str = "model."
 
 
 FAMILIES = {
     family.architecture: family
     for family in (
-        Family("LlamaForCausalLM", "llama", None, None, None, qk_norm=False),
-        Family("MistralForCausalLM", "mistral", False, False, False, qk_norm=False),
-        Family("Qwen2ForCausalLM", "qwen2", True, False, False, qk_norm=False),
-        Family("Qwen3ForCausalLM", "qwen3", None, None, False, qk_norm=True),
+        Family(
+            *("LlamaForCausalLM", "llama", None, None, None),
+            qk_norm=False,
+            positions=2048,
+            end=2,
+        ),
+        Family(
+            *("MistralForCausalLM", "mistral", False, False, False),
+            qk_norm=False,
+            positions=131_072,
+            kv_heads=8,
+            window=4096,
+            end=2,
+        ),
+        Family(
+            *("Qwen2ForCausalLM", "qwen2", True, False, False),
+            qk_norm=False,
+            positions=32_768,
+            kv_heads=32,
+            window=4096,
+            late_window=True,
+        ),
+        Family(
+            *("Qwen3ForCausalLM", "qwen3", None, None, False),
+            qk_norm=True,
+            positions=32_768,
+            kv_heads=32,
+            head_dim=128,
+            window=4096,
+            late_window=True,
+        ),
     )
 }
+# Layers below it attend to everything where a window is for late layers.
+_WINDOW_LAYERS = 28
 
 
 def config_from_hf(folder: Path) -> ModelConfig:
@@ -66,51 +109,66 @@ def config_from_hf(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     content = _read_object(path)
     family = family_of(content)
-    try:
-        config = _config(folder, family, content)
-    except ModelError:
-        raise
-    except Exception as error:
-        # Each transformers release has checks, and exceptions, of its own.
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is not valid: {reason}") from error
+    if content.get("quantization_config") is not None:
+        found = shown(content["quantization_config"])
+        raise UnsupportedModel("quantization_config", found, "weights in fp32, bf16 or fp16")
+    fields = known_fields(content)
+    missing = [name for name in _NEEDED if fields.get(name) is None]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}")
+    act = fields.get("hidden_act", "silu")
+    if act != "silu":
+        raise UnsupportedModel("hidden_act", act, "silu")
+    config = _config(fields, family, _eos_token_ids(folder, content, family))
     check_sizes(config)
     return config
 
 
-def _config(folder: Path, family: Family, content: dict[str, Any]) -> ModelConfig:
-    if content.get("quantization_config") is not None:
-        found = shown(content["quantization_config"])
-        raise UnsupportedModel("quantization_config", found, "weights in fp32, bf16 or fp16")
-    hf = AutoConfig.for_model(family.model_type, **known_fields(content))
-    if hf.hidden_act != "silu":
-        raise UnsupportedModel("hidden_act", hf.hidden_act, "silu")
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    inv_freq, rope_scale = _rope(hf, head_dim)
-    attention_bias = bool(getattr(hf, "attention_bias", False))
-    mlp_bias = bool(getattr(hf, "mlp_bias", False))
-    positions = _positions(hf)
+def _config(
+    fields: Mapping[str, Any], family: Family, eos_token_ids: tuple[int, ...]
+) -> ModelConfig:
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    head_dim = _stated(fields, "head_dim", family.head_dim)
+    if head_dim is None and hidden % heads:
+        raise UnsupportedModel("hidden_size", hidden, f"multiples of num_attention_heads, {heads}")
+    head_dim = head_dim or hidden // heads
+    trained = _or(fields.get("max_position_embeddings"), family.positions)
+    rope = _rope(fields, trained)
+    inv_freq, rope_scale = scaled_inv_freq(rope, head_dim, trained)
+    attention_bias = bool(fields.get("attention_bias"))
+    mlp_bias = bool(fields.get("mlp_bias"))
+    positions = _positions(rope, trained)
     return ModelConfig(
         architecture=family.architecture,
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
+        vocab_size=fields["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=fields["intermediate_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=_stated(fields, "num_key_value_heads", family.kv_heads) or heads,
         head_dim=head_dim,
-        rms_norm_eps=hf.rms_norm_eps,
+        rms_norm_eps=float(_or(fields.get("rms_norm_eps"), _NORM_EPS)),
         inv_freq=inv_freq,
         max_position_embeddings=positions,
         rope_scale=rope_scale,
-        tie_word_embeddings=bool(hf.tie_word_embeddings),
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings")),
         attention_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias if family.output_bias is None else family.output_bias,
         mlp_bias=mlp_bias if family.mlp_bias is None else family.mlp_bias,
         qk_norm=family.qk_norm,
-        sliding_window=_sliding_window(hf, positions),
-        eos_token_ids=_eos_token_ids(folder, content, hf),
+        sliding_window=_sliding_window(fields, family, positions),
+        eos_token_ids=tuple(each for each in eos_token_ids if 0 <= each < fields["vocab_size"]),
     )
+
+
+def _stated(fields: Mapping[str, Any], name: str, default: int | None) -> int | None:
+    """A field's value, None included; the default where there is no such field."""
+    value: int | None = fields.get(name, default)
+    return value
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -140,43 +198,49 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _rope(hf: PreTrainedConfig, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """Frequencies in radians per position (head_dim // 2 values) and the factor on cos and sin."""
-    kind = hf.rope_parameters["rope_type"]
-    if kind not in ROPE_TYPES:
-        raise UnsupportedModel("rope_type", kind, ", ".join(ROPE_TYPES))
-    if kind == "default":
-        frequencies, scale = LlamaRotaryEmbedding.compute_default_rope_parameters(
-            cast("LlamaConfig", hf)
-        )
-    else:
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](hf)
-    if len(frequencies) != head_dim // 2:
-        raise UnsupportedModel(
-            "partial_rotary_factor", hf.rope_parameters.get("partial_rotary_factor"), "1.0"
-        )
-    return tuple(frequencies.tolist()), float(scale)
+def _rope(fields: Mapping[str, Any], trained: int) -> dict[str, Any]:
+    """Parameters of the rotary embeddings, wherever this layout of the config has them."""
+    rope = {**(fields.get("rope_scaling") or fields.get("rope_parameters") or {})}
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    for name, default in (("rope_theta", _ROPE_THETA), ("partial_rotary_factor", 1.0)):
+        rope[name] = _or(rope.get(name), _or(fields.get(name), default))
+    if rope["rope_type"] in ("llama3", "yarn"):
+        outside = fields.get("original_max_position_embeddings")
+        own = _or(outside, rope.get("original_max_position_embeddings"))
+        rope["original_max_position_embeddings"] = own or trained
+    return rope
 
 
-def _positions(hf: PreTrainedConfig) -> int:
+def _positions(rope: Mapping[str, Any], trained: int) -> int:
     """Longest context: scaled positions reach ``factor`` times as far as those trained on."""
-    rope = hf.rope_parameters
-    trained: int = hf.max_position_embeddings
     if rope["rope_type"] not in ("linear", "yarn"):
         return trained
     original = rope.get("original_max_position_embeddings") or trained
-    return max(trained, int(float(rope["factor"]) * original))
+    factor = rope.get("factor")
+    return trained if factor is None else max(trained, int(float(factor) * original))
 
 
-def _sliding_window(hf: PreTrainedConfig, positions: int) -> int | None:
-    kinds = set(getattr(hf, "layer_types", None) or ())
+def _sliding_window(fields: Mapping[str, Any], family: Family, positions: int) -> int | None:
+    window = _stated(fields, "sliding_window", family.window)
+    kinds = set(fields.get("layer_types") or ())
+    if family.late_window:
+        window = window if fields.get("use_sliding_window") else None
+        if not kinds and window is not None:
+            kinds = _late_kinds(fields)
     if len(kinds) > 1:
         raise UnsupportedModel("layer_types", sorted(kinds), "the same attention in all layers")
     if kinds == {"full_attention"}:
         return None
-    window: int | None = getattr(hf, "sliding_window", None)
     # One as long as the context leaves nothing out, and need not fit the kernels' numbers.
     return None if window is None or window >= positions else window
+
+
+def _late_kinds(fields: Mapping[str, Any]) -> set[str]:
+    """Kinds of attention where layers have a window from ``max_window_layers`` on."""
+    layers = fields["num_hidden_layers"]
+    first = min(_or(fields.get("max_window_layers"), _WINDOW_LAYERS), layers)
+    late = {"sliding_attention"} if first < layers else set()
+    return late | ({"full_attention"} if first else set())
 
 
 def sampling_defaults(folder: Path) -> dict[str, float]:
@@ -201,11 +265,13 @@ def _generation(folder: Path) -> dict[str, Any]:
     return _read_object(path) if path.exists() else {}
 
 
-def _eos_token_ids(folder: Path, content: dict[str, Any], hf: PreTrainedConfig) -> tuple[int, ...]:
-    """Ids that end a text; generation_config.json wins, as in transformers' generate."""
-    own = token_ids("config.json: eos_token_id", content.get("eos_token_id", hf.eos_token_id))
+def _eos_token_ids(folder: Path, content: dict[str, Any], family: Family) -> tuple[int, ...]:
+    """Ids that end a text; generation_config.json wins, as in transformers' generate.
+
+    Ids that the model cannot say end nothing, and are left out by who knows its vocabulary.
+    """
+    own = token_ids("config.json: eos_token_id", content.get("eos_token_id", family.end))
     chosen = _generation(folder).get("eos_token_id")
     if chosen is not None:
         own = token_ids("generation_config.json: eos_token_id", chosen)
-    # Ids that the model cannot say end nothing, and would be read outside the logits.
-    return tuple(each for each in own if 0 <= each < hf.vocab_size)
+    return own

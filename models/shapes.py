@@ -23,6 +23,7 @@ from torch import Tensor
 from offramp.kernels.native_build import remove_leftovers
 from offramp.models.config import ModelConfig
 from offramp.models.files import check_safetensors, read_json
+from offramp.models.rope import plain_inv_freq
 
 _SEED = 20
 # Large enough that layers change the state and greedy text does not fall into one token.
@@ -41,15 +42,6 @@ _CHAT_TEMPLATE = (
     "+ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-def plain_inv_freq(theta: float, head_dim: int) -> tuple[float, ...]:
-    """Rotary frequencies (head_dim // 2 values, radians per position) without any scaling.
-
-    The operations are those of transformers' default, so the values are the same bit for bit.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    return tuple((1.0 / theta**exponents).tolist())
 
 
 def _llama(

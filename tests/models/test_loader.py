@@ -154,13 +154,6 @@ def test_scaled_positions_reach_further(
     assert config_from_hf(tmp_path).max_position_embeddings == positions
 
 
-def test_sizes_that_transformers_refuses(tmp_path: Path) -> None:
-    save(FAMILIES["llama"], tmp_path)
-    edit_config(tmp_path, num_attention_heads=5, num_key_value_heads=5)
-    with pytest.raises(CheckpointError, match="multiple of the number of attention heads"):
-        config_from_hf(tmp_path)
-
-
 def test_sampling_parameters_of_a_folder(tmp_path: Path) -> None:
     assert sampling_defaults(tmp_path) == {}
     path = tmp_path / "generation_config.json"

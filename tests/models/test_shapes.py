@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from offramp.models.families import config_from_hf
-from offramp.models.shapes import MODEL_SHAPES, plain_inv_freq
+from offramp.models.rope import plain_inv_freq
+from offramp.models.shapes import MODEL_SHAPES
 
 
 def weights(name: str) -> int:
