@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := server models kernels offramp tests
 
-.PHONY: install serve test test-clients sanitize lint type docs bench clean
+.PHONY: install serve test test-clients drill sanitize lint type docs bench clean
 
 install: $(STAMP)
 
@@ -32,6 +32,12 @@ test-clients: export OMP_NUM_THREADS ?= 1
 test-clients: install
 	$(BIN)/offramp pull smollm2-135m
 	$(BIN)/python -m tests.clients.run $(ARGS)
+
+# A server of the tiny model, and what may befall one: its engine killed, clients that leave, a full disk
+# and more, in some three minutes. ARGS='--soak 3600' then loads a server for an hour and draws its memory.
+drill: export OMP_NUM_THREADS ?= 1
+drill: install
+	$(BIN)/python -m tests.drill.run $(ARGS)
 
 # The C kernels' tests with the address and undefined-behaviour sanitizers of GCC, built for MARCH.
 MARCH ?= native

@@ -85,6 +85,7 @@ class Choice:
         self.index = index
         self.request = request
         self.finish_reason: str | None = None
+        self.failed = False
         self.stats = RequestStats(submitted_at=time.monotonic())
         self.completion_tokens = 0
         self.reasoning_tokens = 0
@@ -228,6 +229,7 @@ class Choice:
     def _refuse_failure(self, event: TokenEvent) -> None:
         # The stats of such an event may be empty, so nothing is learned from them.
         if event.finish_reason is FinishReason.ERROR:
+            self.failed = True
             self._observer.finish(FinishReason.ERROR)
             raise ServerError(event.error or "The engine could not finish this request.")
         if event.finish_reason is FinishReason.ABORT:

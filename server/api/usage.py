@@ -77,7 +77,8 @@ def summary(request_id: str, choices: Sequence[Choice]) -> str:
     histogram = _histogram(choices)
     tokens = histogram.total()
     depth = sum(layer * count for layer, count in histogram.items())
-    reasons = Counter(choice.finish_reason or "abort" for choice in choices)
+    unfinished = "error" if any(choice.failed for choice in choices) else "abort"
+    reasons = Counter(choice.finish_reason or unfinished for choice in choices)
     first = min((c.first_token_at for c in choices if c.first_token_at), default=None)
     started = min(choice.started_at for choice in choices)
     return (

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, Queue
@@ -43,6 +43,11 @@ class ServerProcess:
         """Where the process serves, once it is ready."""
         return self.expect(r"ready on (http://\S+)")[1]
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
         self._process.send_signal(number)
@@ -61,13 +66,18 @@ class ServerProcess:
 
 
 @contextmanager
-def running(model: str = "tiny", *options: str, code: str = _MAIN) -> Iterator[ServerProcess]:
+def running(
+    model: str = "tiny",
+    *options: str,
+    code: str = _MAIN,
+    environ: Mapping[str, str] | None = None,
+) -> Iterator[ServerProcess]:
     """A server of ``model`` on a free port; killed at the end if it still runs.
 
     ``code`` is what Python runs, if not the command.
     """
     words = [sys.executable, "-c", code, "serve", model, "--port", "0", *options]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environ or {})}
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environ) as process:
         server = ServerProcess(process)
         try:
