@@ -15,7 +15,7 @@ from offramp.kernels.linear import Linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rows import RowTable, Span
 from offramp.models.exits.draft_head import MATRICES, VECTORS, DraftHead, rounded
-from offramp.models.kv_cache import KVCache
+from offramp.models.kv_cache import KVCache, row_buffer
 from offramp.models.layers import DecoderLayer
 from offramp.models.step import DraftRows
 from offramp.models.transformer import Segment, Transformer
@@ -30,7 +30,6 @@ class Drafter:
 
     def __init__(self, model: Transformer, head: DraftHead, cache: KVCache, num_rows: int) -> None:
         config = model.config
-        self.head = head
         self._model = model
         self._cache = cache
         forms = model.draft_forms
@@ -65,9 +64,8 @@ class Drafter:
         slots = torch.full((config.num_layers,), -1, dtype=torch.int32)
         slots[torch.tensor(head.layers) - 1] = torch.arange(len(head.layers), dtype=torch.int32)
         self._slots = slots
-        self.states = torch.zeros(
-            num_rows + 1, len(head.layers), config.hidden_size, device=model.device
-        )
+        shape = (num_rows + 1, len(head.layers), config.hidden_size)
+        self.states = row_buffer(shape, torch.float32, model.device)
 
     def taps(self, rows: Tensor) -> Taps:
         """Keep the states of a pass over the hidden ``rows`` [T]."""

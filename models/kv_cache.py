@@ -1,6 +1,9 @@
-"""The paged K,V tensors of all layers."""
+"""The paged K,V tensors of all layers, and the buffers of hidden rows."""
 
 from __future__ import annotations
+
+import math
+import mmap
 
 import torch
 from torch import Tensor
@@ -37,6 +40,15 @@ class KVCache:
         """The same memory as [layers, 2, places, kv_heads, head_dim]."""
         parts = memory.flatten(2, 3).flatten(0, 1).unbind()
         self.layers: list[tuple[Tensor, Tensor]] = list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def row_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU, rows that are never used take no memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Of the system itself, whose pages are zero: torch would write zeros, and so take them all.
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 def bytes_per_block(

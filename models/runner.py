@@ -20,7 +20,7 @@ from offramp.models.device_pass import plain
 from offramp.models.drafting import Drafter
 from offramp.models.exits.checks import Exits, check_sequences, prompt_leavers
 from offramp.models.exits.head import ExitHead
-from offramp.models.kv_cache import KVCache
+from offramp.models.kv_cache import KVCache, row_buffer
 from offramp.models.sampler import sample_with_logprobs, score
 from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
@@ -75,9 +75,8 @@ class Runner:
         self.cache = cache
         self.drafter = drafter
         self.decider = decider
-        self.hidden = torch.zeros(
-            num_rows, model.config.hidden_size, dtype=model.dtype, device=model.device
-        )
+        shape = (num_rows, model.config.hidden_size)
+        self.hidden = row_buffer(shape, model.dtype, model.device)
         self.threads: ThreadGovernor | None = None
         """Chooses how many threads a step takes; without one, torch's number."""
         self._running: list[tuple[Sequence[int], tuple[int, ...]]] = []
