@@ -53,6 +53,7 @@ type: install
 # Pages that are made from the code; a test fails where they are not current.
 docs: install
 	$(BIN)/python -m offramp.server.options > docs/options.md
+	$(BIN)/python -m offramp.server.instruments > docs/metrics.md
 
 bench: install
 	$(BIN)/offramp bench $(ARGS)

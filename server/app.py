@@ -23,6 +23,7 @@ from offramp.server.api import (
     wire,
 )
 from offramp.server.api.context import Context
+from offramp.server.api.http_metrics import HttpMetrics
 from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, InFlight, RequestId
 from offramp.server.errors import Unauthorized
 
@@ -59,6 +60,7 @@ def create_app(context: Context) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=context.config.max_body_bytes)
     if context.keys:
         app.add_middleware(ApiKey, keys=context.keys)
+    app.add_middleware(HttpMetrics, metrics=context.metrics)
     app.add_middleware(HeadAsGet)
     if context.config.allowed_origins:
         # Before the keys: a browser asks beforehand without one.

@@ -36,7 +36,7 @@ from offramp.server.engine.driver import (
 )
 from offramp.server.engine.request import EngineInfo, EngineOutput
 from offramp.server.errors import EngineFailed
-from offramp.server.http_protocol import BoundedHttpProtocol
+from offramp.server.http_protocol import counting
 from offramp.server.keys import ApiKeyError, is_loopback
 from offramp.server.metrics import Metrics
 from offramp.server.options import non_defaults
@@ -126,13 +126,14 @@ class Service:
                 log_config=None,
                 log_level=config.uvicorn_log_level,
                 access_log=False,
-                http=BoundedHttpProtocol,
+                http=counting(self._metrics.refused),
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_FLUSH_S,
             )
         )
+        self._context.connections = self.server.server_state.connections
 
     async def run(self) -> int:
         """Load and serve; returns the exit status."""
@@ -147,6 +148,7 @@ class Service:
             asyncio.create_task(self._load()),
             asyncio.create_task(self._stats.run(self._config.log_stats_interval)),
             asyncio.create_task(self._watch()),
+            asyncio.create_task(self._metrics.watch_lag()),
         )
         await self.server.serve(sockets=[self._listener])
         if self._driver.state is EngineState.LOADING or self._driver.stuck_for:

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from offramp.server.api.deciding import PriorCache
 from offramp.server.config import ServerConfig
 from offramp.server.engine.driver import EngineDriver, TokenStream
 from offramp.server.engine.request import DecisionRequest, GenerationRequest
-from offramp.server.errors import EngineLoading, InvalidRequest, ModelNotFound
+from offramp.server.errors import EngineLoading, InvalidRequest, ModelNotFound, QueueFull
 from offramp.server.keys import ApiKeys
 from offramp.server.metrics import Metrics
 from offramp.server.text.grammars import GrammarCompiler
@@ -24,7 +25,8 @@ class Context:
 
     ``tokenizer`` appears once the model folder was read; ``busy_since`` is when, on the monotonic
     clock, the engine last got work after having had none; ``in_flight`` counts requests to the
-    model that wait for the rest of their answer. Raises ApiKeyError where the keys cannot be used.
+    model that wait for the rest of their answer; ``connections`` are those of clients. Raises
+    ApiKeyError where the keys cannot be used.
     """
 
     driver: EngineDriver
@@ -32,6 +34,7 @@ class Context:
     metrics: Metrics
     tokenizer: Tokenizer | None = None
     in_flight: int = 0
+    connections: Collection[object] = ()
     busy_since: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     priors: PriorCache = field(default_factory=PriorCache)
@@ -74,7 +77,12 @@ class Context:
         """Queue a request; raises what the driver raises."""
         if not self.driver.num_requests:
             self.busy_since = time.monotonic()
-        return self.driver.submit(request)
+        try:
+            return self.driver.submit(request)
+        except QueueFull:
+            full = self.driver.num_requests >= self.driver.capacity
+            self.metrics.rejected("max_num_queued_reqs" if full else "max_num_queued_tokens")
+            raise
 
     @property
     def grammars(self) -> GrammarCompiler:

@@ -1,5 +1,6 @@
 """Routes for operators: health, readiness, load, version, metrics."""
 
+import asyncio
 import time
 from typing import Any, Final
 
@@ -71,8 +72,16 @@ async def version() -> dict[str, Any]:
 )
 async def metrics(request: Request, context: Shared) -> Response:
     """Prometheus text, or OpenMetrics for clients that ask for it."""
+    driver = context.driver
+    context.metrics.server(
+        {state.value: state is driver.state for state in EngineState},
+        driver.num_restarts,
+        context.in_flight,
+        len(context.connections),
+    )
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(context.metrics.registry), headers={"Content-Type": content_type})
+    text = await asyncio.to_thread(encode, context.metrics.registry)
+    return Response(text, headers={"Content-Type": content_type})
 
 
 def _status(code: int, status: str) -> JSONResponse:

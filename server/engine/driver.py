@@ -163,6 +163,7 @@ class EngineDriver:
         self._step_since: float | None = None
         self._built = False
         self.last_step_at = time.monotonic()
+        self.num_restarts = 0
 
     @property
     def info(self) -> EngineInfo:
@@ -323,6 +324,7 @@ class EngineDriver:
     def _became_restarting(self) -> None:
         if self.state is EngineState.READY:
             self.state = EngineState.RESTARTING
+        self.num_restarts += 1
         self._end_requests()
 
     def _end_requests(self) -> None:
