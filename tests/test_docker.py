@@ -74,7 +74,7 @@ def test_mounted_files_exist() -> None:
         for volume in service.get("volumes", [])
     ]
     files = [volume.split(":")[0] for volume in volumes if volume.startswith(".")]
-    assert len(files) == 4
+    assert len(files) == 5
     for file in files:
         assert (DOCKER / file).is_file(), file
 
