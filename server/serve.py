@@ -42,6 +42,7 @@ from offramp.server.metrics import Metrics
 from offramp.server.options import non_defaults
 from offramp.server.progress import bar
 from offramp.server.text.tokenizer import Tokenizer
+from offramp.server.tracing import TracingError
 
 logger = logging.getLogger("offramp.server")
 
@@ -69,7 +70,7 @@ def run(config: ServerConfig) -> int:
         return _refused(_bind_message(config, error))
     try:
         service = Service(config, listener)
-    except ApiKeyError as error:
+    except (ApiKeyError, TracingError) as error:
         listener.close()
         return _refused(str(error))
     logger.info("offramp %s, options %s", __version__, non_defaults(config) or "all default")

@@ -17,6 +17,7 @@ from offramp.server.keys import ApiKeys
 from offramp.server.metrics import Metrics
 from offramp.server.text.grammars import GrammarCompiler
 from offramp.server.text.tokenizer import Tokenizer
+from offramp.server.tracing import Tracing
 
 
 @dataclass(slots=True)
@@ -26,7 +27,7 @@ class Context:
     ``tokenizer`` appears once the model folder was read; ``busy_since`` is when, on the monotonic
     clock, the engine last got work after having had none; ``in_flight`` counts requests to the
     model that wait for the rest of their answer; ``connections`` are those of clients. Raises
-    ApiKeyError where the keys cannot be used.
+    ApiKeyError where the keys cannot be used, TracingError where spans cannot be sent.
     """
 
     driver: EngineDriver
@@ -40,10 +41,13 @@ class Context:
     priors: PriorCache = field(default_factory=PriorCache)
     keys: ApiKeys = field(init=False)
     seeds: random.Random = field(init=False)
+    tracing: Tracing | None = field(init=False)
     _grammars: GrammarCompiler | None = None
 
     def __post_init__(self) -> None:
         self.keys = ApiKeys(self.config.api_key, self.config.api_key_file)
+        endpoint = self.config.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing(endpoint)
         # Seeds only have to differ; with --seed a restarted server repeats its answers.
         self.seeds = random.Random(self.config.engine.seed)  # noqa: S311
 
