@@ -70,6 +70,7 @@ class Metrics:
             for each in instruments.ALL
             if not each.labels and each.who and each is not instruments.EXIT_LAYER
         }
+        self._series: dict[tuple[str, tuple[str, ...]], Any] = {}
         # Series that exist from the start have rates from the start.
         for name, values in _VALUES.items():
             for value in values:
@@ -270,7 +271,12 @@ class Metrics:
 
     def _labelled(self, name: str, *values: str) -> Any:
         """The series of ``name`` with these values of its own labels."""
-        return self._made[name].labels(*self._who, *values)
+        # Kept, since finding one takes longer than what is then done with it.
+        found = self._series.get((name, values))
+        if found is None:
+            found = self._made[name].labels(*self._who, *values)
+            self._series[name, values] = found
+        return found
 
 
 class RequestObserver:
