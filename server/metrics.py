@@ -24,6 +24,7 @@ from prometheus_client import (
 from offramp import __version__
 from offramp.models.sampling_params import DraftSource, KVFill
 from offramp.server import instruments
+from offramp.server.errors import OfframpError, RequestError, ServiceUnavailable
 
 if TYPE_CHECKING:
     from offramp.server.api.http_metrics import HttpExchange
@@ -75,6 +76,8 @@ class Metrics:
         for name, values in _VALUES.items():
             for value in values:
                 self._labelled(name, value)
+        for code in _refusals(RequestError, ServiceUnavailable):
+            self._labelled("offramp:requests_refused", code)
         for reason in ("max_num_queued_reqs", "max_num_queued_tokens"):
             self._made["vllm:admission_rejections"].labels(model_name, reason)
         self._labelled("offramp:build_info", *_VERSIONS).set(1)
@@ -277,6 +280,12 @@ class Metrics:
             found = self._made[name].labels(*self._who, *values)
             self._series[name, values] = found
         return found
+
+
+def _refusals(*kinds: type[OfframpError]) -> set[str]:
+    """Codes of these errors and of all that are of their kind."""
+    below = [_refusals(*kind.__subclasses__()) for kind in kinds]
+    return {kind.default_code for kind in kinds if kind.default_code}.union(*below)
 
 
 class RequestObserver:

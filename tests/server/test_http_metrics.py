@@ -55,7 +55,7 @@ async def refusals(server: Running) -> dict[str, float]:
     return {
         dict(labels)["code"]: count
         for (name, labels), count in (await scrape(server)).items()
-        if name == "offramp:requests_refused_total"
+        if name == "offramp:requests_refused_total" and count
     }
 
 

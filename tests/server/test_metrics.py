@@ -170,6 +170,14 @@ def test_a_sequence_ends_once(metrics: Metrics) -> None:
     assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 1
 
 
+def test_refusals_are_counted_from_nothing_on(metrics: Metrics) -> None:
+    """A series that begins with its first refusal would hide that one from rates."""
+    name = "offramp:requests_refused_total"
+    for code in ("queue_full", "loading", "invalid_api_key", "model_not_found", "head_too_large"):
+        assert value(metrics, name, code=code) == 0, code
+    assert value(metrics, name, code="internal_error") is None
+
+
 def test_two_servers_in_one_process_do_not_share(metrics: Metrics) -> None:
     Metrics("m").count("vllm:generation_tokens", 5)
     assert value(metrics, "vllm:generation_tokens_total") == 0
