@@ -182,6 +182,7 @@ def test_a_dead_collector_costs_no_request() -> None:
                 assert answer.status_code == 200
         process.signal(signal.SIGTERM)
         assert process.status() == 0
+    assert "opentelemetry" in process.log
 
 
 def test_without_the_extra_the_start_is_refused_in_one_line() -> None:
