@@ -13,7 +13,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[fast,test,dev,train]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[fast,test,dev,train,otel]'
 	touch $@
 
 serve: install
@@ -51,6 +51,7 @@ sanitize: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/clang-format --dry-run --Werror kernels/native/*.c kernels/native/*.h
 
 type: install
@@ -59,6 +60,7 @@ type: install
 # Pages that are made from the code; a test fails where they are not current.
 docs: install
 	$(BIN)/python -m offramp.server.options > docs/options.md
+	$(BIN)/python -m offramp.server.instruments > docs/metrics.md
 
 bench: install
 	$(BIN)/offramp bench $(ARGS)

@@ -23,8 +23,10 @@ from offramp.server.api import (
     wire,
 )
 from offramp.server.api.context import Context
+from offramp.server.api.http_metrics import HttpMetrics
 from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, InFlight, RequestId
 from offramp.server.errors import Unauthorized
+from offramp.server.tracing import TraceRequests
 
 # With what their routes answer beside what FastAPI finds out by itself.
 _ROUTERS: tuple[tuple[APIRouter, dict[int | str, dict[str, Any]]], ...] = (
@@ -57,8 +59,11 @@ def create_app(context: Context) -> FastAPI:
     # The one added last sees a request first.
     app.add_middleware(InFlight, context=context)
     app.add_middleware(BodyLimit, max_bytes=context.config.max_body_bytes)
+    if context.tracing is not None:
+        app.add_middleware(TraceRequests, tracing=context.tracing)
     if context.keys:
         app.add_middleware(ApiKey, keys=context.keys)
+    app.add_middleware(HttpMetrics, metrics=context.metrics)
     app.add_middleware(HeadAsGet)
     if context.config.allowed_origins:
         # Before the keys: a browser asks beforehand without one.

@@ -266,6 +266,12 @@ class ServerConfig(_Options):
     kv_fill: Literal["auto", "project", "copy", "recompute"] = _option(
         "Early exit", "project", "How K,V of skipped layers are made."
     )
+    otlp_traces_endpoint: str | None = _option(
+        "Logging",
+        None,
+        "Address of an OpenTelemetry collector (OTLP over HTTP, with its path: /v1/traces) that "
+        "gets a span of each request; needs the extra otel.",
+    )
     log_stats_interval: float = _option(
         "Logging", 10.0, "Seconds between throughput lines while busy.", gt=0
     )

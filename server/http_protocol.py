@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -136,6 +137,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Refuse what is no HTTP, in the envelope of all errors."""
         self._refuse(InvalidHttp(msg))
 
+    def on_refusal(self, code: str) -> None:
+        """A request is refused with the error ``code``."""
+
     def _is_over(self) -> bool:
         return self._refused or self.transport.is_closing()
 
@@ -175,6 +179,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._is_over():
             return
         self._refused = True
+        self.on_refusal(str(error.code))
         cycle = self._running
         if cycle is None or cycle.response_complete or not cycle.response_started:
             self.transport.write(_response(error))
@@ -195,6 +200,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
+
+
+def counting(on_refusal: Callable[[str], None]) -> type[BoundedHttpProtocol]:
+    """The protocol, with a listener for its refusals."""
+
+    class Counted(BoundedHttpProtocol):
+        """The protocol of one server."""
+
+        def on_refusal(self, code: str) -> None:
+            """Tell the listener."""
+            on_refusal(code)
+
+    return Counted
 
 
 def _response(error: OfframpError) -> bytes:

@@ -32,12 +32,13 @@ from offramp.server.engine.driver import EngineDriver, EngineState
 from offramp.server.engine.request import EngineInfo, EngineOutput
 from offramp.server.engine.workers import ProcessWorker, ThreadWorker, Worker
 from offramp.server.errors import EngineFailed
-from offramp.server.http_protocol import BoundedHttpProtocol
+from offramp.server.http_protocol import counting
 from offramp.server.keys import ApiKeyError, is_loopback
 from offramp.server.load import load_engine, settle_memory
 from offramp.server.metrics import Metrics
 from offramp.server.options import non_defaults
 from offramp.server.text.tokenizer import Tokenizer
+from offramp.server.tracing import TracingError
 
 logger = logging.getLogger("offramp.server")
 
@@ -64,7 +65,7 @@ def run(config: ServerConfig) -> int:
         return _refused(_bind_message(config, error))
     try:
         service = Service(config, listener)
-    except ApiKeyError as error:
+    except (ApiKeyError, TracingError) as error:
         listener.close()
         return _refused(str(error))
     logger.info("offramp %s, options %s", __version__, non_defaults(config) or "all default")
@@ -122,13 +123,14 @@ class Service:
                 log_config=None,
                 log_level=config.uvicorn_log_level,
                 access_log=False,
-                http=BoundedHttpProtocol,
+                http=counting(self._metrics.refused),
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_FLUSH_S,
             )
         )
+        self._context.connections = self.server.server_state.connections
 
     async def run(self) -> int:
         """Load and serve; returns the exit status."""
@@ -143,6 +145,7 @@ class Service:
             asyncio.create_task(self._load()),
             asyncio.create_task(self._stats.run(self._config.log_stats_interval)),
             asyncio.create_task(self._watch()),
+            asyncio.create_task(self._metrics.watch_lag()),
         )
         await self.server.serve(sockets=[self._listener])
         if self._driver.state is EngineState.LOADING:
@@ -164,7 +167,7 @@ class Service:
         except asyncio.CancelledError:
             raise
         except EngineFailed:
-            self._give_up(self._driver.failure or "unknown")
+            logger.debug("the engine was not built")
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
             self._give_up(str(error) or type(error).__name__)
@@ -207,8 +210,11 @@ class Service:
     async def _watch(self) -> None:
         """End the server when its engine is gone for good: whoever started it starts another."""
         await self._driver.failed.wait()
-        if self._announced:
-            logger.error("the engine is gone: %s", self._driver.failure)
+        reason = self._driver.failure or "unknown"
+        if not self._announced:
+            self._give_up(reason)
+            return
+        logger.error("the engine is gone: %s", reason)
         self._status = 1
         self.server.should_exit = True
 

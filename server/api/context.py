@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -11,11 +12,12 @@ from offramp.server.api.deciding import PriorCache
 from offramp.server.config import ServerConfig
 from offramp.server.engine.driver import EngineDriver, TokenStream
 from offramp.server.engine.request import DecisionRequest, GenerationRequest
-from offramp.server.errors import EngineLoading, InvalidRequest, ModelNotFound
+from offramp.server.errors import EngineLoading, InvalidRequest, ModelNotFound, QueueFull
 from offramp.server.keys import ApiKeys
 from offramp.server.metrics import Metrics
 from offramp.server.text.grammars import GrammarCompiler
 from offramp.server.text.tokenizer import Tokenizer
+from offramp.server.tracing import Tracing
 
 
 @dataclass(slots=True)
@@ -24,7 +26,8 @@ class Context:
 
     ``tokenizer`` appears once the model folder was read; ``busy_since`` is when, on the monotonic
     clock, the engine last got work after having had none; ``in_flight`` counts requests to the
-    model that wait for the rest of their answer. Raises ApiKeyError where the keys cannot be used.
+    model that wait for the rest of their answer; ``connections`` are those of clients. Raises
+    ApiKeyError where the keys cannot be used, TracingError where spans cannot be sent.
     """
 
     driver: EngineDriver
@@ -32,15 +35,19 @@ class Context:
     metrics: Metrics
     tokenizer: Tokenizer | None = None
     in_flight: int = 0
+    connections: Collection[object] = ()
     busy_since: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     priors: PriorCache = field(default_factory=PriorCache)
     keys: ApiKeys = field(init=False)
     seeds: random.Random = field(init=False)
+    tracing: Tracing | None = field(init=False)
     _grammars: GrammarCompiler | None = None
 
     def __post_init__(self) -> None:
         self.keys = ApiKeys(self.config.api_key, self.config.api_key_file)
+        endpoint = self.config.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing(endpoint)
         # Seeds only have to differ; with --seed a restarted server repeats its answers.
         self.seeds = random.Random(self.config.engine.seed)  # noqa: S311
 
@@ -74,7 +81,12 @@ class Context:
         """Queue a request; raises what the driver raises."""
         if not self.driver.num_requests:
             self.busy_since = time.monotonic()
-        return self.driver.submit(request)
+        try:
+            return self.driver.submit(request)
+        except QueueFull:
+            full = self.driver.num_requests >= self.driver.capacity
+            self.metrics.rejected("max_num_queued_reqs" if full else "max_num_queued_tokens")
+            raise
 
     @property
     def grammars(self) -> GrammarCompiler:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from offramp.server.api import wire
+from offramp.server.api import span_attributes, wire
 from offramp.server.api.context import Context, Shared
 from offramp.server.api.deciding import Answer, Decided, Wish, decide
 from offramp.server.api.decision_bodies import (
@@ -19,6 +19,7 @@ from offramp.server.api.decision_bodies import (
     SystemOneQuestion,
 )
 from offramp.server.text.decisions import Question, QuestionKind, confidence
+from offramp.server.tracing import span_of
 
 logger = logging.getLogger("offramp.requests")
 
@@ -90,6 +91,10 @@ async def _decide(
     kinds = Counter(question.kind.value for question in questions)
     layers = [answer.layer for answer in decided.answers]
     context.metrics.decisions(kinds, layers, decided.stats, decided.seconds)
+    span = span_of(request)
+    if span is not None:
+        model, depth = context.model_name, context.driver.info.num_layers
+        span.describe(model, span_attributes.decided(decided, model, depth))
     logger.info(
         "%s request_id=%s questions=%d input_tokens=%d mean_exit_layer=%.2f ms=%.1f",
         request_id,

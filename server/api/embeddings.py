@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from offramp.models.step import Pooling
-from offramp.server.api import wire
+from offramp.server.api import span_attributes, wire
 from offramp.server.api.context import Context, Shared
 from offramp.server.api.deciding import read_answers
 from offramp.server.api.fields import Count, Prompts, RequestModel, Text, refuse_unsupported
@@ -26,6 +26,7 @@ from offramp.server.api.prepared import Prompt
 from offramp.server.api.schemas import warn_once
 from offramp.server.engine.request import AnswerRequest, TokenEvent
 from offramp.server.errors import ContextLengthExceeded, InvalidRequest
+from offramp.server.tracing import span_of
 
 logger = logging.getLogger("offramp.requests")
 
@@ -122,6 +123,10 @@ async def _embed(body: EmbeddingBody, request: Request, context: Context) -> byt
     content = await asyncio.to_thread(_written, body, context.model_name, event, tokens)
     seconds = time.monotonic() - begun
     context.metrics.embeddings(len(prompts), event.stats, seconds)
+    span = span_of(request)
+    if span is not None:
+        model = context.model_name
+        span.describe(model, span_attributes.embedded(tokens, model, seconds))
     logger.info(
         "%s request_id=%s inputs=%d input_tokens=%d ms=%.1f",
         *(request_id, request.state.request_id, len(prompts), tokens, 1000 * seconds),

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offramp.server.api import usage
+from offramp.server.api import span_attributes, usage
 from offramp.server.api.logprobs import ScoredToken
 from offramp.server.engine.request import (
     FinishReason,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from offramp.server.api.prepared import Prepared
     from offramp.server.api.schemas import GenerationBody
     from offramp.server.engine.driver import TokenStream
+    from offramp.server.tracing import RequestSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +254,12 @@ class Generation:
         prepared: Prepared,
         requests: Sequence[GenerationRequest],
         request_id: str,
+        span: RequestSpan | None = None,
     ) -> None:
         self.request_id = request_id
+        self._context = context
+        self._n = body.n
+        self._span = span
         self._closed = False
         self._ready: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._streams = _admit(context, requests)
@@ -290,7 +295,13 @@ class Generation:
             stream.abort()
         for choice in self.choices:
             choice.close(FinishReason.ABORT)
+        if self._span is not None:
+            self._describe(self._span)
         logger.info("%s", usage.summary(self.request_id, self.choices))
+
+    def _describe(self, span: RequestSpan) -> None:
+        model, layers = self._context.model_name, self._context.driver.info.num_layers
+        span.describe(model, span_attributes.generation(self.choices, self._n, model, layers))
 
     async def _next(self, silence_s: float | None) -> Delta | None:
         try:
@@ -299,6 +310,8 @@ class Generation:
         except TimeoutError:
             return None
         if isinstance(item, Exception):
+            if self._span is not None:
+                self._span.failed(type(item).__name__)
             raise item
         return item
 

@@ -1,11 +1,12 @@
 """Routes for operators: health, readiness, load, version, metrics."""
 
+import asyncio
 import time
 from typing import Any, Final
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from pydantic import BaseModel
 
 from offramp import __version__
@@ -27,9 +28,6 @@ class Status(BaseModel):
 # Probes read the status, so that it says itself why it is not 200.
 _UNAVAILABLE: Final[dict[int | str, dict[str, Any]]] = {
     503: {"model": Status, "description": "Not now."}
-}
-_OPEN_METRICS: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}
 }
 
 
@@ -66,13 +64,20 @@ async def version() -> dict[str, Any]:
     return {"version": __version__}
 
 
-@router.get(
-    "/metrics", response_model=None, response_class=PlainTextResponse, responses=_OPEN_METRICS
-)
-async def metrics(request: Request, context: Shared) -> Response:
-    """Prometheus text, or OpenMetrics for clients that ask for it."""
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(context.metrics.registry), headers={"Content-Type": content_type})
+@router.get("/metrics", response_model=None, response_class=PlainTextResponse)
+async def metrics(context: Shared) -> Response:
+    """Prometheus' text format, whatever is asked for."""
+    driver = context.driver
+    context.metrics.server(
+        {state.value: state is driver.state for state in EngineState},
+        driver.num_restarts,
+        context.in_flight,
+        len(context.connections),
+    )
+    # Not OpenMetrics: prometheus_client writes the colons of names as underscores there, unless its
+    # reader knows of escaping, as Prometheus does from version 3 on.
+    text = await asyncio.to_thread(generate_latest, context.metrics.registry)
+    return Response(text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 def _status(code: int, status: str) -> JSONResponse:

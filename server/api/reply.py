@@ -19,6 +19,7 @@ from offramp.server.api.logprobs import ScoredToken, TokenNames, prompt_logprobs
 from offramp.server.api.plan import plan
 from offramp.server.api.prepared import Prepared
 from offramp.server.api.schemas import GenerationBody
+from offramp.server.tracing import span_of
 
 
 class Shape(Protocol):
@@ -67,7 +68,7 @@ def start(
     """Begin to generate; raises what the client is to be told. The caller closes it."""
     requests = plan(context, body, prepared, reply_id)
     label = f"{reply_id} request_id={request.state.request_id}"
-    return Generation(context, body, prepared, requests, label)
+    return Generation(context, body, prepared, requests, label, span_of(request))
 
 
 class EventStream(StreamingResponse):

@@ -178,6 +178,9 @@ def error_response(
     error: OfframpError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
     """The envelope of the API that ``scope``'s path belongs to, with the error's status."""
+    if not isinstance(error, ServerError):
+        # For the metrics.
+        scope.setdefault("state", {})["refusal"] = error.code
     body: Mapping[str, Any] = error.body()
     path = scope["path"]
     if path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/"):

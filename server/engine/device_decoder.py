@@ -181,6 +181,7 @@ class DeviceDecoder:
             position = len(sequence.tokens) - 2
             sequence.computed = [position + 1] * len(sequence.computed)
             sequence.layers_executed += depth
+            sequence.passes += depth == self._info.num_layers
             if depth < self._info.num_layers:
                 sequence.left_early += 1
                 exact = position if sequence.exact is None else min(sequence.exact, position)

@@ -9,6 +9,7 @@ What an answer's grammar forces is drafted in every mode.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from offramp.models.sampling_params import DraftSource
 from offramp.models.step import Draft, DraftRows, StepRunner
@@ -56,6 +57,8 @@ class Drafting:
         self._holding: dict[int, Sequence] = {}
         self._drafted: Counter[DraftSource] = Counter()
         self._accepted: Counter[DraftSource] = Counter()
+        self._accepted_at: Counter[int] = Counter()
+        self._runs = 0
 
     def ask(self, sequence: Sequence) -> None:
         """The sequence, which has no drafts, is ready for its next token.
@@ -113,6 +116,7 @@ class Drafting:
         sequence.accepted[sequence.source] += right
         sequence.rejected += not right
         self._accepted[sequence.source] += right
+        self._accepted_at[place] += right
         rates, common = sequence.acceptance, self._governor.acceptance
         greedy = sequence.request.sampling.temperature == 0
         if sequence.source is DraftSource.NGRAM and rates is not None:
@@ -126,10 +130,16 @@ class Drafting:
                 self._governor.head_acceptance.add(chance, accepted=right)
             sequence.luck += _OWN_RENEWAL * (right - wanted * sequence.luck)
 
-    def counts(self) -> dict[str, Counter[DraftSource]]:
+    def counts(self) -> dict[str, Any]:
         """Drafts added and accepted since the last call, as StepStats has them."""
-        found = {"drafted": self._drafted, "accepted": self._accepted}
-        self._drafted, self._accepted = Counter(), Counter()
+        found = {
+            "drafted": self._drafted,
+            "accepted": self._accepted,
+            "drafts": self._runs,
+            "accepted_at": self._accepted_at,
+        }
+        self._drafted, self._accepted, self._accepted_at = Counter(), Counter(), Counter()
+        self._runs = 0
         return found
 
     def _room(self, sequence: Sequence) -> int:
@@ -216,5 +226,7 @@ class Drafting:
             self._add(sequence, tokens, source)
 
     def _add(self, sequence: Sequence, tokens: list[int], source: DraftSource) -> None:
+        # Exits guess a token at a time, each behind the one before.
+        self._runs += not sequence.drafts
         sequence.add_drafts(tokens, source)
         self._drafted[source] += len(tokens)

@@ -132,6 +132,7 @@ class EngineDriver:
         self.failed = asyncio.Event()
         """Set when the engine has failed and will not be built anew."""
         self.last_step_at = time.monotonic()
+        self.num_restarts = 0
 
     @property
     def info(self) -> EngineInfo:
@@ -281,6 +282,7 @@ class EngineDriver:
     def _became_restarting(self) -> None:
         if self.state is EngineState.READY:
             self.state = EngineState.RESTARTING
+        self.num_restarts += 1
         self._end_requests()
 
     def _end_requests(self) -> None:

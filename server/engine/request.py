@@ -150,7 +150,8 @@ class StepStats:
     ``draft_seconds`` were spent on guesses before. ``rows`` are token rows of that step. Fields
     up to ``disagreements`` are increments, the rest are values after the step. ``exit_head_rows``
     are rows an exit's LM head ran for, ``prompt_left`` prompt tokens that left after this
-    segment, ``prompt_full`` those that might have left and ran the whole stack.
+    segment, ``prompt_full`` those that might have left and ran the whole stack. The ``drafted``
+    tokens are of ``drafts`` runs; ``accepted_at`` counts those accepted by their place in the run.
     """
 
     kind: str
@@ -171,6 +172,8 @@ class StepStats:
     stayed: int = 0
     drafted: Mapping[DraftSource, int] = field(default_factory=dict)
     accepted: Mapping[DraftSource, int] = field(default_factory=dict)
+    drafts: int = 0
+    accepted_at: Mapping[int, int] = field(default_factory=dict)
     exit_head_rows: int = 0
     prompt_left: int = 0
     prompt_full: int = 0

@@ -35,7 +35,7 @@ from offramp.server.engine.request import (
     TokenEvent,
 )
 from offramp.server.engine.workers import ThreadWorker
-from offramp.server.http_protocol import BoundedHttpProtocol
+from offramp.server.http_protocol import counting
 from offramp.server.metrics import Metrics
 from offramp.server.serve import bind
 from offramp.server.text.tokenizer import Tokenizer
@@ -264,7 +264,7 @@ async def serving(engine: FakeEngine | None = None, **options: object) -> AsyncI
         lifespan="off",
         log_config=None,
         access_log=False,
-        http=BoundedHttpProtocol,
+        http=counting(context.metrics.refused),
     )
     server = _Server(settings)
     task = asyncio.create_task(server.serve(sockets=[listener]))

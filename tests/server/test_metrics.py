@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import re
 import time
+from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
 
-from offramp.models.sampling_params import SamplingParams
+from offramp.models.sampling_params import DraftSource, SamplingParams
+from offramp.server.api.http_metrics import HttpExchange
 from offramp.server.engine.request import (
     EngineOutput,
     GenerationRequest,
@@ -15,6 +20,7 @@ from offramp.server.engine.request import (
     StepStats,
     TokenEvent,
 )
+from offramp.server.instruments import ALL, Kind, markdown
 from offramp.server.logs import StatsLog
 from offramp.server.metrics import Metrics
 from tests.server.fakes import FakeEngine
@@ -39,54 +45,24 @@ STATS = StepStats(
     prefix_queries=10,
     prefix_hits=4,
     stayed=2,
+    drafted={DraftSource.HEAD: 5, DraftSource.NGRAM: 2},
+    accepted={DraftSource.HEAD: 3, DraftSource.NGRAM: 0},
+    drafts=2,
+    accepted_at={0: 2, 1: 1},
 )
-# What dashboards made for vLLM ask for.
-MIRROR = [
-    "e2e_request_latency_seconds_bucket",
-    "time_to_first_token_seconds_bucket",
-    "inter_token_latency_seconds_bucket",
-    "request_time_per_output_token_seconds_bucket",
-    "prompt_tokens_total",
-    "generation_tokens_total",
-    "num_requests_running",
-    "num_requests_waiting",
-    "kv_cache_usage_perc",
-    "request_success_total",
-    "request_prompt_tokens_bucket",
-    "request_generation_tokens_bucket",
-    "request_max_num_generation_tokens_sum",
-    "request_queue_time_seconds_sum",
-    "request_prefill_time_seconds_sum",
-    "request_decode_time_seconds_sum",
-    "iteration_tokens_total_count",
-    "prefix_cache_queries_total",
-    "prefix_cache_hits_total",
-    "num_preemptions_total",
-    "cache_config_info",
-]
-OWN = [
-    "exit_layer_bucket",
-    "exit_tokens_total",
-    "layers_executed_total",
-    "layers_possible_total",
-    "segment_queue_depth",
-    "segment_batch_size_bucket",
-    "kv_debt_tokens",
-    "kv_fill_tokens_total",
-    "exit_audits_total",
-    "exit_disagreements_total",
-    "exit_threshold",
-    "stayed_tokens_total",
-]
+# What the dashboards of vLLM's examples ask for: series, and labels they select or group by.
+DASHBOARDS = json.loads(
+    (Path(__file__).parents[1] / "data/vllm_dashboards.json").read_text(encoding="utf-8")
+)
 
 
 def request(identity: str = "a") -> GenerationRequest:
     return GenerationRequest(identity, (1, 2, 3), SamplingParams(max_tokens=5))
 
 
-def event(layers: tuple[int, ...], executed: int) -> TokenEvent:
+def event(layers: tuple[int, ...], executed: int, passes: int = 1) -> TokenEvent:
     now = time.monotonic()
-    stats = RequestStats(now, now, layers_executed=executed, prompt_tokens=3)
+    stats = RequestStats(now, now, layers_executed=executed, prompt_tokens=3, passes=passes)
     return TokenEvent("a", (9,) * len(layers), layers, stats)
 
 
@@ -104,11 +80,31 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def test_a_loaded_server_exports_all_promised_names(metrics: Metrics) -> None:
     metrics.observe(EngineOutput(stats=STATS))
-    observer = metrics.request(request(), n=1)
-    observer.event(event((4,), 4))
+    metrics.request(request(), n=1).event(event((4,), 4))
+    metrics.http(HttpExchange("GET", "/v1/models", 200))
+    metrics.server({"ready": True}, 0, 0, 0)
+    metrics.refused("queue_full")
+    suffixes = {Kind.HISTOGRAM: ("_bucket", "_sum", "_count"), Kind.SUMMARY: ("_sum", "_count")}
     text = generate_latest(metrics.registry).decode()
-    for name in (*(f"vllm:{name}" for name in MIRROR), *(f"offramp:{name}" for name in OWN)):
-        assert f"\n{name}{{" in text, name
+    for each in ALL:
+        for suffix in suffixes.get(each.kind, ("",)):
+            assert re.search(rf"^{each.sample}{suffix}[ {{]", text, re.MULTILINE), each.name
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS)
+def test_the_dashboards_of_vllm_find_what_they_ask_for(metrics: Metrics, dashboard: str) -> None:
+    found = {
+        sample.name: set(sample.labels)
+        for family in metrics.registry.collect()
+        for sample in family.samples
+    }
+    for series, labels in DASHBOARDS[dashboard].items():
+        assert set(labels) <= found[series], series
+
+
+def test_the_page_of_metrics_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert page.read_text(encoding="utf-8") == markdown(), "run `make docs`"
 
 
 def test_a_step_sets_gauges_and_raises_counters(metrics: Metrics) -> None:
@@ -124,10 +120,40 @@ def test_a_step_sets_gauges_and_raises_counters(metrics: Metrics) -> None:
     assert value(metrics, "offramp:stayed_tokens_total") == 4
 
 
+def test_guesses_of_all_sources_are_speculative_decoding(metrics: Metrics) -> None:
+    metrics.observe(EngineOutput(stats=STATS))
+    assert value(metrics, "offramp:draft_tokens_total", source="head") == 5
+    assert value(metrics, "vllm:spec_decode_num_drafts_total") == 2
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 7
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 3
+    by_place = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [value(metrics, by_place, position=str(place)) for place in range(3)] == [2, 1, 0]
+
+
+def test_a_prompt_is_counted_by_where_its_tokens_came_from(metrics: Metrics) -> None:
+    stats = RequestStats(0.0, prompt_tokens=3, cached_tokens=2)
+    observer = metrics.request(request(), n=1)
+    observer.event(TokenEvent("a", (9,), (4,), stats))
+    name = "vllm:prompt_tokens_by_source_total"
+    assert value(metrics, name, source="local_compute") == 1
+    assert value(metrics, name, source="local_cache_hit") == 2
+    assert value(metrics, "vllm:request_prefill_kv_computed_tokens_sum") == 1
+
+
+async def test_an_event_loop_that_is_held_up_is_seen(metrics: Metrics) -> None:
+    watch = asyncio.create_task(metrics.watch_lag())
+    await asyncio.sleep(0)
+    time.sleep(0.3)  # noqa: ASYNC251 (what must not happen is the test)
+    await asyncio.sleep(0.01)
+    watch.cancel()
+    assert (value(metrics, "offramp:event_loop_lag_seconds_sum") or 0) > 0.15
+
+
 def test_tokens_are_counted_by_depth_and_phase(metrics: Metrics) -> None:
     observer = metrics.request(request(), n=1)
     observer.event(event((4,), 4))
-    observer.event(event((2, 2), 8))
+    observer.event(event((2, 2), 8, passes=2))
+    assert value(metrics, "offramp:passes_total") == 2
     assert value(metrics, "offramp:exit_layer_sum", phase="prefill") == 4
     assert value(metrics, "offramp:exit_layer_sum", phase="decode") == 4
     assert value(metrics, "offramp:layers_executed_total") == 8
@@ -142,6 +168,14 @@ def test_a_sequence_ends_once(metrics: Metrics) -> None:
     assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
     assert value(metrics, "vllm:request_success_total", finished_reason="stop") == 0
     assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 1
+
+
+def test_refusals_are_counted_from_nothing_on(metrics: Metrics) -> None:
+    """A series that begins with its first refusal would hide that one from rates."""
+    name = "offramp:requests_refused_total"
+    for code in ("queue_full", "loading", "invalid_api_key", "model_not_found", "head_too_large"):
+        assert value(metrics, name, code=code) == 0, code
+    assert value(metrics, name, code="internal_error") is None
 
 
 def test_two_servers_in_one_process_do_not_share(metrics: Metrics) -> None:

@@ -117,6 +117,7 @@ def test_passes_make_the_tokens_of_the_steps(tiny_dir: Path, exits: str, concurr
     for item in passes:
         assert item.stats is not None
         assert item.stats.layers_executed == sum(item.exit_layers)
+        assert item.stats.passes == item.exit_layers.count(4)
 
 
 def test_where_nothing_may_be_owed_no_token_leaves(tiny_dir: Path, exits: str) -> None:

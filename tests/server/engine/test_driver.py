@@ -283,6 +283,7 @@ async def test_a_failed_engine_is_built_anew(error: BaseException) -> None:
         assert reasons(await events_of(stream)) == [FinishReason.ERROR]
         await until(lambda: driver.state is EngineState.RESTARTING)
         assert not driver.failed.is_set()
+        assert driver.num_restarts == 1
         # The gauges fall with the requests.
         assert outputs[-1].stats is not None
         assert outputs[-1].stats.running == outputs[-1].stats.kv_used_blocks == 0

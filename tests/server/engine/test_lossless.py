@@ -114,6 +114,22 @@ def test_guesses_are_made_right_and_wrong(engine: Engine) -> None:
     assert drafted >= accepted + rejected
 
 
+def test_steps_tell_of_runs_of_guesses_and_places_of_right_ones(engine: Engine) -> None:
+    for index, prompt in enumerate(PROMPTS):
+        exits = ExitSettings(ExitMode.LOSSLESS)
+        engine.add(GenerationRequest(f"{index}-{next(_names)}", prompt, GREEDY, exits), 0.0)
+    steps = []
+    while engine.has_work:
+        steps.append(engine.step().stats)
+    runs = sum(step.drafts for step in steps if step)
+    by_place = sum((Counter(step.accepted_at) for step in steps if step), Counter())
+    assert by_place.total() == sum(sum(step.accepted.values()) for step in steps if step)
+    # What is right in a later place is right in all before it.
+    counts = [by_place[place] for place in range(max(by_place) + 1)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] <= runs <= sum(sum(step.drafted.values()) for step in steps if step)
+
+
 @pytest.mark.parametrize(
     "criterion", [ExitCriterion.PATIENCE, ExitCriterion.PROMPT_DEPTH, ExitCriterion.FIXED]
 )
