@@ -37,6 +37,7 @@ from offramp.server.keys import ApiKeyError, is_loopback
 from offramp.server.load import load_engine, settle_memory
 from offramp.server.metrics import Metrics
 from offramp.server.options import non_defaults
+from offramp.server.text.grammars import GrammarError
 from offramp.server.text.tokenizer import Tokenizer
 from offramp.server.tracing import TracingError
 
@@ -188,8 +189,17 @@ class Service:
         info = await self._driver.ready()
         self._metrics.configure(info)
         self._stats.configure(info.num_layers)
+        # It holds the interpreter for a quarter of a second, which the first answer with a form
+        # would have all others wait for.
+        await asyncio.to_thread(self._load_grammars)
         await asyncio.to_thread(settle_memory)
         return info
+
+    def _load_grammars(self) -> None:
+        try:
+            self._context.grammars.native()
+        except GrammarError as error:
+            logger.warning("answers cannot be held to a form: %s", error)
 
     def _resolve(self) -> Path:
         """Folder of the model, fetched if need be; runs on a worker thread."""

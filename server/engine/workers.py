@@ -203,6 +203,8 @@ class ProcessWorker:
                 *(sys.executable, "-P", "-m", _CHILD, str(theirs.fileno())),
                 stdin=DEVNULL,
                 pass_fds=(theirs.fileno(),),
+                # Ctrl-C is for the server alone, also while Python starts here.
+                start_new_session=True,
                 env={**os.environ, "PYTHONPATH": paths},
             )
         logger.info("the engine runs in process %d", self._process.pid)
