@@ -17,13 +17,21 @@ from offramp.server.api import (
     models,
     openapi,
     ops,
+    playground,
     responses,
     tokenize,
     tokenizer_info,
     wire,
 )
 from offramp.server.api.context import Context
-from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, InFlight, RequestId
+from offramp.server.api.middleware import (
+    OPEN_PATHS,
+    ApiKey,
+    BodyLimit,
+    HeadAsGet,
+    InFlight,
+    RequestId,
+)
 from offramp.server.errors import Unauthorized
 
 # With what their routes answer beside what FastAPI finds out by itself.
@@ -53,12 +61,16 @@ def create_app(context: Context) -> FastAPI:
         form = openapi.AnthropicError if router is anthropic.router else openapi.ErrorEnvelope
         refused = openapi.errors([Unauthorized], form) if needs_key else {}
         app.include_router(router, responses=answers | refused)
+    open_paths = OPEN_PATHS
+    if context.config.playground:
+        app.include_router(playground.router)
+        open_paths |= playground.PATHS
     wire.register(app)
     # The one added last sees a request first.
     app.add_middleware(InFlight, context=context)
     app.add_middleware(BodyLimit, max_bytes=context.config.max_body_bytes)
     if context.keys:
-        app.add_middleware(ApiKey, keys=context.keys)
+        app.add_middleware(ApiKey, keys=context.keys, open_paths=open_paths)
     app.add_middleware(HeadAsGet)
     if context.config.allowed_origins:
         # Before the keys: a browser asks beforehand without one.
