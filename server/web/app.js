@@ -4,7 +4,7 @@ import "./chat.js";
 import "./compare.js";
 import "./decisions.js";
 import { byId } from "./dom.js";
-import { setScale, showMarks } from "./depth.js";
+import { showMarks } from "./depth.js";
 import { look } from "./server.js";
 
 const THEME = "offramp-theme";
@@ -48,8 +48,9 @@ for (const [index, view] of VIEWS.entries()) {
   });
 }
 
+// Below the conversation they would be in the way of what was measured.
+byId("settings").open = !matchMedia("(max-width: 960px)").matches;
 setTheme(localStorage.getItem(THEME));
-setScale();
 showMarks();
 const asked = location.hash.slice(1);
 show(VIEWS.includes(asked) ? asked : "chat");

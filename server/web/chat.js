@@ -6,7 +6,7 @@ import { generate, rateOf, summary } from "./generation.js";
 import { live } from "./live.js";
 import { earlyExit, sampling, systemMessages } from "./settings.js";
 import { TokenView } from "./tokens.js";
-import { untilReady } from "./server.js";
+import { look, untilReady } from "./server.js";
 
 // Best tokens beside each one that came.
 const TOP = 5;
@@ -47,14 +47,20 @@ function addTurn(role, ...children) {
   return turn;
 }
 
-async function send(text) {
-  let settings;
+/** The settings as they stand; null, and told, where one is at fault. */
+function wishes() {
   try {
-    settings = { ...sampling(), early_exit: earlyExit() };
+    return { ...sampling(), early_exit: earlyExit() };
   } catch (error) {
     announce(error.message);
-    return;
+    return null;
   }
+}
+
+async function send(text) {
+  const settings = wishes();
+  if (!settings) return;
+  for (const button of turns.querySelectorAll(".retry")) button.remove();
   prompt.value = "";
   fit();
   addTurn("user", h("p", {}, text));
@@ -102,18 +108,23 @@ async function ended(error, { turn, view, foot, settings, controller }) {
     else if (turn.isConnected) messages.pop();
     return;
   }
-  const again = () => {
+  // What was not answered is no part of the conversation, unless it is sent again.
+  const asked = messages.pop();
+  const again = (wished) => {
+    if (!wished) return null;
     turn.remove();
-    return answer(settings);
+    messages.push(asked);
+    return answer(wished);
   };
-  const retry = h("button", { type: "button", className: "quiet small", on: { click: again } }, "Try again");
+  const click = () => again(wishes());
+  const retry = h("button", { type: "button", className: "quiet small retry", on: { click } }, "Try again");
   const code = error.code ? h("code", {}, error.code) : null;
   foot.replaceChildren(h("span", { className: "error", aria: { role: "alert" } }, error.message, " ", code), retry);
   if (error.status !== 503) return;
   retry.remove();
   foot.append(h("span", {}, "It is sent again when the server is ready."));
   await untilReady(controller.signal);
-  if (!controller.signal.aborted) await again();
+  if (!controller.signal.aborted && foot.isConnected) await again(settings);
 }
 
 /** Where no token left early: say why, and how to see them leave. */
@@ -170,6 +181,8 @@ byId("composer").addEventListener("submit", (event) => {
   const text = prompt.value.trim();
   if (running) running.abort();
   else if (text && model.name) send(text);
+  // Nothing is known yet; perhaps for want of a key.
+  else if (text) look();
 });
 prompt.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

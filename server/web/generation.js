@@ -34,17 +34,18 @@ export const rateOf = (metrics) => (metrics.mean_itl_ms ? 1000 / metrics.mean_it
 
 const tokensOf = (depth) => Object.values(depth.exit_histogram).reduce((a, b) => a + b, 0);
 
-/** What an answer cost, as pairs of a name and a text. */
+/** What an answer cost, as lists of a name, a text and perhaps a note. */
 export function costs(metrics) {
   const depth = metrics.early_exit;
   const rate = rateOf(metrics);
   const found = [
     ["tokens/s", rate == null ? "–" : number(rate, 0)],
     ["passes/token", number(depth.passes / Math.max(1, tokensOf(depth)), 2)],
+    ["layers/token", number(depth.layers_executed / Math.max(1, tokensOf(depth)), 1)],
     ["mean layer", number(depth.mean_exit_layer ?? 0, 1)],
   ];
   if (depth.drafted_tokens) {
-    found.push(["guesses right", `${depth.accepted_tokens} of ${depth.drafted_tokens}`]);
+    found[1].push(`${depth.accepted_tokens} of ${depth.drafted_tokens} guesses`);
   }
   if (depth.stayed) found.push(["stayed", String(depth.stayed)]);
   return found;

@@ -5,7 +5,7 @@ import { byId, h, number } from "./dom.js";
 import { costs, rateOf } from "./generation.js";
 import { depthPlot, ratePlot, rates, sourcePlot } from "./plots.js";
 
-const EMPTY = [["tokens/s", "–"], ["passes/token", "–"], ["mean layer", "–"]];
+const EMPTY = [["tokens/s", "–"], ["passes/token", "–"], ["layers/token", "–"]];
 
 class Live {
   constructor() {
@@ -70,7 +70,7 @@ class Live {
     }
     const found = costs(this.metrics);
     const rate = rateOf(this.metrics);
-    if (this.off && rate) found[0].push(`${number(rate / this.off, 2)} × off`);
+    if (this.off && rate) found[0][2] = `${number(rate / this.off, 2)} × off`;
     return found;
   }
 }

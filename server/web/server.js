@@ -58,7 +58,8 @@ async function learn() {
 
 let timer = null;
 
-async function look() {
+/** Look whether the server is ready, and what it serves; once in a while from now on. */
+export async function look() {
   clearTimeout(timer);
   const ready = show(await readiness());
   clearTimeout(timer);
@@ -68,10 +69,11 @@ async function look() {
     try {
       await learn();
     } catch (error) {
+      const wantsKey = error.status === 401;
       byId("state").dataset.state = "failed";
-      byId("state").textContent = error.message;
+      byId("state").textContent = wantsKey ? "Needs a key" : error.message;
       // Who cancelled the question for a key is not asked again until something is sent.
-      if (error.status === 401) clearTimeout(timer);
+      if (wantsKey) clearTimeout(timer);
       return;
     }
   }
@@ -79,5 +81,3 @@ async function look() {
   waiting = [];
   for (const resolve of resolved) resolve();
 }
-
-export { look };

@@ -38,7 +38,7 @@ export function sampling() {
     const field = byId(id);
     if (!field.checkValidity()) {
       byId("settings").open = true;
-      field.focus();
+      field.reportValidity();
       throw new Error(`${field.labels[0].textContent}: ${field.validationMessage}`);
     }
     if (field.value !== "") body[name] = Number(field.value);
@@ -59,5 +59,6 @@ export function systemMessages() {
   return text ? [{ role: "system", content: text }] : [];
 }
 
+explain();
 byId("settings-form").addEventListener("change", explain);
 byId("settings-form").addEventListener("submit", (event) => event.preventDefault());

@@ -284,8 +284,11 @@ async def test_errors_are_told_in_the_servers_words(url: str) -> None:
         await expect(error).to_contain_text("This model's context is 2048 tokens")
         await expect(error).to_contain_text("context_length_exceeded")
         await page.fill("#max-tokens", "8")
-        await page.click("text=Try again")
-        await expect(page.locator(".foot .error")).to_contain_text("context_length_exceeded")
+        async with page.expect_request("**/v1/chat/completions") as sent:
+            await page.click("text=Try again")
+        assert [each["content"] for each in sent_body(await sent.value)["messages"]] == ["hi"]
+        await expect(page.locator(".foot")).to_contain_text("8 tokens")
+        await expect(error).to_have_count(0)
         await page.fill("#temperature", "9")
         await page.fill("#prompt", "hi")
         await page.press("#prompt", "Enter")
@@ -340,6 +343,8 @@ async def test_a_narrow_window_shows_everything(url: str, view: str) -> None:
     async with browsing(f"{url}/#{view}", viewport=size, reduced_motion="reduce") as page:
         await ready(page)
         if view == "chat":
+            # Closed at first, where it stands below the conversation.
+            await page.click("#settings summary")
             await ask(page, "hello there")
         assert await page.evaluate("document.documentElement.scrollWidth") == 360
 
