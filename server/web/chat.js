@@ -1,6 +1,6 @@
 // The chat: turns, one running answer, errors in the server's words.
 
-import { announce, byId, grows, h, number } from "./dom.js";
+import { announce, byId, grows, h, number, sendsOnEnter } from "./dom.js";
 import { model } from "./depth.js";
 import { generate, rateOf, summary } from "./generation.js";
 import { live } from "./live.js";
@@ -184,13 +184,9 @@ byId("composer").addEventListener("submit", (event) => {
   // Nothing is known yet; perhaps for want of a key.
   else if (text) look();
 });
-prompt.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  if (!running) byId("composer").requestSubmit();
-});
+sendsOnEnter(prompt, () => running);
 addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !byId("chat").hidden && byId("detail").hidden) running?.abort();
+  if (event.key === "Escape" && !byId("chat").hidden) running?.abort();
 });
 byId("new-chat").addEventListener("click", clear);
 byId("measure-off").addEventListener("click", measureOff);

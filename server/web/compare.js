@@ -1,6 +1,6 @@
 // Side by side: one prompt in every mode, one run after another, in rounds.
 
-import { announce, byId, h, number } from "./dom.js";
+import { announce, byId, h, number, sendsOnEnter } from "./dom.js";
 import { model } from "./depth.js";
 import { costs, generate, rateOf, summary } from "./generation.js";
 import { earlyExit, sampling, systemMessages } from "./settings.js";
@@ -11,7 +11,7 @@ const MODES = [
   ["lossless", "Lossless", "guessed, confirmed at full depth"],
   ["adaptive", "Adaptive", "tokens leave at an exit"],
 ];
-// The first part of a generation's seeds; any will do where none is set.
+// Where none is set, any seed below this will do.
 const SEEDS = 2 ** 31;
 
 const stacked = matchMedia("(max-width: 960px)");
@@ -161,6 +161,7 @@ export function differing(other, own) {
 
 byId("compare-columns").replaceChildren(...MODES.map((mode) => column(...mode).element));
 byId("compare-prompt").value = "Explain in a few sentences why the sky is blue.";
+sendsOnEnter(byId("compare-prompt"), () => running);
 byId("compare-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = byId("compare-prompt").value.trim();

@@ -56,3 +56,12 @@ export function grows(area) {
   area.addEventListener("input", fit);
   return fit;
 }
+
+/** Let Enter send a field's form, unless that is busy; with Shift it breaks the line. */
+export function sendsOnEnter(area, isBusy) {
+  area.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    if (!isBusy()) area.form.requestSubmit();
+  });
+}

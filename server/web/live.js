@@ -76,3 +76,5 @@ class Live {
 }
 
 export const live = new Live();
+// Which rows there are is known by then.
+document.addEventListener("model", () => live.reset());

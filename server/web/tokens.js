@@ -100,7 +100,8 @@ export class TokenView {
 
   _show(target) {
     const found = this._of(target);
-    if (found) detail.show(found.element, found.token);
+    // What is pinned stays while the pointer goes elsewhere.
+    if (found && !detail.pinned) detail.show(found.element, found.token);
   }
 
   _focused(target) {
@@ -108,7 +109,6 @@ export class TokenView {
     if (!found) return;
     this._lane.querySelector('[tabindex="0"]')?.setAttribute("tabindex", "-1");
     found.element.tabIndex = 0;
-    // Pressing with the mouse focuses too; the details are there already.
     detail.show(found.element, found.token);
   }
 
@@ -189,9 +189,10 @@ const detail = {
 };
 
 addEventListener("keydown", (event) => {
-  if (event.key === "Escape") {
-    detail.unpin();
-  }
+  if (event.key !== "Escape" || detail.box.hidden) return;
+  detail.unpin();
+  // It closes what is open; an answer under way goes on.
+  event.stopImmediatePropagation();
 });
 addEventListener("pointerdown", (event) => {
   if (!event.target.closest?.(".token, .detail")) detail.unpin();

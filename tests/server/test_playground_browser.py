@@ -106,6 +106,9 @@ async def test_a_token_tells_its_details_and_alternatives(url: str) -> None:
         shares = await detail.locator(".others span").all_inner_texts()
         assert all(re.fullmatch(r"[\d.]+ %", text) for text in shares)
         await expect(detail.locator(".others .chosen")).to_have_count(1)
+        # What is pinned stays while the pointer goes elsewhere.
+        await page.locator(".token").nth(9).hover()
+        await expect(detail.locator(".others li")).to_have_count(5)
         await page.keyboard.press("Escape")
         await expect(detail).to_be_hidden()
 
@@ -149,7 +152,7 @@ async def test_side_by_side_measures_each_mode(url: str) -> None:
         await page.fill("#max-tokens", "40")
         await page.select_option("#when", "always")
         await page.fill("#compare-prompt", "hello there")
-        await page.click("#compare-run")
+        await page.press("#compare-prompt", "Enter")
         for mode in ("off", "lossless", "adaptive"):
             column = page.locator(f".column[data-mode={mode}]")
             await expect(column.locator(".tiles")).to_contain_text("tokens/s")
@@ -260,7 +263,8 @@ async def test_sources_of_tokens_are_marked() -> None:
 MARK = "token => getComputedStyle(token).backgroundImage.split(', linear-gradient')[0]"
 
 
-async def test_stop_ends_the_request() -> None:
+@pytest.mark.parametrize("by_mouse", [True, False])
+async def test_stop_ends_the_request(*, by_mouse: bool) -> None:
     engine = FakeEngine(permits=5)
     async with serving(engine) as server, browsing(server.url) as page:
         await ready(page)
@@ -268,7 +272,12 @@ async def test_stop_ends_the_request() -> None:
         await page.press("#prompt", "Enter")
         await expect(page.locator(".token")).to_have_count(5)
         await expect(page.locator("#send")).to_have_text("Stop")
-        await page.click("#send")
+        # Escape closes the details first, then ends the answer.
+        await page.locator(".token").first.click()
+        await page.keyboard.press("Escape")
+        await expect(page.locator("#detail")).to_be_hidden()
+        await expect(page.locator("#send")).to_have_text("Stop")
+        await (page.click("#send") if by_mouse else page.keyboard.press("Escape"))
         await expect(page.locator(".foot")).to_have_text("Stopped after 5 tokens")
         assert await asyncio.to_thread(engine.abort_seen.wait, 20)
         await expect(page.locator("#send")).to_have_text("Send")
