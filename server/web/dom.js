@@ -40,7 +40,10 @@ export function number(value, digits = value >= 100 ? 0 : value >= 10 ? 1 : 2) {
   });
 }
 
-export const percent = (share) => `${number(100 * share, share > 0 && share < 0.1 ? 1 : 0)} %`;
+export function percent(share) {
+  if (share > 0 && share < 0.0005) return "< 0.1 %";
+  return `${number(100 * share, share > 0 && share < 0.1 ? 1 : 0)} %`;
+}
 
 /** Say something to screen readers. */
 export function announce(text) {

@@ -104,7 +104,7 @@ async def test_a_token_tells_its_details_and_alternatives(url: str) -> None:
         await token.click()
         await expect(detail.locator(".others li")).to_have_count(5)
         shares = await detail.locator(".others span").all_inner_texts()
-        assert all(re.fullmatch(r"[\d.]+ %", text) for text in shares)
+        assert all(re.fullmatch(r"(< )?[\d.]+ %", text) for text in shares)
         await expect(detail.locator(".others .chosen")).to_have_count(1)
         # What is pinned stays while the pointer goes elsewhere.
         await page.locator(".token").nth(9).hover()
