@@ -52,6 +52,22 @@ class DraftSource(StrEnum):
     GRAMMAR = "grammar"
 
 
+class TokenSource(StrEnum):
+    """Where a token of an answer came from.
+
+    The model alone made it, at full depth or at an exit (``model``) or at full depth although its
+    score would have let it leave (``stayed``); or full depth verified what one of DraftSource, here
+    under the same names, had guessed.
+    """
+
+    MODEL = "model"
+    STAYED = "stayed"
+    HEAD = "head"
+    NGRAM = "ngram"
+    EXIT = "exit"
+    GRAMMAR = "grammar"
+
+
 class KVFill(StrEnum):
     """How the K,V of layers a token skipped are made (design: KV fill).
 

@@ -17,6 +17,7 @@ from offramp.server.api import (
     models,
     openapi,
     ops,
+    playground,
     responses,
     tokenize,
     tokenizer_info,
@@ -24,7 +25,14 @@ from offramp.server.api import (
 )
 from offramp.server.api.context import Context
 from offramp.server.api.http_metrics import HttpMetrics
-from offramp.server.api.middleware import ApiKey, BodyLimit, HeadAsGet, InFlight, RequestId
+from offramp.server.api.middleware import (
+    OPEN_PATHS,
+    ApiKey,
+    BodyLimit,
+    HeadAsGet,
+    InFlight,
+    RequestId,
+)
 from offramp.server.errors import Unauthorized
 from offramp.server.tracing import TraceRequests
 
@@ -55,6 +63,10 @@ def create_app(context: Context) -> FastAPI:
         form = openapi.AnthropicError if router is anthropic.router else openapi.ErrorEnvelope
         refused = openapi.errors([Unauthorized], form) if needs_key else {}
         app.include_router(router, responses=answers | refused)
+    open_paths = OPEN_PATHS
+    if context.config.playground:
+        app.include_router(playground.router)
+        open_paths |= playground.PATHS
     wire.register(app)
     # The one added last sees a request first.
     app.add_middleware(InFlight, context=context)
@@ -62,7 +74,7 @@ def create_app(context: Context) -> FastAPI:
     if context.tracing is not None:
         app.add_middleware(TraceRequests, tracing=context.tracing)
     if context.keys:
-        app.add_middleware(ApiKey, keys=context.keys)
+        app.add_middleware(ApiKey, keys=context.keys, open_paths=open_paths)
     app.add_middleware(HttpMetrics, metrics=context.metrics)
     app.add_middleware(HeadAsGet)
     if context.config.allowed_origins:

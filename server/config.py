@@ -223,6 +223,7 @@ class ServerConfig(_Options):
     allowed_origins: tuple[str, ...] = _option(
         "HTTP", (), 'Origins of web pages that may call the server from a browser; "*" is any.'
     )
+    playground: bool = _option("HTTP", True, "Serve the playground, a page to try the model, at /.")
     special_tokens_in_messages: bool = _option(
         "HTTP",
         False,

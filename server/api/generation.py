@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offramp.models.sampling_params import TokenSource
 from offramp.server.api import span_attributes, usage
 from offramp.server.api.logprobs import ScoredToken
 from offramp.server.engine.request import (
@@ -40,15 +41,16 @@ if TYPE_CHECKING:
 class Delta:
     """What a choice gained: parts of its text, and the tokens behind it.
 
-    Tokens come with the layer each left at and, where asked for, log-probabilities. Those whose
-    text is held back come with the next delta that has text. ``finish_reason`` is set on a choice's
-    last delta only.
+    Tokens come with the layer each left at, where each came from and, where asked for,
+    log-probabilities. Those whose text is held back come with the next delta that has text.
+    ``finish_reason`` is set on a choice's last delta only.
     """
 
     index: int
     parts: tuple[Part, ...]
     token_ids: tuple[int, ...]
     exit_layers: tuple[int, ...]
+    sources: tuple[TokenSource, ...] = ()
     scored: tuple[ScoredToken, ...] = ()
     finish_reason: str | None = None
 
@@ -97,7 +99,7 @@ class Choice:
         self._detokenizer = detokenizer
         self._settings = settings
         self._observer = observer
-        self._unsent: list[tuple[int, int]] = []
+        self._unsent: list[tuple[int, int, TokenSource]] = []
         self._scored: list[ScoredToken] = []
         self._made = self._released = 0
         """Characters that the tokens so far stand for, and those of them that were let through."""
@@ -139,8 +141,9 @@ class Choice:
         return Delta(
             self.index,
             parts,
-            tuple(token for token, _ in unsent),
-            tuple(layer for _, layer in unsent),
+            tuple(token for token, _, _ in unsent),
+            tuple(layer for _, layer, _ in unsent),
+            tuple(source for _, _, source in unsent),
             tuple(scored),
             self.finish_reason,
         )
@@ -177,7 +180,8 @@ class Choice:
             is_last = position == len(event.token_ids) - 1
             # The stop id itself is no part of the text.
             ends = is_last and event.finish_reason is FinishReason.STOP and self._stops(token)
-            self._take(token, event.exit_layers[position])
+            source = event.sources[position] if event.sources else TokenSource.MODEL
+            self._take(token, event.exit_layers[position], source)
             if ends:
                 break
             if event.logprobs:
@@ -220,10 +224,10 @@ class Choice:
             self.finish_reason = FinishReason.STOP.value
         return released.text
 
-    def _take(self, token: int, layer: int) -> None:
+    def _take(self, token: int, layer: int, source: TokenSource) -> None:
         self.completion_tokens += 1
         self.exit_counts[layer] += 1
-        self._unsent.append((token, layer))
+        self._unsent.append((token, layer, source))
         parser = self._settings.parser
         self.reasoning_tokens += parser is not None and parser.in_thoughts
 

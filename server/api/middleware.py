@@ -104,13 +104,14 @@ class InFlight:
 class ApiKey:
     """Refuses requests without one of the keys in force, on every path that is not open."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[bytes]) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[bytes], open_paths: frozenset[str]) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the key."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allowed(scope):
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._allowed(scope):
             await self._app(scope, receive, send)
             return
         error = Unauthorized(

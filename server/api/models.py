@@ -37,7 +37,7 @@ async def retrieve_model(model_id: str, context: Shared) -> dict[str, Any]:
 
 
 def _card(context: Context, name: str) -> dict[str, Any]:
-    info = context.driver.info
+    info, criterion = context.driver.info, context.config.exit_criterion
     return {
         "id": name,
         "object": "model",
@@ -47,9 +47,16 @@ def _card(context: Context, name: str) -> dict[str, Any]:
         "max_model_len": info.max_model_len,
         "num_layers": info.num_layers,
         "exit_layers": list(info.exit_layers),
+        "exit_qualities": sorted(
+            {each.quality for each in info.points if each.criterion is criterion}
+        ),
         "draft_head": info.draft_head,
         "decision_tasks": {
-            name: {"question": task.wording, "answers": list(task.labels)}
+            name: {
+                "question": task.wording,
+                "answers": list(task.labels),
+                "qualities": sorted({point.quality for point in task.points}),
+            }
             for name, task in info.decision_tasks.items()
         },
     }

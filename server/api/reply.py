@@ -199,13 +199,15 @@ class Reply:
         wanted = self._body.wanted_logprobs
         return None if wanted is None else self._shape.logprobs(self._names, scored, wanted)
 
-    def _tokens(self, parts: Sequence[Delta]) -> Mapping[str, list[int]]:
+    def _tokens(self, parts: Sequence[Delta]) -> Mapping[str, Sequence[int | str]]:
         """The lists asked for, one entry per token."""
-        lists: dict[str, list[int]] = {}
+        lists: dict[str, Sequence[int | str]] = {}
         if self._body.return_token_ids:
             lists["token_ids"] = [token for part in parts for token in part.token_ids]
         if self._body.return_exit_layers:
             lists["exit_layers"] = [layer for part in parts for layer in part.exit_layers]
+        if self._body.return_token_sources:
+            lists["token_sources"] = [source for part in parts for source in part.sources]
         return lists
 
 

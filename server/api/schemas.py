@@ -152,6 +152,7 @@ class GenerationBody(SamplingBody):
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
     return_exit_layers: bool = False
+    return_token_sources: bool = False
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from offramp.models.sampling_params import TokenSource
 from offramp.models.step import TokenLogprobs
 from offramp.server.engine.request import StepStats
 from offramp.server.engine.sequence import Sequence
@@ -16,13 +17,14 @@ class TokenResult:
 
     ``tokens`` are the new verified tokens, already at the end of the sequence's own (drafts
     behind them left out), each after ``layer`` layers. An audit that ended has none. ``logprobs``
-    are the tokens', where the request asks for them.
+    are the tokens', where the request asks for them; ``sources`` see TokenEvent.
     """
 
     sequence: Sequence
     tokens: list[int]
     layer: int
     logprobs: tuple[TokenLogprobs, ...] = ()
+    sources: tuple[TokenSource, ...] = ()
 
 
 class Decoder(Protocol):

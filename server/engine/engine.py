@@ -8,7 +8,6 @@ from collections import abc
 from dataclasses import replace
 from itertools import count
 
-from offramp.models.step import TokenLogprobs
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.blocks import SequenceMemory
 from offramp.server.engine.decisions import Decisions
@@ -157,7 +156,7 @@ class Engine:
 
     def _commit(self, result: TokenResult, now: float) -> None:
         """New tokens of one sequence: it goes on, or ends."""
-        sequence, tokens, logprobs = result.sequence, result.tokens, result.logprobs
+        sequence, tokens = result.sequence, result.tokens
         if sequence.audit:
             self._commit_audit(sequence, now)
             return
@@ -168,7 +167,7 @@ class Engine:
         for index, token in enumerate(tokens):
             reason = self._finish_reason(sequence, token, first + index + 1)
             if reason is not None:
-                tokens, logprobs = tokens[: index + 1], logprobs[: index + 1]
+                tokens = tokens[: index + 1]
                 sequence.drop_drafts(first + len(tokens))
                 break
         if reason is None:
@@ -178,7 +177,7 @@ class Engine:
         error = sequence.grammar.error if sequence.grammar and reason is not None else None
         if error is not None:
             reason, error = FinishReason.ERROR, f"The answer's grammar cannot be followed: {error}"
-        self._emit(sequence, tuple(tokens), reason, result.layer, error, logprobs)
+        self._emit(sequence, tuple(tokens), reason, error, result)
 
     def _continue(self, sequence: Sequence, now: float) -> None:
         decoder = next(each for each in self.decoders if each.accepts(sequence))
@@ -223,24 +222,24 @@ class Engine:
         sequence: Sequence,
         tokens: tuple[int, ...],
         reason: FinishReason | None,
-        layer: int = 0,
         error: str | None = None,
-        logprobs: tuple[TokenLogprobs, ...] = (),
+        result: TokenResult | None = None,
     ) -> None:
         is_first = bool(tokens) and sequence.num_generated == len(tokens)
         prompt = tuple(sequence.prompt_logprobs) if is_first else ()
         stats = sequence.stats(time.monotonic() if reason else None)
-        layers = (layer,) * len(tokens)
+        made = result or TokenResult(sequence, [], 0)
         self._events.append(
             TokenEvent(
                 sequence.request.request_id,
                 tokens,
-                layers,
+                (made.layer,) * len(tokens),
                 stats,
                 reason,
                 error,
-                logprobs=logprobs,
+                logprobs=made.logprobs[: len(tokens)],
                 prompt_logprobs=prompt,
+                sources=made.sources[: len(tokens)],
             )
         )
 

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import Counter, abc
 from typing import Any
 
-from offramp.models.sampling_params import KVFill
+from offramp.models.sampling_params import KVFill, TokenSource
 from offramp.models.step import (
     ExitCheck,
     FillKV,
@@ -263,6 +263,7 @@ class HostDecoder:
                 continue
             if result.leave and result.leave[index] and sequence.num_generated > 0:
                 sequence.stayed += 1
+                sequence.kept = True
                 self._counts["stayed"] += 1
             if last + 1 == len(self._queues) and sequence.chunk:
                 results += self._commit_top(sequence, made, now)
@@ -311,11 +312,17 @@ class HostDecoder:
         sequence.passes += 1
         chosen, logprobs = made.tokens(len(sequence.chunk))
         verify = self._verify_audit if sequence.audit else self._verify_drafts
+        accepted = sequence.accepted[sequence.source]
         verified = verify(sequence, chosen)
+        accepted = sequence.accepted[sequence.source] - accepted
+        # Only the chunk's last row has been at the exits.
+        stayed = sequence.kept and len(verified) == len(chosen)
+        sequence.kept = False
         self._memory.free_chunk(sequence)
         # What is verified are the first of those chosen.
         logprobs = logprobs[: len(verified)]
-        return [TokenResult(sequence, verified, self._info.num_layers, logprobs)]
+        sources = _sources(sequence, len(verified), accepted, stayed=stayed)
+        return [TokenResult(sequence, verified, self._info.num_layers, logprobs, sources)]
 
     def _verify_drafts(self, sequence: Sequence, chosen: list[int]) -> list[int]:
         """The tokens that are now verified, of ``chosen`` for the rows of the sequence's chunk.
@@ -369,6 +376,7 @@ class HostDecoder:
         debt = Owed(sequence.chunk[-1], segment + 1, sequence.chunk_rows[-1])
         self._memory.ledger.owe(sequence.id, debt)
         sequence.chunk, sequence.chunk_rows = [], []
+        sequence.kept = False
         sequence.left_early += 1
         if sequence.lossless:
             self._drafting.left_early(sequence, token)
@@ -411,6 +419,17 @@ class HostDecoder:
         above = self._info.num_layers - self._info.exit_layers[segment]
         sequence.prompt_layers_skipped += len(gone) * above
         sequence.prompt_debt = True
+
+
+def _sources(
+    sequence: Sequence, count: int, accepted: int, *, stayed: bool
+) -> tuple[TokenSource, ...]:
+    """Sources of ``count`` new tokens, ``accepted`` drafts first; empty if all are the model's."""
+    if not accepted and not stayed:
+        return ()
+    own = TokenSource.STAYED if stayed else TokenSource.MODEL
+    drafted = TokenSource(sequence.source)
+    return tuple(drafted if index < accepted else own for index in range(count))
 
 
 def _fill_method(sequence: Sequence) -> KVFill:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from offramp.models.sampling_params import TokenSource
 from offramp.models.step import TokenLogprobs
 from offramp.server.engine.loop import EngineProtocol
 from offramp.server.engine.request import (
@@ -33,6 +34,7 @@ class Finished:
     reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    sources: list[TokenSource] = field(default_factory=list)
 
 
 def run_all(
@@ -65,6 +67,8 @@ def run_all(
             finished = in_flight[event.request_id]
             finished.token_ids += event.token_ids
             finished.exit_layers += event.exit_layers
+            own = (TokenSource.MODEL,) * len(event.token_ids)
+            finished.sources += event.sources or own
             finished.times += [now] * len(event.token_ids)
             finished.logprobs += event.logprobs
             finished.prompt_logprobs = finished.prompt_logprobs or event.prompt_logprobs

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from offramp.models.exits.points import DecisionPoint, OperatingPoint
-from offramp.models.sampling_params import DraftSource, ExitSettings, SamplingParams
+from offramp.models.sampling_params import (
+    DraftSource,
+    ExitSettings,
+    SamplingParams,
+    TokenSource,
+)
 from offramp.models.step import Pooling, TokenLogprobs
 from offramp.server.text.grammars import Grammar
 
@@ -126,7 +131,8 @@ class TokenEvent:
     A token that ended the request (a stop id) is included in ``token_ids``. Decisions end in one
     event with their ``answers``, in the order of the reads. ``logprobs`` are those of ``token_ids``
     where the request asked for them, else empty; ``prompt_logprobs`` are of all tokens of the
-    prompt but the first, and come with the answer's first token.
+    prompt but the first, and come with the answer's first token. ``sources`` say where the tokens
+    came from; empty where the model made all of them.
     """
 
     request_id: str
@@ -138,6 +144,7 @@ class TokenEvent:
     answers: tuple[AnswerResult, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    sources: tuple[TokenSource, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,10 @@ class Sequence:
     already, ``prompt_debt`` says that some left and have none yet. ``exact`` is the number of
     leading positions whose K,V are what full depth would give (None: all); the first ``published``
     blocks are findable by other requests. ``depth`` is the exit chosen for the whole answer, if its
-    criterion chooses one. ``scores`` holds of tokens that left early, by their index, the exit
-    point and the score. Drafts are by ``source``: an n-gram's after a ``match`` of so many tokens,
-    ``acceptance`` saying how such drafts fared; the draft head's with its probabilities,
+    criterion chooses one; ``kept`` says that the token in the stack might have left by its score.
+    ``scores`` holds of tokens that left early, by their index, the exit point and the score. Drafts
+    are by ``source``: an n-gram's after a ``match`` of so many tokens, ``acceptance`` saying how
+    such drafts fared; the draft head's with its probabilities,
     ``chances``, right ``luck`` times as often as others' of the kind. The head has made its entries
     of positions ``first_entry`` to ``next_entry`` (exclusive), noted of the first ``entry_blocks``
     blocks; the stack's states at ``state_positions`` are in ``state_rows`` for the next ones. An
@@ -64,6 +65,7 @@ class Sequence:
     layers_executed: int = 0
     prompt_layers_skipped: int = 0
     left_early: int = 0
+    kept: bool = False
     scores: dict[int, tuple[int, float]] = field(default_factory=dict)
     stayed: int = 0
     passes: int = 0
@@ -169,7 +171,7 @@ class Sequence:
             self.drop_drafts(self.verified)
         self.computed = [0] * self.num_segments
         self.table, self.chunk, self.chunk_rows = [], [], []
-        self.prompt_debt = False
+        self.prompt_debt = self.kept = False
         self.exact = None
         self.published = 0
         self.preemptions += 1

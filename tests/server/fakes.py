@@ -19,6 +19,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from offramp.models.sampling_params import TokenSource
 from offramp.models.step import TokenLogprobs
 from offramp.server.api.context import Context
 from offramp.server.app import create_app
@@ -179,6 +180,7 @@ class FakeEngine:
             prompt_logprobs=tuple(
                 fake_logprobs(known, wanted) for known in request.prompt[1:] if wanted is not None
             ),
+            sources=() if index % 2 else (TokenSource.NGRAM,),
         )
 
     def _token(self, request: GenerationRequest, index: int) -> tuple[int, FinishReason | None]:

@@ -93,8 +93,12 @@ class TestAnswers:
         assert answer.metrics["time_to_first_token_ms"] >= 0
         assert answer.choices[0].finish_reason == "length"
 
-    async def test_token_ids_and_exit_layers_are_aligned(self) -> None:
-        extra = {"return_token_ids": True, "return_exit_layers": True}
+    async def test_token_ids_exit_layers_and_sources_are_aligned(self) -> None:
+        extra = {
+            "return_token_ids": True,
+            "return_exit_layers": True,
+            "return_token_sources": True,
+        }
         async with serving(FakeEngine("añb")) as server:
             whole = (await chat(server, extra_body=extra)).choices[0]
             got = await chunks(server, extra_body=extra)
@@ -103,6 +107,8 @@ class TestAnswers:
         parts: list[Any] = [chunk.choices[0] for chunk in got]
         assert [t for part in parts for t in part.token_ids] == whole.token_ids
         assert [t for part in parts for t in part.exit_layers] == whole.exit_layers
+        assert whole.token_sources == ["ngram", "model", "ngram", "model", "ngram"]
+        assert [t for part in parts for t in part.token_sources] == whole.token_sources
         assert "".join(part.delta.content or "" for part in parts) == "añb"
 
     async def test_stream(self) -> None:

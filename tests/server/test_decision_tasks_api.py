@@ -278,6 +278,7 @@ async def test_models_say_which_tasks_there_are(trained: Recorder) -> None:
     assert card["decision_tasks"]["sure"] == {
         "question": predicate(SURE).wording,
         "answers": ["yes", "no"],
+        "qualities": [0.9, 0.98],
     }
 
 

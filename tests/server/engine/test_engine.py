@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from offramp.models.sampling_params import ExitMode, KVFill
+from offramp.models.sampling_params import ExitMode, KVFill, TokenSource
 from offramp.models.step import Step, StepResult
 from offramp.server.engine import sequence as sequences
 from offramp.server.engine.engine import Engine
@@ -177,6 +177,8 @@ def test_tokens_kept_by_the_policy_are_counted() -> None:
     assert done[0].exit_layers == [LAYERS] * 12
     assert done[0].stats is not None
     assert sum(item.stayed for item in stats) == done[0].stats.stayed == 22
+    # Each at both exits; the first is not the answer's own but the prompt's.
+    assert done[0].sources == [TokenSource.MODEL] + [TokenSource.STAYED] * 11
 
 
 def test_closed_gates_make_every_token_run_every_layer() -> None:

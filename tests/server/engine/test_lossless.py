@@ -15,10 +15,12 @@ import torch
 from offramp.models.exits.training.data import Answer, collect
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import (
+    DraftSource,
     ExitCriterion,
     ExitMode,
     ExitSettings,
     SamplingParams,
+    TokenSource,
 )
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
@@ -208,3 +210,16 @@ def test_sampled_answers_follow_the_models_own_distribution(engine: Engine) -> N
     )
     # 99.9 % quantile of chi-square with 7 degrees of freedom.
     assert statistic < 24.3
+
+
+def test_each_token_says_where_it_came_from(engine: Engine) -> None:
+    """Verified guesses are told by who made them, as often as they are counted."""
+    done = answers(engine, ExitMode.LOSSLESS, [GREEDY])
+    assert all(len(item.sources) == len(item.token_ids) for item in done)
+    sources = Counter(source for item in done for source in item.sources)
+    assert sources[TokenSource.EXIT] > 10
+    assert sources[TokenSource.MODEL] > 10
+    for source in DraftSource:
+        accepted = sum(item.stats.drafts.get(source, (0, 0))[1] for item in done if item.stats)
+        # A token that ends the answer drops what was accepted behind it.
+        assert accepted - len(done) <= sources[TokenSource(source)] <= accepted
