@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,3 +38,13 @@ def fused_key(fuse: Tensor | None, gate: Tensor, top: Tensor, gap: Tensor) -> Te
         return gap
     keys = torch.stack((gate, top, gap), dim=1).clamp(EDGE, 1 - EDGE).logit()
     return torch.sigmoid(keys @ fuse[:3].to(keys.dtype) + fuse[3])
+
+
+def fused_score(fuse: Sequence[float] | None, gate: float, top: float, gap: float) -> float:
+    """`fused_key` of one row, in plain numbers."""
+    if fuse is None:
+        return gap
+    keys = (min(max(key, EDGE), 1 - EDGE) for key in (gate, top, gap))
+    weighed = zip(fuse[:3], keys, strict=True)
+    total = fuse[3] + sum(weight * math.log(key / (1 - key)) for weight, key in weighed)
+    return 1 / (1 + math.exp(-total))

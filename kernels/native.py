@@ -135,6 +135,41 @@ class DraftCall(ctypes.Structure):
     ]
 
 
+class ExitWeights(ctypes.Structure):
+    """Weights of an exit; ``layer`` has the adapter's ``gate_up`` and ``down`` alone."""
+
+    _fields_: ClassVar = [
+        ("layer", Layer),
+        ("router_up", Matrix),
+        ("lm_head", Matrix),
+        ("router_up_bias", c_void_p),
+        ("router_down", c_void_p),
+        ("scale", c_void_p),
+        ("norm", c_void_p),
+        ("router_down_bias", c_float),
+        ("floor", c_float),
+        ("eps", c_float),
+    ]
+
+
+class ExitCheck(ctypes.Structure):
+    """States to check at an exit; results and scratch memory behind."""
+
+    _fields_: ClassVar = [
+        ("rows", c_int32),
+        ("hidden", c_void_p),
+        ("places", c_void_p),
+        ("gates", c_void_p),
+        ("best", c_void_p),
+        ("tops", c_void_p),
+        ("seconds", c_void_p),
+        ("logits", c_void_p),
+        ("fired", c_void_p),
+        ("count", c_void_p),
+        ("states", c_void_p),
+    ]
+
+
 class Workspace(ctypes.Structure):
     """Scratch memory of a call, and the number of threads that share it."""
 
@@ -169,8 +204,9 @@ class _Scratch(threading.local):
 class Library:
     """The compiled kernels; tensors are fp32 and contiguous on the CPU.
 
-    What `run_layers` and `draft` are given is checked where it is put together (NativeLayers and
-    NativeDraft); the other functions check it here, and raise ValueError or IndexError.
+    What `run_layers`, `draft` and `check` are given is checked where it is put together
+    (NativeLayers, NativeDraft, NativeCheck); the other functions check it here, and raise
+    ValueError or IndexError.
     Raises OSError if ``path`` holds no such library.
     """
 
@@ -178,7 +214,7 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
         for name in ("prepared_floats", "matmul_floats", "score_floats"):
             self._function(name).restype = c_int64
-        for name in ("run_layers", "matmul", "rows", "draft"):
+        for name in ("run_layers", "matmul", "rows", "draft", "check"):
             self._function(name).restype = None
         self._function("constant").restype = c_int64
         self._function("timer_name").restype = c_char_p
@@ -294,6 +330,26 @@ class Library:
         self._function("draft")(
             ctypes.byref(shape), ctypes.byref(head), ctypes.byref(call), ctypes.byref(workspace)
         )
+
+    def check(self, head: ExitWeights, call: ExitCheck) -> None:
+        """Check rows at an exit; ``call`` lacks its scratch."""
+        rows, threads, scratch = call.rows, torch.get_num_threads(), self._scratch.at
+        width, inner = head.layer.gate_up.columns, head.layer.down.columns
+        columns = max(width, inner)
+        call.states = scratch("check states", rows * width)
+        per_thread = self._function("matmul_floats")(columns)
+        inputs = self._function("prepared_floats")(rows, columns)
+        workspace = Workspace(
+            normed=scratch("normed", rows * width),
+            wide=scratch("wide", rows * max(2 * inner, head.router_up.outs)),
+            prepared=scratch("prepared", 2 * inputs),
+            phases=scratch("phases", self.constant("CHECK_PHASES") * self._phase_floats),
+            per_thread=scratch("per_thread", threads * per_thread),
+            per_thread_floats=per_thread,
+            threads=threads,
+            columns=columns,
+        )
+        self._function("check")(ctypes.byref(head), ctypes.byref(call), ctypes.byref(workspace))
 
     def _workspace(
         self, shape: Shape, batch: Batch, rows: int, phases: int, columns: int = 0

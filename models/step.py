@@ -49,6 +49,12 @@ class HeadRow:
         """Whether plain argmax over what the model says is not enough."""
         return self.mask is not None or self.sampling.adjusts_logits
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is all that is wanted."""
+        plain = self.sampling.temperature == 0 and not self.adjusts_logits
+        return plain and self.sampling.logprobs is None
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredRow:

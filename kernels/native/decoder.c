@@ -4,6 +4,7 @@
  * beside it, on the chunk of its prompt or on the number of threads; only products of FP16
  * weights on AMX (matmul_amx.h) are rounded differently from those of few rows.
  */
+#include "check.h"
 #include "draft.h"
 #include "layer.h"
 #include "structures.h"
@@ -82,6 +83,19 @@ void offramp_draft(const struct shape *s, const struct draft_head *h, struct dra
     }
 }
 
+/* Check rows at an exit. */
+void offramp_check(const struct exit_head *h, const struct exit_check *c,
+                   const struct workspace *w) {
+    memset(w->phases, 0, sizeof(struct phase) * CHECK_PHASES);
+#pragma omp parallel num_threads(w->threads)
+    {
+        struct worker worker = start_worker(w);
+        amx_configure();
+        check_rows(h, c, &worker);
+        amx_release();
+    }
+}
+
 /* Floats of scratch memory for the inputs of a matrix, shared by all threads. */
 int64_t offramp_prepared_floats(int32_t rows, int32_t columns) {
     return prepared_floats(rows, columns);
@@ -126,6 +140,9 @@ int64_t offramp_constant(const char *name) {
         SIZE_OF(struct draft),
         SIZE_OF(struct draft_head),
         CONSTANT(DRAFT_PHASES),
+        SIZE_OF(struct exit_head),
+        SIZE_OF(struct exit_check),
+        CONSTANT(CHECK_PHASES),
     };
 #undef CONSTANT
 #undef SIZE_OF

@@ -77,6 +77,28 @@ struct draft {
     float *product, *chance; /* [sequences] */
 };
 
+/* Weights of an exit (see models/exits/head.py); ``layer`` has the adapter's alone. */
+struct exit_head {
+    struct layer layer;
+    struct matrix router_up, lm_head;
+    const float *router_up_bias, *router_down; /* [router_up.outs] */
+    const float *scale, *norm;                 /* [width] */
+    float router_down_bias, floor, eps;
+};
+
+/* States to check at an exit. */
+struct exit_check {
+    int32_t rows;
+    const float *hidden;    /* [.., width] */
+    const int64_t *places;  /* [rows]: where each row's state is in ``hidden`` */
+    float *gates;           /* [rows] results */
+    int32_t *best;          /* [rows] places in the exit's vocabulary; -1: the gate did not fire */
+    float *tops, *seconds;  /* [rows] the two largest probabilities, where it did */
+    float *logits;          /* [rows that fired, lm_head.outs up to a multiple of LANES] */
+    int32_t *fired, *count; /* [rows] numbers of the rows that fired, and how many these are */
+    float *states;          /* [rows, width] scratch */
+};
+
 /* Scratch memory of a call, and the threads that share it. */
 struct workspace {
     float *normed;   /* [rows, max(width, heads * head_dim)] */

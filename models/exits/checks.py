@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offramp.kernels.exit_check import CheckedRows, CheckMatrices, NativeCheck
+from offramp.kernels.exit_gate import fused_score
 from offramp.kernels.linear import Linear
 from offramp.models.exits.criteria import CRITERIA, ExitView, Trail
 from offramp.models.exits.head import ExitHead, PackedHead
 from offramp.models.sampler import sample_with_logprobs
-from offramp.models.sampling_params import ExitCriterion
+from offramp.models.sampling_params import DEFAULT_CRITERION, ExitCriterion
 from offramp.models.step import HeadRow, SequenceRows, TokenLogprobs
 from offramp.models.transformer import Transformer
 
@@ -36,6 +38,14 @@ class Exits:
         if vocab is not None:
             rows = model.head_rows(vocab)
             self.lm_head = Linear(rows, None, model.exit_forms and model.exit_forms(rows))
+        self._natives = tuple(
+            NativeCheck.of(head, CheckMatrices(**head.products, lm_head=self.lm_head), self.eps)
+            for head in self.heads
+        )
+
+    def token(self, place: int) -> int:
+        """The token at a place of the exits' own vocabulary."""
+        return place if self.vocab is None else int(self.vocab[place])
 
     def logits(self, point: int, hidden: Tensor) -> Tensor:
         """Logits [n, vocab] (fp32) of exit states [n, d] over the exits' own vocabulary."""
@@ -44,6 +54,72 @@ class Exits:
     def all_logits(self, point: int, hidden: Tensor) -> Tensor:
         """Logits [n, model's vocab] (fp32) of exit states [n, d]."""
         return self.model.logits(self.heads[point].normed(hidden, self.eps))
+
+    def view(
+        self,
+        point: int,
+        hidden: Tensor,
+        rows: Tensor,
+        at: Sequence[int],
+        criterion: ExitCriterion,
+    ) -> ExitView | NativeView:
+        """What ``criterion`` sees of the states ``at`` some places of ``hidden`` [T, d].
+
+        ``rows`` [T] are their hidden rows.
+        """
+        native = self._natives[point]
+        if native is not None and criterion is DEFAULT_CRITERION:
+            return NativeView(self.heads[point].fuse, hidden, at, native(hidden, at))
+        index = torch.tensor(at, device=hidden.device)
+        return ExitView(
+            self.heads[point],
+            hidden[index],
+            lambda states: self.logits(point, states),
+            eps=self.eps,
+            index=point,
+            num_exits=len(self.heads),
+            rows=rows[index],
+            trail=self.trail,
+        )
+
+
+class NativeView:
+    """n rows at an exit point that the C kernels have checked by the default criterion."""
+
+    def __init__(
+        self, fuse: Tensor | None, hidden: Tensor, at: Sequence[int], checked: CheckedRows
+    ) -> None:
+        self._fuse = None if fuse is None else fuse.tolist()
+        self._states = hidden
+        self._at = at
+        self._checked = checked
+
+    @property
+    def hidden(self) -> Tensor:
+        """The rows' states [n, d]."""
+        return self._states[torch.tensor(self._at)]
+
+    @property
+    def num_logits(self) -> int:
+        """Rows whose logits were made."""
+        return len(self._checked.fired)
+
+    def logits(self, at: Tensor) -> Tensor:
+        """The exit's logits [len(at), vocab] of the rows with indices ``at``, which all fired."""
+        place = {row: index for index, row in enumerate(self._checked.fired)}
+        return self._checked.logits[[place[row] for row in at.tolist()]]
+
+    def best(self, index: int) -> int:
+        """The likeliest token of a row that fired, by its place in the exit's vocabulary."""
+        return self._checked.best[index]
+
+    def scores(self) -> list[float]:
+        """As TwoKey has them."""
+        found, seen = [0.0] * len(self._at), self._checked
+        for row in seen.fired:
+            gap = seen.tops[row] - seen.seconds[row]
+            found[row] = fused_score(self._fuse, seen.gates[row], seen.tops[row], gap)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +150,11 @@ def check_sequences(
     logprobs: dict[int, TokenLogprobs] = {}
     head_rows = 0
     for criterion, checked in last.items():
-        at = torch.tensor([row for _, row in checked], device=hidden.device)
-        view = ExitView(
-            exits.heads[point],
-            hidden[at],
-            lambda states: exits.logits(point, states),
-            eps=exits.eps,
-            index=point,
-            num_exits=len(exits.heads),
-            rows=rows[at],
-            trail=exits.trail,
-        )
-        found = CRITERIA[criterion].score(view).tolist()
+        view = exits.view(point, hidden, rows, [row for _, row in checked], criterion)
+        if isinstance(view, NativeView):
+            found = view.scores()
+        else:
+            found = CRITERIA[criterion].score(view).tolist()
         leaving: list[tuple[int, HeadRow]] = []
         for position, (index, _) in enumerate(checked):
             check = work[index].check
@@ -129,13 +198,19 @@ def prompt_leavers(
 
 
 def _choose(
-    exits: Exits, point: int, view: ExitView, leaving: Sequence[tuple[int, HeadRow]]
+    exits: Exits,
+    point: int,
+    view: ExitView | NativeView,
+    leaving: Sequence[tuple[int, HeadRow]],
 ) -> tuple[list[int], tuple[TokenLogprobs | None, ...]]:
     """The exit's token for each leaving row, with log-probabilities where they are wanted."""
     if not leaving:
         return [], ()
-    at = torch.tensor([position for position, _ in leaving], device=view.hidden.device)
     heads = [head for _, head in leaving]
+    if isinstance(view, NativeView) and all(head.is_greedy for head in heads):
+        places = [view.best(position) for position, _ in leaving]
+        return [exits.token(place) for place in places], ()
+    at = torch.tensor([position for position, _ in leaving], device=view.hidden.device)
     if exits.vocab is None:
         return sample_with_logprobs(view.logits(at).clone(), heads)
     # Biases, penalties, masks and log-probabilities are of the whole vocabulary.

@@ -65,7 +65,9 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
         Weights.FP32: whole,
         Weights.INT4: functools.partial(_nearest, (WeightFormat.INT8, half, exact, spare)),
     }
-    return Recipes(layers.get(wish, nearest), head.get(wish, nearest), nearest, smallest)
+    # Rows of an LM head that was published in 8 bits, among others.
+    exits = smallest if wish in (Weights.AUTO, Weights.INT4) else nearest
+    return Recipes(layers.get(wish, nearest), head.get(wish, nearest), exits, smallest)
 
 
 def as_they_are() -> Recipes:

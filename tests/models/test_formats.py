@@ -48,8 +48,9 @@ def test_auto_keeps_each_matrix_in_the_smallest_form_that_loses_nothing(
         "layers.0.down": WeightFormat.FP16,
         "layers.0.o": WeightFormat.FP32,
     }
-    # Exits are trained in fp32 and stored in fp16: nothing there lies on a grid.
-    assert recipes.exits(four_bit(32, 64)) is WeightFormat.FP16
+    # Rows of the LM head lie on its grid, what was trained here on none.
+    assert recipes.exits(four_bit(32, 64)) is WeightFormat.INT4
+    assert recipes.exits(torch.randn(32, 64)) is WeightFormat.FP16
 
 
 @pytest.mark.parametrize(
