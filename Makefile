@@ -52,7 +52,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/clang-format --dry-run --Werror kernels/native/*.c kernels/native/*.h
+	$(BIN)/clang-format --dry-run --Werror kernels/native/*.[ch] tests/kernels/*.c
 
 type: install
 	$(BIN)/mypy

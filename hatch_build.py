@@ -1,7 +1,8 @@
 """Wheels for a platform carry the C kernels compiled for its instruction sets.
 
-With OFFRAMP_PREBUILT=1 in the environment a wheel is such a one, for Linux on x86-64, and needs no
-compiler where it is installed; without, it is pure Python and compiles at the first start.
+With OFFRAMP_PREBUILT=1 in the environment a wheel is such a one, for the platform it is built on
+(x86-64 or aarch64), and needs no compiler where it is installed; without, it is pure Python and
+compiles at the first start.
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ class PrebuiltKernels(BuildHookInterface[Any]):
     """Compiles every variant into the wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """See BuildHookInterface; raises RuntimeError where there is no compiler."""
+        """See BuildHookInterface; raises RuntimeError where they cannot be compiled."""
         if version == "editable" or os.environ.get("OFFRAMP_PREBUILT") != "1":
             return
         sys.path.insert(0, self.root)
-        from offramp.kernels.native_build import VARIANTS, compiled, find_compiler  # noqa: PLC0415
+        from offramp.kernels.native_build import (  # noqa: PLC0415
+            ARCHITECTURE,
+            VARIANTS,
+            compiled,
+            find_compiler,
+        )
 
+        if not VARIANTS:
+            raise RuntimeError(f"OFFRAMP_PREBUILT=1: there are no variants for {ARCHITECTURE}")
         compiler = find_compiler()
         if compiler is None:
             raise RuntimeError("OFFRAMP_PREBUILT=1 needs a C compiler (CC, cc, gcc, clang)")

@@ -1,9 +1,9 @@
 """How the C kernels of native/ become a library for this processor.
 
-A wheel for a platform carries them compiled for several instruction sets (`VARIANTS`), of which the
-best that the processor has is taken. Elsewhere, as in a checkout, they are compiled for this
-machine at the first use and kept. OFFRAMP_SIMD names another instruction set. This module needs no
-torch, because building a wheel uses it.
+A wheel for a platform carries them compiled for the instruction sets of its architecture
+(`VARIANTS`), of which the best that the processor has is taken. Elsewhere, as in a checkout, they
+are compiled for this machine at the first use and kept. OFFRAMP_SIMD names another instruction set.
+This module needs no torch, because building a wheel uses it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -46,15 +47,26 @@ class Variant:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-VARIANTS = (
-    Variant("amx", "sapphirerapids", _AVX512 | {"avx512_vnni", "avx512_fp16", "amx_bf16"}),
-    Variant("vnni", "cascadelake", _AVX512 | {"avx512_vnni"}),
-    Variant("avx512", "skylake-avx512", _AVX512),
-    Variant("avxvnni", "alderlake", _AVX2 | {"avx_vnni"}),
-    Variant("avx2", "haswell", _AVX2),
-    Variant("portable", "x86-64", frozenset()),
-)
-"""The best first; the last runs on every x86-64 processor."""
+ARCHITECTURES = {
+    "x86-64": (
+        Variant("amx", "sapphirerapids", _AVX512 | {"avx512_vnni", "avx512_fp16", "amx_bf16"}),
+        Variant("vnni", "cascadelake", _AVX512 | {"avx512_vnni"}),
+        Variant("avx512", "skylake-avx512", _AVX512),
+        Variant("avxvnni", "alderlake", _AVX2 | {"avx_vnni"}),
+        Variant("avx2", "haswell", _AVX2),
+        Variant("portable", "x86-64", frozenset()),
+    ),
+    "aarch64": (
+        Variant("neon", "armv8.2-a+dotprod", frozenset({"asimddp"})),
+        Variant("portable", "armv8-a", frozenset()),
+    ),
+}
+"""The best first; the last runs on every processor of the architecture."""
+_NAMES = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "aarch64", "arm64": "aarch64"}
+ARCHITECTURE = _NAMES.get(platform.machine().lower(), platform.machine())
+"""Of this machine."""
+VARIANTS = ARCHITECTURES.get(ARCHITECTURE, ())
+"""Those of this machine; none if its architecture is another."""
 
 
 def candidates(folder: Path) -> Iterator[Path]:
@@ -129,41 +141,48 @@ def _wished() -> Variant | None:
     if not name:
         return None
     found = next((each for each in VARIANTS if each.name == name), None)
-    missing = "" if found is None else ", ".join(sorted(found.needs - _features()))
     if found is None:
-        names = ", ".join(each.name for each in VARIANTS)
-        logger.warning("OFFRAMP_SIMD=%s is none of %s: the best for this machine", name, names)
-    elif not _is_x86():
-        logger.warning("OFFRAMP_SIMD=%s is for x86-64: the best for this machine", name)
-    elif missing:
+        logger.warning("OFFRAMP_SIMD=%s is %s: the best for this machine", name, _strangeness(name))
+        return None
+    missing = ", ".join(sorted(found.needs - _features()))
+    if missing:
         logger.warning(
             "OFFRAMP_SIMD=%s: this processor has no %s: the best for this machine", name, missing
         )
-    else:
-        return found
-    return None
+        return None
+    return found
+
+
+def _strangeness(name: str) -> str:
+    """Why no variant of this machine is called ``name``."""
+    homes = [
+        architecture
+        for architecture, variants in ARCHITECTURES.items()
+        if any(each.name == name for each in variants)
+    ]
+    if homes:
+        return f"for {' and '.join(homes)}, and this is {ARCHITECTURE}"
+    known = VARIANTS or [each for variants in ARCHITECTURES.values() for each in variants]
+    return "none of " + ", ".join(dict.fromkeys(each.name for each in known))
 
 
 def _tuning(variant: Variant | None) -> str:
     if variant is not None:
         return f"-march={variant.march}"
-    arm = platform.machine().lower() in {"aarch64", "arm64"}
-    return "-mcpu=native" if arm else "-march=native"
-
-
-def _is_x86() -> bool:
-    return platform.machine().lower() in {"x86_64", "amd64"}
+    return "-mcpu=native" if ARCHITECTURE == "aarch64" else "-march=native"
 
 
 def _features() -> frozenset[str]:
     """Instructions of this processor, as /proc/cpuinfo names them; none where that is not known."""
-    lines = [line for line in _cpuinfo() if line.startswith("flags")]
+    if sys.platform == "darwin" and ARCHITECTURE == "aarch64":
+        return frozenset({"asimddp"})  # every one that macOS runs on has it
+    lines = [line for line in _cpuinfo() if line.startswith(("flags", "Features"))]
     return frozenset(lines[0].split(":", 1)[1].split()) if lines else frozenset()
 
 
 def _processor() -> str:
     """What the compiled code depends on: the cache folder may be shared between machines."""
-    starts = ("model name", "flags", "Features")
+    starts = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     kept = [line for line in _cpuinfo() if line.startswith(starts)]
     return "\n".join(sorted(set(kept))) or platform.machine() + platform.processor()
 

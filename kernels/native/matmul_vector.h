@@ -37,17 +37,19 @@ struct operands {
 INLINE void multiply_tile(int format, const uint8_t *w, size_t w_stride, int columns,
                           const float *bias, const struct operands *t, int row, int out,
                           int prefetch, const int OUTS, const int ROWS) {
-    floats sums[TILE_OUTS][TILE_ROWS];
+    part_floats sums[TILE_OUTS][TILE_ROWS][PARTS];
 #pragma GCC unroll 8
     for (int o = 0; o < OUTS; o++)
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) sums[o][r] = (floats){0};
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int i = 0; i < PARTS; i++) sums[o][r][i] = (part_floats){0};
     const float *x = t->x + row * t->x_stride;
     int groups = columns / GROUP;
     for (int g = 0; g < groups; g++, x += GROUP) {
 #pragma GCC unroll 8
         for (int o = 0; o < OUTS; o++) {
-            floats values[VECTORS];
+            part_floats values[GROUP_PARTS];
             const uint8_t *weights = w + o * w_stride;
             dequantize(format, weights, g, values);
             if (prefetch)
@@ -55,9 +57,10 @@ INLINE void multiply_tile(int format, const uint8_t *w, size_t w_stride, int col
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 const float *at = x + r * t->x_stride;
-#pragma GCC unroll 4
-                for (int i = 0; i < VECTORS; i++)
-                    sums[o][r] += values[i] * *(const floats *)(at + i * LANES);
+#pragma GCC unroll 8
+                for (int i = 0; i < GROUP_PARTS; i++)
+                    sums[o][r][i % PARTS] +=
+                        values[i] * *(const part_floats *)(at + i * PART_LANES);
             }
         }
     }
@@ -66,7 +69,7 @@ INLINE void multiply_tile(int format, const uint8_t *w, size_t w_stride, int col
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             float *to = t->out + (row + r) * t->out_stride + out + o;
-            float sum = sum_lanes(sums[o][r]) + (bias ? bias[out + o] : 0);
+            float sum = sum_parts(sums[o][r]) + (bias ? bias[out + o] : 0);
             *to = t->add ? *to + sum : sum;
         }
 }

@@ -4,19 +4,26 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
+/* Numbers of a vector, and of a part of it that one register holds. The order of sums depends on
+ * LANES alone. */
 #if defined(__AVX512F__)
-enum { LANES = 16 };
+enum { LANES = 16, PART_LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8, PART_LANES = 8 };
 #else
-enum { LANES = 8 };
+enum { LANES = 8, PART_LANES = 4 };
 #endif
+enum { PARTS = LANES / PART_LANES };
 
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float floats8 __attribute__((vector_size(32)));
@@ -26,7 +33,9 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 /* Whose sums and differences may wrap around. */
 typedef uint32_t uints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int16_t pair_lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float part_floats __attribute__((vector_size(4 * PART_LANES), aligned(4), may_alias));
+typedef int32_t part_ints __attribute__((vector_size(4 * PART_LANES), aligned(4), may_alias));
+typedef int16_t part_pairs __attribute__((vector_size(4 * PART_LANES), aligned(4), may_alias));
 
 INLINE floats broadcast(float x) {
     return x - (floats){0};
@@ -50,6 +59,10 @@ INLINE floats load_fp16(const uint8_t *at) {
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 #elif defined(__F16C__)
     return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
+#elif defined(__aarch64__)
+    floats4 a = (floats4)vcvt_f32_f16(vld1_f16((const float16_t *)at));
+    floats4 b = (floats4)vcvt_f32_f16(vld1_f16((const float16_t *)at + 4));
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
 #else
     _Float16 values[LANES];
     memcpy(values, at, sizeof values);
@@ -59,16 +72,32 @@ INLINE floats load_fp16(const uint8_t *at) {
 #endif
 }
 
+INLINE part_floats load_fp16_part(const uint8_t *at) {
+#if defined(__AVX__)
+    return load_fp16(at);
+#elif defined(__aarch64__)
+    return (part_floats)vcvt_f32_f16(vld1_f16((const float16_t *)at));
+#else
+    _Float16 values[PART_LANES];
+    memcpy(values, at, sizeof values);
+    part_floats out = {0};
+    for (int i = 0; i < PART_LANES; i++) out[i] = values[i];
+    return out;
+#endif
+}
+
 /* ``sums`` plus, in each lane, the products of the two 16-bit halves of ``a`` and of ``b``. */
-INLINE ints add_pairs(ints sums, ints a, int32_t b) {
+INLINE part_ints add_pairs(part_ints sums, part_ints a, int32_t b) {
 #if defined(__AVX512VNNI__)
-    return (ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, _mm512_set1_epi32(b));
+    return (part_ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, _mm512_set1_epi32(b));
 #elif defined(__AVX512BW__)
-    return sums + (ints)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
+    return sums + (part_ints)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
 #elif defined(__AVXVNNI__)
-    return (ints)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, _mm256_set1_epi32(b));
+    return (part_ints)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, _mm256_set1_epi32(b));
 #elif defined(__AVX2__)
-    return sums + (ints)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(b));
+    return sums + (part_ints)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(b));
+#elif defined(__SSE2__) && !defined(__AVX__)
+    return sums + (part_ints)_mm_madd_epi16((__m128i)a, _mm_set1_epi32(b));
 #else
     return sums + (a << 16 >> 16) * (int32_t)(int16_t)b + (a >> 16) * (b >> 16);
 #endif
@@ -85,6 +114,16 @@ INLINE float sum_lanes(floats v) {
     floats4 b =
         __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
     return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+/* The same of a vector in parts. */
+INLINE float sum_parts(const part_floats parts[PARTS]) {
+#if defined(__AVX__)
+    return sum_lanes(parts[0]);
+#else
+    part_floats b = parts[0] + parts[1];
+    return (b[0] + b[2]) + (b[1] + b[3]);
+#endif
 }
 
 /* Sums of the lanes of LANES vectors, each added up in the order of sum_lanes. Vectors go in four

@@ -22,7 +22,7 @@
 #include "vector.h"
 
 enum weight_format { FORMAT_FP32, FORMAT_FP16, FORMAT_INT8, FORMAT_INT4 };
-enum { GROUP = 32, VECTORS = GROUP / LANES, SET = 32 };
+enum { GROUP = 32, VECTORS = GROUP / LANES, GROUP_PARTS = GROUP / PART_LANES, SET = 32 };
 
 /* Bytes of one group of one row. */
 static const int32_t LEVEL_BYTES[] = {128, 64, 32, 16}, SCALE_BYTES[] = {0, 0, 2, 4};
@@ -42,18 +42,18 @@ INLINE int word_columns(int format) {
 }
 
 /* Group ``g`` of a row of FP32 or FP16 as fp32. */
-INLINE void dequantize(int format, const uint8_t *row, int g, floats out[VECTORS]) {
+INLINE void dequantize(int format, const uint8_t *row, int g, part_floats out[GROUP_PARTS]) {
     const uint8_t *at = row + (size_t)g * LEVEL_BYTES[format];
-#pragma GCC unroll 4
-    for (int i = 0; i < VECTORS; i++)
-        out[i] = format == FORMAT_FP32 ? *(const floats *)(at + 4 * LANES * i)
-                                       : load_fp16(at + 2 * LANES * i);
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP_PARTS; i++)
+        out[i] = format == FORMAT_FP32 ? *(const part_floats *)(at + 4 * PART_LANES * i)
+                                       : load_fp16_part(at + 2 * PART_LANES * i);
 }
 
 INLINE void dequantize_to(int format, const uint8_t *row, int g, float *to) {
-    floats values[VECTORS];
+    part_floats values[GROUP_PARTS];
     dequantize(format, row, g, values);
-    for (int i = 0; i < VECTORS; i++) *(floats *)(to + i * LANES) = values[i];
+    for (int i = 0; i < GROUP_PARTS; i++) *(part_floats *)(to + i * PART_LANES) = values[i];
 }
 
 /* One row of a set of INT8 or INT4 as fp32, to [columns]. */

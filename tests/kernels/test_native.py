@@ -105,7 +105,7 @@ def test_a_damaged_library_is_told(
 
 @pytest.fixture(scope="module")
 def portable_and_avx2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not native_build._is_x86():
+    if native_build.ARCHITECTURE != "x86-64":
         pytest.skip("not this kind of processor")
     folder = tmp_path_factory.mktemp("variants")
     for name in ("portable", "avx2"):
@@ -155,7 +155,12 @@ def test_a_prebuilt_library_of_another_machine_is_not_the_end(
 
 @pytest.mark.parametrize(
     ("wish", "said"),
-    [("avx3", "is none of amx, vnni"), ("amx", "this processor has no amx_bf16"), ("portable", "")],
+    [
+        ("avx3", "is none of amx, vnni"),
+        ("neon", "is for aarch64, and this is x86-64: the best for this machine"),
+        ("amx", "this processor has no amx_bf16"),
+        ("portable", ""),
+    ],
 )
 def test_a_wished_instruction_set_is_taken_or_told(
     prebuilt: Path,
@@ -173,6 +178,66 @@ def test_a_wished_instruction_set_is_taken_or_told(
     assert ("prebuilt for portable" in caplog.text) == (wish == "portable")
 
 
+@pytest.fixture
+def on_arm(fresh: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """As on ARM, a folder as in a wheel for it, and no compiler; nothing can be loaded."""
+    folder = tmp_path / "prebuilt"
+    folder.mkdir()
+    for variant in native_build.ARCHITECTURES["aarch64"]:
+        (folder / f"{variant.name}.so").touch()
+    fresh.setattr(native_build, "ARCHITECTURE", "aarch64")
+    fresh.setattr(native_build, "VARIANTS", native_build.ARCHITECTURES["aarch64"])
+    fresh.setattr(native_build, "PREBUILT", folder)
+    fresh.setenv("CC", "no-such-compiler")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("features", "wish", "taken", "said"),
+    [
+        ("fp asimd crc32 asimddp", "", "neon", ""),
+        ("fp asimd crc32", "", "portable", ""),
+        ("fp asimd asimddp", "portable", "portable", ""),
+        ("fp asimd", "neon", "portable", "this processor has no asimddp"),
+        ("fp asimd asimddp", "avx2", "neon", "avx2 is for x86-64, and this is aarch64"),
+        ("fp asimd asimddp", "avx3", "neon", "is none of neon, portable"),
+    ],
+)
+def test_on_arm_dot_products_are_taken_where_they_are(
+    on_arm: Path,
+    fresh: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    features: str,
+    wish: str,
+    taken: str,
+    said: str,
+) -> None:
+    cpuinfo = ["processor\t: 0", f"Features\t: {features}", "CPU part\t: 0xd0c"]
+    fresh.setattr(native_build, "_cpuinfo", lambda: cpuinfo)
+    fresh.setenv("OFFRAMP_SIMD", wish)
+    assert next(native_build.candidates(on_arm)) == on_arm / f"{taken}.so"
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)
+    before = native_build._processor()
+    cpuinfo[-1] = "CPU part\t: 0xd40"
+    assert native_build._processor() != before
+
+
+def test_an_instruction_set_on_an_architecture_without_any_is_told(
+    fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    fresh.setattr(native_build, "ARCHITECTURE", "riscv64")
+    fresh.setattr(native_build, "VARIANTS", ())
+    for wish, said in (
+        ("portable", "is for x86-64 and aarch64, and this is riscv64"),
+        ("rvv", "is none of amx, vnni, avx512, avxvnni, avx2, portable, neon"),
+    ):
+        fresh.setenv("OFFRAMP_SIMD", wish)
+        compiled_here = next(native_build.candidates(tmp_path))
+        assert compiled_here.exists()
+        assert said in caplog.text
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_every_instruction_set_computes_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: Variant
@@ -181,8 +246,9 @@ def test_every_instruction_set_computes_the_same(
 
     Integer products are the same bit for bit wherever there is a fused multiply-add.
     """
-    if library() is None or not native_build._is_x86():
-        pytest.skip("not this kind of processor")
+    fused = native_build.ARCHITECTURE == "aarch64" or "fma" in variant.needs
+    if library() is None:
+        pytest.skip("no C kernels on this machine")
     if not variant.needs <= native_build._features():
         pytest.skip("this processor lacks these instructions")
     weights = {form: MAKE.get(form, torch.randn)(77, 96).half().float() for form in NATIVE}
@@ -199,13 +265,13 @@ def test_every_instruction_set_computes_the_same(
     for (form, rows), right in expected.items():
         got = pack(weights[form], None, form)(x[rows])
         torch.testing.assert_close(got, right, rtol=0, atol=1e-4 * float(right.abs().max()))
-        if form in MAKE and "fma" in variant.needs:
+        if form in MAKE and fused:
             assert got.equal(right)
 
 
 def test_the_source_has_no_warnings(tmp_path: Path) -> None:
     words = [*compiler(), "-std=gnu11", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    for tuning in (native_build._tuning(None), "-march=x86-64-v2"):
+    for tuning in {native_build._tuning(each) for each in (None, *VARIANTS[-1:])}:
         source = native_build._FOLDER / native_build._SOURCE
         command = [*words, tuning, "-c", str(source), "-o", str(tmp_path / "decoder.o")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
