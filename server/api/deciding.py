@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import time
@@ -38,6 +37,7 @@ from offramp.server.text.decisions import (
     encode_questions,
     softmax,
 )
+from offramp.server.text.rendering import on_chat_worker
 
 if TYPE_CHECKING:
     from offramp.server.api.context import Context
@@ -234,7 +234,7 @@ async def _encode(
     texts = [(variant.wording, variant.labels) for variant in variants]
     tokenizer.refuse_hopeless(messages, info.max_model_len, wish.source)
     try:
-        encoded = await asyncio.to_thread(encode_questions, tokenizer, messages, texts, end)
+        encoded = await on_chat_worker(encode_questions, tokenizer, messages, texts, end)
     except SameLabels as error:
         variant = variants[error.question]
         first, second = (variant.order[i] for i in (error.first, error.second))
