@@ -31,6 +31,7 @@ _SOURCE = "decoder.c"
 _FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi")
 _COMPILERS = ("cc", "gcc", "clang")
 _TIMEOUT_S = 120
+_IDENTITY = ("model name", "flags", "Features")
 # No process takes so long to make what it moves into place.
 _LEFT_AFTER_S = 24 * 3600
 
@@ -64,16 +65,29 @@ def candidates(folder: Path) -> Iterator[Path]:
     SubprocessError, with a reason, where none can be had.
     """
     variant = _wished()
-    for found in [variant] if variant else VARIANTS:
-        path = PREBUILT / f"{found.name}.so"
-        if found.needs <= _features() and path.exists():
-            logger.info("C kernels: prebuilt for %s", found.name)
-            yield path
-            break
+    prebuilt = _prebuilt(variant)
+    if prebuilt is not None:
+        logger.info("C kernels: prebuilt for %s", prebuilt.stem)
+        yield prebuilt
     compiler = find_compiler()
     if compiler is None:
         raise OSError("no C compiler (CC, cc, gcc, clang)")
     yield compiled(compiler, folder, variant)
+
+
+def at_hand(folder: Path) -> Path | None:
+    """The first of `candidates` where that need not be compiled."""
+    variant, compiler = _wished(), find_compiler()
+    prebuilt = _prebuilt(variant)
+    if prebuilt is not None or compiler is None:
+        return prebuilt
+    target = folder / _name(_command(compiler, variant))
+    return target if target.exists() else None
+
+
+def runs_here(variant: Variant) -> bool:
+    """Whether this processor has the instructions of ``variant``."""
+    return _is_x86() and variant.needs <= _features()
 
 
 def compiled(compiler: list[str], folder: Path, variant: Variant | None = None) -> Path:
@@ -82,10 +96,8 @@ def compiled(compiler: list[str], folder: Path, variant: Variant | None = None) 
     For this machine, or for ``variant``. Its name has a hash of all sources, the command and the
     processor. Raises OSError or SubprocessError.
     """
-    words = [*compiler, *_FLAGS, _tuning(variant), *shlex.split(os.environ.get("CFLAGS", ""))]
-    sources = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.[ch]"))]
-    identity = "\n".join([*sources, *words, _processor()])
-    target = folder / f"decoder-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    words = _command(compiler, variant)
+    target = folder / _name(words)
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +135,36 @@ def find_compiler() -> list[str] | None:
     return next(([name] for name in _COMPILERS if shutil.which(name)), None)
 
 
+def cpuinfo(field: str) -> list[str]:
+    """Values of a field of /proc/cpuinfo, one for each processor; empty where it is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    pairs = (line.partition(":") for line in lines)
+    return [value.strip() for name, _, value in pairs if name.strip() == field]
+
+
+def _prebuilt(variant: Variant | None) -> Path | None:
+    """The best library of a wheel for this processor, or the one of ``variant``."""
+    for each in [variant] if variant else VARIANTS:
+        path = PREBUILT / f"{each.name}.so"
+        if each.needs <= _features() and path.exists():
+            return path
+    return None
+
+
+def _command(compiler: list[str], variant: Variant | None) -> list[str]:
+    return [*compiler, *_FLAGS, _tuning(variant), *shlex.split(os.environ.get("CFLAGS", ""))]
+
+
+def _name(command: list[str]) -> str:
+    """Name of the library that ``command`` makes of the sources on this processor."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.[ch]"))]
+    identity = "\n".join([*sources, *command, _processor()])
+    return f"decoder-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+
+
 def _wished() -> Variant | None:
     """The variant that OFFRAMP_SIMD names; None, and a log line, if it cannot run here."""
     name = os.environ.get("OFFRAMP_SIMD", "")
@@ -157,19 +199,11 @@ def _is_x86() -> bool:
 
 def _features() -> frozenset[str]:
     """Instructions of this processor, as /proc/cpuinfo names them; none where that is not known."""
-    lines = [line for line in _cpuinfo() if line.startswith("flags")]
-    return frozenset(lines[0].split(":", 1)[1].split()) if lines else frozenset()
+    flags = cpuinfo("flags")
+    return frozenset(flags[0].split()) if flags else frozenset()
 
 
 def _processor() -> str:
     """What the compiled code depends on: the cache folder may be shared between machines."""
-    starts = ("model name", "flags", "Features")
-    kept = [line for line in _cpuinfo() if line.startswith(starts)]
-    return "\n".join(sorted(set(kept))) or platform.machine() + platform.processor()
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+    kept = {f"{name}: {value}" for name in _IDENTITY for value in cpuinfo(name)}
+    return "\n".join(sorted(kept)) or platform.machine() + platform.processor()
