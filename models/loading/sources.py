@@ -114,6 +114,8 @@ def find(
     if alias is not None:
         return models / alias if is_whole(models / alias) else None
     if model == TINY:
+        from offramp.models.shapes import holds_tiny  # noqa: PLC0415 (takes torch with it)
+
         return models / TINY if holds_tiny(models / TINY) else None
     folder = Path(model).expanduser()
     local = folder.is_absolute() or model.startswith((".", "~")) or folder.suffix == ".gguf"

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from offramp.kernels import native, native_build
 from offramp.models.shapes import write_tiny
+from offramp.server.bench import device
 from offramp.server.commands import doctor
 from offramp.server.config import GIB, EngineConfig, ServerConfig
-from offramp.server.doctor import limits, machine, model, serving
+from offramp.server.doctor import limits, machine, measure, model, serving
 from offramp.server.doctor.findings import Finding, Level, look
 
 
@@ -71,7 +72,12 @@ def test_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     assert "A server would not start: 1 errors" in text
 
 
-def test_a_model_is_measured(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
+def test_a_model_is_measured(
+    capsys: pytest.CaptureFixture[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_PROMPTS", 1)
+    monkeypatch.setattr(measure, "_TOKENS", 4)
+    monkeypatch.setitem(device._BYTES, "cpu", 2**20)
     write_tiny(cache / "models/tiny")
     status, found = run(capsys, "tiny", "--measure", "--kernels", "torch")
     assert status == 0
