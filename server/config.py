@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from offramp.models.config import Weights
@@ -213,6 +213,20 @@ class ServerConfig(_Options):
         "Tokens of prompts that may wait for their first answer before 429; unset: any number.",
         ge=1,
     )
+    max_requests_per_key: int | None = _option(
+        "HTTP",
+        None,
+        "Requests to the model that one key may have running and waiting before 429; unset: any "
+        "number.",
+        ge=1,
+    )
+    request_timeout: float | None = _option(
+        "HTTP",
+        None,
+        "Seconds an answer may take, waiting included, before 504; a request's own timeout may be "
+        "shorter; unset: any time.",
+        gt=0,
+    )
     max_body_size: float = _option("HTTP", 8.0, "Largest request body, in MiB.", gt=0)
     shutdown_timeout: float = _option(
         "HTTP", 30.0, "Seconds running requests may take to end after SIGTERM.", ge=0
@@ -291,6 +305,14 @@ class ServerConfig(_Options):
             except ApiKeyError as error:
                 raise PydanticCustomError("api_key", "{reason}", {"reason": str(error)}) from error
         return keys
+
+    @model_validator(mode="after")
+    def _keys_to_count_by(self) -> ServerConfig:
+        if self.max_requests_per_key is not None and not (self.api_key or self.api_key_file):
+            raise PydanticCustomError(
+                "no_keys", "--max-requests-per-key needs --api-key or --api-key-file"
+            )
+        return self
 
     @property
     def max_body_bytes(self) -> int:

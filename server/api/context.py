@@ -77,6 +77,11 @@ class Context:
                 param="model",
             )
 
+    def timeout(self, asked: float | None = None) -> float | None:
+        """Seconds that an answer may take: the server's bound, or what was ``asked`` if less."""
+        bounds = [bound for bound in (asked, self.config.request_timeout) if bound is not None]
+        return min(bounds, default=None)
+
     def submit(self, request: GenerationRequest | DecisionRequest) -> TokenStream:
         """Queue a request; raises what the driver raises."""
         if not self.driver.num_requests:

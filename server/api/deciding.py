@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
@@ -25,6 +26,7 @@ from offramp.server.engine.request import (
 )
 from offramp.server.errors import (
     ContextLengthExceeded,
+    DeadlineExceeded,
     InvalidRequest,
     ServerError,
     ShuttingDown,
@@ -364,16 +366,22 @@ async def read_answers(
 ) -> TokenEvent:
     """The engine's answer to all reads; leaving it aborts them.
 
-    Raises ServerError if the engine could not read, and what the driver raises.
+    Raises ServerError if the engine could not read, DeadlineExceeded, and what the driver raises.
     """
-    async with context.submit(DecisionRequest(request_id, tuple(reads))) as stream:
-        async for event in stream:
-            if event.finish_reason is FinishReason.ERROR:
-                raise ServerError(event.error or "The engine could not finish this request.")
-            if event.finish_reason is FinishReason.ABORT:
-                raise ShuttingDown(event.error or "The request was aborted.")
-            return event
-    raise ServerError("The engine gave no answer.")
+    timeout = context.timeout()
+    try:
+        async with (
+            asyncio.timeout(timeout),
+            context.submit(DecisionRequest(request_id, tuple(reads))) as stream,
+        ):
+            event = await anext(aiter(stream))
+    except TimeoutError:
+        raise DeadlineExceeded(timeout or 0.0) from None
+    if event.finish_reason is FinishReason.ERROR:
+        raise ServerError(event.error or "The engine could not finish this request.")
+    if event.finish_reason is FinishReason.ABORT:
+        raise ShuttingDown(event.error or "The request was aborted.")
+    return event
 
 
 def _answer(
