@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from offramp.models.config import Weights
@@ -305,14 +305,6 @@ class ServerConfig(_Options):
             except ApiKeyError as error:
                 raise PydanticCustomError("api_key", "{reason}", {"reason": str(error)}) from error
         return keys
-
-    @model_validator(mode="after")
-    def _keys_to_count_by(self) -> ServerConfig:
-        if self.max_requests_per_key is not None and not (self.api_key or self.api_key_file):
-            raise PydanticCustomError(
-                "no_keys", "--max-requests-per-key needs --api-key or --api-key-file"
-            )
-        return self
 
     @property
     def max_body_bytes(self) -> int:

@@ -10,7 +10,7 @@ from offramp.paths import cache_folder
 from offramp.server.config import GIB, ServerConfig
 from offramp.server.doctor.findings import Finding, Level
 from offramp.server.doctor.machine import disk_free, writable
-from offramp.server.keys import ApiKeys, is_loopback
+from offramp.server.keys import ApiKeys, check_shares, is_loopback
 from offramp.server.options import PREFIX, OptionError, build, from_environment
 from offramp.server.serve import bind, bind_message, tls_fault
 
@@ -53,7 +53,9 @@ def address(config: ServerConfig) -> Iterator[Finding]:
         yield Finding("TLS", fault, Level.ERROR)
     elif config.ssl_certfile is not None:
         yield Finding("TLS", f"served with {config.ssl_certfile}")
-    if ApiKeys(config.api_key, config.api_key_file):
+    keys = ApiKeys(config.api_key, config.api_key_file)
+    check_shares(keys, config.max_requests_per_key)
+    if keys:
         yield Finding("keys", "clients must send one")
     elif is_loopback(host):
         yield Finding("keys", "none: whoever is on this machine may use the server")

@@ -10,10 +10,9 @@ import httpx2
 import pytest
 
 from offramp.models.shapes import write_tiny
-from offramp.server.config import ServerConfig
-from offramp.server.options import OptionError, build
+from offramp.server.keys import ApiKeyError
 from tests.server.deciding import PREDICATE, Recorder, post, serve, tiny_engine
-from tests.server.fakes import PATIENCE_S, FakeEngine, Running, serving
+from tests.server.fakes import PATIENCE_S, FakeEngine, Running, config, make_context, serving
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 ENDLESS = {"messages": MESSAGES, "ignore_eos": True, "max_tokens": 200}
@@ -59,12 +58,10 @@ async def test_clients_that_leave_give_their_share_back() -> None:
         assert (await with_key(server, "one", messages=MESSAGES)).status_code == 200
 
 
-def test_a_share_by_key_needs_keys(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--max-requests-per-key needs"):
-        build({"max_requests_per_key": 3})
-    keys = tmp_path / "keys"
-    made = build({"max_requests_per_key": 3, "api_key_file": keys})
-    assert isinstance(made, ServerConfig)
+def test_a_share_by_key_needs_keys() -> None:
+    with pytest.raises(ApiKeyError, match="--max-requests-per-key needs"):
+        make_context(FakeEngine(), config(max_requests_per_key=3))
+    make_context(FakeEngine(), config(max_requests_per_key=3, api_key=("one",)))
 
 
 LATE = {"type": "timeout_error", "code": "deadline_exceeded", "param": None}
