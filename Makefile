@@ -59,7 +59,7 @@ sanitize-threads: install
 	tests/kernels/test_weight_formats.py tests/models/test_drafting.py $(ARGS)
 
 # What nobody should send or load: 11,000 bodies, 2,000 files of weights, 1,500 of heads, from FUZZ_SEED.
-FUZZ_SEED ?= $(shell date +%s)
+FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
 fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: install
 	@echo FUZZ_SEED=$(FUZZ_SEED)
