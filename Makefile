@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := server models kernels offramp tests
 
-.PHONY: install serve test test-clients drill sanitize lint type docs bench clean
+.PHONY: install serve test test-clients drill sanitize sanitize-threads fuzz lint type docs bench clean
 
 install: $(STAMP)
 
@@ -47,6 +47,24 @@ sanitize: install
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest tests/kernels/test_decoder.py tests/kernels/test_weight_formats.py \
 	tests/models/test_drafting.py tests/kernels/test_bounds.py tests/models/test_hostile_config.py $(ARGS)
+
+# Their threads with the thread sanitizer: OpenMP's regions run on plain threads, which it sees, at addresses
+# that are not random, which it needs.
+sanitize-threads: install
+	TSAN_OPTIONS="exitcode=66 suppressions=$(CURDIR)/tests/kernels/tsan.supp" \
+	OFFRAMP_CACHE_DIR=$(VENV)/sanitize TEST_THREADS=3 OMP_NUM_THREADS=3 \
+	CFLAGS='-fsanitize=thread -g -O1 -march=$(MARCH) -Wl,-Bsymbolic $(CURDIR)/tests/kernels/openmp_by_pthreads.c' \
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
+	setarch -R $(BIN)/python -m pytest -s tests/kernels/test_decoder.py \
+	tests/kernels/test_weight_formats.py tests/models/test_drafting.py $(ARGS)
+
+# What nobody should send or load: 11,000 bodies, 2,000 files of weights, 1,500 of heads, from FUZZ_SEED.
+FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: install
+	@echo FUZZ_SEED=$(FUZZ_SEED)
+	FUZZ_SEED=$(FUZZ_SEED) FUZZ_BODIES=1000 FUZZ_FILES=2000 $(BIN)/python -m pytest --timeout 0 \
+	--hypothesis-seed $(FUZZ_SEED) tests/server/test_fuzz.py tests/models/test_hostile_files.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ _SOURCE = "decoder.c"
 _FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi")
 _COMPILERS = ("cc", "gcc", "clang")
 _TIMEOUT_S = 120
+_IDENTITY = ("model name", "flags", "Features", "CPU implementer", "CPU part")
 # No process takes so long to make what it moves into place.
 _LEFT_AFTER_S = 24 * 3600
 
@@ -76,16 +77,29 @@ def candidates(folder: Path) -> Iterator[Path]:
     SubprocessError, with a reason, where none can be had.
     """
     variant = _wished()
-    for found in [variant] if variant else VARIANTS:
-        path = PREBUILT / f"{found.name}.so"
-        if found.needs <= _features() and path.exists():
-            logger.info("C kernels: prebuilt for %s", found.name)
-            yield path
-            break
+    prebuilt = _prebuilt(variant)
+    if prebuilt is not None:
+        logger.info("C kernels: prebuilt for %s", prebuilt.stem)
+        yield prebuilt
     compiler = find_compiler()
     if compiler is None:
         raise OSError("no C compiler (CC, cc, gcc, clang)")
     yield compiled(compiler, folder, variant)
+
+
+def at_hand(folder: Path) -> Path | None:
+    """The first of `candidates` where that need not be compiled."""
+    variant, compiler = _wished(), find_compiler()
+    prebuilt = _prebuilt(variant)
+    if prebuilt is not None or compiler is None:
+        return prebuilt
+    target = folder / _name(_command(compiler, variant))
+    return target if target.exists() else None
+
+
+def runs_here(variant: Variant) -> bool:
+    """Whether this processor has the instructions of ``variant``."""
+    return _is_x86() and variant.needs <= _features()
 
 
 def compiled(compiler: list[str], folder: Path, variant: Variant | None = None) -> Path:
@@ -94,10 +108,8 @@ def compiled(compiler: list[str], folder: Path, variant: Variant | None = None) 
     For this machine, or for ``variant``. Its name has a hash of all sources, the command and the
     processor. Raises OSError or SubprocessError.
     """
-    words = [*compiler, *_FLAGS, _tuning(variant), *shlex.split(os.environ.get("CFLAGS", ""))]
-    sources = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.[ch]"))]
-    identity = "\n".join([*sources, *words, _processor()])
-    target = folder / f"decoder-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    words = _command(compiler, variant)
+    target = folder / _name(words)
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +145,32 @@ def find_compiler() -> list[str] | None:
     if chosen:
         return chosen if shutil.which(chosen[0]) else None
     return next(([name] for name in _COMPILERS if shutil.which(name)), None)
+
+
+def cpuinfo(field: str) -> list[str]:
+    """Values of a field of /proc/cpuinfo, one for each processor; empty where it is not known."""
+    pairs = (line.partition(":") for line in _cpuinfo())
+    return [value.strip() for name, _, value in pairs if name.strip() == field]
+
+
+def _prebuilt(variant: Variant | None) -> Path | None:
+    """The best library of a wheel for this processor, or the one of ``variant``."""
+    for each in [variant] if variant else VARIANTS:
+        path = PREBUILT / f"{each.name}.so"
+        if each.needs <= _features() and path.exists():
+            return path
+    return None
+
+
+def _command(compiler: list[str], variant: Variant | None) -> list[str]:
+    return [*compiler, *_FLAGS, _tuning(variant), *shlex.split(os.environ.get("CFLAGS", ""))]
+
+
+def _name(command: list[str]) -> str:
+    """Name of the library that ``command`` makes of the sources on this processor."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_FOLDER.glob("*.[ch]"))]
+    identity = "\n".join([*sources, *command, _processor()])
+    return f"decoder-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
 
 
 def _wished() -> Variant | None:
@@ -176,15 +214,14 @@ def _features() -> frozenset[str]:
     """Instructions of this processor, as /proc/cpuinfo names them; none where that is not known."""
     if sys.platform == "darwin" and ARCHITECTURE == "aarch64":
         return frozenset({"asimddp"})  # every one that macOS runs on has it
-    lines = [line for line in _cpuinfo() if line.startswith(("flags", "Features"))]
-    return frozenset(lines[0].split(":", 1)[1].split()) if lines else frozenset()
+    found = cpuinfo("flags") or cpuinfo("Features")
+    return frozenset(found[0].split()) if found else frozenset()
 
 
 def _processor() -> str:
     """What the compiled code depends on: the cache folder may be shared between machines."""
-    starts = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    kept = [line for line in _cpuinfo() if line.startswith(starts)]
-    return "\n".join(sorted(set(kept))) or platform.machine() + platform.processor()
+    kept = {f"{name}: {value}" for name in _IDENTITY for value in cpuinfo(name)}
+    return "\n".join(sorted(kept)) or platform.machine() + platform.processor()
 
 
 def _cpuinfo() -> list[str]:

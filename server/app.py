@@ -74,7 +74,8 @@ def create_app(context: Context) -> FastAPI:
     if context.tracing is not None:
         app.add_middleware(TraceRequests, tracing=context.tracing)
     if context.keys:
-        app.add_middleware(ApiKey, keys=context.keys, open_paths=open_paths)
+        most = context.config.max_requests_per_key
+        app.add_middleware(ApiKey, keys=context.keys, open_paths=open_paths, most=most)
     app.add_middleware(HttpMetrics, metrics=context.metrics)
     app.add_middleware(HeadAsGet)
     if context.config.allowed_origins:

@@ -22,6 +22,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "exits": ("offramp.server.commands.exits:main", "train, evaluate and inspect exits"),
     "bench": ("offramp.server.bench.command:main", "measure speed, depth and agreement"),
     "chat": ("offramp.server.commands.chat:main", "talk to a running server"),
+    "doctor": ("offramp.server.commands.doctor:main", "look for what keeps a server from working"),
 }
 # A shell reports a program ended by Ctrl-C this way.
 _INTERRUPTED = 130

@@ -213,6 +213,20 @@ class ServerConfig(_Options):
         "Tokens of prompts that may wait for their first answer before 429; unset: any number.",
         ge=1,
     )
+    max_requests_per_key: int | None = _option(
+        "HTTP",
+        None,
+        "Requests to the model that one key may have running and waiting before 429; unset: any "
+        "number.",
+        ge=1,
+    )
+    request_timeout: float | None = _option(
+        "HTTP",
+        None,
+        "Seconds an answer may take, waiting included, before 504; a request's own timeout may be "
+        "shorter; unset: any time.",
+        gt=0,
+    )
     max_body_size: float = _option("HTTP", 8.0, "Largest request body, in MiB.", gt=0)
     shutdown_timeout: float = _option(
         "HTTP", 30.0, "Seconds running requests may take to end after SIGTERM.", ge=0

@@ -12,7 +12,9 @@ OfframpError
  |   |- InvalidHttp         400
  |   |- HeadTooLarge        431
  |   |- RequestTimeout      408
- |   `- QueueFull           429
+ |   |- QueueFull           429
+ |   `- KeyBusy             429
+ |- DeadlineExceeded        504, the time that the client or the server gave is over
  |- ServiceUnavailable      the server cannot take it now (503)
  |   |- EngineLoading
  |   |- ShuttingDown
@@ -142,6 +144,28 @@ class QueueFull(RequestError):
     status = 429
     type = "rate_limit_error"
     default_code = "queue_full"
+
+
+class KeyBusy(RequestError):
+    """A key has as many requests as a key may have at once."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
+class DeadlineExceeded(OfframpError):
+    """The answer was not there in the time that the client or the server gave it."""
+
+    status = 504
+    type = "timeout_error"
+    default_code = "deadline_exceeded"
+
+    def __init__(self, seconds: float) -> None:
+        # Another try would take as long.
+        super().__init__(
+            f"There was no whole answer after {seconds:g} s.", headers={"x-should-retry": "false"}
+        )
 
 
 class ServiceUnavailable(OfframpError):

@@ -30,6 +30,12 @@ def check_key(key: str) -> None:
         raise ApiKeyError("a key must be printable ASCII characters without spaces, one at least")
 
 
+def check_shares(keys: ApiKeys, most: int | None) -> None:
+    """Raise ApiKeyError where requests are to be counted by keys that there are none of."""
+    if most is not None and not keys:
+        raise ApiKeyError("--max-requests-per-key needs --api-key or --api-key-file")
+
+
 class ApiKeys:
     """The keys in force, as bytes; none means that the server is open.
 

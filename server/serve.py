@@ -57,13 +57,13 @@ def run(config: ServerConfig) -> int:
     """Serve until a signal; returns the exit status."""
     logs.setup(config.uvicorn_log_level)
     _raise_file_limit()
-    fault = _tls_fault(config)
+    fault = tls_fault(config)
     if fault is not None:
         return _refused(fault)
     try:
         listener = bind(config.host, config.port)
     except OSError as error:
-        return _refused(_bind_message(config, error))
+        return _refused(bind_message(config, error))
     try:
         service = Service(config, listener)
     except (ApiKeyError, TracingError) as error:
@@ -301,7 +301,7 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _tls_fault(config: ServerConfig) -> str | None:
+def tls_fault(config: ServerConfig) -> str | None:
     """Why HTTPS cannot be served as configured; None if it can, or is not wished."""
     certificate, key = config.ssl_certfile, config.ssl_keyfile
     if certificate is None:
@@ -314,7 +314,8 @@ def _tls_fault(config: ServerConfig) -> str | None:
     return None
 
 
-def _bind_message(config: ServerConfig, error: OSError) -> str:
+def bind_message(config: ServerConfig, error: OSError) -> str:
+    """Why the port cannot be listened on, and what would work."""
     where = f"port {config.port} on {config.host}"
     if error.errno == errno.EADDRINUSE:
         return f"{where} is in use by another program; choose another with --port"

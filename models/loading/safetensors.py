@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -85,6 +86,11 @@ class StoredWeights(Mapping[str, Tensor]):
         self._dtype = dtype
         self._progress = progress
         self._seen: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(fused.shape) for fused in self._plan.values())
 
     def __getitem__(self, name: str) -> Tensor:
         first = name not in self._seen

@@ -102,6 +102,32 @@ def resolve(
     return _from_hub(model, revision)
 
 
+def find(
+    model: str = DEFAULT_MODEL, *, revision: str | None = None, cache: Path | None = None
+) -> Path | None:
+    """The folder that `resolve` gives; None where it would have to fetch or make it first.
+
+    Raises ModelNotAvailable for a local folder that is not there.
+    """
+    models = cache_folder(cache) / "models"
+    alias = ALIASES.get(model.lower())
+    if alias is not None:
+        return models / alias if is_whole(models / alias) else None
+    if model == TINY:
+        from offramp.models.shapes import holds_tiny  # noqa: PLC0415 (takes torch with it)
+
+        return models / TINY if holds_tiny(models / TINY) else None
+    folder = Path(model).expanduser()
+    local = folder.is_absolute() or model.startswith((".", "~")) or folder.suffix == ".gguf"
+    if local or folder.is_dir():
+        return resolve(model)
+    try:
+        found = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+    return found if any(found.glob("model*.safetensors")) else None
+
+
 def _tiny(folder: Path) -> Path:
     """The tiny model, made anew where that is possible."""
     from offramp.models.shapes import holds_tiny, write_tiny  # noqa: PLC0415 (takes torch with it)
@@ -195,11 +221,11 @@ def pull(name: str, cache: Path | None = None, *, progress: bool = True) -> Path
     root = cache_folder(cache)
     target = root / "models" / name
     try:
-        if _is_whole(target):
+        if is_whole(target):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{name}.lock"):
-            if not _is_whole(target):
+            if not is_whole(target):
                 _make(CARRIERS[name], target, root / "downloads", progress=progress)
     except PullError:
         raise
@@ -234,8 +260,8 @@ def _make(carrier: Carrier, target: Path, downloads: Path, *, progress: bool) ->
     part.unlink()
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a model folder has its files, and its weights to their end."""
+def is_whole(folder: Path) -> bool:
+    """Whether a model folder has its files, and its weights to their end; logs what it lacks."""
     if not folder.is_dir():
         return False
     try:

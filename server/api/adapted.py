@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, Self
@@ -17,6 +16,7 @@ from offramp.server.api.schemas import MAX_TEMPLATE_OPTIONS, ChatBody, SamplingB
 from offramp.server.api.tool_bodies import tool_use
 from offramp.server.api.wire import invalid_request
 from offramp.server.errors import InvalidRequest, RequestError
+from offramp.server.text.rendering import on_chat_worker
 
 Message = dict[str, Any]
 # A conversation's own fields by the chat's names, as errors speak of them.
@@ -73,7 +73,7 @@ async def count_tokens(context: Context, chat: ChatBody, names: Names) -> int:
     with speaking_of(names):
         context.check_model(chat.model)
         use = tool_use(chat.tools, chat.tool_choice, parallel=chat.parallel_tool_calls)
-        prompt, _ = await asyncio.to_thread(render, context, chat, use)
+        prompt, _ = await on_chat_worker(render, context, chat, use)
     return len(prompt)
 
 

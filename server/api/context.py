@@ -13,7 +13,7 @@ from offramp.server.config import ServerConfig
 from offramp.server.engine.driver import EngineDriver, TokenStream
 from offramp.server.engine.request import DecisionRequest, GenerationRequest
 from offramp.server.errors import EngineLoading, InvalidRequest, ModelNotFound, QueueFull
-from offramp.server.keys import ApiKeys
+from offramp.server.keys import ApiKeys, check_shares
 from offramp.server.metrics import Metrics
 from offramp.server.text.grammars import GrammarCompiler
 from offramp.server.text.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ class Context:
 
     def __post_init__(self) -> None:
         self.keys = ApiKeys(self.config.api_key, self.config.api_key_file)
+        check_shares(self.keys, self.config.max_requests_per_key)
         endpoint = self.config.otlp_traces_endpoint
         self.tracing = None if endpoint is None else Tracing(endpoint)
         # Seeds only have to differ; with --seed a restarted server repeats its answers.
@@ -76,6 +77,11 @@ class Context:
                 f"This server does not serve that model; it serves {self.model_name!r}.",
                 param="model",
             )
+
+    def timeout(self, asked: float | None = None) -> float | None:
+        """Seconds that an answer may take: the server's bound, or what was ``asked`` if less."""
+        bounds = [bound for bound in (asked, self.config.request_timeout) if bound is not None]
+        return min(bounds, default=None)
 
     def submit(self, request: GenerationRequest | DecisionRequest) -> TokenStream:
         """Queue a request; raises what the driver raises."""

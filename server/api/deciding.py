@@ -26,6 +26,7 @@ from offramp.server.engine.request import (
 )
 from offramp.server.errors import (
     ContextLengthExceeded,
+    DeadlineExceeded,
     InvalidRequest,
     ServerError,
     ShuttingDown,
@@ -38,6 +39,7 @@ from offramp.server.text.decisions import (
     encode_questions,
     softmax,
 )
+from offramp.server.text.rendering import on_chat_worker
 
 if TYPE_CHECKING:
     from offramp.server.api.context import Context
@@ -234,7 +236,7 @@ async def _encode(
     texts = [(variant.wording, variant.labels) for variant in variants]
     tokenizer.refuse_hopeless(messages, info.max_model_len, wish.source)
     try:
-        encoded = await asyncio.to_thread(encode_questions, tokenizer, messages, texts, end)
+        encoded = await on_chat_worker(encode_questions, tokenizer, messages, texts, end)
     except SameLabels as error:
         variant = variants[error.question]
         first, second = (variant.order[i] for i in (error.first, error.second))
@@ -364,16 +366,22 @@ async def read_answers(
 ) -> TokenEvent:
     """The engine's answer to all reads; leaving it aborts them.
 
-    Raises ServerError if the engine could not read, and what the driver raises.
+    Raises ServerError if the engine could not read, DeadlineExceeded, and what the driver raises.
     """
-    async with context.submit(DecisionRequest(request_id, tuple(reads))) as stream:
-        async for event in stream:
-            if event.finish_reason is FinishReason.ERROR:
-                raise ServerError(event.error or "The engine could not finish this request.")
-            if event.finish_reason is FinishReason.ABORT:
-                raise ShuttingDown(event.error or "The request was aborted.")
-            return event
-    raise ServerError("The engine gave no answer.")
+    timeout = context.timeout()
+    try:
+        async with (
+            asyncio.timeout(timeout),
+            context.submit(DecisionRequest(request_id, tuple(reads))) as stream,
+        ):
+            event = await anext(aiter(stream))
+    except TimeoutError:
+        raise DeadlineExceeded(timeout or 0.0) from None
+    if event.finish_reason is FinishReason.ERROR:
+        raise ServerError(event.error or "The engine could not finish this request.")
+    if event.finish_reason is FinishReason.ABORT:
+        raise ShuttingDown(event.error or "The request was aborted.")
+    return event
 
 
 def _answer(

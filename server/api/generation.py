@@ -22,7 +22,7 @@ from offramp.server.engine.request import (
     RequestStats,
     TokenEvent,
 )
-from offramp.server.errors import ServerError, ShuttingDown
+from offramp.server.errors import DeadlineExceeded, ServerError, ShuttingDown
 from offramp.server.metrics import RequestObserver
 from offramp.server.text.answer_parts import AnswerParser, Part, TextPart
 from offramp.server.text.detokenizer import Detokenizer
@@ -267,6 +267,12 @@ class Generation:
         self._closed = False
         self._ready: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._streams = _admit(context, requests)
+        timeout = context.timeout(body.timeout)
+        self._timer = None
+        if timeout is not None:
+            late = DeadlineExceeded(timeout)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(timeout, self._ready.put_nowait, late)
         self.choices = [
             _choice(context, body, prepared, index, request)
             for index, request in enumerate(requests)
@@ -293,6 +299,8 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         for pump in self._pumps:
             pump.cancel()
         for stream in self._streams:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.server.api.context import Context
 from offramp.server.api.wire import REQUEST_ID_HEADER, as_wire_error, error_response
-from offramp.server.errors import RequestTooLarge, ServerError, Unauthorized
+from offramp.server.errors import KeyBusy, RequestTooLarge, ServerError, Unauthorized
 
 # Probes and scrapers carry no key.
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/version", "/metrics", "/load"})
@@ -90,8 +91,7 @@ class InFlight:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count the request while it lasts."""
-        asks = scope["type"] == "http" and scope["method"] == "POST"
-        if not asks or not scope["path"].startswith("/v1/"):
+        if not _asks_the_model(scope):
             await self._app(scope, receive, send)
             return
         self._context.in_flight += 1
@@ -102,17 +102,33 @@ class InFlight:
 
 
 class ApiKey:
-    """Refuses requests without one of the keys in force, on every path that is not open."""
+    """Refuses requests without one of the keys in force, on every path that is not open.
 
-    def __init__(self, app: ASGIApp, keys: Iterable[bytes], open_paths: frozenset[str]) -> None:
+    ``most`` bounds the requests to the model that have one key and are not answered to their end;
+    None is no bound.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[bytes],
+        open_paths: frozenset[str],
+        most: int | None = None,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._open_paths = open_paths
+        self._most = most
+        self._open: Counter[bytes] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the key."""
-        if scope["type"] != "http" or scope["path"] in self._open_paths or self._allowed(scope):
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
+            return
+        key = self._key(scope)
+        if key is not None:
+            await self._counted(key, scope, receive, send)
             return
         error = Unauthorized(
             "Send a valid key as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'.",
@@ -120,7 +136,29 @@ class ApiKey:
         )
         await error_response(error, scope)(scope, receive, send)
 
-    def _allowed(self, scope: Scope) -> bool:
+    async def _counted(self, key: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._most is None or not _asks_the_model(scope):
+            await self._app(scope, receive, send)
+            return
+        if self._open[key] >= self._most:
+            error = KeyBusy(
+                f"This key has {self._open[key]} requests running or waiting already; try again "
+                "later.",
+                headers={"Retry-After": "1"},
+            )
+            await error_response(error, scope)(scope, receive, send)
+            return
+        self._open[key] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open[key] -= 1
+            if not self._open[key]:
+                # Keys come and go.
+                del self._open[key]
+
+    def _key(self, scope: Scope) -> bytes | None:
+        """The key in force that was sent; None without one."""
         headers = Headers(scope=scope)
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         sent = headers.getlist("x-api-key")
@@ -128,9 +166,12 @@ class ApiKey:
             sent.append(bearer.strip())
         # All keys are compared, each in constant time, so timing tells nothing.
         matches = [
-            hmac.compare_digest(each.encode("latin-1"), key) for each in sent for key in self._keys
+            key
+            for each in sent
+            for key in self._keys
+            if hmac.compare_digest(each.encode("latin-1"), key)
         ]
-        return any(matches)
+        return matches[0] if matches else None
 
 
 class BodyLimit:
@@ -183,6 +224,12 @@ class BodyLimit:
     def _announced(scope: Scope) -> int:
         text = Headers(scope=scope).get("content-length", "")
         return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else 0
+
+
+def _asks_the_model(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    return str(scope["path"]).startswith("/v1/")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from offramp.server.api import wire
 from offramp.server.errors import (
+    DeadlineExceeded,
     InvalidRequest,
     ModelNotFound,
     OfframpError,
@@ -56,6 +57,7 @@ _MEANINGS: Final[dict[type[OfframpError], str]] = {
     Unauthorized: "No key, or the wrong one.",
     ModelNotFound: "No such model on this server.",
     RequestTooLarge: "The body is over --max-body-size.",
+    DeadlineExceeded: "The answer took longer than its 'timeout' or --request-timeout.",
     QueueFull: "Too many requests wait already.",
     ServerError: "A fault of the server, or of its device.",
     ServiceUnavailable: "The model is being loaded, the server stops, or its engine has failed.",
@@ -63,7 +65,7 @@ _MEANINGS: Final[dict[type[OfframpError], str]] = {
 # What a route may answer with that reads the engine's facts, a body, or lets the model run.
 READS: Final = (ServerError, ServiceUnavailable)
 TAKES_A_BODY: Final = (InvalidRequest, ModelNotFound, RequestTooLarge, *READS)
-RUNS_THE_MODEL: Final = (*TAKES_A_BODY, QueueFull)
+RUNS_THE_MODEL: Final = (*TAKES_A_BODY, QueueFull, DeadlineExceeded)
 STREAMED: Final[dict[int | str, dict[str, Any]]] = {200: {"content": {wire.MEDIA_TYPE: {}}}}
 
 

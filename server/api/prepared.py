@@ -19,6 +19,7 @@ from offramp.server.text.grammars import (
     source_of,
     source_of_calls,
 )
+from offramp.server.text.rendering import on_chat_worker
 from offramp.server.text.tools import (
     LLAMA3_BEGIN,
     MISTRAL_BEGIN,
@@ -45,6 +46,7 @@ _RESERVED: Final = frozenset(
         *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("tokenizer_kwargs", "chat_template", "conversation", "messages", "tools", "documents"),
         *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+        *("conversations", "sanitize_control_tokens"),
     }
 )
 
@@ -87,7 +89,7 @@ async def prepare_chat(context: Context, body: ChatBody) -> Prepared:
     form, param = wished_form(body)
     if form is not None and use.required:
         raise InvalidRequest(f"'{param}' cannot be kept where tools must be called.", param=param)
-    return await asyncio.to_thread(_prepare_chat, context, body, use, form, param)
+    return await on_chat_worker(_prepare_chat, context, body, use, form, param)
 
 
 def _prepare_chat(

@@ -131,6 +131,7 @@ class SamplingBody(RequestModel):
         default_factory=list, max_length=MAX_BAD_WORDS
     )
     priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    timeout: float | None = Field(default=None, gt=0, le=MAX_DEADLINE_MS / 1000)
     cache_salt: Text = Field(default="", max_length=MAX_SALT)
     early_exit: Annotated[EarlyExit, BeforeValidator(mode_alone)] = Field(default_factory=EarlyExit)
 

@@ -10,6 +10,7 @@ from offramp.server.api.context import Shared
 from offramp.server.api.fields import UNSUPPORTED, RequestModel, Text, TokenId
 from offramp.server.api.schemas import Messages
 from offramp.server.errors import InvalidRequest
+from offramp.server.text.rendering import on_chat_worker
 
 router = APIRouter(tags=["Tokenizer"])
 
@@ -60,7 +61,7 @@ async def tokenize(body: TokenizeBody, context: Shared) -> dict[str, Any]:
     tokenizer = context.loaded_tokenizer()
     if body.messages is not None:
         messages = [message.for_template() for message in body.messages]
-        ids = await asyncio.to_thread(tokenizer.encode_chat, messages, _ANY_LENGTH)
+        ids = await on_chat_worker(tokenizer.encode_chat, messages, _ANY_LENGTH)
     else:
         special = body.add_special_tokens is not False
         texts = [body.prompt or ""]

@@ -155,6 +155,7 @@ _ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
     429: "rate_limit_error",
     500: "api_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 

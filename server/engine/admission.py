@@ -15,12 +15,16 @@ from offramp.server.engine.sequence import Sequence
 
 # Prompt rows an audit may add to a step beside other requests.
 _AUDIT_ROWS = 32
+# Seconds after which a request's priority no longer keeps it waiting.
+_LONGEST_WAIT_S = 60.0
 
 
 class Admission:
     """Owns the sequences: those that wait, the audits that wait, and by id those that run.
 
-    Those that wait are in order of priority (the lowest first), then of arrival.
+    Those that wait are in order of priority (the lowest first), then of arrival. One that has
+    waited for a minute goes before all others, whatever its priority, and is preempted after them:
+    however many urgent requests come, each other one runs at last.
     """
 
     def __init__(self, info: EngineInfo, memory: SequenceMemory) -> None:
@@ -38,7 +42,7 @@ class Admission:
 
     def enqueue(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn; one that ran before keeps its place by arrival."""
-        insort(self.waiting, sequence, key=lambda each: (each.request.priority, each.id))
+        insort(self.waiting, sequence, key=_place)
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and free what it holds."""
@@ -96,6 +100,8 @@ class Admission:
             return None
         if line is self.audits and any(sequence.audit for sequence in self.running.values()):
             return None
+        if line is self.waiting:
+            self._age(now)
         sequence = line[0]
         if not self._memory.admit(sequence):
             return None
@@ -105,13 +111,21 @@ class Admission:
         self.running[sequence.id] = sequence
         return sequence
 
+    def _age(self, now: float) -> None:
+        """Let the one that came first go first, if it has waited for long enough."""
+        oldest = min(self.waiting, key=lambda sequence: sequence.id)
+        if not oldest.aged and now - oldest.submitted_at > _LONGEST_WAIT_S:
+            self.waiting.remove(oldest)
+            oldest.aged = True
+            self.enqueue(oldest)
+
     def _preempt(self, spared: abc.Sequence[Sequence]) -> Sequence:
         """Send one sequence back to waiting: an audit, else the last of the least urgent ones."""
         victim = max(
             (sequence for sequence in self.running.values() if sequence not in spared),
             key=lambda sequence: (
                 sequence.audit,
-                sequence.request.priority,
+                sequence.rank,
                 sequence.admitted_at or 0.0,
                 sequence.id,
             ),
@@ -129,3 +143,8 @@ class Admission:
             sequence.decoder.remove(sequence)
         self._memory.release(sequence)
         del self.running[sequence.id]
+
+
+def _place(sequence: Sequence) -> tuple[tuple[bool, int], int]:
+    """Key of the waiting line."""
+    return sequence.rank, sequence.id

@@ -223,14 +223,14 @@ def _load(
     shape = config_from_hf(folder)
     check_shape(shape, device)
     stored = StoredWeights(folder, shape, dtype=dtype, progress=progress)
-    weights, own = _tuned(config.exits, stored)
+    weights, own = tuned_weights(config.exits, stored)
     if device.type != "cpu":
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
-    exits = _exits(config.exits, own, weights, shape, dtype, device)
+    exits = exit_file(config.exits, own, weights, shape, dtype, device)
     heads, max_len = exits.heads, context_length(shape, config)
     on_device = _decides_on_device(device, on_device=on_device)
-    drafts = _draft_head(config.draft_head, own, shape, on_device=on_device)
-    decisions = _decision_heads(config.decision_heads, own, shape, device)
+    drafts = draft_file(config.draft_head, own, shape, on_device=on_device)
+    decisions = decision_file(config.decision_heads, own, shape, device)
     tasks = decisions.tasks if decisions else {}
     cuts = decisions.layers[:-1] if tasks and decisions else _cuts(shape.num_layers)
     extra = 0 if drafts is None else 1
@@ -296,7 +296,7 @@ def _prompt_threshold(config: EngineConfig, exits: ExitFile) -> float | None:
     return max(found, default=None)
 
 
-def _tuned(
+def tuned_weights(
     choice: str, weights: Mapping[str, torch.Tensor]
 ) -> tuple[Mapping[str, torch.Tensor], str]:
     """The weights with the deltas beside the exit file, if there are any, and their fingerprint."""
@@ -308,7 +308,7 @@ def _tuned(
     return apply_deltas(weights, deltas), tuned_fingerprint(deltas)
 
 
-def _exits(
+def exit_file(
     choice: str,
     own: str,
     weights: Mapping[str, torch.Tensor],
@@ -316,6 +316,7 @@ def _exits(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ExitFile:
+    """The exits that --exits names, of the model whose fingerprint is ``own``."""
     if choice.startswith(_SHARED):
         heads = shared_heads(weights, shape, _layers(choice))
         return ExitFile(own, heads, {}, {})
@@ -329,7 +330,8 @@ def _exits(
     return file
 
 
-def _draft_head(choice: str, own: str, shape: ModelConfig, *, on_device: bool) -> DraftFile | None:
+def draft_file(choice: str, own: str, shape: ModelConfig, *, on_device: bool) -> DraftFile | None:
+    """The draft head that --draft-head names, None without one."""
     if on_device:
         if choice not in {"auto", "none"}:
             raise EngineConfigError(
@@ -340,9 +342,10 @@ def _draft_head(choice: str, own: str, shape: ModelConfig, *, on_device: bool) -
     return None if path is None else load_draft_head(path, fingerprint=own, config=shape)
 
 
-def _decision_heads(
+def decision_file(
     choice: str, own: str, shape: ModelConfig, device: torch.device
 ) -> DecisionFile | None:
+    """The heads that --decision-heads names, None without any."""
     path = _chosen("--decision-heads", choice, own, shipped_decision_heads, DecisionFileError)
     if path is None:
         return None

@@ -37,6 +37,7 @@ class Sequence:
     of positions ``first_entry`` to ``next_entry`` (exclusive), noted of the first ``entry_blocks``
     blocks; the stack's states at ``state_positions`` are in ``state_rows`` for the next ones. An
     ``audit`` reads a finished answer again at full depth; all of the answer counts as drafts.
+    One that is ``aged`` has waited so long that it goes before all others.
     ``grammar`` is where the answer is in its form, ``prompt_logprobs`` are those known so far.
     """
 
@@ -49,6 +50,7 @@ class Sequence:
     decoder: Decoder | None = None
     queue: SequenceQueue | None = None
     since: float = 0.0
+    aged: bool = False
     drafts: int = 0
     table: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
@@ -187,6 +189,11 @@ class Sequence:
         pace = (now - self.first_token_at) / (self.num_generated - 1)
         left = self.request.sampling.max_tokens - self.num_generated
         return now + left * pace > self.submitted_at + deadline
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """The lower, the earlier it runs and the later it is preempted."""
+        return not self.aged, self.request.priority
 
     def stats(self, now: float | None = None) -> RequestStats:
         """What the request cost so far; ``now`` if it ends here."""

@@ -8,13 +8,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from offramp.server.errors import ContextLengthExceeded, InvalidRequest, OfframpError
+from offramp.server.errors import ContextLengthExceeded, InvalidRequest, OfframpError, ServerError
 from offramp.server.text.detokenizer import Detokenizer
+from offramp.server.text.rendering import SHARED, TemplatePastLimits
 from offramp.server.text.tokenizer_info import tokenizer_info
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tokenizers import Encoding
     from tokenizers import Tokenizer as Backend
 
 logger = logging.getLogger("offramp.tokenizer")
@@ -78,17 +80,17 @@ class Tokenizer:
         try:
             loaded = read(str(folder), local_files_only=True, trust_remote_code=False)
         except BaseException as error:
-            # What panics in the library is no Exception.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
+            _let_through(error)
             raise OfframpError(f"{folder} has no tokenizer that can be read: {error}") from error
         if not loaded.is_fast:
             raise OfframpError(f"{folder} has no fast tokenizer (tokenizer.json).")
 
         def render(messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-            options = {"add_generation_prompt": True, **options}
-            text: str = loaded.apply_chat_template(list(messages), tokenize=False, **options)
-            return text
+            # As transformers' apply_chat_template does, in another process.
+            chosen = loaded.get_chat_template(tools=options.get("tools"))
+            given = [{k: v for k, v in each.items() if v is not None} for each in messages]
+            options = {**loaded.special_tokens_map, "add_generation_prompt": True, **options}
+            return SHARED.render(chosen, given, options)
 
         backend = loaded.backend_tokenizer
         # A tokenizer.json may say that texts are to be cut or filled up; prompts never are.
@@ -98,6 +100,8 @@ class Tokenizer:
         # A folder may hold several by name; the one that is used for tools is the fuller one.
         if isinstance(template, dict):
             template = template.get("tool_use") or template.get("default")
+        if template:
+            SHARED.start()
         return cls(
             backend,
             render if template else None,
@@ -117,7 +121,7 @@ class Tokenizer:
         """
         for text in texts:
             self._refuse_hopeless(text, max_tokens, "prompt")
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=special)
+        encodings = self._encoded(list(texts), special=special)
         return [tuple(encoding.ids) for encoding in encodings]
 
     def encode_chat(
@@ -138,11 +142,23 @@ class Tokenizer:
         parts = [text.split(_CUT) for text in texts]
         flat = [part for own in parts for part in own]
         if sum(map(len, texts)) < _WORTH_THREADS:
-            encodings = [self._backend.encode(part, add_special_tokens=False) for part in flat]
+            encodings = [each for part in flat for each in self._encoded([part], special=False)]
         else:
-            encodings = self._backend.encode_batch(flat, add_special_tokens=False)
+            encodings = self._encoded(flat, special=False)
         ids = iter(encodings)
         return [tuple(i for _ in own for i in next(ids).ids) for own in parts]
+
+    def _encoded(self, texts: list[str], *, special: bool) -> list[Encoding]:
+        """Encodings; raises InvalidRequest where the tokenizer cannot make one."""
+        try:
+            # Other than `encode`, this lets other Python threads run meanwhile.
+            return self._backend.encode_batch(texts, add_special_tokens=special)
+        except BaseException as error:
+            _let_through(error)
+            reason = str(error)[:200]
+            raise InvalidRequest(
+                f"The model's tokenizer cannot encode this text: {reason}", code="not_encodable"
+            ) from error
 
     def as_text(self, text: str) -> str:
         """A client's text for `encode_rendered`, in which names of special tokens stay text."""
@@ -187,6 +203,15 @@ class Tokenizer:
             )
         try:
             return self._render(self._all_as_text(messages), **self._all_as_text(options or {}))
+        except TemplatePastLimits as error:
+            logger.warning("the chat template %s", error)
+            raise InvalidRequest(
+                f"The model's chat template {error} for these messages.",
+                param="messages",
+                code="template_past_limits",
+            ) from error
+        except ServerError:
+            raise
         except Exception as error:
             # Templates are programs of the model's author: whatever one raises about these
             # messages is an answer to the client, never a fault of the server.
@@ -221,6 +246,12 @@ class Tokenizer:
                 "does not fit.",
                 param=param,
             )
+
+
+def _let_through(error: BaseException) -> None:
+    """Raise it again unless it says what a tokenizer could not do; its panics are no Exception."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def _cut(found: re.Match[str]) -> str:

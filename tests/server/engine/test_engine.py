@@ -83,6 +83,32 @@ def test_the_lowest_priority_runs_first() -> None:
     assert ended == ["c", "e", "a", "d", "b"]
 
 
+def test_whoever_waits_for_a_minute_goes_first() -> None:
+    engine, _ = fake_engine(max_num_seqs=1)
+    now = time.monotonic()
+    engine.add(replace(request("old", [1, 2, 3], 3), priority=9), now - 61)
+    engine.add(replace(request("older than it seems", [1, 2], 3), priority=9), now - 59)
+    ended: list[str] = []
+    for number in range(20):
+        # More urgent ones never cease to come.
+        engine.add(replace(request(f"{number}", [1, 2, 3], 3), priority=-1), now)
+        while len(ended) == number:
+            ended += [event.request_id for event in engine.step().events if event.finish_reason]
+    assert ended[0] == "old"
+    assert "older than it seems" not in ended
+
+
+def test_one_that_waited_for_long_keeps_its_blocks() -> None:
+    engine, _ = fake_engine(num_blocks=11, max_num_seqs=3)
+    for name, priority, waited in (("b", 2, 61), ("a", 1, 0), ("c", 0, 0)):
+        sooner = replace(request(name, [ord(name)] * 9, 20), priority=priority)
+        engine.add(sooner, time.monotonic() - waited)
+    events = [event for _ in range(300) if engine.has_work for event in engine.step().events]
+    lost = {event.request_id: event.stats.preemptions for event in events if event.finish_reason}
+    assert lost["b"] == 0
+    assert lost["a"] > 0
+
+
 def test_the_least_urgent_gives_up_its_blocks() -> None:
     engine, _ = fake_engine(num_blocks=11, max_num_seqs=3)
     for name, priority in (("a", 1), ("b", 2), ("c", 0)):
