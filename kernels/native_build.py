@@ -99,7 +99,7 @@ def at_hand(folder: Path) -> Path | None:
 
 def runs_here(variant: Variant) -> bool:
     """Whether this processor has the instructions of ``variant``."""
-    return _is_x86() and variant.needs <= _features()
+    return variant in VARIANTS and variant.needs <= _features()
 
 
 def compiled(compiler: list[str], folder: Path, variant: Variant | None = None) -> Path:
