@@ -11,21 +11,28 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
+from hypothesis import HealthCheck, given, settings
+
 from tests.drill.ledger import Ledger, ask
 from tests.drill.server import PATIENCE_S, DrillServer, drill_server, until
+from tests.server.bodies import GOOD, bodies, check
 from tests.server.process import running
 
 CONNECTIONS = 2000
 STREAMS = 12
 LEAVERS = 300
+BODIES = 10_000
 _PIDFD_GETFD = 438
 _DAY_S = 86400
+_SERVER_FAULT = 500
 _CLOCK = Path(__file__).with_name("clock.c")
 
 
@@ -149,6 +156,43 @@ async def random_disconnects(server: DrillServer, ledger: Ledger) -> str:
     return f"{ledger.ended['left']} left, {aborted:.0f} ends counted so far"
 
 
+async def malformed_bodies(server: DrillServer, ledger: Ledger) -> str:
+    """Ten thousand bodies that nobody should send, over all routes, beside a stream."""
+    stream = asyncio.create_task(ask(server.client, ledger, body(1900)))
+    document = (await server.client.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"].values()
+    properties = sorted({name for each in schemas for name in each.get("properties", ())})
+    statuses: Counter[int] = Counter()
+    for path in GOOD:
+        await asyncio.to_thread(_attack, server.url, path, properties, statuses)
+    await stream
+    faults = sum(count for status, count in statuses.items() if status >= _SERVER_FAULT)
+    ledger.unless(not faults, f"{faults} bodies were answered with 5xx")
+    ledger.only("finished")
+    told = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
+    return f"{statuses.total()} bodies: {told}"
+
+
+def _attack(url: str, path: str, properties: list[str], statuses: Counter[int]) -> None:
+    with httpx2.Client(base_url=url, timeout=PATIENCE_S) as client:
+
+        @settings(
+            max_examples=BODIES // len(GOOD) + 1,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(attack=bodies(path, properties))
+        def send(attack: bytes) -> None:
+            headers = {"Content-Type": "application/json"}
+            reply = client.post(path, content=attack, headers=headers)
+            statuses[reply.status_code] += 1
+            check(path, reply)
+
+        send()
+
+
 async def full_disk(_: DrillServer, ledger: Ledger) -> str:
     """A server whose cache folder has no room says so in one line."""
     with (
@@ -255,6 +299,7 @@ PHASES: dict[str, Callable[[DrillServer, Ledger], Awaitable[str]]] = {
     "blocks full": fill_the_blocks,
     "2,000 connections": many_connections,
     "clients leave": random_disconnects,
+    "malformed bodies": malformed_bodies,
     "disk full": full_disk,
     "clock jumps": clock_jumps,
     "SIGTERM under load": sigterm_under_load,

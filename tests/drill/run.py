@@ -54,8 +54,8 @@ async def _drill(names: Sequence[str], table: Table) -> list[str]:
                 seen = await PHASES[name](server, ledger)
             except Skipped as reason:
                 seen = f"not done: {reason}"
-            except TimeoutError:
-                seen = "it took too long"
+            except (TimeoutError, AssertionError) as error:
+                seen = str(error) or "it took too long"
                 ledger.fault(seen)
             held = await server.at_rest(first, ledger)
             server.account(ledger)
