@@ -212,7 +212,6 @@ def test_a_panel_shows_data(prometheus: Prometheus, query: str) -> None:
     "series",
     [
         'offramp:exit_tokens_total{exit_layer="1"}',
-        'offramp:draft_tokens_total{source="exit"}',
         'offramp:draft_tokens_total{source="grammar"}',
         "offramp:accepted_tokens_total",
         "offramp:kv_fill_tokens_total",
