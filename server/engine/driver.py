@@ -38,6 +38,8 @@ _GOOD_AGAIN_S = 3600.0
 # engine: the whole machine, or this process, stood still.
 _WATCH_S = 0.5
 _LATE_S = 2.0
+# Events delivered before their readers run: each reader takes the loop for about 0.07 ms.
+_AT_ONCE = 32
 
 
 class EngineState(StrEnum):
@@ -240,30 +242,38 @@ class EngineDriver:
         if not self._streams:
             self._idle.set()
 
-    def _deliver(self, outputs: Sequence[EngineOutput]) -> None:
+    async def _deliver(self, outputs: Sequence[EngineOutput]) -> None:
         self.last_step_at = time.monotonic()
         for output in outputs:
-            self._hand_out(output)
+            self._account(output)
+            for number, event in enumerate(output.events, 1):
+                self._push(event)
+                if number % _AT_ONCE == 0:
+                    # Their readers first: all at once they would hold the loop for too long.
+                    await asyncio.sleep(0)
 
-    def _hand_out(self, output: EngineOutput) -> None:
+    def _account(self, output: EngineOutput) -> None:
         if self._observe is not None:
             try:
                 self._observe(output)
             except Exception:
                 # A fault in the accounting must not cost a client its tokens.
                 logger.exception("observer failed")
-        for event in output.events:
-            stream = self._streams.get(event.request_id)
-            if stream is None:
-                continue
-            self._unread.pop(event.request_id, None)
-            if event.finish_reason is not None:
-                self._forget(event.request_id)
-            stream.push(event)
+
+    def _push(self, event: TokenEvent) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:
+            return
+        self._unread.pop(event.request_id, None)
+        if event.finish_reason is not None:
+            self._forget(event.request_id)
+        stream.push(event)
 
     def _end_streams(self, reason: FinishReason, message: str) -> None:
         for request_id in list(self._streams):
-            self._hand_out(ended(request_id, reason, message))
+            output = ended(request_id, reason, message)
+            self._account(output)
+            self._push(output.events[0])
 
     def _became_ready(self, info: EngineInfo) -> None:
         self._info = info
@@ -292,7 +302,7 @@ class EngineDriver:
             queues = (0,) * self._info.num_segments
             total = self._info.num_blocks
             idle = StepStats("idle", 0, kv_total_blocks=total, segment_queue=queues)
-            self._hand_out(EngineOutput((), idle))
+            self._account(EngineOutput((), idle))
 
     async def _run(self) -> None:
         """Run one engine after another, until stopped or out of restarts."""
@@ -333,7 +343,7 @@ class EngineDriver:
                 if isinstance(report, EngineInfo):
                     self._became_ready(report)
                 else:
-                    self._deliver(report)
+                    await self._deliver(report)
 
     async def _stops_within(self, seconds: float) -> bool:
         try:
