@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -127,11 +126,12 @@ class Runner:
             hidden = self.hidden[rows]
         at = self._rows_of(step.first, work)
         taps = None if self.drafter is None else self.drafter.taps(rows)
-        times = [begun]
-        for segment in model.segments[step.first : step.last + 1]:
-            hidden = segment(hidden, at, self.cache, taps)
-            times.append(self._now())
-        seconds = tuple(end - start for start, end in pairwise(times))
+        joined = model.joined(step.first, step.last)
+        hidden = joined(hidden, at, self.cache, taps)
+        ran = self._now()
+        # A layer takes as long as any other.
+        sizes = map(len, model.segments[step.first : step.last + 1])
+        seconds = tuple((ran - begun) * size / len(joined) for size in sizes)
         if step.last == len(self.exits.heads):
             return self._run_head(step, hidden, numbers, seconds)
         self.hidden[rows] = hidden
@@ -141,7 +141,7 @@ class Runner:
         return StepResult(
             ended - begun,
             seconds,
-            ended - times[-1],
+            ended - ran,
             leave=tuple(token is not None for token in checked.tokens),
             token_ids=tuple(-1 if token is None else token for token in checked.tokens),
             scores=checked.scores,

@@ -95,6 +95,7 @@ class Transformer:
         layers = [DecoderLayer(config, index, weights, own) for index in range(config.num_layers)]
         bounds = [0, *exit_layers, config.num_layers]
         self.segments = [Segment(layers[begin:end]) for begin, end in pairwise(bounds)]
+        self._joined: dict[tuple[int, int], Segment] = {}
         self.rotary = RotaryTable(
             torch.tensor(config.inv_freq),
             max_positions,
@@ -107,6 +108,16 @@ class Transformer:
     def layers(self) -> list[DecoderLayer]:
         """All layers, bottom up."""
         return [layer for segment in self.segments for layer in segment.layers]
+
+    def joined(self, first: int, last: int) -> Segment:
+        """Segments ``first`` to ``last`` as one, which the C kernels run in one call."""
+        if first == last:
+            return self.segments[first]
+        key = first, last
+        if key not in self._joined:
+            own = self.segments[first : last + 1]
+            self._joined[key] = Segment([layer for segment in own for layer in segment.layers])
+        return self._joined[key]
 
     @property
     def weight_bytes(self) -> int:
