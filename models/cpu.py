@@ -9,9 +9,11 @@ takes a third of a core costs two threads less than one thread would lose.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import sys
+import time
 from collections.abc import Callable
 
 logger = logging.getLogger("offramp.threads")
@@ -26,6 +28,8 @@ _LOOKS = 2
 # The first rest on one thread, doubled each time the machine is still shared after it.
 _REST_S = 0.5
 _LONGEST_REST_S = 30.0
+# The kind of clock that counts the time of a process's threads on all cores.
+_CPU_CLOCK = 2
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 # The largest glibc takes; above it, memory comes from the system and goes back to it.
@@ -36,11 +40,15 @@ _TRIM_BYTES = 256 << 20
 class ThreadGovernor:
     """Watches steps and changes the number of threads through ``set_threads``.
 
-    ``most`` is how many there may be; with one there is nothing to govern.
+    ``most`` is how many there may be; with one there is nothing to govern. What the process
+    ``server`` uses, which speaks HTTP for this one, is not taken by others.
     """
 
-    def __init__(self, most: int, set_threads: Callable[[int], None]) -> None:
+    def __init__(
+        self, most: int, set_threads: Callable[[int], None], server: int | None = None
+    ) -> None:
         self.threads = most
+        self._server = None if server is None else _clock_of(server)
         self._most = most
         self._set = set_threads
         self._wall = 0.0
@@ -48,8 +56,17 @@ class ThreadGovernor:
         self._rest = _REST_S
         self._poor = 0
 
+    def cpu_seconds(self) -> float:
+        """Time of all cores that this process has used, and its server."""
+        own = time.process_time()
+        if self._server is None:
+            return own
+        with contextlib.suppress(OSError):
+            return own + time.clock_gettime(self._server)
+        return own
+
     def observe(self, wall: float, cpu: float) -> None:
-        """A step took ``wall`` seconds, in which this process used ``cpu`` seconds of all cores."""
+        """A step took ``wall`` seconds, in which `cpu_seconds` grew by ``cpu``."""
         if self._most == 1:
             return
         self._wall += wall
@@ -79,6 +96,11 @@ class ThreadGovernor:
         self._poor = 0
         self._wall = self._cpu = 0.0
         self._set(threads)
+
+
+def _clock_of(process: int) -> int | None:
+    """The clock of the time that a process uses (clock_getcpuclockid on Linux)."""
+    return (~process << 3) | _CPU_CLOCK if sys.platform.startswith("linux") else None
 
 
 def keep_freed_memory() -> bool:

@@ -94,11 +94,13 @@ class Runner:
 
     def run(self, step: Step) -> StepResult:
         """Run ``step`` and time it, to its end on the device."""
-        begun, used = time.perf_counter(), time.process_time()
+        begun = time.perf_counter()
+        used = 0.0 if self.threads is None else self.threads.cpu_seconds()
         with torch.inference_mode():
             result = self._run(step, begun)
         if self.threads is not None:
-            self.threads.observe(time.perf_counter() - begun, time.process_time() - used)
+            used = self.threads.cpu_seconds() - used
+            self.threads.observe(time.perf_counter() - begun, used)
         return result
 
     def _run(self, step: Step, begun: float) -> StepResult:

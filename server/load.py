@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 from offramp.server.api.plan import default_fault
@@ -23,7 +24,11 @@ def load_engine(config: ServerConfig, folder: Path) -> EngineProtocol:
     try:
         with bar("loading weights") as progress:
             engine = build_engine(
-                config.engine, folder, model_name=config.engine.model, progress=progress
+                config.engine,
+                folder,
+                model_name=config.engine.model,
+                progress=progress,
+                server=os.getppid() if config.engine_worker == "process" else None,
             )
     except ModelError as error:
         raise EngineConfigError(str(error)) from error

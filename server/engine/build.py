@@ -91,11 +91,13 @@ def build_engine(
     on_device: bool | None = None,
     every_exit: bool = False,
     check_invariants: bool = False,
+    server: int | None = None,
 ) -> Engine:
     """Load the model in ``folder`` and make it ready to serve.
 
     ``progress`` is called with tensors loaded and total. ``every_exit`` lets tokens leave wherever
     their score allows it, whether or not that pays, so that quality can be judged apart from speed.
+    ``server`` is the process that speaks HTTP for this one, if that is another.
     For tests: ``num_blocks`` fixes the number of K,V blocks whatever their memory, ``on_device``
     whether decoding is decided on the device (None: on a GPU), and ``check_invariants`` checks them
     after every step.
@@ -115,7 +117,7 @@ def build_engine(
         ) from error
     if runner.model.device.type == "cpu":
         # After the profile: costs are those of all threads.
-        runner.threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
+        runner.threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads, server)
     made.check_invariants = check_invariants
     return made
 

@@ -98,3 +98,19 @@ def test_freed_memory_is_kept_until_it_is_returned() -> None:
     assert used > 150
     assert freed < 20
     assert returned > 150
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="clocks of Linux")
+def test_what_the_server_uses_is_not_taken_by_others() -> None:
+    code = "import time\nwhile time.process_time() < 0.2: pass\nprint(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        alone = ThreadGovernor(2, lambda _: None)
+        found = ThreadGovernor(2, lambda _: None, server.pid)
+        assert found.cpu_seconds() - alone.cpu_seconds() >= 0.2
+        server.communicate(b"\n")
+    # One that is gone uses nothing.
+    assert found.cpu_seconds() - alone.cpu_seconds() < 0.1
