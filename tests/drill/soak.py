@@ -59,6 +59,7 @@ def _draw(samples: list[tuple[float, float]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 3))
     axes.plot(*zip(*samples, strict=True), color="#333333")
-    axes.set(xlabel="seconds", ylabel="resident MiB, both processes", ylim=(0, None))
+    top = 1.1 * max(memory for _, memory in samples)
+    axes.set(xlabel="seconds", ylabel="resident MiB, both processes", ylim=(0, top))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
