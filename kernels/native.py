@@ -223,6 +223,7 @@ class Library:
         self._layer_phases = self.constant("LAYER_PHASES")
         self._matmul_phases = self.constant("MATMUL_PHASES")
         self._draft_phases = self.constant("DRAFT_PHASES")
+        self._check_phases = self.constant("CHECK_PHASES")
         self._scratch = _Scratch()
         self.timers: tuple[str, ...] = tuple(self._timer_names())
         self._time: Tensor | None = None
@@ -343,7 +344,7 @@ class Library:
             normed=scratch("normed", rows * width),
             wide=scratch("wide", rows * max(2 * inner, head.router_up.outs)),
             prepared=scratch("prepared", 2 * inputs),
-            phases=scratch("phases", self.constant("CHECK_PHASES") * self._phase_floats),
+            phases=scratch("phases", self._check_phases * self._phase_floats),
             per_thread=scratch("per_thread", threads * per_thread),
             per_thread_floats=per_thread,
             threads=threads,

@@ -1,7 +1,7 @@
 """Where an engine runs: on a thread of the server, or in a process of its own.
 
 A process keeps the event loop free of the engine's Python, can be killed when it hangs, and takes
-nothing with it when it crashes. A thread needs less memory, and is easier to look into.
+nothing with it when it crashes. A thread is easier to look into.
 """
 
 from __future__ import annotations
@@ -199,14 +199,19 @@ class ProcessWorker:
         # The paths of this program, and none of the folder it was started in.
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", _CHILD, str(theirs.fileno())),
-                stdin=DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                # Ctrl-C is for the server alone, also while Python starts here.
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": paths},
-            )
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-P", "-m", _CHILD, str(theirs.fileno())),
+                    stdin=DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    # Ctrl-C is for the server alone, also while Python starts here.
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONPATH": paths},
+                )
+            except OSError as error:
+                # Neither processes nor memory are without end.
+                ours.close()
+                raise EngineDied(f"no process can be started for the engine: {error}") from error
         logger.info("the engine runs in process %d", self._process.pid)
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         self._write(frame((self._build, logging.getLogger("offramp").level)))

@@ -77,24 +77,22 @@ async def under(
 
 async def kill_the_engine(server: DrillServer, ledger: Ledger) -> str:
     """kill -9 while it streams."""
-
-    async def deed() -> None:
-        os.kill(server.engine, signal.SIGKILL)
-
-    seconds = await under(server, ledger, deed)
-    ledger.only("error")
-    return f"answers again after {seconds:.1f} s"
+    return await _signal_the_engine(server, ledger, signal.SIGKILL)
 
 
 async def stop_the_engine(server: DrillServer, ledger: Ledger) -> str:
     """SIGSTOP while it streams: it neither dies nor does anything."""
+    seen = await _signal_the_engine(server, ledger, signal.SIGSTOP)
+    return f"{seen}, 2 of them --step-timeout"
 
+
+async def _signal_the_engine(server: DrillServer, ledger: Ledger, number: signal.Signals) -> str:
     async def deed() -> None:
-        os.kill(server.engine, signal.SIGSTOP)
+        os.kill(server.engine, number)
 
     seconds = await under(server, ledger, deed)
     ledger.only("error")
-    return f"answers again after {seconds:.1f} s, 2 of them --step-timeout"
+    return f"answers again after {seconds:.1f} s"
 
 
 async def corrupt_messages(server: DrillServer, ledger: Ledger) -> str:

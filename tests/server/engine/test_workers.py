@@ -225,6 +225,25 @@ async def test_an_engine_that_cannot_be_built_is_a_failure(
         assert says in driver.failure
 
 
+async def test_a_process_that_cannot_be_started_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many processes as the system allows may be there already, at the start or later."""
+    monkeypatch.setattr(driver_module, "_FIRST_WAIT_S", 0.01)
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    async with driving(restarts=1) as driver:
+        await answering(driver)
+        with monkeypatch.context() as full:
+            full.setattr(asyncio, "create_subprocess_exec", refuse)
+            await ending(driver.submit(ask("a", faulty.KILL)))
+            await driver.failed.wait()
+        assert driver.failure is not None
+        assert "no process can be started" in driver.failure
+
+
 async def test_stopping_does_not_wait_for_a_step_that_hangs() -> None:
     async with driving() as driver:
         process = await answering(driver)
