@@ -18,7 +18,6 @@ from prometheus_client import (
     PLATFORM_COLLECTOR,
     PROCESS_COLLECTOR,
     CollectorRegistry,
-    Histogram,
 )
 
 from offramp import __version__
@@ -81,7 +80,6 @@ class Metrics:
         for reason in ("max_num_queued_reqs", "max_num_queued_tokens"):
             self._made["vllm:admission_rejections"].labels(model_name, reason)
         self._labelled("offramp:build_info", *_VERSIONS).set(1)
-        self._exit_layer: Histogram | None = None
         self._exit_layers: tuple[int, ...] = ()
         self._num_layers = 0
         self._restarts = 0
@@ -91,7 +89,8 @@ class Metrics:
         self._num_layers = info.num_layers
         layers = (*info.exit_layers, info.num_layers)
         buckets = [float(layer) for layer in sorted({*layers, *info.decision_layers})]
-        self._exit_layer = instruments.EXIT_LAYER.make(self.registry, buckets)
+        exit_layer = instruments.EXIT_LAYER
+        self._made[exit_layer.name] = exit_layer.make(self.registry, buckets)
         for segment in range(len(layers)):
             self._labelled("offramp:segment_queue_depth", str(segment))
         for layer in layers:
@@ -170,8 +169,7 @@ class Metrics:
         """Count generated tokens by the layer they left after."""
         for layer in exit_layers:
             self._labelled("offramp:exit_tokens", str(layer)).inc()
-            if self._exit_layer is not None:
-                self._exit_layer.labels(*self._who, phase).observe(layer)
+            self._depth(phase, layer)
         self.count("vllm:generation_tokens", len(exit_layers))
         self.count("offramp:layers_possible", self._num_layers * len(exit_layers))
 
@@ -182,10 +180,8 @@ class Metrics:
         for kind, number in kinds.items():
             self._labelled("offramp:decisions", kind).inc(number)
         self._prompts(stats, seconds)
-        if self._exit_layer is not None:
-            depth = self._exit_layer.labels(*self._who, "decision")
-            for layer in layers:
-                depth.observe(layer)
+        for layer in layers:
+            self._depth("decision", layer)
 
     def embeddings(self, inputs: int, stats: RequestStats, seconds: float) -> None:
         """Count the inputs of one request."""
@@ -257,16 +253,15 @@ class Metrics:
 
     def _observe_prompt(self, stats: StepStats) -> None:
         """Depth of prompt tokens: those that left here, and those that reached the top."""
-        if self._exit_layer is None:
-            return
-        if stats.prompt_left:
-            depth = self._exit_layer.labels(*self._who, "prompt")
-            for _ in range(stats.prompt_left):
-                depth.observe(self._exit_layers[stats.segment])
-        if stats.prompt_full:
-            depth = self._exit_layer.labels(*self._who, "prompt")
-            for _ in range(stats.prompt_full):
-                depth.observe(self._num_layers)
+        for _ in range(stats.prompt_left):
+            self._depth("prompt", self._exit_layers[stats.segment])
+        for _ in range(stats.prompt_full):
+            self._depth("prompt", self._num_layers)
+
+    def _depth(self, phase: str, layer: int) -> None:
+        """One token, or answer, that left after ``layer``."""
+        if instruments.EXIT_LAYER.name in self._made:
+            self._labelled(instruments.EXIT_LAYER.name, phase).observe(layer)
 
     def _set_thresholds(self, thresholds: Sequence[float]) -> None:
         for layer, value in zip(self._exit_layers, thresholds, strict=False):
