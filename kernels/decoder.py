@@ -6,6 +6,7 @@ per layer, and attention reads keys and values through the block tables.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,21 +122,42 @@ class NativeLayers:
         fp32 or fp16. Raises ValueError for tensors of other shapes, IndexError for blocks that
         pages do not have.
         """
-        self._check(hidden, rows, pages)
-        if taps is not None:
-            self._check_taps(taps, hidden.shape[0])
+        count = hidden.shape[0]
+        check_shape("hidden", hidden, (count, self.shape.width))
+        self._check(count, rows, pages, taps)
         out = hidden.clone()
-        batch = _batch(hidden.shape[0], rows, pages, taps)
+        batch = _batch(count, rows, pages, taps)
         self._library.run_layers(self.shape, self.layers, batch, out)
+        return out
+
+    def from_tokens(
+        self,
+        ids: Sequence[int],
+        embeddings: Matrix,
+        rows: RowTable,
+        pages: Tensor,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """The same for tokens ``ids`` [T], which begin as rows of ``embeddings``.
+
+        Raises as above, and IndexError for tokens that there are not.
+        """
+        count = len(ids)
+        if embeddings.columns != self.shape.width:
+            raise ValueError(f"embeddings have {embeddings.columns} columns")
+        check_indices("tokens", min(ids), max(ids), embeddings.outs)
+        self._check(count, rows, pages, taps)
+        out = torch.empty(count, self.shape.width)
+        batch, numbers = _batch(count, rows, pages, taps), array("q", ids)
+        address = numbers.buffer_info()[0]
+        self._library.run_layers(self.shape, self.layers, batch, out, embeddings, address)
         return out
 
     def check_pages(self, pages: Tensor) -> None:
         """Raise ValueError unless ``pages`` hold K,V of the layers."""
         check_pages(pages, self._last, self.shape.kv_heads, self.shape.head_dim)
 
-    def _check(self, hidden: Tensor, rows: RowTable, pages: Tensor) -> None:
-        count = hidden.shape[0]
-        check_shape("hidden", hidden, (count, self.shape.width))
+    def _check(self, count: int, rows: RowTable, pages: Tensor, taps: Taps | None) -> None:
         for name in ("places", "positions", "first_blocks"):
             check_shape(name, getattr(rows, name), (count,), torch.int64)
         for angles in (rows.cos, rows.sin):
@@ -144,6 +166,8 @@ class NativeLayers:
         if rows.block_size != pages.shape[3]:
             raise ValueError(f"blocks of {rows.block_size} tokens, pages of {pages.shape[3]}")
         check_indices("blocks", 0, rows.last_block, pages.shape[2])
+        if taps is not None:
+            self._check_taps(taps, count)
 
     def _check_taps(self, taps: Taps, count: int) -> None:
         states, width = taps.states, self.shape.width
@@ -225,3 +249,19 @@ def matrix_of(product: Linear) -> Matrix:
     """A weight that the C kernels hold, as they take it."""
     assert product.native is not None
     return product.native
+
+
+def rows_matrix(weight: Linear | Tensor) -> Matrix | None:
+    """A weight whose rows the C kernels can read, as they take it; None where they cannot.
+
+    The caller keeps a plain tensor as long as it is used.
+    """
+    if isinstance(weight, Linear):
+        return weight.native
+    found = library()
+    plain = weight.dtype is torch.float32 and weight.is_contiguous()
+    if found is None or not plain or weight.device.type != "cpu":
+        return None
+    if weight.shape[1] % found.constant("GROUP"):
+        return None
+    return Matrix(found.constant("FORMAT_FP32"), *weight.shape, weight.data_ptr(), None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.bounds import check_indices, check_shape
-from offramp.kernels.decoder import NativeLayers, matrix_of
+from offramp.kernels.decoder import NativeLayers, matrix_of, rows_matrix
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import (
     Batch,
@@ -121,10 +121,7 @@ class NativeDraft:
         products = (parts.fuse, parts.feedback, parts.lm_head)
         if found is None or layer is None or any(each.native is None for each in products):
             return None
-        if isinstance(parts.embeddings, Linear):
-            embeddings = parts.embeddings.native
-        else:
-            embeddings = _plain(found, parts.embeddings)
+        embeddings = rows_matrix(parts.embeddings)
         return None if embeddings is None else cls(found, layer, parts, embeddings)
 
     def __call__(
@@ -276,13 +273,3 @@ def _check_parts(parts: DraftParts, layer: NativeLayers, embeddings: Matrix) -> 
 
 def _address(values: array[int] | array[float]) -> int:
     return values.buffer_info()[0]
-
-
-def _plain(found: Library, weight: Tensor) -> Matrix | None:
-    if (
-        weight.dtype is not torch.float32
-        or not weight.is_contiguous()
-        or weight.device.type != "cpu"
-    ):
-        return None
-    return Matrix(found.constant("FORMAT_FP32"), *weight.shape, weight.data_ptr(), None)

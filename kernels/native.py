@@ -135,6 +135,24 @@ class DraftCall(ctypes.Structure):
     ]
 
 
+class HeadWeights(ctypes.Structure):
+    """Final norm and LM head."""
+
+    _fields_: ClassVar = [("weight", Matrix), ("norm", c_void_p), ("eps", c_float)]
+
+
+class HeadCall(ctypes.Structure):
+    """States behind the last layer whose logits are wanted, and the results."""
+
+    _fields_: ClassVar = [
+        ("rows", c_int32),
+        ("hidden", c_void_p),
+        ("places", c_void_p),
+        ("logits", c_void_p),
+        ("best", c_void_p),
+    ]
+
+
 class ExitWeights(ctypes.Structure):
     """Weights of an exit; ``layer`` has the adapter's ``gate_up`` and ``down`` alone."""
 
@@ -204,9 +222,9 @@ class _Scratch(threading.local):
 class Library:
     """The compiled kernels; tensors are fp32 and contiguous on the CPU.
 
-    What `run_layers`, `draft` and `check` are given is checked where it is put together
-    (NativeLayers, NativeDraft, NativeCheck); the other functions check it here, and raise
-    ValueError or IndexError.
+    What `run_layers`, `head`, `draft` and `check` are given is checked where it is put together
+    (NativeLayers, NativeHead, NativeDraft, NativeCheck); the other functions check it here, and
+    raise ValueError or IndexError.
     Raises OSError if ``path`` holds no such library.
     """
 
@@ -214,12 +232,14 @@ class Library:
         self._functions = ctypes.CDLL(str(path))
         for name in ("prepared_floats", "matmul_floats", "score_floats"):
             self._function(name).restype = c_int64
-        for name in ("run_layers", "matmul", "rows", "draft", "check"):
+        for name in ("run_layers", "head", "matmul", "rows", "draft", "check"):
             self._function(name).restype = None
         self._function("constant").restype = c_int64
         self._function("timer_name").restype = c_char_p
         self.has_amx = bool(self._function("initialize")())
         self._phase_floats = self.constant("struct phase") // torch.float32.itemsize
+        self._embed_phases = self.constant("EMBED_PHASES")
+        self._head_phases = self.constant("HEAD_PHASES")
         self._layer_phases = self.constant("LAYER_PHASES")
         self._matmul_phases = self.constant("MATMUL_PHASES")
         self._draft_phases = self.constant("DRAFT_PHASES")
@@ -289,10 +309,19 @@ class Library:
         return out
 
     def run_layers(
-        self, shape: Shape, layers: ctypes.Array[Layer], batch: Batch, hidden: Tensor
+        self,
+        shape: Shape,
+        layers: ctypes.Array[Layer],
+        batch: Batch,
+        hidden: Tensor,
+        embeddings: Matrix | None = None,
+        ids: int | None = None,
     ) -> None:
-        """Advance ``hidden`` [T, width] through ``layers``, in place."""
-        phases = len(layers) * self._layer_phases
+        """Advance ``hidden`` [T, width] through ``layers``, in place.
+
+        With the address of token ``ids`` (int64 [T]) it begins as these rows of ``embeddings``.
+        """
+        phases = self._embed_phases + len(layers) * self._layer_phases
         workspace = self._workspace(shape, batch, batch.rows, phases)
         self._function("run_layers")(
             ctypes.byref(shape),
@@ -300,8 +329,26 @@ class Library:
             len(layers),
             ctypes.byref(batch),
             c_void_p(hidden.data_ptr()),
+            None if embeddings is None else ctypes.byref(embeddings),
+            c_void_p(ids),
             ctypes.byref(workspace),
         )
+
+    def head(self, weights: HeadWeights, call: HeadCall) -> None:
+        """Logits of the rows of ``call``."""
+        columns, scratch = weights.weight.columns, self._scratch.at
+        threads = torch.get_num_threads()
+        per_thread = self._function("matmul_floats")(columns)
+        workspace = Workspace(
+            normed=scratch("normed", call.rows * columns),
+            prepared=scratch("prepared", self._function("prepared_floats")(call.rows, columns)),
+            phases=scratch("phases", self._head_phases * self._phase_floats),
+            per_thread=scratch("per_thread", threads * per_thread),
+            per_thread_floats=per_thread,
+            threads=threads,
+            columns=columns,
+        )
+        self._function("head")(ctypes.byref(weights), ctypes.byref(call), ctypes.byref(workspace))
 
     def draft(
         self,

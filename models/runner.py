@@ -122,18 +122,16 @@ class Runner:
         model, work = self.model, step.work
         numbers = [row for item in work for row in item.rows]
         rows = self._index(numbers)
-        if step.first == 0:
-            hidden = model.embed(self._index([token for item in work for token in item.token_ids]))
-        else:
-            hidden = self.hidden[rows]
+        start: Tensor | list[int] = [token for item in work for token in item.token_ids]
+        if step.first:
+            start = self.hidden[rows]
         at = self._rows_of(step.first, work)
         taps = None if self.drafter is None else self.drafter.taps(rows)
-        joined = model.joined(step.first, step.last)
-        hidden = joined(hidden, at, self.cache, taps)
+        hidden = model.run((step.first, step.last), start, at, self.cache, taps)
         ran = self._now()
         # A layer takes as long as any other.
-        sizes = map(len, model.segments[step.first : step.last + 1])
-        seconds = tuple((ran - begun) * size / len(joined) for size in sizes)
+        sizes = list(map(len, model.segments[step.first : step.last + 1]))
+        seconds = tuple((ran - begun) * size / sum(sizes) for size in sizes)
         if step.last == len(self.exits.heads):
             return self._run_head(step, hidden, numbers, seconds)
         self.hidden[rows] = hidden
@@ -166,9 +164,8 @@ class Runner:
         scored: list[TokenLogprobs] = []
         if step.head:
             place = {row: index for index, row in enumerate(numbers)}
-            states = hidden[self._index([place[item.row] for item in step.head])]
-            logits = self.model.logits(self.model.normed(states))
-            tokens, logprobs = sample_with_logprobs(logits, step.head)
+            logits, best = self.model.head(hidden, [place[item.row] for item in step.head])
+            tokens, logprobs = sample_with_logprobs(logits, step.head, best)
         spent = self._now() - begun
         if step.scored:
             scored = self._score(step.scored, hidden, numbers)
@@ -189,8 +186,8 @@ class Runner:
         found: list[TokenLogprobs] = []
         for first in range(0, len(rows), _SCORED_AT_ONCE):
             some = rows[first : first + _SCORED_AT_ONCE]
-            states = hidden[self._index([place[item.row] for item in some])]
-            found += score(self.model.logits(self.model.normed(states)), some)
+            logits, _ = self.model.head(hidden, [place[item.row] for item in some])
+            found += score(logits, some)
         return found
 
     def _draft(self, step: Draft, begun: float) -> StepResult:

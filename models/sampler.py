@@ -13,14 +13,22 @@ from offramp.kernels.sampling import draw_token, uniform
 from offramp.models.step import HeadRow, ScoredRow, TokenLogprobs
 
 
-def sample(logits: Tensor, rows: Sequence[HeadRow]) -> list[int]:
-    """Tokens for ``logits`` [n, vocab] (fp32, changed in place where a row adjusts them)."""
-    for index, row in enumerate(rows):
-        if row.adjusts_logits:
-            _adjust(logits[index], row)
-    # On a CPU numpy finds a maximum ten times as fast as torch.
-    most = logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
-    tokens: list[int] = most.tolist()
+def sample(
+    logits: Tensor, rows: Sequence[HeadRow], best: Sequence[int] | None = None
+) -> list[int]:
+    """Tokens for ``logits`` [n, vocab] (fp32, changed in place where a row adjusts them).
+
+    ``best`` are the places of the largest ones, where they are known.
+    """
+    adjusted = [index for index, row in enumerate(rows) if row.adjusts_logits]
+    for index in adjusted:
+        _adjust(logits[index], rows[index])
+    if best is None:
+        tokens = _largest(logits)
+    else:
+        tokens = list(best)
+        for index in adjusted:
+            tokens[index : index + 1] = _largest(logits[index : index + 1])
     for index, row in enumerate(rows):
         params = row.sampling
         if params.temperature > 0:
@@ -31,7 +39,7 @@ def sample(logits: Tensor, rows: Sequence[HeadRow]) -> list[int]:
 
 
 def sample_with_logprobs(
-    logits: Tensor, rows: Sequence[HeadRow]
+    logits: Tensor, rows: Sequence[HeadRow], best: Sequence[int] | None = None
 ) -> tuple[list[int], tuple[TokenLogprobs | None, ...]]:
     """`sample`, and for rows that ask for them the log-probabilities before any change.
 
@@ -39,9 +47,9 @@ def sample_with_logprobs(
     """
     asking = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
     if not asking:
-        return sample(logits, rows), ()
+        return sample(logits, rows, best), ()
     before = logits[asking].clone()
-    tokens = sample(logits, rows)
+    tokens = sample(logits, rows, best)
     chosen = [tokens[index] for index in asking]
     tops = [rows[index].sampling.logprobs or 0 for index in asking]
     found = dict(zip(asking, token_logprobs(before, chosen, tops), strict=True))
@@ -74,6 +82,13 @@ def token_logprobs(
             zip(own.squeeze(1).tolist(), ranks, tops, strict=True)
         )
     ]
+
+
+def _largest(logits: Tensor) -> list[int]:
+    # On a CPU numpy finds a maximum ten times as fast as torch.
+    most = logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
+    found: list[int] = most.tolist()
+    return found
 
 
 def _adjust(logits: Tensor, row: HeadRow) -> None:

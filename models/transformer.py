@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from offramp.kernels.decoder import NativeLayers, Taps
+from offramp.kernels.decoder import NativeLayers, Taps, rows_matrix
 from offramp.kernels.kv_fill import Projection
 from offramp.kernels.linear import Linear
+from offramp.kernels.lm_head import NativeHead
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable
 from offramp.kernels.rows import RowTable
@@ -96,6 +97,8 @@ class Transformer:
         bounds = [0, *exit_layers, config.num_layers]
         self.segments = [Segment(layers[begin:end]) for begin, end in pairwise(bounds)]
         self._joined: dict[tuple[int, int], Segment] = {}
+        self._native_head = NativeHead.of(self.final_norm, self.lm_head, config.rms_norm_eps)
+        self._native_embed = rows_matrix(self.embedding_weight)
         self.rotary = RotaryTable(
             torch.tensor(config.inv_freq),
             max_positions,
@@ -145,6 +148,36 @@ class Transformer:
         if vocab is None:
             vocab = torch.arange(self.config.vocab_size, device=self.device)
         return self.embed(vocab) if self._tied else self.lm_head.rows(vocab)
+
+    def run(
+        self,
+        segments: tuple[int, int],
+        start: Tensor | Sequence[int],
+        rows: RowTable,
+        cache: KVCache,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """Hidden states [T, d] after ``segments``, first and last.
+
+        ``start`` are the states [T, d] before them, or token ids [T]. Writes the rows' K,V into
+        the cache; ``taps`` keep states on the way.
+        """
+        joined = self.joined(*segments)
+        if isinstance(start, Tensor):
+            return joined(start, rows, cache, taps)
+        if joined.native is not None and self._native_embed is not None:
+            return joined.native.from_tokens(start, self._native_embed, rows, cache.pages, taps)
+        return joined(self.embed(torch.tensor(start, device=self.device)), rows, cache, taps)
+
+    def head(self, hidden: Tensor, places: Sequence[int]) -> tuple[Tensor, list[int] | None]:
+        """Logits fp32 [n, vocab] of the full-depth states at ``places`` [n] of ``hidden`` [T, d].
+
+        With them the likeliest tokens, where the C kernels find them on the way.
+        """
+        if self._native_head is not None:
+            return self._native_head(hidden, places)
+        states = hidden[torch.tensor(places, device=self.device)]
+        return self.logits(self.normed(states)), None
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Final norm of full-depth states [n, d]."""

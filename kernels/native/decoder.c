@@ -7,12 +7,15 @@
 #include "check.h"
 #include "draft.h"
 #include "layer.h"
+#include "lm_head.h"
 #include "structures.h"
 #include "threads.h"
 #include "weight_formats.h"
 
 /* The same on every processor, so that the same models run everywhere. */
 enum { HEAD_DIM_MULTIPLE = 16 };
+/* Phases of a pass before its layers. */
+enum { EMBED_PHASES = 1 };
 
 /* This thread, with its part of the workspace. */
 static struct worker start_worker(const struct workspace *w) {
@@ -28,15 +31,22 @@ int32_t offramp_initialize(void) {
     return amx_initialize();
 }
 
-/* Advance hidden [rows, width] by ``count`` layers, in place. */
+/* Advance hidden [rows, width] by ``count`` layers, in place; with ``ids`` it begins as these rows
+ * of ``embeddings``. */
 void offramp_run_layers(const struct shape *s, const struct layer *layers, int32_t count,
-                        const struct batch *b, float *hidden, const struct workspace *w) {
+                        const struct batch *b, float *hidden, const struct matrix *embeddings,
+                        const int64_t *ids, const struct workspace *w) {
     int runs = find_runs(b, w->run_starts);
-    memset(w->phases, 0, sizeof(struct phase) * LAYER_PHASES * count);
+    memset(w->phases, 0, sizeof(struct phase) * (EMBED_PHASES + LAYER_PHASES * count));
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
         amx_configure();
+        if (ids) {
+            int size = chunk_size(b->rows, &worker);
+            FOR_EACH_CHUNK(&worker, r, end, size, b->rows)
+                for (; r < end; r++) read_row(embeddings, ids[r], hidden + (size_t)r * s->width);
+        }
         for (int i = 0; i < count; i++) run_layer(s, layers + i, b, runs, hidden, &worker);
         amx_release();
     }
@@ -53,6 +63,18 @@ void offramp_matmul(const struct matrix *m, const float *x, float *out, int32_t 
         amx_configure();
         prepare_rows(m, &t, &worker);
         matmul(m, &t, &worker);
+        amx_release();
+    }
+}
+
+/* Logits of rows behind the last layer, and the largest of each. */
+void offramp_head(const struct lm_head *h, const struct head_rows *c, const struct workspace *w) {
+    memset(w->phases, 0, sizeof(struct phase) * HEAD_PHASES);
+#pragma omp parallel num_threads(w->threads)
+    {
+        struct worker worker = start_worker(w);
+        amx_configure();
+        run_head(h, c, &worker);
         amx_release();
     }
 }
@@ -128,7 +150,9 @@ int64_t offramp_constant(const char *name) {
         CONSTANT(FORMAT_INT4),
         CONSTANT(GROUP),
         CONSTANT(SET),
+        CONSTANT(EMBED_PHASES),
         CONSTANT(LAYER_PHASES),
+        CONSTANT(HEAD_PHASES),
         CONSTANT(MATMUL_PHASES),
         CONSTANT(HEAD_DIM_MULTIPLE),
         SIZE_OF(struct matrix),
@@ -140,6 +164,8 @@ int64_t offramp_constant(const char *name) {
         SIZE_OF(struct draft),
         SIZE_OF(struct draft_head),
         CONSTANT(DRAFT_PHASES),
+        SIZE_OF(struct lm_head),
+        SIZE_OF(struct head_rows),
         SIZE_OF(struct exit_head),
         SIZE_OF(struct exit_check),
         CONSTANT(CHECK_PHASES),

@@ -32,9 +32,7 @@ static void draft_inputs(const struct shape *s, const struct draft_head *h, int6
 
 /* The largest of ``count`` logits and its probability. */
 static int likeliest(const float *logits, int count, float *chance) {
-    int best = 0;
-    for (int i = 1; i < count; i++)
-        if (logits[i] > logits[best]) best = i;
+    int best = largest(logits, count);
     floats sums = {0};
     int whole = count / LANES * LANES;
     for (int i = 0; i < whole; i += LANES)

@@ -29,6 +29,22 @@ INLINE void rms_norm(const float *x, const float *weight, float *out, int width,
         *(floats *)(out + i) = *(const floats *)(x + i) * scale * *(const floats *)(weight + i);
 }
 
+/* The place of the largest of x [count], the first of equal ones; 0 if none is a number. */
+INLINE int largest(const float *x, int count) {
+    floats most = broadcast(-INFINITY);
+    int whole = count / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES) {
+        floats v = *(const floats *)(x + i);
+        most = select_lanes(v > most, v, most);
+    }
+    float top = -INFINITY;
+    for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    for (int i = whole; i < count; i++) top = x[i] > top ? x[i] : top;
+    for (int i = 0; i < count; i++)
+        if (x[i] == top) return i;
+    return 0;
+}
+
 /* Rotary embedding: the halves of x [dim], 16 columns a multiple of, are rotated against each
  * other;
  * ``out`` may be ``x``. */

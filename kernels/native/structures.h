@@ -77,6 +77,22 @@ struct draft {
     float *product, *chance; /* [sequences] */
 };
 
+/* What makes tokens of the states behind the last layer. */
+struct lm_head {
+    struct matrix weight;
+    const float *norm; /* [width] */
+    float eps;
+};
+
+/* Rows whose logits are wanted. */
+struct head_rows {
+    int32_t rows;
+    const float *hidden;   /* [.., width] */
+    const int64_t *places; /* [rows]: where each row's state is in ``hidden`` */
+    float *logits;         /* [rows, outs] results */
+    int32_t *best;         /* [rows] the place of the largest */
+};
+
 /* Weights of an exit (see models/exits/head.py); ``layer`` has the adapter's alone. */
 struct exit_head {
     struct layer layer;

@@ -285,6 +285,8 @@ def test_structures_agree_with_the_source() -> None:
     assert found is not None
     for kind in (native.Matrix, native.Layer, native.Shape, native.Batch, native.Workspace):
         assert found.constant(f"struct {kind.__name__.lower()}") == ctypes.sizeof(kind)
+    assert found.constant("struct lm_head") == ctypes.sizeof(native.HeadWeights)
+    assert found.constant("struct head_rows") == ctypes.sizeof(native.HeadCall)
     assert found.constant("struct draft") == ctypes.sizeof(native.DraftCall)
     assert found.constant("struct draft_head") == ctypes.sizeof(native.DraftHeadWeights)
     # A cache line each, so that threads in neighbouring phases do not slow each other down.
