@@ -22,7 +22,7 @@ from offramp.kernels.bounds import (
 )
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Batch, Layer, Library, Matrix, Shape, library
-from offramp.kernels.rows import RowTable
+from offramp.kernels.rows import HostRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +63,19 @@ class Taps:
     """States of a pass that are kept on the way up.
 
     Row i of the pass is kept in ``states[rows[i], slots[layer]]`` after each layer that has a slot:
-    ``states`` [n, F, width] fp32, ``rows`` [T] int64, ``slots`` [all layers] int32 (-1: none).
+    ``states`` [n, F, width] fp32, ``slots`` [all layers] int32 (-1: none).
     """
 
     states: Tensor
-    rows: Tensor
+    rows: array[int]
     slots: Tensor
 
     def keep(self, layer: int, hidden: Tensor) -> None:
         """Keep ``hidden`` [T, width] after ``layer``, if that has a slot."""
         slot = int(self.slots[layer])
         if slot >= 0:
-            self.states[self.rows, slot] = hidden.float()
+            rows = torch.tensor(self.rows, device=hidden.device)
+            self.states[rows, slot] = hidden.float()
 
 
 class NativeLayers:
@@ -114,7 +115,7 @@ class NativeLayers:
         return cls(found, layers, sizes)
 
     def __call__(
-        self, hidden: Tensor, rows: RowTable, pages: Tensor, taps: Taps | None = None
+        self, hidden: Tensor, rows: HostRows, pages: Tensor, taps: Taps | None = None
     ) -> Tensor:
         """``hidden`` [T, width] after the layers.
 
@@ -134,7 +135,7 @@ class NativeLayers:
         self,
         ids: Sequence[int],
         embeddings: Matrix,
-        rows: RowTable,
+        rows: HostRows,
         pages: Tensor,
         taps: Taps | None = None,
     ) -> Tensor:
@@ -157,11 +158,11 @@ class NativeLayers:
         """Raise ValueError unless ``pages`` hold K,V of the layers."""
         check_pages(pages, self._last, self.shape.kv_heads, self.shape.head_dim)
 
-    def _check(self, count: int, rows: RowTable, pages: Tensor, taps: Taps | None) -> None:
-        for name in ("places", "positions", "first_blocks"):
-            check_shape(name, getattr(rows, name), (count,), torch.int64)
-        for angles in (rows.cos, rows.sin):
-            check_shape("angles", angles, (count, 1, self.shape.head_dim))
+    def _check(self, count: int, rows: HostRows, pages: Tensor, taps: Taps | None) -> None:
+        if len(rows) != count:
+            raise ValueError(f"{count} states; kernels take {len(rows)}, one a row")
+        for angles in rows.rotary.angles:
+            check_shape("angles", angles, (rows.rotary.length, 1, self.shape.head_dim))
         self.check_pages(pages)
         if rows.block_size != pages.shape[3]:
             raise ValueError(f"blocks of {rows.block_size} tokens, pages of {pages.shape[3]}")
@@ -172,10 +173,10 @@ class NativeLayers:
     def _check_taps(self, taps: Taps, count: int) -> None:
         states, width = taps.states, self.shape.width
         check_shape("states", states, (*states.shape[:2], width))
-        check_shape("rows of states", taps.rows, (count,), torch.int64)
+        if len(taps.rows) != count:
+            raise ValueError(f"{count} states, {len(taps.rows)} rows to keep them")
         check_shape("slots", taps.slots, taps.slots.shape, torch.int32)
-        lowest, highest = taps.rows.aminmax()
-        check_indices("rows of states", int(lowest), int(highest), len(states))
+        check_indices("rows of states", min(taps.rows), max(taps.rows), len(states))
         check_indices("layers with slots", 0, self._last, len(taps.slots))
 
 
@@ -213,21 +214,22 @@ def _check_layer(layer: LayerWeights, sizes: LayerSizes) -> None:
     check_indices("layers", layer.index, layer.index, 2**31)
 
 
-def _batch(count: int, rows: RowTable, pages: Tensor, taps: Taps | None) -> Batch:
+def _batch(count: int, rows: HostRows, pages: Tensor, taps: Taps | None) -> Batch:
+    cos, sin = rows.rotary.angles
     return Batch(
         count,
         rows.block_size,
         rows.longest,
         pages.dtype is torch.float16,
         pages.data_ptr(),
-        pages[0, 0].numel(),
-        rows.places.data_ptr(),
-        rows.positions.data_ptr(),
-        rows.first_blocks.data_ptr(),
-        rows.blocks.data_ptr(),
-        rows.cos.data_ptr(),
-        rows.sin.data_ptr(),
-        None,
+        pages.stride(1),
+        _address(rows.places),
+        _address(rows.positions),
+        _address(rows.first_blocks),
+        _address(rows.blocks),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        _address(rows.angles),
         *_tap_pointers(taps),
     )
 
@@ -236,7 +238,11 @@ def _tap_pointers(taps: Taps | None) -> tuple[int | None, ...]:
     if taps is None:
         return None, 0, None, None
     stride = taps.states.stride(0)
-    return taps.states.data_ptr(), stride, taps.rows.data_ptr(), taps.slots.data_ptr()
+    return taps.states.data_ptr(), stride, _address(taps.rows), taps.slots.data_ptr()
+
+
+def _address(numbers: array[int]) -> int:
+    return numbers.buffer_info()[0]
 
 
 def _struct(layer: LayerWeights) -> Layer:

@@ -35,6 +35,11 @@ class RotaryTable:
         return self._cos[positions], self._sin[positions]
 
     @property
+    def length(self) -> int:
+        """Positions that it has angles for."""
+        return len(self._cos)
+
+    @property
     def angles(self) -> tuple[Tensor, Tensor]:
         """Angles of all positions, [length, 1, head_dim] each."""
         return self._cos, self._sin

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +30,7 @@ class RowTable:
     ``blocks[first_blocks[i]]``; ``longest`` is the longest context in tokens. ``cos`` and ``sin``
     [T, 1, head_dim] as RotaryTable gives them. ``count`` int32 [1] is the number of rows where only
     the device knows it (None: all T). ``spans`` are the same rows on the host, one sequence after
-    another, where the host knows them, and ``last_block`` is the largest block of their tables.
+    another, where the host knows them.
     ``memo`` holds what attention kernels derive from the spans, the same for all layers.
     """
 
@@ -42,42 +44,72 @@ class RowTable:
     sin: Tensor
     count: Tensor | None = None
     spans: Sequence[Span] = ()
-    last_block: int = -1
     memo: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls, spans: Sequence[Span], block_size: int, rotary: RotaryTable, device: torch.device
-    ) -> RowTable:
-        """The rows of ``spans``, one after another, as tensors on ``device``.
 
-        Raises IndexError for negative blocks, and for positions that a table or ``rotary`` lacks.
-        """
-        places: list[int] = []
-        starts: list[int] = []
-        blocks: list[int] = []
+class HostRows:
+    """The rows of ``spans``, one after another: as numbers on the host, and as tensors.
+
+    ``angles`` are the rows' positions for the rotary embedding where these are not those of the
+    spans. Raises IndexError for negative blocks, and for positions that a table or ``rotary``
+    lacks.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        block_size: int,
+        rotary: RotaryTable,
+        device: torch.device,
+        angles: Sequence[int] | None = None,
+    ) -> None:
+        # As the C kernels read them.
+        self.places, self.positions, self.first_blocks = array("q"), array("q"), array("q")
+        self.blocks = array("q")
         for span in spans:
-            places += flat_places(span.table, span.positions, block_size)
-            starts += [len(blocks)] * len(span.positions)
-            blocks += span.table
-        positions = [position for span in spans for position in span.positions]
-        every = torch.tensor(blocks)
-        first, last = every.aminmax()
-        if int(first) < 0 or any(span.positions[0] < 0 for span in spans):
+            self.places.extend(flat_places(span.table, span.positions, block_size))
+            self.positions.extend(span.positions)
+            self.first_blocks.extend([len(self.blocks)] * len(span.positions))
+            self.blocks.extend(span.table)
+        self.angles = self.positions if angles is None else array("q", angles)
+        self.spans = spans
+        self.block_size = block_size
+        self.longest = 1 + max(self.positions)
+        self.last_block = max(self.blocks)
+        self.rotary = rotary
+        self._device = device
+        if min(self.blocks) < 0 or min(self.positions) < 0:
             raise IndexError("negative blocks or positions")
-        at = torch.tensor(positions, device=device)
-        cos, sin = rotary.at(at)
-        return cls(
-            places=torch.tensor(places, device=device),
-            positions=at,
-            first_blocks=torch.tensor(starts, device=device),
-            blocks=every.to(device),
-            block_size=block_size,
-            longest=1 + max(span.positions[-1] for span in spans),
-            cos=cos,
-            sin=sin,
-            spans=spans,
-            last_block=int(last),
+        if max(self.angles) >= rotary.length:
+            raise IndexError(f"position {max(self.angles)}, angles for {rotary.length}")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @functools.cached_property
+    def table(self) -> RowTable:
+        """The rows as tensors, made when they are first asked for."""
+        places, positions, first_blocks, blocks, angles = (
+            torch.tensor(numbers, device=self._device)
+            for numbers in (
+                self.places,
+                self.positions,
+                self.first_blocks,
+                self.blocks,
+                self.angles,
+            )
+        )
+        cos, sin = self.rotary.at(angles)
+        return RowTable(
+            places,
+            positions,
+            first_blocks,
+            blocks,
+            self.block_size,
+            self.longest,
+            cos,
+            sin,
+            spans=self.spans,
         )
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from offramp.kernels.rows import RowTable, Span, flat_places
+from offramp.kernels.rows import HostRows, Span, flat_places
 from offramp.models.exits.decision_heads import DecisionHeads, DecisionTask, features
 from offramp.models.kv_cache import KVCache
 from offramp.models.step import AnswerRead, Decide, Pooling
@@ -59,15 +59,15 @@ class Decider:
         """
         spans = [Span(item.positions, item.table) for item in step.work]
         device, size = self._model.device, self._cache.block_size
-        rows = RowTable.of(spans, size, self._model.rotary, device)
+        rows = HostRows(spans, size, self._model.rotary, device)
         if step.segment == 0:
             ids = [token for item in step.work for token in item.token_ids]
             hidden = self._model.embed(torch.tensor(ids, device=device))
         else:
-            hidden = self._states[rows.places]
+            hidden = self._states[rows.table.places]
         self._copy(step)
         hidden = self._segments[step.segment](hidden, rows, self._cache)
-        self._states[rows.places] = hidden
+        self._states[rows.table.places] = hidden
         if self._tasks:
             self._keep_sums(step, hidden)
         if not step.reads:

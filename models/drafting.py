@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from offramp.kernels.decoder import Taps
 from offramp.kernels.draft import DraftParts, Guesses, NativeDraft
 from offramp.kernels.linear import Linear
 from offramp.kernels.rms_norm import rms_norm
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 from offramp.models.exits.draft_head import MATRICES, VECTORS, DraftHead, rounded
 from offramp.models.kv_cache import KVCache, row_buffer
 from offramp.models.layers import DecoderLayer
@@ -67,9 +68,9 @@ class Drafter:
         shape = (num_rows + 1, len(head.layers), config.hidden_size)
         self.states = row_buffer(shape, torch.float32, model.device)
 
-    def taps(self, rows: Tensor) -> Taps:
+    def taps(self, rows: Sequence[int]) -> Taps:
         """Keep the states of a pass over the hidden ``rows`` [T]."""
-        return Taps(self.states, rows, self._slots)
+        return Taps(self.states, array("q", rows), self._slots)
 
     def run(self, work: Sequence[DraftRows], bound: float) -> Guesses:
         """Make the entries of ``work``, and guesses of the sequences that ask for them.
@@ -124,7 +125,7 @@ class Drafter:
         chances = (best - logits.logsumexp(dim=-1)).exp()
         return self._vocab[places].tolist(), chances.tolist()
 
-    def _table(self, work: Sequence[DraftRows], step: int) -> RowTable:
+    def _table(self, work: Sequence[DraftRows], step: int) -> HostRows:
         """Rows of all entries (step 0), or of the one entry ``step`` behind the last.
 
         Attention begins at a sequence's first block with entries, as if its text did.
@@ -136,7 +137,4 @@ class Drafter:
             before = item.first_block * size
             spans.append(Span([p - before for p in own], item.table[item.first_block :]))
             positions += own
-        table = RowTable.of(spans, size, self._model.rotary, self._model.device)
-        at = torch.tensor(positions, device=self._model.device)
-        table.cos, table.sin = self._model.rotary.at(at)
-        return table
+        return HostRows(spans, size, self._model.rotary, self._model.device, positions)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offramp.kernels.kv_fill import Projection, clear_kv, copy_kv, project_kv
 from offramp.kernels.linear import Linear
-from offramp.kernels.rows import RowTable, Span, flat_places
+from offramp.kernels.rows import HostRows, Span, flat_places
 from offramp.models.cpu import ThreadGovernor
 from offramp.models.deciding import Decider
 from offramp.models.device_loop import DeviceLoop
@@ -79,7 +79,7 @@ class Runner:
         self.threads: ThreadGovernor | None = None
         """Chooses how many threads a step takes; without one, torch's number."""
         self._running: list[tuple[Sequence[int], tuple[int, ...]]] = []
-        self._rows: RowTable | None = None
+        self._rows: HostRows | None = None
         self._projections = [self._projection(head) for head in heads]
 
     def device_loop(self, rows: int, max_blocks: int) -> DeviceLoop:
@@ -121,12 +121,11 @@ class Runner:
     def _run_segments(self, step: RunSegments, begun: float) -> StepResult:
         model, work = self.model, step.work
         numbers = [row for item in work for row in item.rows]
-        rows = self._index(numbers)
         start: Tensor | list[int] = [token for item in work for token in item.token_ids]
         if step.first:
-            start = self.hidden[rows]
+            start = self.hidden[self._index(numbers)]
         at = self._rows_of(step.first, work)
-        taps = None if self.drafter is None else self.drafter.taps(rows)
+        taps = None if self.drafter is None else self.drafter.taps(numbers)
         hidden = model.run((step.first, step.last), start, at, self.cache, taps)
         ran = self._now()
         # A layer takes as long as any other.
@@ -134,6 +133,7 @@ class Runner:
         seconds = tuple((ran - begun) * size / sum(sizes) for size in sizes)
         if step.last == len(self.exits.heads):
             return self._run_head(step, hidden, numbers, seconds)
+        rows = self._index(numbers)
         self.hidden[rows] = hidden
         checked = check_sequences(self.exits, step.last, hidden, rows, work)
         left = prompt_leavers(self.exits, step.last, hidden, work)
@@ -201,7 +201,7 @@ class Runner:
             guess_seconds=made.seconds,
         )
 
-    def _rows_of(self, segment: int, work: Sequence[SequenceRows]) -> RowTable:
+    def _rows_of(self, segment: int, work: Sequence[SequenceRows]) -> HostRows:
         """Positions and pages of the rows; kept while the same rows go on to the next segment.
 
         Rows change owners only at the first segment, so above it equal rows are of equal sequences.
@@ -210,7 +210,7 @@ class Runner:
         if self._rows is None or segment == 0 or running != self._running:
             spans = [Span(item.positions, item.table) for item in work]
             device, size = self.hidden.device, self.cache.block_size
-            self._rows = RowTable.of(spans, size, self.model.rotary, device)
+            self._rows = HostRows(spans, size, self.model.rotary, device)
             self._running = running
         return self._rows
 

@@ -13,9 +13,7 @@ from offramp.kernels.sampling import draw_token, uniform
 from offramp.models.step import HeadRow, ScoredRow, TokenLogprobs
 
 
-def sample(
-    logits: Tensor, rows: Sequence[HeadRow], best: Sequence[int] | None = None
-) -> list[int]:
+def sample(logits: Tensor, rows: Sequence[HeadRow], best: Sequence[int] | None = None) -> list[int]:
     """Tokens for ``logits`` [n, vocab] (fp32, changed in place where a row adjusts them).
 
     ``best`` are the places of the largest ones, where they are known.

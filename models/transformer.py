@@ -14,7 +14,7 @@ from offramp.kernels.linear import Linear
 from offramp.kernels.lm_head import NativeHead
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable
-from offramp.kernels.rows import RowTable
+from offramp.kernels.rows import HostRows
 from offramp.models.config import ModelConfig
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
@@ -48,7 +48,7 @@ class Segment:
         return len(self.layers)
 
     def __call__(
-        self, hidden: Tensor, rows: RowTable, cache: KVCache, taps: Taps | None = None
+        self, hidden: Tensor, rows: HostRows, cache: KVCache, taps: Taps | None = None
     ) -> Tensor:
         """Advance ``hidden`` [T, d] through every layer, writing the rows' K,V into the cache.
 
@@ -57,7 +57,7 @@ class Segment:
         if self._native is not None:
             return self._native(hidden, rows, cache.pages, taps)
         for layer in self.layers:
-            hidden = layer(hidden, rows, cache)
+            hidden = layer(hidden, rows.table, cache)
             if taps is not None:
                 taps.keep(layer.index, hidden)
         return hidden
@@ -153,7 +153,7 @@ class Transformer:
         self,
         segments: tuple[int, int],
         start: Tensor | Sequence[int],
-        rows: RowTable,
+        rows: HostRows,
         cache: KVCache,
         taps: Taps | None = None,
     ) -> Tensor:

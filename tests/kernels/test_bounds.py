@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from offramp.kernels.decoder import LayerSizes, LayerWeights, NativeLayers, Taps
 from offramp.kernels.draft import NativeDraft
 from offramp.kernels.native import library
 from offramp.kernels.rotary import RotaryTable
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 from offramp.kernels.weight_formats import NativeWeight, WeightFormat, pack
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.formats import Recipes
@@ -44,9 +45,9 @@ def parts(model: Transformer) -> tuple[list[LayerWeights], LayerSizes]:
     return [layer.weights for layer in model.layers], model.layers[0].sizes
 
 
-def table(model: Transformer, blocks: list[int] | None = None) -> RowTable:
+def table(model: Transformer, blocks: list[int] | None = None) -> HostRows:
     span = Span(range(5), [0, 1] if blocks is None else blocks)
-    return RowTable.of([span], BLOCK, model.rotary, CPU)
+    return HostRows([span], BLOCK, model.rotary, CPU)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +123,12 @@ def test_blocks_and_positions_that_there_are_not_are_refused(
     with pytest.raises(IndexError, match="negative"):
         table(model, [0, -1])
     with pytest.raises(IndexError, match="negative"):
-        RowTable.of([Span(range(-1, 3), [0])], BLOCK, model.rotary, CPU)
+        HostRows([Span(range(-1, 3), [0])], BLOCK, model.rotary, CPU)
     with pytest.raises(IndexError):
-        RowTable.of([Span(range(5), [0])], BLOCK, model.rotary, CPU)
+        HostRows([Span(range(5), [0])], BLOCK, model.rotary, CPU)
     short = RotaryTable(torch.tensor(model.config.inv_freq), 4, 1.0, torch.float32, CPU)
     with pytest.raises(IndexError):
-        RowTable.of([Span(range(5), [0, 1])], BLOCK, short, CPU)
+        HostRows([Span(range(5), [0, 1])], BLOCK, short, CPU)
 
 
 def test_pages_of_another_model_are_refused(model: Transformer, cache: KVCache) -> None:
@@ -152,11 +153,11 @@ def test_pages_of_another_model_are_refused(model: Transformer, cache: KVCache) 
 def test_states_are_kept_in_rows_that_there_are(model: Transformer, cache: KVCache) -> None:
     hidden, rows = torch.randn(5, model.config.hidden_size), table(model)
     states, slots = torch.zeros(6, 1, 64), torch.full((3,), -1, dtype=torch.int32)
-    good = Taps(states, torch.arange(5), slots)
+    good = Taps(states, array("q", range(5)), slots)
     model.segments[0](hidden, rows, cache, good)
     for wrong in (
-        replace(good, rows=torch.arange(2, 7)),
-        replace(good, rows=torch.arange(-1, 4)),
+        replace(good, rows=array("q", range(2, 7))),
+        replace(good, rows=array("q", range(-1, 4))),
         replace(good, slots=slots[:2]),
         replace(good, states=torch.zeros(6, 1, 63)),
     ):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.native import library
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 from offramp.kernels.weight_formats import WeightFormat
 from offramp.models.config import ModelConfig
 from offramp.models.kv_cache import KVCache
@@ -109,7 +109,7 @@ def table(first: int, positions: int) -> list[int]:
 
 @torch.inference_mode()
 def run(model: Transformer, cache: KVCache, spans: Sequence[Span], hidden: Tensor) -> Tensor:
-    rows = RowTable.of(spans, cache.block_size, model.rotary, model.device)
+    rows = HostRows(spans, cache.block_size, model.rotary, model.device)
     for segment in model.segments:
         hidden = segment(hidden, rows, cache)
     return hidden

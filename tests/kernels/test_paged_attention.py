@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offramp.kernels.paged_attention import contiguous_ranges, paged_attention
 from offramp.kernels.rotary import RotaryTable
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 
 Work = tuple[int, int, list[int]]
 """First position, number of queries and block table of one sequence."""
@@ -28,7 +28,7 @@ def attend(
     spans = [Span(range(start, start + count), table) for start, count, table in work]
     device = torch.device("cpu")
     rotary = RotaryTable(torch.ones(dim // 2), 1024, 1.0, torch.float32, device)
-    rows = RowTable.of(spans, size, rotary, device)
+    rows = HostRows(spans, size, rotary, device).table
     return paged_attention(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), rows, window)
 
 

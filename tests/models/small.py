@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.formats import Recipes
@@ -100,7 +100,7 @@ def forward(
 ) -> Tensor:
     """Logits [T, vocab] of runs of tokens: each a first position, token ids and block table."""
     spans = [Span(range(start, start + len(ids)), table) for start, ids, table in work]
-    rows = RowTable.of(spans, cache.block_size, model.rotary, model.device)
+    rows = HostRows(spans, cache.block_size, model.rotary, model.device)
     hidden = model.embed(torch.tensor([token for _, ids, _ in work for token in ids]))
     for segment in model.segments:
         hidden = segment(hidden, rows, cache)

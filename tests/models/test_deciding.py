@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +19,7 @@ from transformers import LlamaConfig
 
 from offramp.kernels.decoder import Taps
 from offramp.kernels.native import library
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 from offramp.kernels.weight_formats import WeightFormat
 from offramp.models.deciding import Decider
 from offramp.models.exits.decision_heads import (
@@ -203,9 +204,9 @@ def test_a_prompt_that_stopped_goes_on_to_the_same_bits(
 def states_of(model: Transformer, prompt: Sequence[int]) -> Tensor:
     """States [positions, layers, d] of a plain pass after every layer."""
     states = torch.zeros(len(prompt), LAYERS, model.config.hidden_size)
-    taps = Taps(states, torch.arange(len(prompt)), torch.arange(LAYERS, dtype=torch.int32))
+    taps = Taps(states, array("q", range(len(prompt))), torch.arange(LAYERS, dtype=torch.int32))
     span = Span(range(len(prompt)), range(-(-len(prompt) // BLOCK)))
-    rows = RowTable.of([span], BLOCK, model.rotary, CPU)
+    rows = HostRows([span], BLOCK, model.rotary, CPU)
     hidden, cache = model.embed(torch.tensor(prompt)), new_cache(model)
     for segment in model.segments:
         hidden = segment(hidden, rows, cache, taps)

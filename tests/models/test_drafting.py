@@ -219,15 +219,15 @@ def test_guesses_leave_entries_that_true_ones_replace(
 
 def test_states_are_kept_on_the_way_up(tmp_path: Path) -> None:
     """Of every row after every layer the head reads, whichever kernels run."""
-    from offramp.kernels.rows import RowTable, Span  # noqa: PLC0415
+    from offramp.kernels.rows import HostRows, Span  # noqa: PLC0415
 
     for native in (False, True) if library() is not None else (False,):
         made = drafter(tmp_path / str(native), "tied", WeightFormat.FP32, native=native)
         model: Transformer = made._model
-        rows = RowTable.of([Span(range(3), [0])], BLOCK, model.rotary, CPU)
+        rows = HostRows([Span(range(3), [0])], BLOCK, model.rotary, CPU)
         with torch.inference_mode():
             hidden = model.embed(torch.tensor([4, 5, 6]))
-            taps = made.taps(torch.tensor([8, 3, 5]))
+            taps = made.taps([8, 3, 5])
             seen = {}
             for segment in model.segments:
                 hidden = segment(hidden, rows, made._cache, taps)

@@ -49,7 +49,7 @@ def exit_and_true_kv(model: Transformer, items: list[Answer]) -> tuple[Tensor, T
         if layer.index >= EXIT:
             x = rms_norm(hidden[layout.rows], layer.attn_norm, model.config.rms_norm_eps)
             above.append(layer.qkv(x)[:, model.config.query_size :])
-        hidden = layer(hidden, layout.at, layout.cache)
+        hidden = layer(hidden, layout.at.table, layout.cache)
     return rms_norm(state, None, model.config.rms_norm_eps), torch.cat(above, dim=1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import ExitCriterion, SamplingParams
 from offramp.models.step import ExitCheck, HeadRow, RunSegments, SequenceRows, StepResult
@@ -125,7 +125,7 @@ def test_the_head_reads_full_depth_rows(model: Transformer) -> None:
     heads = tuple(HeadRow(row, GREEDY, 0, (1,), 1) for row in asked)
     runner.hidden[list(rows)] = before
     found = runner.run(RunSegments(top, top, work, heads)).head_tokens
-    at = RowTable.of(
+    at = HostRows(
         [Span(item.positions, item.table) for item in work],
         runner.cache.block_size,
         model.rotary,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.backend import INTERPRETED, rehearsal, triton
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 from offramp.models.loading.safetensors import load_weights
 from offramp.models.transformer import Transformer
 
@@ -100,7 +100,7 @@ def test_segments_end_at_the_exit_layers(pair: tuple[Any, Transformer]) -> None:
     theirs, ours = pair
     ids = random_ids(LENGTH)
     cache = new_cache(ours)
-    rows = RowTable.of([Span(range(LENGTH), TABLE)], cache.block_size, ours.rotary, ours.device)
+    rows = HostRows([Span(range(LENGTH), TABLE)], cache.block_size, ours.rotary, ours.device)
     with torch.inference_mode():
         states = theirs.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
         hidden = ours.embed(torch.tensor(ids))

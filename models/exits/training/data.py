@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.kv_cache import KVCache
@@ -110,7 +110,7 @@ class Layout:
     """
 
     hidden: Tensor
-    at: RowTable
+    at: HostRows
     cache: KVCache
     rows: Tensor
     owner: Tensor
@@ -132,7 +132,7 @@ def lay_out(model: Transformer, batch: Sequence[tuple[int, Answer]]) -> Layout:
         owner += [index] * len(item.answer)
         ids += tokens
     cache = KVCache(model.config, blocks, _BLOCK, model.dtype, model.device)
-    at = RowTable.of(spans, _BLOCK, model.rotary, model.device)
+    at = HostRows(spans, _BLOCK, model.rotary, model.device)
     hidden = model.embed(torch.tensor(ids))
     return Layout(hidden, at, cache, torch.tensor(keep), torch.tensor(owner))
 

@@ -6,6 +6,7 @@ along the prompts have been collected in one pass at full depth.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.decoder import Taps
-from offramp.kernels.rows import RowTable, Span
+from offramp.kernels.rows import HostRows, Span
 from offramp.models.exits.calibration import betting_p_value, fixed_sequence
 from offramp.models.exits.decision_heads import DecisionHeads, features
 from offramp.models.exits.points import DecisionPoint
@@ -88,8 +89,8 @@ def collect_states(
             spans.append(Span(range(count), table))
             group.append(order[done])
             blocks, rows, done = table.stop, rows + count, done + 1
-        where = RowTable.of(spans, size, model.rotary, model.device)
-        taps = Taps(states, torch.arange(rows), slots)
+        where = HostRows(spans, size, model.rotary, model.device)
+        taps = Taps(states, array("q", range(rows)), slots)
         hidden = model.embed(torch.tensor([token for i in group for token in prompts[i]]))
         for segment in model.segments:
             hidden = segment(hidden, where, cache, taps)

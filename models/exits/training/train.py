@@ -352,7 +352,7 @@ def _accumulate(
             kv[layer.index] = layer.qkv(rms_norm(states[layer.index], layer.attn_norm, eps))[
                 :, start:
             ]
-        hidden = layer(hidden, layout.at, layout.cache)
+        hidden = layer(hidden, layout.at.table, layout.cache)
     for first, equations in normal.items():
         above = torch.cat([kv[index] for index in sorted(kv) if index >= first], dim=1)
         equations.add(rms_norm(states[first], None, eps), above)
