@@ -23,7 +23,13 @@ static struct worker start_worker(const struct workspace *w) {
     float *panel = w->per_thread + w->per_thread_floats * thread;
     float *scores = panel + panel_floats(w->columns);
     int64_t *timers = thread ? NULL : w->timers;
-    return (struct worker){w, w->phases, panel, scores, 0, timers, timers ? nanoseconds() : 0};
+    return (struct worker){.shared = w,
+                           .phase = w->phases,
+                           .panel = panel,
+                           .scores = scores,
+                           .number = thread,
+                           .timers = timers,
+                           .since = timers ? nanoseconds() : 0};
 }
 
 /* Before any other function: whether AMX is used. */
@@ -47,7 +53,9 @@ void offramp_run_layers(const struct shape *s, const struct layer *layers, int32
             FOR_EACH_CHUNK(&worker, r, end, size, b->rows)
                 for (; r < end; r++) read_row(embeddings, ids[r], hidden + (size_t)r * s->width);
         }
-        for (int i = 0; i < count; i++) run_layer(s, layers + i, b, runs, hidden, &worker);
+        for (int i = 0; i < count; i++)
+            run_layer(s, layers + i, i + 1 < count ? &layers[i + 1].qkv : NULL, b, runs, hidden,
+                      &worker);
         amx_release();
     }
 }

@@ -117,7 +117,7 @@ static void draft_step(const struct shape *s, const struct draft_head *h, const 
                         sizeof(float) * qkv);
             }
         }
-    attend_and_transform(s, &h->layer, asked, asked->rows, d->hidden, worker);
+    attend_and_transform(s, &h->layer, &h->lm_head, asked, asked->rows, d->hidden, worker);
     int outs = h->lm_head.outs, stride = (outs + LANES - 1) / LANES * LANES;
     const struct operands to_logits = {w->normed,   width, d->logits,  stride,
                                        asked->rows, 0,     w->prepared};

@@ -56,6 +56,7 @@ static void make_keys_values(const struct shape *s, const struct layer *l, const
     const struct operands to_qkv = {w->normed, width, w->wide, qkv, rows, 0, w->prepared};
     norm_inputs(hidden, l->attn_norm, s->eps, &l->qkv, &to_qkv, worker);
     add_time(worker, TIME_NORMS);
+    fetch_ahead(&l->o, worker);
     matmul(&l->qkv, &to_qkv, worker);
     add_time(worker, TIME_QKV);
     int size = chunk_size(rows, worker);
@@ -64,34 +65,38 @@ static void make_keys_values(const struct shape *s, const struct layer *l, const
     add_time(worker, TIME_ROPE);
 }
 
-/* The rest of the layer for rows whose queries are in w->wide. */
+/* The rest of the layer for rows whose queries are in w->wide; ``next`` is the product behind it,
+ * or NULL. */
 static void attend_and_transform(const struct shape *s, const struct layer *l,
-                                 const struct batch *b, int runs, float *hidden,
-                                 struct worker *worker) {
+                                 const struct matrix *next, const struct batch *b, int runs,
+                                 float *hidden, struct worker *worker) {
     const struct workspace *w = worker->shared;
     int rows = b->rows, width = s->width, queries = s->heads * s->head_dim;
     int qkv = l->qkv.outs, wide = 2 * s->inner;
-    float *next = w->prepared + prepared_floats(rows, w->columns);
-    const struct operands to_o = {w->normed, queries, hidden, width, rows, 1, next};
+    float *prepared = w->prepared + prepared_floats(rows, w->columns);
+    const struct operands to_o = {w->normed, queries, hidden, width, rows, 1, prepared};
     const struct operands to_gate_up = {w->normed, width, w->wide, wide, rows, 0, w->prepared};
-    const struct operands to_down = {w->wide, wide, hidden, width, rows, 1, next};
+    const struct operands to_down = {w->wide, wide, hidden, width, rows, 1, prepared};
     attention(s, l, b, runs, w->wide, qkv, w->normed, queries, worker);
     add_time(worker, TIME_ATTENTION);
     prepare_rows(&l->o, &to_o, worker);
+    fetch_ahead(&l->gate_up, worker);
     matmul(&l->o, &to_o, worker);
     add_time(worker, TIME_OUTPUT);
     norm_inputs(hidden, l->mlp_norm, s->eps, &l->gate_up, &to_gate_up, worker);
     add_time(worker, TIME_NORMS);
+    fetch_ahead(&l->down, worker);
     run_gate_up(l, &to_gate_up, &to_down, worker);
     add_time(worker, TIME_GATE_UP);
+    fetch_ahead(next, worker);
     matmul(&l->down, &to_down, worker);
     add_time(worker, TIME_DOWN);
 }
 
-static void run_layer(const struct shape *s, const struct layer *l, const struct batch *b, int runs,
-                      float *hidden, struct worker *worker) {
+static void run_layer(const struct shape *s, const struct layer *l, const struct matrix *next,
+                      const struct batch *b, int runs, float *hidden, struct worker *worker) {
     make_keys_values(s, l, b, hidden, worker);
-    attend_and_transform(s, l, b, runs, hidden, worker);
+    attend_and_transform(s, l, next, b, runs, hidden, worker);
     keep_states(s, l, b, hidden, worker);
 }
 

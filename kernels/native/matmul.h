@@ -78,6 +78,18 @@ static int matmul_chunk_size(int outs, const struct worker *worker) {
     return chunk_size((outs + AMX_OUTS - 1) / AMX_OUTS, worker) * AMX_OUTS;
 }
 
+/* Let threads that wait fetch the first weights of a product to come, each those it is likely to
+ * take; ``m`` NULL: of none. */
+static void fetch_ahead(const struct matrix *m, struct worker *worker) {
+    worker->ahead = worker->ahead_end = NULL;
+    if (!m) return;
+    int size = matmul_chunk_size(m->outs, worker), first = worker->number * size;
+    if (first >= m->outs) return;
+    size_t row = row_bytes(m->format, m->columns);
+    worker->ahead = m->data + first * row;
+    worker->ahead_end = m->data + MIN(first + size, m->outs) * row;
+}
+
 /* All outputs, by all threads; fixed point inputs are there already. */
 static void matmul(const struct matrix *m, const struct operands *t, struct worker *worker) {
     prepare_inputs(m, t, worker);

@@ -28,8 +28,11 @@ struct worker {
     struct phase *phase; /* the one it is in */
     float *panel;        /* weights unpacked, [panel_floats(widest columns)] */
     float *scores;       /* [score_floats] */
-    int finished;        /* chunks of this phase that it did */
-    int64_t *timers;     /* of the first thread if time is taken, else NULL */
+    int number;          /* in its team */
+    /* Weights of the next product, which the thread fetches while it waits for others. */
+    const uint8_t *ahead, *ahead_end;
+    int finished;    /* chunks of this phase that it did */
+    int64_t *timers; /* of the first thread if time is taken, else NULL */
     int64_t since;
 };
 
@@ -80,6 +83,11 @@ static int next_chunk(struct worker *worker, int count) {
     }
     atomic_fetch_add_explicit(&phase->done, worker->finished, memory_order_acq_rel);
     for (int i = 1; atomic_load_explicit(&phase->done, memory_order_acquire) < count; i++) {
+        if (worker->ahead < worker->ahead_end) {
+            __builtin_prefetch(worker->ahead, 0, 2);
+            worker->ahead += 64;
+            continue;
+        }
         if (i % SPINS == 0) sched_yield();
 #if defined(__x86_64__)
         __builtin_ia32_pause();
