@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.bounds import check_pages
-from offramp.kernels.decoder import LayerSizes, LayerWeights, NativeLayers, Taps
+from offramp.kernels.decoder import (
+    LayerSizes,
+    LayerWeights,
+    NativeLayers,
+    Taps,
+    rows_matrix,
+)
 from offramp.kernels.draft import NativeDraft
 from offramp.kernels.native import library
 from offramp.kernels.rotary import RotaryTable
@@ -219,3 +225,29 @@ def test_a_draft_is_checked(tmp_path_factory: pytest.TempPathFactory) -> None:
     ):
         with pytest.raises((ValueError, IndexError)):
             NativeDraft.of(made._layer.native, replace(parts_of, **changes))
+
+
+def test_tokens_begin_as_rows_of_the_embeddings(model: Transformer, cache: KVCache) -> None:
+    layers, rows = model.segments[0].native, table(model)
+    embeddings = rows_matrix(model.embedding_weight)
+    assert layers is not None
+    assert embeddings is not None
+    ids = [3, 0, 7, 7, 1]
+    found = layers.from_tokens(ids, embeddings, rows, cache.pages)
+    assert found.equal(layers(model.embed(torch.tensor(ids)), rows, cache.pages))
+    for wrong in ([*ids[:4], embeddings.outs], [-1, *ids[1:]]):
+        with pytest.raises(IndexError, match="tokens"):
+            layers.from_tokens(wrong, embeddings, rows, cache.pages)
+    with pytest.raises(ValueError, match="kernels take 5"):
+        layers.from_tokens(ids[:4], embeddings, rows, cache.pages)
+    other = rows_matrix(torch.randn(8, 32))
+    assert other is not None
+    with pytest.raises(ValueError, match="32 columns"):
+        layers.from_tokens(ids, other, rows, cache.pages)
+
+
+def test_only_rows_that_the_kernels_can_read_are_taken() -> None:
+    good = torch.randn(4, 64)
+    assert rows_matrix(good) is not None
+    for wrong in (good.double(), good.t(), torch.randn(4, 48)):
+        assert rows_matrix(wrong) is None

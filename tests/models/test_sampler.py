@@ -50,6 +50,15 @@ def test_greedy_takes_the_best() -> None:
     assert sample(logits, [row(greedy)] * 5) == logits.argmax(dim=1).tolist()
 
 
+def test_what_the_largest_are_known_to_be_is_found_again_where_logits_change() -> None:
+    greedy = replace(PLAIN, temperature=0.0)
+    logits = torch.tensor([LOGITS] * 3)
+    barred = replace(greedy, logit_bias=((3, -100.0),))
+    rows = [row(greedy), row(barred), row(greedy)]
+    # The first is believed, though another would be larger.
+    assert sample(logits, rows, [5, 3, 3]) == [5, 7, 3]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
