@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_not
 
 import torch
 from torch import Tensor
@@ -102,6 +103,7 @@ class NativeLayers:
             window,
             sizes.eps,
         )
+        self._known: tuple[object, ...] = ()
 
     @classmethod
     def of(cls, layers: Sequence[LayerWeights], sizes: LayerSizes) -> NativeLayers | None:
@@ -161,22 +163,27 @@ class NativeLayers:
     def _check(self, count: int, rows: HostRows, pages: Tensor, taps: Taps | None) -> None:
         if len(rows) != count:
             raise ValueError(f"{count} states; kernels take {len(rows)}, one a row")
-        for angles in rows.rotary.angles:
-            check_shape("angles", angles, (rows.rotary.length, 1, self.shape.head_dim))
-        self.check_pages(pages)
+        # The same for every pass of a model, and checks of tensors are not free.
+        given = pages, rows.rotary, taps and taps.states, taps and taps.slots
+        if len(self._known) != len(given) or any(map(is_not, given, self._known)):
+            for angles in rows.rotary.angles:
+                check_shape("angles", angles, (rows.rotary.length, 1, self.shape.head_dim))
+            self.check_pages(pages)
+            if taps is not None:
+                self._check_taps(taps)
+            self._known = given
         if rows.block_size != pages.shape[3]:
             raise ValueError(f"blocks of {rows.block_size} tokens, pages of {pages.shape[3]}")
         check_indices("blocks", 0, rows.last_block, pages.shape[2])
         if taps is not None:
-            self._check_taps(taps, count)
+            if len(taps.rows) != count:
+                raise ValueError(f"{count} states, {len(taps.rows)} rows to keep them")
+            check_indices("rows of states", min(taps.rows), max(taps.rows), len(taps.states))
 
-    def _check_taps(self, taps: Taps, count: int) -> None:
+    def _check_taps(self, taps: Taps) -> None:
         states, width = taps.states, self.shape.width
         check_shape("states", states, (*states.shape[:2], width))
-        if len(taps.rows) != count:
-            raise ValueError(f"{count} states, {len(taps.rows)} rows to keep them")
         check_shape("slots", taps.slots, taps.slots.shape, torch.int32)
-        check_indices("rows of states", min(taps.rows), max(taps.rows), len(states))
         check_indices("layers with slots", 0, self._last, len(taps.slots))
 
 

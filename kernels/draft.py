@@ -213,7 +213,7 @@ class NativeDraft:
             longest=max(rows.positions, default=0) + 1,
             half=pages.dtype is torch.float16,
             pages=pages.data_ptr(),
-            page_size=pages[0, 0].numel(),
+            page_size=pages.stride(1),
             places=_address(rows.places),
             positions=_address(rows.positions),
             first_blocks=_address(rows.first_blocks),
