@@ -76,6 +76,7 @@ class Runner:
         self.decider = decider
         shape = (num_rows, model.config.hidden_size)
         self.hidden = row_buffer(shape, model.dtype, model.device)
+        self._on_gpu = model.device.type == "cuda"
         self.threads: ThreadGovernor | None = None
         """Chooses how many threads a step takes; without one, torch's number."""
         self._running: list[tuple[Sequence[int], tuple[int, ...]]] = []
@@ -250,7 +251,7 @@ class Runner:
 
     def _now(self) -> float:
         """The time when all work launched on the device is done."""
-        if self.hidden.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize(self.hidden.device)
         return time.perf_counter()
 

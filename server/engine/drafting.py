@@ -1,9 +1,10 @@
-"""Drafts of lossless sequences: who guesses, how far ahead, and how the guesses fared.
+"""Drafts of sequences: who guesses, how far ahead, and how the guesses fared.
 
 A sequence's next tokens are guessed by the draft head, or copied from where its text has been in
 the same place before (n-gram). Full depth verifies them in one pass; a sequence of which nothing is
-worth guessing has no drafts. (Exits draft as well, see HostDecoder: a token that leaves early.)
-What an answer's grammar forces is drafted in every mode.
+worth guessing has no drafts. Adaptive sequences get drafts as lossless ones do where by measured
+cost their tokens gain nothing by leaving early. (Exits draft as well, see HostDecoder: a lossless
+token that leaves early.) What an answer's grammar forces is drafted in every mode.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ class Drafting:
         self._accepted: Counter[DraftSource] = Counter()
         self._accepted_at: Counter[int] = Counter()
         self._runs = 0
+        self._running = 0
 
     def ask(self, sequence: Sequence) -> None:
         """The sequence, which has no drafts, is ready for its next token.
 
-        Only lossless ones get guesses; others the tokens that their grammar forces.
+        Which may not guess gets the tokens that its grammar forces.
         """
         self._asking[sequence.id] = sequence
         if sequence.acceptance is None:
@@ -73,7 +75,7 @@ class Drafting:
 
     def passed(self, sequence: Sequence) -> None:
         """The sequence's chunk has run the whole stack."""
-        if self._info.draft_head and sequence.lossless and not sequence.audit:
+        if self._info.draft_head and self._guesses(sequence) and not sequence.audit:
             self._memory.keep_states(sequence)
             self._holding[sequence.id] = sequence
 
@@ -88,10 +90,11 @@ class Drafting:
 
     def run(self, running: int) -> float:
         """Draft for all who asked, beside ``running`` sequences; returns seconds on the device."""
+        self._running = running
         asking = {
             id_: sequence
             for id_, sequence in self._asking.items()
-            if not self._force(sequence) and sequence.lossless
+            if not self._force(sequence) and self._guesses(sequence)
         }
         self._asking = {}
         many = [each for each in self._holding.values() if len(each.state_rows) > MOST_STATES]
@@ -141,6 +144,11 @@ class Drafting:
         self._drafted, self._accepted, self._accepted_at = Counter(), Counter(), Counter()
         self._runs = 0
         return found
+
+    def _guesses(self, sequence: Sequence) -> bool:
+        if sequence.lossless or not sequence.may_guess:
+            return sequence.lossless
+        return not self._governor.exits_save(self._running)
 
     def _room(self, sequence: Sequence) -> int:
         return min(draft_room(sequence, self._info), self._info.max_num_batched_tokens - 1)

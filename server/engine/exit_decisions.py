@@ -106,15 +106,22 @@ class ExitDecisions:
             for fire, sequence, token in zip(fired, sequences, result.token_ids, strict=True)
         ]
 
+    def _closed(self, sequence: Sequence) -> bool:
+        """Whether no score would let the sequence leave, as things were weighed for this step."""
+        if sequence.lossless:
+            return self._draft_bound > 1
+        return not (self._worth or sequence.request.exits.always)
+
     def _threshold(self, sequence: Sequence, segment: int, now: float) -> float:
         exits = sequence.request.exits
-        if self._info.exit_layers[segment] < exits.min_layer or self._must_pay(sequence):
+        if self._closed(sequence) or self._info.exit_layers[segment] < exits.min_layer:
+            return NEVER
+        if self._must_pay(sequence):
             return NEVER
         if sequence.lossless:
             wished = 0.0 if exits.thresholds is None else exits.thresholds[segment]
             return max(self._draft_bound, wished)
-        worth = self._worth or exits.always
-        return self._in_force(sequence, segment, now) if worth else NEVER
+        return self._in_force(sequence, segment, now)
 
     def _answer_threshold(self, sequence: Sequence, segment: int, now: float) -> float:
         """Of a criterion that decides by the prompt's last row; later tokens follow its choice."""

@@ -137,6 +137,13 @@ class ExitGovernor:
         pays = self._standing("check", segment, rows, self._checks_save)
         return self._probes[f"check {segment}"].allow(pays=pays)
 
+    def exits_save(self, rows: int) -> bool:
+        """Whether ``rows`` tokens are likely to save time at some exit, checks included."""
+        return self._every_exit or self._standing("exits", 0, max(1, rows), self._any_saves)
+
+    def _any_saves(self, _: int, rows: int) -> bool:
+        return any(self._checks_save(i, rows) for i in range(len(self.costs.segments) - 1))
+
     def _checks_save(self, segment: int, rows: int) -> bool:
         costs, share = self.costs, self._fires[segment]
         all_leave = share**rows
@@ -192,7 +199,7 @@ class ExitGovernor:
 
         They follow a match of ``size`` tokens, and ``rates`` are the sequence's own. One more row
         pays while the chance that all drafts up to it are right, times the time of a token, exceeds
-        what the row adds to a pass of ``rows``.
+        what the row adds to a pass of ``rows``; the first has to gain a share of the pass beside.
         """
         token, extra = self._costs_of_rows(rows)
         chance, length = 1.0, 0
@@ -209,13 +216,14 @@ class ExitGovernor:
         return max(rates.rates) * token > extra[0]
 
     def _costs_of_rows(self, rows: int) -> tuple[float, list[float]]:
-        """Seconds a token takes in a pass of ``rows``, and what each further row adds."""
+        """Seconds a token takes in a pass of ``rows``, and what each further row has to gain."""
         # Each of the sequences asks.
         return self._standing("n-gram", 0, rows, self._weigh_rows, asked=rows)
 
     def _weigh_rows(self, _: int, rows: int) -> tuple[float, list[float]]:
         passes = [self.costs.full_pass(rows + more) for more in range(MAX_NGRAM_DRAFTS + 1)]
         extra = [_DRAFT_MARGIN * (more - less) for less, more in pairwise(passes)]
+        extra[0] += _DRAFT_GAIN * passes[0]
         return passes[0] / rows, extra
 
     def head_plan(self, rows: int) -> HeadPlan:

@@ -73,8 +73,8 @@ class HostDecoder:
         return True
 
     def add(self, sequence: Sequence, now: float) -> None:
-        """See Decoder: the sequence waits for the first segment, if lossless for drafts before."""
-        if (sequence.lossless or sequence.grammar is not None) and not sequence.drafts:
+        """See Decoder: the sequence waits for the first segment, before that for drafts."""
+        if (sequence.may_guess or sequence.grammar is not None) and not sequence.drafts:
             self._drafting.ask(sequence)
         sequence.decoder = self
         self._queues[0].put(sequence, now)

@@ -22,8 +22,8 @@ class Sequence:
     """State of one request; a decoder or the waiting line has it, never both.
 
     ``tokens`` are prompt and answer; the last ``drafts`` of them are guesses that full depth has
-    yet to verify (lossless). ``computed[i]`` is the number of leading positions segment i is done
-    with, so it may run positions ``computed[i] ..`` next. The *chunk* is the positions now inside
+    yet to verify; where it is ``lossless``, so are tokens that leave early. ``computed[i]`` is the
+    number of leading positions segment i is done with, so it may run those behind them next. The *chunk* is the positions now inside
     the stack, ascending, with their hidden rows: one token, a token with drafts behind it, or a
     part of the prompt; ``filled`` are prompt positions that left it early and have their K,V
     already, ``prompt_debt`` says that some left and have none yet. ``exact`` is the number of
@@ -46,6 +46,7 @@ class Sequence:
     submitted_at: float
     num_segments: int
     tokens: list[int] = field(init=False)
+    lossless: bool = field(init=False)
     computed: list[int] = field(init=False)
     decoder: Decoder | None = None
     queue: SequenceQueue | None = None
@@ -95,6 +96,7 @@ class Sequence:
             self.grammar = self.request.grammar.start()
         self.tokens = list(self.request.prompt)
         self.computed = [0] * self.num_segments
+        self.lossless = self.request.exits.mode is ExitMode.LOSSLESS
 
     @property
     def num_prompt(self) -> int:
@@ -133,9 +135,13 @@ class Sequence:
         return range(len(self.prompt_logprobs), self.num_prompt - 1) if wanted else range(0)
 
     @property
-    def lossless(self) -> bool:
-        """Whether tokens that leave early are drafts to be verified."""
-        return self.request.exits.mode is ExitMode.LOSSLESS
+    def may_guess(self) -> bool:
+        """Whether its next tokens may be guessed, for full depth to verify.
+
+        Not where tokens leave early whatever that costs: what is asked for then are exits.
+        """
+        exits = self.request.exits
+        return self.lossless or (exits.mode is ExitMode.ADAPTIVE and not exits.always)
 
     @property
     def exits_on(self) -> bool:
