@@ -23,11 +23,12 @@ class Sequence:
 
     ``tokens`` are prompt and answer; the last ``drafts`` of them are guesses that full depth has
     yet to verify; where it is ``lossless``, so are tokens that leave early. ``computed[i]`` is the
-    number of leading positions segment i is done with, so it may run those behind them next. The *chunk* is the positions now inside
-    the stack, ascending, with their hidden rows: one token, a token with drafts behind it, or a
-    part of the prompt; ``filled`` are prompt positions that left it early and have their K,V
-    already, ``prompt_debt`` says that some left and have none yet. ``exact`` is the number of
-    leading positions whose K,V are what full depth would give (None: all); the first ``published``
+    number of leading positions segment i is done with, so it may run those behind them next. The
+    *chunk* is the positions now inside the stack, ascending, with their hidden rows: one token, a
+    token with drafts behind it, or a part of the prompt; ``filled`` are prompt positions that left
+    it early and have their K,V already, ``prompt_debt`` says that some left and have none yet.
+    ``exact`` is the number of leading positions whose K,V are what full depth would give (None:
+    all); the first ``published``
     blocks are findable by other requests. ``depth`` is the exit chosen for the whole answer, if its
     criterion chooses one; ``kept`` says that the token in the stack might have left by its score.
     ``scores`` holds of tokens that left early, by their index, the exit point and the score. Drafts

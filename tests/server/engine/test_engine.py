@@ -360,3 +360,20 @@ def test_who_asks_for_it_leaves_whatever_it_costs() -> None:
     assert set(stays.exit_layers) == {LAYERS}
     assert min(leaves.exit_layers) < LAYERS
     assert len(leaves.token_ids) == len(stays.token_ids) == 12
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_adaptive_requests_are_guessed_for_where_exits_gain_nothing(*, save: bool) -> None:
+    """Not those that want exits whatever they cost; answers are the same in any case."""
+    engine, _ = fake_engine(leave_share=0.0, num_blocks=40, drafts=True)
+    governor = host_of(engine).governor
+    governor.exits_save = lambda rows: save  # type: ignore[method-assign]
+    plain = request("a", [1, 2, 3], 12, ExitMode.ADAPTIVE)
+    always = replace(plain, request_id="b", exits=replace(plain.exits, always=True))
+    done, _ = run(engine, [plain, always])
+    assert [each.token_ids for each in done] == [expected_answer([1, 2, 3], 12)] * 2
+    found = [each.stats.accepted for each in done if each.stats is not None]
+    assert found[1] == 0
+    assert (found[0] > 0) is not save
+    guessed = TokenSource.HEAD in done[0].sources or TokenSource.NGRAM in done[0].sources
+    assert guessed is not save

@@ -111,7 +111,11 @@ def fake_engine(
         def head_plan(rows: int) -> HeadPlan:
             return plan if pays.random() < 0.7 else NO_DRAFTS
 
+        def exits_save(rows: int) -> bool:
+            return every_exit or pays.random() < 0.5
+
         governor.head_plan = head_plan  # type: ignore[method-assign]
+        governor.exits_save = exits_save  # type: ignore[method-assign]
     decoders: list[Decoder] = [HostDecoder(info, admission, memory, governor, runner)]
     if on_device:
         loop = FakeLoop(runner, BLOCK, exit_layers, LAYERS)

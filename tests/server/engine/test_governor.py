@@ -205,6 +205,25 @@ def test_free_rows_are_filled_with_ngram_drafts() -> None:
     assert made.ngram_length(AcceptanceRates([0.0] * 8), 2, 1) == 0
 
 
+def test_the_first_ngram_draft_has_to_gain_a_share_of_the_pass() -> None:
+    made = governor(segments=((0.0, 1 * MS), (3 * MS, 1 * MS)), head=(3 * MS, 0.0))
+    passed = made.costs.full_pass(4)
+    row = 1.1 * (made.costs.full_pass(5) - passed)
+    needed = (row + 0.05 * passed) / (passed / 4)
+    assert row / (passed / 4) < 0.8 < needed < 0.9
+    assert made.ngrams_pay(AcceptanceRates([0.9] * 9), 4)
+    assert not made.ngrams_pay(AcceptanceRates([0.8] * 9), 4)
+
+
+def test_exits_save_where_one_of_them_does() -> None:
+    free = governor(segments=((0.0, 0.0), (0.0, 0.0), (0.0, 0.0)), head=(0.0, 0.0))
+    free.costs.checks[0] = free.costs.checks[1] = measured(1 * MS, 0.0)
+    assert not free.exits_save(1)
+    dear = governor(segments=((1 * MS, 0.0), (1 * MS, 0.0), (50 * MS, 0.0)), fill=(0.0, 0.0))
+    dear.costs.checks[0], dear.costs.checks[1] = measured(900 * MS, 0.0), measured(1 * MS, 0.0)
+    assert dear.exits_save(1)
+
+
 def test_owed_rows_are_recomputed_where_that_is_cheaper_than_a_projection() -> None:
     assert governor(fill=(1 * MS, 0.0)).recompute_pays(1, running=1, owed=1)
     assert not governor(fill=(0.01 * MS, 0.0)).recompute_pays(1, running=1, owed=1)
