@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import abc
-from dataclasses import replace
 from itertools import count
 
 from offramp.server.engine.admission import Admission
@@ -114,7 +113,9 @@ class Engine:
         if self.check_invariants or not (self.admission.has_work or self.decisions.has_work):
             self.check()
         events, self._events = tuple(self._events), []
-        return EngineOutput(events, stats and self._with_gauges(stats))
+        if stats is not None:
+            self._add_gauges(stats)
+        return EngineOutput(events, stats)
 
     def _advance(self) -> StepStats | None:
         """Let the first worker that has something to do run one step."""
@@ -243,8 +244,8 @@ class Engine:
             )
         )
 
-    def _with_gauges(self, stats: StepStats) -> StepStats:
-        """A decoder's statistics with the state that the step left behind."""
+    def _add_gauges(self, stats: StepStats) -> None:
+        """Add the state that the step left behind."""
         admission, memory, guard = self.admission, self.memory, self.guard
         totals = (
             admission.preemptions,
@@ -255,21 +256,15 @@ class Engine:
         )
         new = [now - before for now, before in zip(totals, self._totals, strict=True)]
         self._totals = totals
+        stats.preemptions, stats.prefix_queries, stats.prefix_hits = new[:3]
+        stats.audited, stats.disagreements = new[3:]
+        stats.running = len(admission.running) + self.decisions.num_running
+        stats.waiting = len(admission.waiting) + self.decisions.num_waiting
+        stats.kv_used_blocks = memory.blocks.num_used
+        stats.kv_total_blocks = memory.blocks.num_blocks
+        stats.debt_tokens = memory.ledger.total
         lengths = [decoder.queue_lengths for decoder in self.decoders]
-        return replace(
-            stats,
-            running=len(admission.running) + self.decisions.num_running,
-            waiting=len(admission.waiting) + self.decisions.num_waiting,
-            kv_used_blocks=memory.blocks.num_used,
-            kv_total_blocks=memory.blocks.num_blocks,
-            debt_tokens=memory.ledger.total,
-            segment_queue=tuple(map(sum, zip(*lengths, strict=True))),
-            preemptions=new[0],
-            prefix_queries=new[1],
-            prefix_hits=new[2],
-            audited=new[3],
-            disagreements=new[4],
-            thresholds=self.thresholds.thresholds,
-            guard_level=self.thresholds.guard_level,
-            quality_target=self.thresholds.quality or 0.0,
-        )
+        stats.segment_queue = tuple(map(sum, zip(*lengths, strict=True)))
+        stats.thresholds = self.thresholds.thresholds
+        stats.guard_level = self.thresholds.guard_level
+        stats.quality_target = self.thresholds.quality or 0.0

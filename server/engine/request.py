@@ -147,10 +147,11 @@ class TokenEvent:
     sources: tuple[TokenSource, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepStats:
     """What one engine step did and the state it left behind, for metrics and logs.
 
+    The decoder says what was done, the engine then adds the state.
     ``kind`` is ``segments``, ``fill``, ``decisions`` (a segment of their own), ``device`` (a pass
     of all segments, decided on the device) or ``idle`` (nothing ran); ``segment`` is the last one
     that ran, ``head_seconds`` the part of ``seconds`` for the LM head and sampling;
