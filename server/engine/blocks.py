@@ -255,6 +255,12 @@ class SequenceMemory:
         self.rows.give(sequence.state_rows)
         sequence.state_positions, sequence.state_rows = [], []
 
+    def drop_states(self, sequence: Sequence, start: int) -> None:
+        """Give back the rows of states at positions from ``start`` on."""
+        kept = bisect_left(sequence.state_positions, start)
+        self.rows.give(sequence.state_rows[kept:])
+        del sequence.state_positions[kept:], sequence.state_rows[kept:]
+
     def mark_entries(self, sequence: Sequence) -> None:
         """The draft head has made the sequence's entries: note the blocks that are complete."""
         whole = sequence.next_entry // self.blocks.block_size

@@ -146,7 +146,9 @@ def assemble(
     governor = ExitGovernor(
         costs, thresholds, max_hold, every_exit=every_exit, head_chances=info.head_chances
     )
-    decoders: list[Decoder] = [HostDecoder(info, admission, memory, governor, runner)]
+    decoders: list[Decoder] = [
+        HostDecoder(info, admission, memory, governor, runner, alone=loop is None)
+    ]
     if loop is not None:
         costs = profile_device(loop, info.num_segments, info.max_num_seqs)
         delay = None

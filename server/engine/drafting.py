@@ -40,7 +40,7 @@ class Drafting:
 
     The draft head needs the stack's states at all positions, for its entries. The rows that hold
     them stay with their sequence until the head is next run: for guesses, or because a sequence
-    holds many.
+    holds many. With ``adaptive`` such sequences are guessed for as well as lossless ones.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class Drafting:
         governor: ExitGovernor,
         memory: SequenceMemory,
         runner: StepRunner,
+        *,
+        adaptive: bool,
     ) -> None:
         self._info = info
         self._governor = governor
@@ -61,6 +63,7 @@ class Drafting:
         self._accepted_at: Counter[int] = Counter()
         self._runs = 0
         self._running = 0
+        self._adaptive = adaptive
 
     def ask(self, sequence: Sequence) -> None:
         """The sequence, which has no drafts, is ready for its next token.
@@ -68,6 +71,10 @@ class Drafting:
         Which may not guess gets the tokens that its grammar forces.
         """
         self._asking[sequence.id] = sequence
+        # Of drafts that were wrong; what is now there may pass without states being kept.
+        self._memory.drop_states(sequence, sequence.verified - 1)
+        if not sequence.state_rows:
+            self._holding.pop(sequence.id, None)
         if sequence.acceptance is None:
             greedy = sequence.request.sampling.temperature == 0
             sequence.luck = 1.0 if greedy else _SAMPLED_LUCK
@@ -146,9 +153,10 @@ class Drafting:
         return found
 
     def _guesses(self, sequence: Sequence) -> bool:
-        if sequence.lossless or not sequence.may_guess:
-            return sequence.lossless
-        return not self._governor.exits_save(self._running)
+        if sequence.lossless:
+            return True
+        adaptive = self._adaptive and sequence.may_guess
+        return adaptive and not self._governor.exits_save(self._running)
 
     def _room(self, sequence: Sequence) -> int:
         return min(draft_room(sequence, self._info), self._info.max_num_batched_tokens - 1)

@@ -143,7 +143,14 @@ class ExitDecisions:
         return not most or (sequence.fill in PAID_LATER and owed >= most)
 
     def _may_draft(self, sequence: Sequence, token: int) -> bool:
-        """A draft that would end the answer is verified instead of built upon."""
+        """A draft that would end the answer is verified instead of built upon.
+
+        So is one that its grammar does not allow: behind the end of a form nothing may be asked.
+        """
+        if sequence.grammar is not None:
+            drafts = [*sequence.tokens[sequence.verified :], token]
+            if sequence.grammar.allowed(drafts) < len(drafts):
+                return False
         stops = token in sequence.request.sampling.stop_token_ids
         return not stops and draft_room(sequence, self._info) > 0
 

@@ -45,7 +45,7 @@ class HostDecoder:
 
     Prompts of all sequences run here as well, whatever decodes them afterwards. A step is planned,
     run and committed: planning takes blocks and rows, running sees plain data, committing writes
-    what came of it.
+    what came of it. Where this decoder is not ``alone``, adaptive sequences belong to another.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class HostDecoder:
         memory: SequenceMemory,
         governor: ExitGovernor,
         runner: StepRunner,
+        *,
+        alone: bool = True,
     ) -> None:
         self.governor = governor
         self.runner = runner
@@ -62,7 +64,7 @@ class HostDecoder:
         self._admission = admission
         self._memory = memory
         self._exits = ExitDecisions(info, governor, memory.ledger)
-        self._drafting = Drafting(info, governor, memory, runner)
+        self._drafting = Drafting(info, governor, memory, runner, adaptive=alone)
         self._queues = [SequenceQueue() for _ in range(info.num_segments)]
         self._counts: Counter[str] = Counter()
         """What has happened since the last statistics, by their field."""

@@ -116,7 +116,9 @@ def fake_engine(
 
         governor.head_plan = head_plan  # type: ignore[method-assign]
         governor.exits_save = exits_save  # type: ignore[method-assign]
-    decoders: list[Decoder] = [HostDecoder(info, admission, memory, governor, runner)]
+    decoders: list[Decoder] = [
+        HostDecoder(info, admission, memory, governor, runner, alone=not on_device)
+    ]
     if on_device:
         loop = FakeLoop(runner, BLOCK, exit_layers, LAYERS)
         costs = CostModel.of(segments)
