@@ -236,7 +236,7 @@ OWN: Final = (
     Instrument(
         Kind.COUNTER,
         "offramp:draft_tokens",
-        "Tokens guessed in lossless mode, by who guessed.",
+        "Tokens guessed, for full depth to verify, by who guessed.",
         ("source",),
     ),
     Instrument(

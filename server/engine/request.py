@@ -93,7 +93,7 @@ class RequestStats:
     counts tokens whose score would have let them leave but that were kept in the stack.
     ``prompt_layers_skipped`` are layers prompt tokens did not run. The answer's tokens came of
     ``passes`` through the top of the stack. ``drafts`` says by source how many tokens were guessed
-    (lossless mode) and how many of them full depth accepted; it ``rejected`` others, and those
+    and how many of them full depth accepted; it ``rejected`` others, and those
     behind a rejected one are neither.
     """
 

@@ -82,7 +82,7 @@ static struct workspace make_workspace(const struct shape *s, const struct batch
         .normed = memory(4 * ROWS * QUERIES),
         .wide = memory(4 * ROWS * 2 * INNER),
         .prepared = memory(8 * offramp_prepared_floats(ROWS, WIDEST)),
-        .phases = memory(sizeof(struct phase) * (LAYER_PHASES + MATMUL_PHASES)),
+        .phases = memory(sizeof(struct phase) * (EMBED_PHASES + LAYER_PHASES + MATMUL_PHASES)),
         .per_thread = memory(4 * THREADS * per_thread),
         .per_thread_floats = per_thread,
         .run_starts = memory(4 * (ROWS + 1)),
@@ -154,7 +154,7 @@ static void layer(int format, int half) {
             places[r] = blocks[first_blocks[r] + position / BLOCK] * BLOCK + position % BLOCK;
         }
         float *hidden = random_numbers((size_t)b.rows * WIDTH);
-        offramp_run_layers(&s, &l, 1, &b, hidden, &w);
+        offramp_run_layers(&s, &l, 1, &b, hidden, NULL, NULL, &w);
         put_numbers(hidden, (size_t)b.rows * WIDTH);
     }
     put(b.pages, (half ? 2 : 4) * 2 * PLACES * KV);
