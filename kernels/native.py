@@ -271,19 +271,10 @@ class Library:
 
     def matmul(self, matrix: Matrix, x: Tensor) -> Tensor:
         """``x`` [n, columns] times the matrix transposed, plus its bias: [n, outs]."""
-        rows, columns, threads = x.shape[0], matrix.columns, torch.get_num_threads()
+        rows, columns = x.shape[0], matrix.columns
         check_shape("inputs", x, (rows, columns))
         out = torch.empty(rows, matrix.outs)
-        scratch, per_thread = self._scratch.at, self._function("matmul_floats")(columns)
-        inputs = self._function("prepared_floats")(rows, columns)
-        workspace = Workspace(
-            prepared=scratch("prepared", inputs),
-            phases=scratch("phases", self._matmul_phases * self._phase_floats),
-            per_thread=scratch("per_thread", threads * per_thread),
-            per_thread_floats=per_thread,
-            threads=threads,
-            columns=columns,
-        )
+        workspace = self._workspace(rows, columns, self._matmul_phases)
         self._function("matmul")(
             ctypes.byref(matrix),
             c_void_p(x.data_ptr()),
@@ -322,7 +313,7 @@ class Library:
         With the address of token ``ids`` (int64 [T]) it begins as these rows of ``embeddings``.
         """
         phases = self._embed_phases + len(layers) * self._layer_phases
-        workspace = self._workspace(shape, batch, batch.rows, phases)
+        workspace = self._layer_workspace(shape, batch, batch.rows, phases)
         self._function("run_layers")(
             ctypes.byref(shape),
             layers,
@@ -336,18 +327,8 @@ class Library:
 
     def head(self, weights: HeadWeights, call: HeadCall) -> None:
         """Logits of the rows of ``call``."""
-        columns, scratch = weights.weight.columns, self._scratch.at
-        threads = torch.get_num_threads()
-        per_thread = self._function("matmul_floats")(columns)
-        workspace = Workspace(
-            normed=scratch("normed", call.rows * columns),
-            prepared=scratch("prepared", self._function("prepared_floats")(call.rows, columns)),
-            phases=scratch("phases", self._head_phases * self._phase_floats),
-            per_thread=scratch("per_thread", threads * per_thread),
-            per_thread_floats=per_thread,
-            threads=threads,
-            columns=columns,
-        )
+        rows, columns = call.rows, weights.weight.columns
+        workspace = self._workspace(rows, columns, self._head_phases, normed=columns)
         self._function("head")(ctypes.byref(weights), ctypes.byref(call), ctypes.byref(workspace))
 
     def draft(
@@ -374,52 +355,63 @@ class Library:
         call.chance = scratch("draft chance", sequences)
         phases = max(1, guesses) * self._draft_phases
         longest = asked if sequences else entries
-        workspace = self._workspace(shape, longest, rows, phases, head.fuse.columns)
+        workspace = self._layer_workspace(shape, longest, rows, phases, head.fuse.columns)
         self._function("draft")(
             ctypes.byref(shape), ctypes.byref(head), ctypes.byref(call), ctypes.byref(workspace)
         )
 
     def check(self, head: ExitWeights, call: ExitCheck) -> None:
         """Check rows at an exit; ``call`` lacks its scratch."""
-        rows, threads, scratch = call.rows, torch.get_num_threads(), self._scratch.at
-        width, inner = head.layer.gate_up.columns, head.layer.down.columns
-        columns = max(width, inner)
-        call.states = scratch("check states", rows * width)
-        per_thread = self._function("matmul_floats")(columns)
-        inputs = self._function("prepared_floats")(rows, columns)
-        workspace = Workspace(
-            normed=scratch("normed", rows * width),
-            wide=scratch("wide", rows * max(2 * inner, head.router_up.outs)),
-            prepared=scratch("prepared", 2 * inputs),
-            phases=scratch("phases", self._check_phases * self._phase_floats),
-            per_thread=scratch("per_thread", threads * per_thread),
-            per_thread_floats=per_thread,
-            threads=threads,
-            columns=columns,
+        rows, width = call.rows, head.layer.gate_up.columns
+        inner = head.layer.down.columns
+        call.states = self._scratch.at("check states", rows * width)
+        wide = max(2 * inner, head.router_up.outs)
+        workspace = self._workspace(
+            rows, max(width, inner), self._check_phases, normed=width, wide=wide
         )
         self._function("check")(ctypes.byref(head), ctypes.byref(call), ctypes.byref(workspace))
 
-    def _workspace(
+    def _layer_workspace(
         self, shape: Shape, batch: Batch, rows: int, phases: int, columns: int = 0
     ) -> Workspace:
         """Scratch memory for layers over ``rows`` rows, with contexts as long as in ``batch``."""
-        threads = torch.get_num_threads()
         queries = shape.heads * shape.head_dim
         qkv = queries + 2 * shape.kv_heads * shape.head_dim
-        columns = max(shape.width, queries, shape.inner, columns)
-        scores = self._function("score_floats")(ctypes.byref(shape), ctypes.byref(batch))
+        workspace = self._workspace(
+            rows,
+            max(shape.width, queries, shape.inner, columns),
+            phases,
+            normed=max(shape.width, queries),
+            wide=max(qkv, 2 * shape.inner),
+            scores=self._function("score_floats")(ctypes.byref(shape), ctypes.byref(batch)),
+        )
+        workspace.run_starts = self._scratch.at("run_starts", rows + 1)
+        workspace.timers = None if self._time is None else self._time.data_ptr()
+        return workspace
+
+    def _workspace(
+        self,
+        rows: int,
+        columns: int,
+        phases: int,
+        *,
+        normed: int = 0,
+        wide: int = 0,
+        scores: int = 0,
+    ) -> Workspace:
+        """Scratch memory for products of matrices up to ``columns`` wide.
+
+        ``normed`` and ``wide`` are floats of a row, ``scores`` those of a thread.
+        """
+        threads, scratch = torch.get_num_threads(), self._scratch.at
         per_thread = self._function("matmul_floats")(columns) + scores
-        inputs = self._function("prepared_floats")(rows, columns)
-        scratch = self._scratch.at
         return Workspace(
-            normed=scratch("normed", rows * max(shape.width, queries)),
-            wide=scratch("wide", rows * max(qkv, 2 * shape.inner)),
-            prepared=scratch("prepared", 2 * inputs),
+            normed=scratch("normed", rows * normed),
+            wide=scratch("wide", rows * wide),
+            prepared=scratch("prepared", 2 * self._function("prepared_floats")(rows, columns)),
             phases=scratch("phases", phases * self._phase_floats),
             per_thread=scratch("per_thread", threads * per_thread),
             per_thread_floats=per_thread,
-            run_starts=scratch("run_starts", rows + 1),
-            timers=None if self._time is None else self._time.data_ptr(),
             threads=threads,
             columns=columns,
         )
