@@ -152,7 +152,7 @@ class NativeLayers:
         self._check(count, rows, pages, taps)
         out = torch.empty(count, self.shape.width)
         batch, numbers = _batch(count, rows, pages, taps), array("q", ids)
-        address = numbers.buffer_info()[0]
+        address = address_of(numbers)
         self._library.run_layers(self.shape, self.layers, batch, out, embeddings, address)
         return out
 
@@ -230,13 +230,13 @@ def _batch(count: int, rows: HostRows, pages: Tensor, taps: Taps | None) -> Batc
         pages.dtype is torch.float16,
         pages.data_ptr(),
         pages.stride(1),
-        _address(rows.places),
-        _address(rows.positions),
-        _address(rows.first_blocks),
-        _address(rows.blocks),
+        address_of(rows.places),
+        address_of(rows.positions),
+        address_of(rows.first_blocks),
+        address_of(rows.blocks),
         cos.data_ptr(),
         sin.data_ptr(),
-        _address(rows.angles),
+        address_of(rows.angles),
         *_tap_pointers(taps),
     )
 
@@ -245,10 +245,11 @@ def _tap_pointers(taps: Taps | None) -> tuple[int | None, ...]:
     if taps is None:
         return None, 0, None, None
     stride = taps.states.stride(0)
-    return taps.states.data_ptr(), stride, _address(taps.rows), taps.slots.data_ptr()
+    return taps.states.data_ptr(), stride, address_of(taps.rows), taps.slots.data_ptr()
 
 
-def _address(numbers: array[int]) -> int:
+def address_of(numbers: array[int] | array[float]) -> int:
+    """Where the numbers lie, as long as they are kept."""
     return numbers.buffer_info()[0]
 
 

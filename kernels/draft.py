@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.bounds import check_indices, check_shape
-from offramp.kernels.decoder import NativeLayers, matrix_of, rows_matrix
+from offramp.kernels.decoder import NativeLayers, address_of, matrix_of, rows_matrix
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import (
     Batch,
@@ -161,16 +161,16 @@ class NativeDraft:
             sequences=count,
             guesses=most,
             bound=bound,
-            ends=_address(ends),
-            limits=_address(limits),
-            tokens=_address(tokens),
-            chances=_address(chances),
+            ends=address_of(ends),
+            limits=address_of(limits),
+            tokens=address_of(tokens),
+            chances=address_of(chances),
             first=addressof(first),
-            ids=_address(ids),
+            ids=address_of(ids),
         )
         entries = self._batch(own, pages)
         entries.states, entries.state_stride = states.data_ptr(), states.stride(0)
-        entries.state_rows = _address(rows)
+        entries.state_rows = address_of(rows)
         prepared = time.perf_counter()
         self._library.draft(
             self._layer.shape, self._weights, entries, self._batch(asked, pages), call
@@ -214,13 +214,13 @@ class NativeDraft:
             half=pages.dtype is torch.float16,
             pages=pages.data_ptr(),
             page_size=pages.stride(1),
-            places=_address(rows.places),
-            positions=_address(rows.positions),
-            first_blocks=_address(rows.first_blocks),
-            blocks=_address(rows.blocks),
+            places=address_of(rows.places),
+            positions=address_of(rows.positions),
+            first_blocks=address_of(rows.first_blocks),
+            blocks=address_of(rows.blocks),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
-            angles=_address(rows.angles),
+            angles=address_of(rows.angles),
         )
 
 
@@ -269,7 +269,3 @@ def _check_parts(parts: DraftParts, layer: NativeLayers, embeddings: Matrix) -> 
     check_indices("vocab", int(lowest), int(highest), embeddings.outs)
     for angles in (cos, sin):
         check_shape("angles", angles, (len(cos), 1, layer.shape.head_dim))
-
-
-def _address(values: array[int] | array[float]) -> int:
-    return values.buffer_info()[0]
