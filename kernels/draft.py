@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Sequence
-from ctypes import addressof, c_int64
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -137,121 +136,79 @@ class NativeDraft:
         begun = time.perf_counter()
         self._layer.check_pages(pages)
         size = pages.shape[3]
-        asking = [span for span in work if span.guesses]
-        limits = array("i", [span.guesses for span in asking])
-        most, count = max(limits, default=0), len(asking)
-        own, asked = _Rows(size), _Rows(size)
+        spans, blocks, ids, rows = array("q"), array("q"), array("q"), array("q")
+        most = longest = 0
         for span in work:
-            own.add_table(span)
-            own.add(span, span.positions)
-        for span in asking:
-            asked.add_table(span)
-        for step in range(most):
-            for index, span in enumerate(asking):
-                # What lies beyond a sequence's last guess is never run.
-                at = span.positions[-1] + min(step, span.guesses - 1)
-                asked.add(span, range(at, at + 1), index)
-        ends = array("i", [own.ends[index] for index, span in enumerate(work) if span.guesses])
-        ids = array("q", [token for span in work for token in span.token_ids])
-        rows = array("q", [row for span in work for row in span.rows])
-        self._check(ids, rows, (own, asked), states, pages)
-        tokens, chances = array("q", [-1]) * (most * count), array("f", [0]) * (most * count)
-        first = c_int64(0)
+            positions, before, start = span.positions, span.first_block * size, len(blocks)
+            blocks.extend(span.table[span.first_block :])
+            ids.extend(span.token_ids)
+            rows.extend(span.rows)
+            # Read as a struct draft_span; what lies beyond the last guess is never run.
+            spans.extend((positions[0], len(positions), span.guesses, start, before))
+            end = positions[-1] + max(1, span.guesses)
+            most, longest = max(most, span.guesses), max(longest, end - before)
+            self._check_span(span, end, before, before + size * (len(blocks) - start))
+        self._check(ids, rows, blocks, states, pages)
+        count = len(work)
+        tokens, chances = array("q", bytes(8 * most * count)), array("f", bytes(4 * most * count))
+        made = array("i", bytes(4 * count))
         call = DraftCall(
             sequences=count,
+            entries=len(ids),
             guesses=most,
             bound=bound,
-            ends=address_of(ends),
-            limits=address_of(limits),
+            spans=address_of(spans),
             tokens=address_of(tokens),
             chances=address_of(chances),
-            first=addressof(first),
+            made=address_of(made),
             ids=address_of(ids),
         )
-        entries = self._batch(own, pages)
-        entries.states, entries.state_stride = states.data_ptr(), states.stride(0)
-        entries.state_rows = address_of(rows)
-        prepared = time.perf_counter()
-        self._library.draft(
-            self._layer.shape, self._weights, entries, self._batch(asked, pages), call
+        cos, sin = self._parts.angles
+        batch = Batch(
+            block_size=size,
+            longest=longest,
+            half=pages.dtype is torch.float16,
+            pages=pages.data_ptr(),
+            page_size=pages.stride(1),
+            blocks=address_of(blocks),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            states=states.data_ptr(),
+            state_stride=states.stride(0),
+            state_rows=address_of(rows),
         )
+        prepared = time.perf_counter()
+        self._library.draft(self._layer.shape, self._weights, batch, call)
         ran = time.perf_counter() - prepared
-        seconds = prepared - begun + first.value / 1e9, ran - first.value / 1e9
-        columns = iter(range(count))
-        # A sequence that did not ask has no column.
-        places = [slice(next(columns), None, count) if span.guesses else slice(0) for span in work]
-        found = [tuple(token for token in tokens[place] if token >= 0) for place in places]
-        sure = [tuple(chances[at][: len(own)]) for at, own in zip(places, found, strict=True)]
-        return Guesses(tuple(found), tuple(sure), seconds)
+        seconds = prepared - begun + call.first / 1e9, ran - call.first / 1e9
+        places = [slice(most * index, most * index + n) for index, n in enumerate(made)]
+        return Guesses(
+            tuple(tuple(tokens[place]) for place in places),
+            tuple(tuple(chances[place]) for place in places),
+            seconds,
+        )
+
+    def _check_span(self, span: DraftSpan, end: int, before: int, room: int) -> None:
+        """Check positions, ``end`` exclusive; the span's blocks hold those [before, room)."""
+        first = span.positions[0]
+        if not len(span.token_ids) == len(span.rows) == len(span.positions):
+            raise ValueError("tokens, rows and positions are not as many")
+        check_indices("positions", first, end - 1, len(self._parts.angles[0]), max(0, before))
+        check_indices("positions in blocks", first, end - 1, room)
 
     def _check(
         self,
         ids: array[int],
         rows: array[int],
-        tables: Sequence[_Rows],
+        blocks: array[int],
         states: Tensor,
         pages: Tensor,
     ) -> None:
         width, weights = self._layer.shape.width, self._weights
         check_shape("states", states, (len(states), weights.fuse.columns // width - 1, width))
-        if not len(ids) == len(rows) == len(tables[0].positions):
-            raise ValueError("tokens, rows and positions are not as many")
         check_indices("tokens", min(ids), max(ids), weights.embeddings.outs)
         check_indices("rows", min(rows), max(rows), len(states), -1)
-        for table in tables:
-            if table.positions:
-                check_indices(
-                    "positions", min(table.positions), max(table.angles), len(self._parts.angles[0])
-                )
-                check_indices("blocks", min(table.blocks), max(table.blocks), pages.shape[2])
-
-    def _batch(self, rows: _Rows, pages: Tensor) -> Batch:
-        cos, sin = self._parts.angles
-        return Batch(
-            rows=len(rows.positions),
-            block_size=rows.block_size,
-            longest=max(rows.positions, default=0) + 1,
-            half=pages.dtype is torch.float16,
-            pages=pages.data_ptr(),
-            page_size=pages.stride(1),
-            places=address_of(rows.places),
-            positions=address_of(rows.positions),
-            first_blocks=address_of(rows.first_blocks),
-            blocks=address_of(rows.blocks),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            angles=address_of(rows.angles),
-        )
-
-
-class _Rows:
-    """Where rows stand, as the C kernels take it.
-
-    Attention begins at a sequence's first block with entries, as if its text did.
-    """
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.places, self.positions, self.first_blocks = array("q"), array("q"), array("q")
-        self.blocks, self.angles = array("q"), array("q")
-        self.ends: list[int] = []
-        """Of each sequence the last row added with its table."""
-        self._starts: list[int] = []
-
-    def add_table(self, span: DraftSpan) -> None:
-        """Append a sequence's blocks."""
-        self._starts.append(len(self.blocks))
-        self.blocks.extend(span.table[span.first_block :])
-
-    def add(self, span: DraftSpan, positions: range, index: int = -1) -> None:
-        """Append rows of the ``index``-th sequence."""
-        size, before = self.block_size, span.first_block * self.block_size
-        for position in positions:
-            self.places.append(span.table[position // size] * size + position % size)
-            self.positions.append(position - before)
-            self.first_blocks.append(self._starts[index])
-            self.angles.append(position)
-        self.ends.append(len(self.places) - 1)
+        check_indices("blocks", min(blocks), max(blocks), pages.shape[2])
 
 
 def _check_parts(parts: DraftParts, layer: NativeLayers, embeddings: Matrix) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ from offramp.kernels.native_build import candidates
 from offramp.paths import cache_folder
 
 logger = logging.getLogger("offramp.kernels")
+
+T = TypeVar("T")
+
+# Scratch memory has room for contexts of a multiple of so many tokens; so many layouts are kept.
+_LONGEST_MULTIPLE = 64
+_MOST_LAYOUTS = 512
 
 
 class Matrix(ctypes.Structure):
@@ -112,15 +118,15 @@ class DraftCall(ctypes.Structure):
 
     _fields_: ClassVar = [
         ("sequences", c_int32),
+        ("entries", c_int32),
         ("guesses", c_int32),
         ("bound", c_float),
-        ("entries", c_void_p),
-        ("asked", c_void_p),
-        ("ends", c_void_p),
-        ("limits", c_void_p),
+        ("batch", c_void_p),
+        ("spans", c_void_p),
         ("tokens", c_void_p),
         ("chances", c_void_p),
-        ("first", c_void_p),
+        ("made", c_void_p),
+        ("first", c_int64),
         ("begun", c_int64),
         ("ids", c_void_p),
         ("hidden", c_void_p),
@@ -129,6 +135,7 @@ class DraftCall(ctypes.Structure):
         ("steps", c_void_p),
         ("numbers", c_void_p),
         ("alive", c_void_p),
+        ("ends", c_void_p),
         ("best", c_void_p),
         ("product", c_void_p),
         ("chance", c_void_p),
@@ -206,17 +213,30 @@ class Workspace(ctypes.Structure):
 
 
 class _Scratch(threading.local):
-    """Memory that calls use and need not find again, kept for the next call of the same thread."""
+    """Memory that calls use and need not find again, kept for the next call of the same thread.
+
+    ``layouts`` are addresses in it, by the sizes they were asked for: laying memory out takes as
+    long as a small kernel. They are forgotten where memory moves.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self.layouts: dict[tuple[int | str, ...], Any] = {}
 
     def at(self, name: str, size: int) -> int:
         """The address of ``size`` floats."""
         kept = self._kept.get(name)
         if kept is None or kept.numel() < size:
             kept = self._kept[name] = torch.empty(size)
+            self.layouts.clear()
         return kept.data_ptr()
+
+    def keep(self, sizes: tuple[int | str, ...], layout: T) -> T:
+        """Keep the addresses laid out for ``sizes``."""
+        if len(self.layouts) >= _MOST_LAYOUTS:
+            self.layouts.clear()
+        self.layouts[sizes] = layout
+        return layout
 
 
 class Library:
@@ -331,34 +351,37 @@ class Library:
         workspace = self._workspace(rows, columns, self._head_phases, normed=columns)
         self._function("head")(ctypes.byref(weights), ctypes.byref(call), ctypes.byref(workspace))
 
-    def draft(
-        self,
-        shape: Shape,
-        head: DraftHeadWeights,
-        entries: Batch,
-        asked: Batch,
-        call: DraftCall,
-    ) -> None:
-        """Make ``entries``, and the guesses that follow ``asked``; ``call`` lacks its scratch."""
-        scratch, rows = self._scratch.at, entries.rows
-        sequences, guesses = call.sequences, call.guesses
-        batch_floats = ctypes.sizeof(Batch) // 4
-        call.entries, call.asked = ctypes.addressof(entries), ctypes.addressof(asked)
-        call.hidden = scratch("draft hidden", rows * shape.width)
-        call.inputs = scratch("draft inputs", rows * head.fuse.columns)
-        call.logits = scratch("draft logits", sequences * (head.lm_head.outs + 16))
-        call.steps = scratch("draft steps", max(1, guesses) * batch_floats)
-        call.numbers = scratch("draft numbers", 8 * guesses * sequences)
-        call.alive = scratch("draft alive", sequences)
-        call.best = scratch("draft best", sequences)
-        call.product = scratch("draft product", sequences)
-        call.chance = scratch("draft chance", sequences)
-        phases = max(1, guesses) * self._draft_phases
-        longest = asked if sequences else entries
-        workspace = self._layer_workspace(shape, longest, rows, phases, head.fuse.columns)
+    def draft(self, shape: Shape, head: DraftHeadWeights, batch: Batch, call: DraftCall) -> None:
+        """Make the entries of ``call``, and guesses; it lacks its scratch and ``batch``."""
+        call.batch = ctypes.addressof(batch)
+        for name, address in self._draft_scratch(shape.width, head, call):
+            setattr(call, name, address)
+        phases = max(1, call.guesses) * self._draft_phases
+        workspace = self._layer_workspace(shape, batch, call.entries, phases, head.fuse.columns)
         self._function("draft")(
             ctypes.byref(shape), ctypes.byref(head), ctypes.byref(call), ctypes.byref(workspace)
         )
+
+    def _draft_scratch(
+        self, width: int, head: DraftHeadWeights, call: DraftCall
+    ) -> list[tuple[str, int]]:
+        sequences, entries, guesses = call.sequences, call.entries, call.guesses
+        columns, outs = head.fuse.columns, head.lm_head.outs
+        sizes = ("draft", sequences, entries, guesses, width, columns, outs)
+        found: list[tuple[str, int]] | None = self._scratch.layouts.get(sizes)
+        if found is not None:
+            return found
+        numbers = 4 * (entries + guesses * sequences)
+        floats = {
+            "hidden": entries * width,
+            "inputs": entries * columns,
+            "logits": sequences * (outs + 16),
+            "steps": (1 + guesses) * ctypes.sizeof(Batch) // 4,
+            "numbers": 2 * numbers,
+        } | dict.fromkeys(("alive", "ends", "best", "product", "chance"), sequences)
+        at = self._scratch.at
+        made = [(name, at(f"draft {name}", size)) for name, size in floats.items()]
+        return self._scratch.keep(sizes, made)
 
     def check(self, head: ExitWeights, call: ExitCheck) -> None:
         """Check rows at an exit; ``call`` lacks its scratch."""
@@ -375,17 +398,27 @@ class Library:
         self, shape: Shape, batch: Batch, rows: int, phases: int, columns: int = 0
     ) -> Workspace:
         """Scratch memory for layers over ``rows`` rows, with contexts as long as in ``batch``."""
-        queries = shape.heads * shape.head_dim
-        qkv = queries + 2 * shape.kv_heads * shape.head_dim
-        workspace = self._workspace(
-            rows,
-            max(shape.width, queries, shape.inner, columns),
-            phases,
-            normed=max(shape.width, queries),
-            wide=max(qkv, 2 * shape.inner),
-            scores=self._function("score_floats")(ctypes.byref(shape), ctypes.byref(batch)),
+        # Contexts grow with every token; room for a few more lets a layout be found again.
+        longest = batch.longest + -batch.longest % _LONGEST_MULTIPLE
+        heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        width, inner, threads = shape.width, shape.inner, torch.get_num_threads()
+        sizes = (
+            *("layers", rows, columns, phases, longest),
+            *(width, heads, kv_heads, head_dim, inner, threads),
         )
-        workspace.run_starts = self._scratch.at("run_starts", rows + 1)
+        workspace: Workspace | None = self._scratch.layouts.get(sizes)
+        if workspace is None:
+            queries, room = heads * head_dim, Batch(longest=longest)
+            workspace = self._workspace(
+                rows,
+                max(width, queries, inner, columns),
+                phases,
+                normed=max(width, queries),
+                wide=max(queries + 2 * kv_heads * head_dim, 2 * inner),
+                scores=self._function("score_floats")(ctypes.byref(shape), ctypes.byref(room)),
+            )
+            workspace.run_starts = self._scratch.at("run_starts", rows + 1)
+            self._scratch.keep(sizes, workspace)
         workspace.timers = None if self._time is None else self._time.data_ptr()
         return workspace
 
@@ -404,8 +437,12 @@ class Library:
         ``normed`` and ``wide`` are floats of a row, ``scores`` those of a thread.
         """
         threads, scratch = torch.get_num_threads(), self._scratch.at
+        sizes = (rows, columns, phases, normed, wide, scores, threads)
+        found: Workspace | None = self._scratch.layouts.get(sizes)
+        if found is not None:
+            return found
         per_thread = self._function("matmul_floats")(columns) + scores
-        return Workspace(
+        made = Workspace(
             normed=scratch("normed", rows * normed),
             wide=scratch("wide", rows * wide),
             prepared=scratch("prepared", 2 * self._function("prepared_floats")(rows, columns)),
@@ -415,6 +452,7 @@ class Library:
             threads=threads,
             columns=columns,
         )
+        return self._scratch.keep(sizes, made)
 
     def _function(self, name: str) -> Any:
         return getattr(self._functions, f"offramp_{name}")

@@ -97,18 +97,14 @@ void offramp_draft(const struct shape *s, const struct draft_head *h, struct dra
                    const struct workspace *w) {
     d->begun = nanoseconds();
     memset(w->phases, 0, sizeof(struct phase) * DRAFT_PHASES * MAX(d->guesses, 1));
-    for (int i = 0; i < d->sequences; i++) {
-        d->alive[i] = i;
-        d->product[i] = 1;
-    }
-    if (d->sequences) take_rows(d, 0, d->sequences, w);
+    take_entries(d, w);
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
         amx_configure();
-        draft_step(s, h, d, d->entries, 0, &worker);
-        for (int i = 1; i < d->guesses && d->steps[i].rows; i++)
-            draft_step(s, h, d, d->steps + i, i, &worker);
+        draft_step(s, h, d, 0, &worker);
+        for (int i = 1; i < d->guesses && d->steps[1 + i].rows; i++)
+            draft_step(s, h, d, i, &worker);
         amx_release();
     }
 }
@@ -170,6 +166,7 @@ int64_t offramp_constant(const char *name) {
         SIZE_OF(struct workspace),
         SIZE_OF(struct phase),
         SIZE_OF(struct draft),
+        SIZE_OF(struct draft_span),
         SIZE_OF(struct draft_head),
         CONSTANT(DRAFT_PHASES),
         SIZE_OF(struct lm_head),

@@ -43,39 +43,69 @@ static int likeliest(const float *logits, int count, float *chance) {
     return best;
 }
 
-/* The rows of guess ``step``: those of the first ``count`` sequences of ``alive``. */
-static void take_rows(const struct draft *d, int step, int count, const struct workspace *w) {
-    struct batch *to = d->steps + step;
-    int sequences = d->sequences, own = step * sequences;
-    int64_t *numbers = d->numbers + 4 * own;
-    *to = *d->asked;
+/* Make ``to`` a batch of ``count`` rows that stand at ``numbers`` [4, count]. */
+static void begin_rows(const struct draft *d, struct batch *to, int count, int64_t *numbers) {
+    *to = *d->batch;
     to->rows = count;
     to->places = numbers;
-    to->positions = numbers + sequences;
-    to->first_blocks = numbers + 2 * sequences;
-    to->angles = numbers + 3 * sequences;
-    for (int i = 0; i < count; i++, numbers++) {
-        int from = own + d->alive[i];
-        numbers[0] = d->asked->places[from];
-        numbers[sequences] = d->asked->positions[from];
-        numbers[2 * sequences] = d->asked->first_blocks[from];
-        numbers[3 * sequences] = d->asked->angles[from];
+    to->positions = numbers + count;
+    to->first_blocks = numbers + 2 * count;
+    to->angles = numbers + 3 * count;
+}
+
+/* Row ``row`` of ``to`` is the one at ``position`` of a sequence. Attention begins at its first
+ * block with entries, as if its text did. */
+static void put_row(const struct batch *to, int row, const struct draft_span *span,
+                    int64_t position) {
+    int64_t *numbers = (int64_t *)to->places + row;
+    int64_t own = position - span->before, size = to->block_size;
+    numbers[0] = to->blocks[span->start + own / size] * size + own % size;
+    numbers[to->rows] = own;
+    numbers[2 * to->rows] = span->start;
+    numbers[3 * to->rows] = position;
+}
+
+/* The rows of guess ``step``: those of the first ``count`` sequences of ``alive``. */
+static void take_rows(const struct draft *d, int step, int count, const struct workspace *w) {
+    struct batch *to = d->steps + 1 + step;
+    begin_rows(d, to, count, d->numbers + 4 * (d->entries + step * d->sequences));
+    for (int i = 0; i < count; i++) {
+        const struct draft_span *span = d->spans + d->alive[i];
+        put_row(to, i, span, span->first + span->entries - 1 + step);
     }
     /* Rows are of different sequences, each a run of its own. */
     for (int i = 0; i <= count; i++) w->run_starts[i] = i;
 }
 
+/* The rows of all entries, and those of the first guesses. */
+static void take_entries(const struct draft *d, const struct workspace *w) {
+    int row = 0, asking = 0;
+    begin_rows(d, d->steps, d->entries, d->numbers);
+    for (int i = 0; i < d->sequences; i++) {
+        const struct draft_span *span = d->spans + i;
+        for (int j = 0; j < span->entries; j++) put_row(d->steps, row++, span, span->first + j);
+        d->made[i] = 0;
+        d->product[i] = 1;
+        if (!span->guesses) continue;
+        d->ends[asking] = row - 1;
+        d->alive[asking++] = i;
+    }
+    if (d->guesses) take_rows(d, 0, asking, w);
+}
+
 /* Note the guesses of ``step``; the sequences that go on get a row each in the next one. */
-static void end_step(const struct shape *s, const struct draft_head *h, const struct draft *d,
-                     int step, const struct workspace *w) {
-    int rows = d->steps[step].rows, going = 0;
-    if (step == 0) *d->first = nanoseconds() - d->begun;
+static void end_step(const struct shape *s, const struct draft_head *h, struct draft *d, int step,
+                     const struct workspace *w) {
+    int rows = d->steps[1 + step].rows, going = 0;
+    if (step == 0) d->first = nanoseconds() - d->begun;
     for (int i = 0; i < rows; i++) {
-        int sequence = d->alive[i], at = step * d->sequences + sequence;
+        int sequence = d->alive[i], at = sequence * d->guesses + step;
         d->tokens[at] = h->vocab[d->best[i]];
         d->chances[at] = d->chance[i];
+        d->made[sequence] = step + 1;
         d->product[sequence] *= d->chance[i];
-        if (step + 1 == d->limits[sequence] || !(d->product[sequence] >= d->bound)) continue;
+        int wanted = step + 1 < d->spans[sequence].guesses;
+        if (!wanted || !(d->product[sequence] >= d->bound)) continue;
         d->alive[going] = sequence;
         d->ids[going] = d->tokens[at];
         memmove(d->hidden + (size_t)going * s->width, d->hidden + (size_t)i * s->width,
@@ -85,10 +115,12 @@ static void end_step(const struct shape *s, const struct draft_head *h, const st
     if (step + 1 < d->guesses) take_rows(d, step + 1, going, w);
 }
 
-/* Entries of the rows of ``b``, and guess ``step`` of the sequences that still ask. */
-static void draft_step(const struct shape *s, const struct draft_head *h, const struct draft *d,
-                       const struct batch *b, int step, struct worker *worker) {
+/* Entries, all of them (step 0) or those behind the guess before, and guess ``step`` of the
+ * sequences that still ask. */
+static void draft_step(const struct shape *s, const struct draft_head *h, struct draft *d, int step,
+                       struct worker *worker) {
     const struct workspace *w = worker->shared;
+    const struct batch *asked = d->steps + 1 + step, *b = step ? asked : d->steps;
     const struct matrix *m = step ? &h->feedback : &h->fuse;
     int rows = b->rows, width = s->width, parts = m->columns / width - 1;
     const struct operands to_hidden = {d->inputs, m->columns, d->hidden,  width,
@@ -105,11 +137,10 @@ static void draft_step(const struct shape *s, const struct draft_head *h, const 
         }
     matmul(m, &to_hidden, worker);
     make_keys_values(s, &h->layer, b, d->hidden, worker);
-    if (!d->sequences) return;
-    const struct batch *asked = d->steps + step;
+    if (!d->guesses) return;
     if (step == 0) ONE_THREAD(worker) {
             int qkv = h->layer.qkv.outs;
-            for (int i = 0; i < d->sequences; i++) {
+            for (int i = 0; i < asked->rows; i++) {
                 int from = d->ends[i];
                 memmove(d->hidden + (size_t)i * width, d->hidden + (size_t)from * width,
                         sizeof(float) * width);

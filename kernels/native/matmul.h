@@ -83,11 +83,11 @@ static int matmul_chunk_size(int outs, const struct worker *worker) {
 static void fetch_ahead(const struct matrix *m, struct worker *worker) {
     worker->ahead = worker->ahead_end = NULL;
     if (!m) return;
-    int size = matmul_chunk_size(m->outs, worker), first = worker->number * size;
-    if (first >= m->outs) return;
+    int size = matmul_chunk_size(m->outs, worker), number;
+    struct share own = share_of(worker, 0, (m->outs + size - 1) / size, &number);
     size_t row = row_bytes(m->format, m->columns);
-    worker->ahead = m->data + first * row;
-    worker->ahead_end = m->data + MIN(first + size, m->outs) * row;
+    worker->ahead = m->data + own.begin * size * row;
+    worker->ahead_end = m->data + MIN(own.end * size, m->outs) * row;
 }
 
 /* All outputs, by all threads; fixed point inputs are there already. */

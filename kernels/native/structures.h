@@ -55,25 +55,33 @@ struct draft_head {
     const int64_t *vocab; /* [lm_head.outs] token ids */
 };
 
+/* Entries of one sequence, at consecutive positions. */
+struct draft_span {
+    int64_t first, entries; /* position of the first one, and how many there are */
+    int64_t guesses;        /* wanted behind the last one; 0: none */
+    int64_t start;          /* of its blocks in ``blocks``, those with entries alone */
+    int64_t before;         /* positions before these blocks */
+};
+
 /* Entries to make, and sequences whose next tokens are to be guessed. */
 struct draft {
-    int32_t sequences, guesses; /* that ask, and the most guesses one of them asks for */
+    int32_t sequences, entries, guesses; /* spans, their entries, and most guesses of one */
     float bound; /* of the product of a sequence's chances, below which it asks for no more */
-    const struct batch *entries; /* with the states that they are made of */
-    const struct batch *asked;   /* [guesses, sequences] rows, the first ones as in ``entries`` */
-    const int32_t *ends;         /* [sequences] last rows among the entries, ascending */
-    const int32_t *limits;       /* [sequences] guesses */
-    int64_t *tokens;             /* [guesses, sequences] results; untouched where none was made */
-    float *chances;              /* likewise */
-    int64_t *first;              /* nanoseconds from ``begun`` to the end of the first guesses */
+    const struct batch *batch; /* pages, blocks and the states of all entries, but no rows yet */
+    const struct draft_span *spans; /* [sequences] */
+    int64_t *tokens;                /* [sequences, guesses] results */
+    float *chances;                 /* likewise */
+    int32_t *made;                  /* [sequences] how many of them there are */
+    int64_t first; /* result: nanoseconds from ``begun`` to the end of the first guesses */
     int64_t begun;
     int64_t *ids;            /* [entries] tokens, then scratch like all that follows */
     float *hidden;           /* [entries, width] */
     float *inputs;           /* [entries, fuse.columns] */
     float *logits;           /* [sequences, lm_head.outs up to a multiple of LANES] */
-    struct batch *steps;     /* [guesses] */
-    int64_t *numbers;        /* [guesses, 4, sequences] */
-    int32_t *alive, *best;   /* [sequences] */
+    struct batch *steps;     /* [1 + guesses]: all entries, then the rows of each guess */
+    int64_t *numbers;        /* [4, entries], then [guesses, 4, sequences] */
+    int32_t *alive, *ends;   /* [sequences] that go on, and their last rows of the entries */
+    int32_t *best;           /* [sequences] */
     float *product, *chance; /* [sequences] */
 };
 

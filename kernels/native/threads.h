@@ -1,8 +1,9 @@
 /* Work shared by the threads of a call.
  *
- * A call is a sequence of phases; each phase is cut into chunks, of which threads take the next
- * until none is left. A phase is over when its chunks are done, not when all threads have arrived
- * as at a barrier: a thread that the system has suspended between two chunks delays no other.
+ * A call is a sequence of phases; each phase is cut into chunks. Each thread has a share of
+ * consecutive chunks, so that it reads memory in order, and takes chunks of others' shares when its
+ * own is taken. A phase is over when its chunks are done, not when all threads have arrived as at a
+ * barrier: a thread that the system has suspended between two chunks delays no other.
  */
 #ifndef OFFRAMP_THREADS_H
 #define OFFRAMP_THREADS_H
@@ -16,10 +17,12 @@
 #include "structures.h"
 #include "vector.h"
 
-/* Chunks taken, and done. */
+/* Of more threads some have a share together. */
+enum { MOST_SHARES = 15 };
+
+/* Chunks done, and chunks taken of each share; one phase a cache line. */
 struct phase {
-    atomic_int taken, done;
-    char padding[64 - 2 * sizeof(atomic_int)]; /* one phase a cache line */
+    atomic_int done, taken[MOST_SHARES];
 };
 
 /* One thread of a call. */
@@ -32,6 +35,7 @@ struct worker {
     /* Weights of the next product, which the thread fetches while it waits for others. */
     const uint8_t *ahead, *ahead_end;
     int finished;    /* chunks of this phase that it did */
+    int others;      /* shares of this phase that were taken before it asked */
     int64_t *timers; /* of the first thread if time is taken, else NULL */
     int64_t since;
 };
@@ -72,14 +76,31 @@ INLINE void add_time(struct worker *worker, enum timer timer) {
     worker->since = now;
 }
 
+/* Chunks [begin, end) of ``count``. */
+struct share {
+    int begin, end;
+};
+
+/* The ``index``-th share of ``count`` chunks, counted from this thread's own. */
+INLINE struct share share_of(const struct worker *worker, int index, int count, int *number) {
+    int shares = MIN(worker->shared->threads, MOST_SHARES);
+    *number = (worker->number + index) % shares;
+    return (struct share){count * *number / shares, count * (*number + 1) / shares};
+}
+
 /* The next of ``count`` chunks for this thread; negative when all are done, whoever did them. */
 static int next_chunk(struct worker *worker, int count) {
     enum { SPINS = 1024 };
     struct phase *phase = worker->phase;
-    int chunk = atomic_fetch_add_explicit(&phase->taken, 1, memory_order_relaxed);
-    if (chunk < count) {
-        worker->finished++;
-        return chunk;
+    int shares = MIN(worker->shared->threads, MOST_SHARES);
+    for (int number; worker->others < shares; worker->others++) {
+        struct share share = share_of(worker, worker->others, count, &number);
+        if (share.begin == share.end) continue;
+        int taken = atomic_fetch_add_explicit(&phase->taken[number], 1, memory_order_relaxed);
+        if (share.begin + taken < share.end) {
+            worker->finished++;
+            return share.begin + taken;
+        }
     }
     atomic_fetch_add_explicit(&phase->done, worker->finished, memory_order_acq_rel);
     for (int i = 1; atomic_load_explicit(&phase->done, memory_order_acquire) < count; i++) {
@@ -93,7 +114,7 @@ static int next_chunk(struct worker *worker, int count) {
         __builtin_ia32_pause();
 #endif
     }
-    worker->finished = 0;
+    worker->finished = worker->others = 0;
     worker->phase++;
     return -1;
 }
@@ -101,7 +122,7 @@ static int next_chunk(struct worker *worker, int count) {
 /* How many of ``count`` items make a chunk: large chunks read memory in order and need few atomic
  * operations, several a thread even out what one thread loses. */
 static int chunk_size(int count, const struct worker *worker) {
-    enum { CHUNKS_PER_THREAD = 4 };
+    enum { CHUNKS_PER_THREAD = 2 };
     int chunks = CHUNKS_PER_THREAD * worker->shared->threads;
     return (count + chunks - 1) / chunks;
 }

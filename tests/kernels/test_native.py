@@ -288,6 +288,8 @@ def test_structures_agree_with_the_source() -> None:
     assert found.constant("struct lm_head") == ctypes.sizeof(native.HeadWeights)
     assert found.constant("struct head_rows") == ctypes.sizeof(native.HeadCall)
     assert found.constant("struct draft") == ctypes.sizeof(native.DraftCall)
+    # Five numbers of 64 bits, as `NativeDraft` writes them.
+    assert found.constant("struct draft_span") == 5 * 8
     assert found.constant("struct draft_head") == ctypes.sizeof(native.DraftHeadWeights)
     # A cache line each, so that threads in neighbouring phases do not slow each other down.
     assert found.constant("struct phase") == 64
