@@ -246,7 +246,8 @@ class ExitGovernor:
         gains = [self.head_acceptance.gain(token, row) for row in extra]
         likely = self.head_acceptance.mean
         more = [max(0.0, gain * likely**index - further) for index, gain in enumerate(gains)]
-        if gains[0] + sum(more[1:]) <= first + _DRAFT_GAIN * token:
+        # The more sequences there are, the more fall out of step.
+        if gains[0] + sum(more[1:]) <= first + rows * _DRAFT_GAIN * token:
             return NO_DRAFTS
         bound = further / gains[1] if gains[1] else 1.0
         return HeadPlan(MAX_HEAD_DRAFTS, bound, tuple(row / token for row in extra))
