@@ -22,7 +22,8 @@ from offramp.kernels.bounds import (
     check_size,
 )
 from offramp.kernels.linear import Linear
-from offramp.kernels.native import Batch, Layer, Library, Matrix, Shape, library
+from offramp.kernels.native import Library, library
+from offramp.kernels.native_structures import Batch, Layer, Matrix, Shape
 from offramp.kernels.rows import HostRows
 
 
@@ -42,7 +43,7 @@ class LayerWeights:
 
     @property
     def products(self) -> tuple[Linear, ...]:
-        """All matrices, in the order of native.Layer."""
+        """All matrices, in the order of native_structures.Layer."""
         return self.qkv, self.o, self.gate_up, self.down
 
 

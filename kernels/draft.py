@@ -17,14 +17,8 @@ from torch import Tensor
 from offramp.kernels.bounds import check_indices, check_shape
 from offramp.kernels.decoder import NativeLayers, address_of, matrix_of, rows_matrix
 from offramp.kernels.linear import Linear
-from offramp.kernels.native import (
-    Batch,
-    DraftCall,
-    DraftHeadWeights,
-    Library,
-    Matrix,
-    library,
-)
+from offramp.kernels.native import Library, library
+from offramp.kernels.native_structures import Batch, DraftCall, DraftHeadWeights, Matrix
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from offramp.kernels.bounds import check_indices, check_shape
 from offramp.kernels.linear import Linear
-from offramp.kernels.native import ExitCheck, ExitWeights, Layer, Library, library
+from offramp.kernels.native import Library, library
+from offramp.kernels.native_structures import ExitCheck, ExitWeights, Layer
 
 _LANES = 16
 

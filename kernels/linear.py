@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.kernels.native import Matrix as NativeMatrix
+from offramp.kernels.native_structures import Matrix as NativeMatrix
 from offramp.kernels.weight_formats import (
     NativeWeight,
     PlainWeight,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from offramp.kernels.bounds import check_eps, check_indices, check_shape
 from offramp.kernels.linear import Linear
-from offramp.kernels.native import HeadCall, HeadWeights, Library, library
+from offramp.kernels.native import Library, library
+from offramp.kernels.native_structures import HeadCall, HeadWeights
 
 _COLUMNS_MULTIPLE = 16
 

@@ -13,15 +13,28 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from offramp.kernels.bounds import check_indices, check_shape
 from offramp.kernels.native_build import candidates
+from offramp.kernels.native_structures import (
+    Batch,
+    DraftCall,
+    DraftHeadWeights,
+    ExitCheck,
+    ExitWeights,
+    HeadCall,
+    HeadWeights,
+    Layer,
+    Matrix,
+    Shape,
+    Workspace,
+)
 from offramp.paths import cache_folder
 
 logger = logging.getLogger("offramp.kernels")
@@ -31,185 +44,6 @@ T = TypeVar("T")
 # Scratch memory has room for contexts of a multiple of so many tokens; so many layouts are kept.
 _LONGEST_MULTIPLE = 64
 _MOST_LAYOUTS = 512
-
-
-class Matrix(ctypes.Structure):
-    """A weight [outs, columns] in a format of the source, with its bias or NULL."""
-
-    _fields_: ClassVar = [
-        ("format", c_int32),
-        ("outs", c_int32),
-        ("columns", c_int32),
-        ("data", c_void_p),
-        ("bias", c_void_p),
-    ]
-
-
-class Layer(ctypes.Structure):
-    """Weights of a decoder layer; ``index`` counts the layers of the K,V pages from 0."""
-
-    _fields_: ClassVar = [
-        ("attn_norm", c_void_p),
-        ("mlp_norm", c_void_p),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("qkv", Matrix),
-        ("o", Matrix),
-        ("gate_up", Matrix),
-        ("down", Matrix),
-        ("index", c_int64),
-    ]
-
-
-class Shape(ctypes.Structure):
-    """Sizes that all layers share; ``window`` 0 stands for full attention."""
-
-    _fields_: ClassVar = [
-        ("width", c_int32),
-        ("heads", c_int32),
-        ("kv_heads", c_int32),
-        ("head_dim", c_int32),
-        ("inner", c_int32),
-        ("window", c_int32),
-        ("eps", c_float),
-    ]
-
-
-class Batch(ctypes.Structure):
-    """Where the rows of a forward pass stand, and the pages they read and write."""
-
-    _fields_: ClassVar = [
-        ("rows", c_int32),
-        ("block_size", c_int32),
-        ("longest", c_int32),
-        ("half", c_int32),
-        ("pages", c_void_p),
-        ("page_size", c_int64),
-        ("places", c_void_p),
-        ("positions", c_void_p),
-        ("first_blocks", c_void_p),
-        ("blocks", c_void_p),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("angles", c_void_p),
-        ("states", c_void_p),
-        ("state_stride", c_int64),
-        ("state_rows", c_void_p),
-        ("state_slots", c_void_p),
-    ]
-
-
-class DraftHeadWeights(ctypes.Structure):
-    """Weights of the draft head; ``vocab`` [outs of the LM head] are token ids."""
-
-    _fields_: ClassVar = [
-        ("layer", Layer),
-        ("fuse", Matrix),
-        ("feedback", Matrix),
-        ("embeddings", Matrix),
-        ("lm_head", Matrix),
-        ("norm", c_void_p),
-        ("vocab", c_void_p),
-    ]
-
-
-class DraftCall(ctypes.Structure):
-    """Entries to make and sequences to guess for; results and scratch memory behind."""
-
-    _fields_: ClassVar = [
-        ("sequences", c_int32),
-        ("entries", c_int32),
-        ("guesses", c_int32),
-        ("bound", c_float),
-        ("batch", c_void_p),
-        ("spans", c_void_p),
-        ("tokens", c_void_p),
-        ("chances", c_void_p),
-        ("made", c_void_p),
-        ("first", c_int64),
-        ("begun", c_int64),
-        ("ids", c_void_p),
-        ("hidden", c_void_p),
-        ("inputs", c_void_p),
-        ("logits", c_void_p),
-        ("steps", c_void_p),
-        ("numbers", c_void_p),
-        ("alive", c_void_p),
-        ("ends", c_void_p),
-        ("best", c_void_p),
-        ("product", c_void_p),
-        ("chance", c_void_p),
-    ]
-
-
-class HeadWeights(ctypes.Structure):
-    """Final norm and LM head."""
-
-    _fields_: ClassVar = [("weight", Matrix), ("norm", c_void_p), ("eps", c_float)]
-
-
-class HeadCall(ctypes.Structure):
-    """States behind the last layer whose logits are wanted, and the results."""
-
-    _fields_: ClassVar = [
-        ("rows", c_int32),
-        ("hidden", c_void_p),
-        ("places", c_void_p),
-        ("logits", c_void_p),
-        ("best", c_void_p),
-    ]
-
-
-class ExitWeights(ctypes.Structure):
-    """Weights of an exit; ``layer`` has the adapter's ``gate_up`` and ``down`` alone."""
-
-    _fields_: ClassVar = [
-        ("layer", Layer),
-        ("router_up", Matrix),
-        ("lm_head", Matrix),
-        ("router_up_bias", c_void_p),
-        ("router_down", c_void_p),
-        ("scale", c_void_p),
-        ("norm", c_void_p),
-        ("router_down_bias", c_float),
-        ("floor", c_float),
-        ("eps", c_float),
-    ]
-
-
-class ExitCheck(ctypes.Structure):
-    """States to check at an exit; results and scratch memory behind."""
-
-    _fields_: ClassVar = [
-        ("rows", c_int32),
-        ("hidden", c_void_p),
-        ("places", c_void_p),
-        ("gates", c_void_p),
-        ("best", c_void_p),
-        ("tops", c_void_p),
-        ("seconds", c_void_p),
-        ("logits", c_void_p),
-        ("fired", c_void_p),
-        ("count", c_void_p),
-        ("states", c_void_p),
-    ]
-
-
-class Workspace(ctypes.Structure):
-    """Scratch memory of a call, and the number of threads that share it."""
-
-    _fields_: ClassVar = [
-        ("normed", c_void_p),
-        ("wide", c_void_p),
-        ("prepared", c_void_p),
-        ("phases", c_void_p),
-        ("per_thread", c_void_p),
-        ("per_thread_floats", c_int64),
-        ("run_starts", c_void_p),
-        ("timers", c_void_p),
-        ("threads", c_int32),
-        ("columns", c_int32),
-    ]
 
 
 class _Scratch(threading.local):

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.bounds import check_shape, check_size
-from offramp.kernels.native import Matrix, library
+from offramp.kernels.native import library
+from offramp.kernels.native_structures import Matrix
 
 GROUP = 32
 """Columns that share a scale in the 8-bit and 4-bit formats (ggml's Q8_0 and Q4_1)."""

@@ -1,4 +1,4 @@
-/* What callers hand over. native.py declares the same structures and compares their sizes. */
+/* What callers hand over. native_structures.py declares the same, and a test compares sizes. */
 #ifndef OFFRAMP_STRUCTURES_H
 #define OFFRAMP_STRUCTURES_H
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from offramp.kernels import native, native_build, weight_formats
+from offramp.kernels import native_structures as structures
 from offramp.kernels.native import library
 from offramp.kernels.native_build import VARIANTS, Variant, compiled
 from offramp.kernels.weight_formats import GROUP, pack
@@ -283,14 +284,20 @@ def test_structures_agree_with_the_source() -> None:
     assert shutil.which(compiler()[0])
     found = library()
     assert found is not None
-    for kind in (native.Matrix, native.Layer, native.Shape, native.Batch, native.Workspace):
+    for kind in (
+        structures.Matrix,
+        structures.Layer,
+        structures.Shape,
+        structures.Batch,
+        structures.Workspace,
+    ):
         assert found.constant(f"struct {kind.__name__.lower()}") == ctypes.sizeof(kind)
-    assert found.constant("struct lm_head") == ctypes.sizeof(native.HeadWeights)
-    assert found.constant("struct head_rows") == ctypes.sizeof(native.HeadCall)
-    assert found.constant("struct draft") == ctypes.sizeof(native.DraftCall)
+    assert found.constant("struct lm_head") == ctypes.sizeof(structures.HeadWeights)
+    assert found.constant("struct head_rows") == ctypes.sizeof(structures.HeadCall)
+    assert found.constant("struct draft") == ctypes.sizeof(structures.DraftCall)
     # Five numbers of 64 bits, as `NativeDraft` writes them.
     assert found.constant("struct draft_span") == 5 * 8
-    assert found.constant("struct draft_head") == ctypes.sizeof(native.DraftHeadWeights)
+    assert found.constant("struct draft_head") == ctypes.sizeof(structures.DraftHeadWeights)
     # A cache line each, so that threads in neighbouring phases do not slow each other down.
     assert found.constant("struct phase") == 64
     assert found.constant("GROUP") == GROUP
