@@ -83,8 +83,8 @@ static int matmul_chunk_size(int outs, const struct worker *worker) {
 static void fetch_ahead(const struct matrix *m, struct worker *worker) {
     worker->ahead = worker->ahead_end = NULL;
     if (!m) return;
-    int size = matmul_chunk_size(m->outs, worker), number;
-    struct share own = share_of(worker, 0, (m->outs + size - 1) / size, &number);
+    int size = matmul_chunk_size(m->outs, worker), shares = count_shares(worker);
+    struct share own = share_of(worker->number % shares, shares, (m->outs + size - 1) / size);
     size_t row = row_bytes(m->format, m->columns);
     worker->ahead = m->data + own.begin * size * row;
     worker->ahead_end = m->data + MIN(own.end * size, m->outs) * row;

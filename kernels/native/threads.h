@@ -81,20 +81,23 @@ struct share {
     int begin, end;
 };
 
-/* The ``index``-th share of ``count`` chunks, counted from this thread's own. */
-INLINE struct share share_of(const struct worker *worker, int index, int count, int *number) {
-    int shares = MIN(worker->shared->threads, MOST_SHARES);
-    *number = (worker->number + index) % shares;
-    return (struct share){count * *number / shares, count * (*number + 1) / shares};
+INLINE int count_shares(const struct worker *worker) {
+    return MIN(worker->shared->threads, MOST_SHARES);
+}
+
+/* The ``number``-th of ``shares`` of ``count`` chunks. */
+INLINE struct share share_of(int number, int shares, int count) {
+    return (struct share){count * number / shares, count * (number + 1) / shares};
 }
 
 /* The next of ``count`` chunks for this thread; negative when all are done, whoever did them. */
 static int next_chunk(struct worker *worker, int count) {
     enum { SPINS = 1024 };
     struct phase *phase = worker->phase;
-    int shares = MIN(worker->shared->threads, MOST_SHARES);
-    for (int number; worker->others < shares; worker->others++) {
-        struct share share = share_of(worker, worker->others, count, &number);
+    int shares = count_shares(worker);
+    for (; worker->others < shares; worker->others++) {
+        int number = (worker->number + worker->others) % shares;
+        struct share share = share_of(number, shares, count);
         if (share.begin == share.end) continue;
         int taken = atomic_fetch_add_explicit(&phase->taken[number], 1, memory_order_relaxed);
         if (share.begin + taken < share.end) {
