@@ -27,8 +27,9 @@ _MARGIN = 2.0
 # steps that run, and a rule fed by stale costs could otherwise never exit again (DREX's trap). Each
 # try that changes nothing makes the next one rarer, since a try costs a step what exits would.
 _PROBE_FIRST, _PROBE_RAREST = 32, 1024
-# The same for rows of drafts. And where drafts gain less than this share of a pass, it is not worth
-# that sequences which were in step fall out of it: their prompts and ends then come one by one.
+# The same for rows of drafts. And where drafts gain less than this share of a pass (of guesses: for
+# each sequence), it is not worth that sequences which were in step fall out of it: their prompts
+# and ends then come one by one.
 _DRAFT_MARGIN = 1.1
 _DRAFT_GAIN = 0.05
 MAX_NGRAM_DRAFTS = 8

@@ -258,6 +258,13 @@ def test_the_draft_head_is_not_asked_where_that_loses(made: ExitGovernor) -> Non
     assert made.head_plan(4).most == 0
 
 
+def test_the_more_sequences_the_more_guesses_have_to_gain() -> None:
+    """Rows are free, and guesses gain a ninth of a pass more than they cost."""
+    assert drafting_governor(0.0, first=7.3 * MS).head_plan(1).most == MAX_HEAD_DRAFTS
+    assert drafting_governor(0.0, first=7.3 * MS).head_plan(4).most == 0
+    assert drafting_governor(0.0, first=6 * MS).head_plan(4).most == MAX_HEAD_DRAFTS
+
+
 def test_refused_drafts_are_tried_with_few_rows_only() -> None:
     """Costs of rows are learnt from steps that have them; with many, entries are not kept up."""
     few, many = drafting_governor(24 * MS), drafting_governor(24 * MS)
