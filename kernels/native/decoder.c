@@ -47,7 +47,6 @@ void offramp_run_layers(const struct shape *s, const struct layer *layers, int32
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
-        amx_configure();
         if (ids) {
             int size = chunk_size(b->rows, &worker);
             FOR_EACH_CHUNK(&worker, r, end, size, b->rows)
@@ -68,7 +67,6 @@ void offramp_matmul(const struct matrix *m, const float *x, float *out, int32_t 
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
-        amx_configure();
         prepare_rows(m, &t, &worker);
         matmul(m, &t, &worker);
         amx_release();
@@ -81,7 +79,6 @@ void offramp_head(const struct lm_head *h, const struct head_rows *c, const stru
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
-        amx_configure();
         run_head(h, c, &worker);
         amx_release();
     }
@@ -101,7 +98,6 @@ void offramp_draft(const struct shape *s, const struct draft_head *h, struct dra
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
-        amx_configure();
         draft_step(s, h, d, 0, &worker);
         for (int i = 1; i < d->guesses && d->steps[1 + i].rows; i++)
             draft_step(s, h, d, i, &worker);
@@ -116,7 +112,6 @@ void offramp_check(const struct exit_head *h, const struct exit_check *c,
 #pragma omp parallel num_threads(w->threads)
     {
         struct worker worker = start_worker(w);
-        amx_configure();
         check_rows(h, c, &worker);
         amx_release();
     }

@@ -1,8 +1,9 @@
 /* Sums of the products of levels and fixed point inputs, exact in 32 bits, by what there is.
  *
  * In pairs: an instruction, or what compilers make of it, multiplies two columns of 16 bits.
- * In quads: NEON's dot product multiplies four columns of 8 bits. An input is 256 * high + low,
- * two signed bytes, whose products are added up apart.
+ * In quads: the dot products of NEON and VNNI multiply four columns of 8 bits. An input is
+ * 256 * high + low, two signed bytes, whose products are added up apart. Words of INT4 then only
+ * have to be masked and shifted.
  */
 #ifndef OFFRAMP_INTEGER_SUMS_H
 #define OFFRAMP_INTEGER_SUMS_H
@@ -19,19 +20,32 @@ enum { INTEGER_ROWS = 4, INTEGER_WIDTH = 1 };
 enum { INTEGER_ROWS = 4, INTEGER_WIDTH = 2 };
 #endif
 
-/* A row of inputs: 16 bits a column, as store_inputs puts them; then for each group its scale; then
- * for each group the scale times the sum of its columns. */
-struct fixed_point_row {
-    int16_t *columns;
-    float *scales, *sums; /* [groups] */
+/* Inputs in fixed point, of each group those of all rows together. An odd ``stride`` keeps the
+ * groups of a row apart in the cache. */
+struct fixed_point {
+    int stride;           /* rows, or one more */
+    int16_t *columns;     /* [groups, stride, GROUP] 16 bits each, as store_inputs puts them */
+    float *scales, *sums; /* [groups, stride]; sums: the scale times the sum of the columns */
+    int32_t *totals;      /* [groups, stride] the sums of the columns themselves */
 };
+
+/* Rows from ``row`` on, in group ``g``. */
+INLINE struct fixed_point at_group(struct fixed_point all, int g, int row) {
+    size_t i = (size_t)g * all.stride + row;
+    return (struct fixed_point){all.stride, all.columns + i * GROUP, all.scales + i, all.sums + i,
+                                all.totals + i};
+}
+
+/* The order in which a word of INT8, and two words of INT4, have eight columns. */
+#define ORDER_INT8 0, 2, 1, 3, 4, 6, 5, 7
+#define ORDER_INT4 0, 4, 1, 5, 2, 6, 3, 7
 
 #if defined(__ARM_FEATURE_DOTPROD)
 
-/* Put inputs from ``column`` on into their group: its high bytes, then its low ones, each four
- * in the order that a word of ``format`` has them. */
+/* Put inputs from ``column`` on into their group: its high bytes, then its low ones, each in the
+ * order that words of ``format`` have them. */
 INLINE void store_inputs(int format, shorts inputs, int column, int16_t *group) {
-    static const uint8_t orders[2][8] = {{0, 2, 1, 3, 4, 6, 5, 7}, {0, 4, 1, 5, 2, 6, 3, 7}};
+    static const uint8_t orders[2][8] = {{ORDER_INT8}, {ORDER_INT4}};
     uint8x8_t order = vld1_u8(orders[format == FORMAT_INT4]);
     int8_t *to = (int8_t *)group + column;
     vst1_s8(to, vtbl1_s8(vrshrn_n_s16((int16x8_t)inputs, 8), (int8x8_t)order));
@@ -50,16 +64,16 @@ INLINE void unpack_quads(int format, const uint8_t *levels, int8x16_t quads[8]) 
         }
 }
 
-/* Group ``g`` of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. */
-INLINE void add_up_group(int format, const uint8_t *levels, const struct fixed_point_row *inputs,
-                         int g, part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS) {
+/* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. */
+INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point inputs,
+                         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS) {
     int8x16_t quads[INTEGER_WIDTH][8];
 #pragma GCC unroll 2
     for (int v = 0; v < INTEGER_WIDTH; v++)
         unpack_quads(format, levels + 4 * PART_LANES * v, quads[v]);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
-        const int8_t *at = (const int8_t *)(inputs[r].columns + g * GROUP);
+        const int8_t *at = (const int8_t *)(inputs.columns + r * GROUP);
         int32x4_t high[INTEGER_WIDTH], low[INTEGER_WIDTH];
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) high[v] = low[v] = vdupq_n_s32(0);
@@ -83,6 +97,84 @@ INLINE void add_up_group(int format, const uint8_t *levels, const struct fixed_p
     }
 }
 
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+/* Put inputs from ``column`` on into their group: its high bytes, then its low ones, each in the
+ * order that words of ``format`` have them. */
+INLINE void store_inputs(int format, shorts inputs, int column, int16_t *group) {
+    uint8_t *to = (uint8_t *)group + column;
+#pragma GCC unroll 2
+    for (int i = 0; i < LANES / 8; i++) {
+        __m128i columns = _mm_loadu_si128((const __m128i *)&inputs + i);
+        __m128i high = _mm_srai_epi16(_mm_add_epi16(columns, _mm_set1_epi16(128)), 8);
+        /* The high bytes of eight columns, then the low ones. */
+        __m128i bytes = _mm_packs_epi16(high, _mm_srai_epi16(_mm_slli_epi16(columns, 8), 8));
+        const __m128i order = format == FORMAT_INT4
+                                  ? _mm_setr_epi8(ORDER_INT4, 8, 12, 9, 13, 10, 14, 11, 15)
+                                  : _mm_setr_epi8(ORDER_INT8, 8, 10, 9, 11, 12, 14, 13, 15);
+        bytes = _mm_shuffle_epi8(bytes, order);
+        _mm_storel_epi64((__m128i *)(to + 8 * i), bytes);
+        _mm_storeh_pd((double *)(to + GROUP + 8 * i), (__m128d)bytes);
+    }
+}
+
+/* ``sums`` plus, in each lane, the products of four unsigned bytes of ``a`` and the signed ones of
+ * ``b``. */
+INLINE part_ints add_quads(part_ints sums, part_ints a, int32_t b) {
+#if defined(__AVX512VNNI__)
+    return (part_ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, _mm512_set1_epi32(b));
+#else
+    return (part_ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)a, _mm256_set1_epi32(b));
+#endif
+}
+
+/* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. Levels are
+ * multiplied unsigned, those of INT8 with 128 added to each. */
+INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point inputs,
+                         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS) {
+    const int QUADS = word_columns(format) / 4, WORDS = GROUP / word_columns(format);
+    part_ints low[INTEGER_ROWS][INTEGER_WIDTH];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) dots[r][v] = low[r][v] = (part_ints){0};
+#pragma GCC unroll 1
+    for (int w = 0; w < WORDS; w++) {
+        part_ints quads[INTEGER_WIDTH][2];
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) {
+            part_ints word = *(const part_ints *)(levels + 4 * (SET * w + PART_LANES * v));
+            if (format == FORMAT_INT4) {
+                quads[v][0] = word & 0x0f0f0f0f;
+                quads[v][1] = word >> 4 & 0x0f0f0f0f;
+            } else {
+                quads[v][0] = word ^ (int32_t)0x80808080;
+            }
+        }
+#pragma GCC unroll 2
+        for (int q = 0; q < QUADS; q++)
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                const int8_t *at = (const int8_t *)(inputs.columns + r * GROUP);
+                int32_t high_quad, low_quad;
+                memcpy(&high_quad, at + 4 * (QUADS * w + q), 4);
+                memcpy(&low_quad, at + GROUP + 4 * (QUADS * w + q), 4);
+#pragma GCC unroll 2
+                for (int v = 0; v < INTEGER_WIDTH; v++) {
+                    dots[r][v] = add_quads(dots[r][v], quads[v][q], high_quad);
+                    low[r][v] = add_quads(low[r][v], quads[v][q], low_quad);
+                }
+            }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) {
+            dots[r][v] = (dots[r][v] << 8) + low[r][v];
+            if (format == FORMAT_INT8) dots[r][v] -= 128 * inputs.totals[r];
+        }
+}
+
 #else
 
 /* Put inputs from ``column`` on into their group, in order. */
@@ -103,9 +195,9 @@ INLINE void unpack_pairs(int format, const uint8_t *at, part_ints pairs[4]) {
     }
 }
 
-/* Group ``g`` of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. */
-INLINE void add_up_group(int format, const uint8_t *levels, const struct fixed_point_row *inputs,
-                         int g, part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS) {
+/* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. */
+INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point inputs,
+                         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS) {
     const int PAIRS = word_columns(format) / 2, WORDS = GROUP / word_columns(format);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
@@ -122,7 +214,7 @@ INLINE void add_up_group(int format, const uint8_t *levels, const struct fixed_p
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 int32_t pair;
-                memcpy(&pair, inputs[r].columns + g * GROUP + 2 * (PAIRS * w + p), 4);
+                memcpy(&pair, inputs.columns + r * GROUP + 2 * (PAIRS * w + p), 4);
 #pragma GCC unroll 2
                 for (int v = 0; v < INTEGER_WIDTH; v++)
                     dots[r][v] = add_pairs(dots[r][v], pairs[v][p], pair);

@@ -3,7 +3,7 @@
 #define OFFRAMP_MATMUL_H
 
 #include "matmul_amx.h"
-#include "matmul_integer.h"
+#include "matmul_integer_amx.h"
 #include "matmul_vector.h"
 
 /* Phases of a product with the conversion of its inputs. */
@@ -38,14 +38,18 @@ static void matmul_fp16(const struct matrix *m, const struct operands *t, int ou
 
 static void matmul_int8(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    (void)worker;
-    multiply_integer(FORMAT_INT8, m, t, out, count);
+    if (uses_amx(m, t->rows))
+        multiply_integer_amx(FORMAT_INT8, m, t, out, count, worker);
+    else
+        multiply_integer(FORMAT_INT8, m, t, out, count);
 }
 
 static void matmul_int4(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    (void)worker;
-    multiply_integer(FORMAT_INT4, m, t, out, count);
+    if (uses_amx(m, t->rows))
+        multiply_integer_amx(FORMAT_INT4, m, t, out, count, worker);
+    else
+        multiply_integer(FORMAT_INT4, m, t, out, count);
 }
 
 static matmul_outputs *const MATMUL[] = {

@@ -3,49 +3,25 @@
  * Each number is split into the sum of two of bf16, its high and its low half, and of the four
  * partial products the three largest are taken, which leaves errors of 2^-16 (known as bf16x3). A
  * row's result depends on no other row here either. It differs from the vectors' result, so weights
- * kept in FP32, which is for exactness, stay with those; INT8 and INT4 have integer products.
+ * kept in FP32, which is for exactness, stay with those; INT8 and INT4 have integer products
+ * (matmul_integer_amx.h).
  */
 #ifndef OFFRAMP_MATMUL_AMX_H
 #define OFFRAMP_MATMUL_AMX_H
 
-#include "matmul_vector.h"
+#include "amx.h"
 
-/* Outputs and inputs multiplied together. */
-enum { AMX_OUTS = 32, AMX_ROWS = 16 };
-
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
+#ifdef HAS_AMX
 
 /* 32-bit words of a tile, which is 16 rows of 64 bytes. */
 enum { TILE_WORDS = 256 };
 
-static int amx_ready = 0;
-
-/* Whether AMX may be used: Linux grants a process its registers only on request. */
-static int amx_initialize(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    amx_ready = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-    return amx_ready;
-}
-
-static int uses_amx(const struct matrix *m, int rows) {
-    return amx_ready && m->format == FORMAT_FP16 && rows > TILE_ROWS;
-}
-
-/* Every thread sets its eight tiles to 16 rows of 64 bytes. */
-static void amx_configure(void) {
+/* All tiles full. */
+static void set_full_tiles(void) {
     /* Static, because GCC drops the stores into a local one as unused. */
-    static const struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    if (amx_ready) _tile_loadconfig(&config);
-}
-
-static void amx_release(void) {
-    if (amx_ready) _tile_release();
+    static const struct tile_sizes sizes = {
+        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&sizes);
 }
 
 /* 32 numbers as high and low halves. */
@@ -194,6 +170,7 @@ INLINE void multiply_amx(int format, const struct matrix *m, const struct operan
     size_t stride = row_bytes(format, columns);
     uint16_t *high = (uint16_t *)worker->panel, *low = high + (size_t)AMX_OUTS * columns;
     const uint32_t *inputs = (const uint32_t *)t->prepared;
+    set_full_tiles();
     for (; count > 0; count -= AMX_OUTS, out += AMX_OUTS) {
         int outs = MIN(AMX_OUTS, count), row = 0;
         for (int o = 0; o < outs; o++) {
@@ -213,19 +190,6 @@ INLINE void multiply_amx(int format, const struct matrix *m, const struct operan
 }
 
 #else
-
-static int amx_initialize(void) {
-    return 0;
-}
-
-static int uses_amx(const struct matrix *m, int rows) {
-    (void)m, (void)rows;
-    return 0;
-}
-
-static void amx_configure(void) {}
-
-static void amx_release(void) {}
 
 static void amx_split_inputs(const struct operands *t, int columns, struct worker *worker) {
     (void)t, (void)columns, (void)worker;

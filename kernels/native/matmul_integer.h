@@ -17,25 +17,21 @@
 #include "matmul_vector.h"
 
 enum { LARGEST_INPUT = 32512 };
-/* Bytes between the weights in use and those prefetched: what memory delivers in the time it needs
- * to answer, and more. */
-enum { PREFETCH_BYTES = 8192 };
 
-/* Floats of a row of inputs in fixed point. */
-INLINE size_t fixed_point_floats(int columns) {
-    return columns / 2 + 2 * (columns / GROUP);
-}
-
-INLINE struct fixed_point_row fixed_point_row(const struct operands *t, int row, int columns) {
-    float *at = t->prepared + row * fixed_point_floats(columns);
-    float *scales = at + columns / 2;
-    return (struct fixed_point_row){(int16_t *)at, scales, scales + columns / GROUP};
+/* The operands' inputs in fixed point. */
+INLINE struct fixed_point fixed_point(const struct operands *t, int columns) {
+    int stride = t->rows | 1;
+    size_t numbers = (size_t)stride * (columns / GROUP);
+    int16_t *all = (int16_t *)t->prepared;
+    float *scales = (float *)(all + numbers * GROUP);
+    return (struct fixed_point){stride, all, scales, scales + numbers,
+                                (int32_t *)scales + 2 * numbers};
 }
 
 /* One group of a row of inputs. */
-INLINE void quantize_group(int format, const float *x, int g, const struct fixed_point_row *to) {
+INLINE void quantize_group(int format, const float *x, struct fixed_point to) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
-    const floats *values = (const floats *)(x + g * GROUP);
+    const floats *values = (const floats *)x;
     ints largest = {0};
     for (int i = 0; i < VECTORS; i++) {
         /* Floats without their sign are ordered like integers; NaN is the largest. */
@@ -53,21 +49,31 @@ INLINE void quantize_group(int format, const float *x, int g, const struct fixed
     for (int i = 0; i < VECTORS; i++) {
         uints fixed = (uints)(values[i] * inverse + magic) - (uints)broadcast(magic);
         sum += fixed;
-        store_inputs(format, __builtin_convertvector((ints)fixed, shorts), i * LANES,
-                     to->columns + g * GROUP);
+        store_inputs(format, __builtin_convertvector((ints)fixed, shorts), i * LANES, to.columns);
     }
     uint32_t total = 0; /* of inputs that are no numbers, any */
     for (int i = 0; i < LANES; i++) total += sum[i];
-    to->scales[g] = size < smallest ? 0 : size / LARGEST_INPUT;
-    to->sums[g] = to->scales[g] * (int32_t)total;
+    *to.scales = size < smallest ? 0 : size / LARGEST_INPUT;
+    *to.sums = *to.scales * (int32_t)total;
+    *to.totals = total;
 }
 
 /* Columns [first, end) of one row of inputs. */
 static void quantize_inputs(const struct matrix *m, const struct operands *t, int row, int first,
                             int end) {
-    struct fixed_point_row to = fixed_point_row(t, row, m->columns);
+    struct fixed_point to = fixed_point(t, m->columns);
+    const float *x = t->x + row * t->x_stride;
     for (int g = first / GROUP; g < end / GROUP; g++)
-        quantize_group(m->format, t->x + row * t->x_stride, g, &to);
+        quantize_group(m->format, x + g * GROUP, at_group(to, g, row));
+}
+
+/* Fetch group ``g`` of the set behind the one in use, if it is the turn of ``tile``: all rows'
+ * tiles share the work, so that memory is read all the time. Into the second cache, because
+ * misses of the first are few at a time. */
+INLINE void fetch_next_set(int format, const uint8_t *set, int g, int groups, int tile, int tiles) {
+    if (g % tiles != tile) return;
+    size_t bytes = set_group_bytes(format);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(set + (groups + g) * bytes + i, 0, 2);
 }
 
 /* Store lanes [begin, end) of a row's sums. */
@@ -79,40 +85,18 @@ static __attribute__((noinline)) void store_lanes(part_floats sums, const float 
     }
 }
 
-/* Weights of INTEGER_WIDTH vectors of outputs, the first of which starts at ``lane`` of ``set``,
- * times ROWS rows of inputs. Of these outputs, ``begin`` to ``end`` are stored; ``out`` is the
- * number of the set's first output. */
-INLINE void multiply_lanes(int format, const uint8_t *set, int lane, const struct matrix *m,
-                           const struct operands *t, int row, int out, int begin, int end,
-                           const int ROWS) {
-    int columns = m->columns, groups = columns / GROUP;
-    struct fixed_point_row inputs[INTEGER_ROWS];
-    part_floats sums[INTEGER_ROWS][INTEGER_WIDTH];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) {
-        inputs[r] = fixed_point_row(t, row + r, columns);
-#pragma GCC unroll 2
-        for (int v = 0; v < INTEGER_WIDTH; v++) sums[r][v] = (part_floats){0};
-    }
-    for (int g = 0; g < groups; g++, set += set_group_bytes(format)) {
-        part_ints dots[INTEGER_ROWS][INTEGER_WIDTH];
-        for (size_t i = 0; i < set_group_bytes(format); i += 64)
-            __builtin_prefetch(set + PREFETCH_BYTES + i);
-        add_up_group(format, set + SET * SCALE_BYTES[format] + 4 * lane, inputs, g, dots, ROWS);
-#pragma GCC unroll 2
-        for (int v = 0; v < INTEGER_WIDTH; v++) {
-            part_floats scale = load_fp16_part(set + 2 * (lane + PART_LANES * v));
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
-                sums[r][v] += __builtin_convertvector(dots[r][v], part_floats) *
-                              (inputs[r].scales[g] * scale);
-            if (format == FORMAT_INT4) {
-                part_floats minimum = load_fp16_part(set + 2 * (SET + lane + PART_LANES * v));
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) sums[r][v] += minimum * inputs[r].sums[g];
-            }
-        }
-    }
+/* What a group adds to the sum of a row and a vector of outputs: ``dots`` are its sums of levels
+ * times columns. */
+INLINE part_floats add_scaled(part_floats sum, part_ints dots, part_floats scale, float input) {
+    return sum + __builtin_convertvector(dots, part_floats) * (input * scale);
+}
+
+/* Store the sums of ROWS rows and INTEGER_WIDTH vectors of outputs, the first of which starts at
+ * ``lane`` of a set. Of these outputs, ``begin`` to ``end`` are stored; ``out`` is the number of
+ * the set's first output. */
+INLINE void store_sums(part_floats (*sums)[INTEGER_WIDTH], int lane, const struct matrix *m,
+                       const struct operands *t, int row, int out, int begin, int end,
+                       const int ROWS) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
@@ -132,16 +116,53 @@ INLINE void multiply_lanes(int format, const uint8_t *set, int lane, const struc
         }
 }
 
+/* Weights of INTEGER_WIDTH vectors of outputs, the first of which starts at ``lane`` of ``set``,
+ * times ROWS rows of inputs, the ``tile``-th of all in ``tiles``; stored as ``store_sums`` does. */
+INLINE void multiply_lanes(int format, const uint8_t *set, int lane, int tile, int tiles,
+                           const struct matrix *m, const struct operands *t, int row, int out,
+                           int begin, int end, const int ROWS) {
+    int groups = m->columns / GROUP;
+    struct fixed_point all = fixed_point(t, m->columns);
+    part_floats sums[INTEGER_ROWS][INTEGER_WIDTH];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) sums[r][v] = (part_floats){0};
+    size_t bytes = set_group_bytes(format);
+    const uint8_t *first_set = set;
+    for (int g = 0; g < groups; g++, set += bytes) {
+        struct fixed_point inputs = at_group(all, g, row);
+        part_ints dots[INTEGER_ROWS][INTEGER_WIDTH];
+        if (lane == 0) fetch_next_set(format, first_set, g, groups, tile, tiles);
+        add_up_group(format, set + SET * SCALE_BYTES[format] + 4 * lane, inputs, dots, ROWS);
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) {
+            part_floats scale = load_fp16_part(set + 2 * (lane + PART_LANES * v));
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++)
+                sums[r][v] = add_scaled(sums[r][v], dots[r][v], scale, inputs.scales[r]);
+            if (format == FORMAT_INT4) {
+                part_floats minimum = load_fp16_part(set + 2 * (SET + lane + PART_LANES * v));
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) sums[r][v] += minimum * inputs.sums[r];
+            }
+        }
+    }
+    store_sums(sums, lane, m, t, row, out, begin, end, ROWS);
+}
+
 #define MULTIPLY_ROWS(ROWS)                                                                        \
-    case ROWS: multiply_lanes(format, set, lane, m, t, row, out, begin, end, ROWS); break;
+    case ROWS:                                                                                     \
+        multiply_lanes(format, set, lane, tile, tiles, m, t, row, out, begin, end, ROWS);          \
+        break;
 
 /* The same for all rows: as many at a time as keep their sums in registers, about as many each
  * time. */
 INLINE void multiply_all_rows(int format, const uint8_t *set, int lane, const struct matrix *m,
                               const struct operands *t, int out, int begin, int end) {
     int tiles = (t->rows + INTEGER_ROWS - 1) / INTEGER_ROWS;
-    for (int row = 0, rows; row < t->rows; row += rows, tiles--) {
-        rows = (t->rows - row + tiles - 1) / tiles;
+    for (int row = 0, tile = 0, rows; row < t->rows; row += rows, tile++) {
+        rows = (t->rows - row + tiles - tile - 1) / (tiles - tile);
         switch (rows) {
             MULTIPLY_ROWS(1)
             MULTIPLY_ROWS(2)
