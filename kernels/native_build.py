@@ -48,9 +48,10 @@ class Variant:
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_AMX = {"avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8"}
 ARCHITECTURES = {
     "x86-64": (
-        Variant("amx", "sapphirerapids", _AVX512 | {"avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8"}),
+        Variant("amx", "sapphirerapids", _AVX512 | _AMX),
         Variant("vnni", "cascadelake", _AVX512 | {"avx512_vnni"}),
         Variant("avx512", "skylake-avx512", _AVX512),
         Variant("avxvnni", "alderlake", _AVX2 | {"avx_vnni"}),

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.bounds import check_shape, check_size
+from offramp.kernels.memory import Arena
 from offramp.kernels.native import library
 from offramp.kernels.native_structures import Matrix
 
@@ -65,6 +66,9 @@ _NATIVE = {
 """Formats of the C kernels, with the names of their constants there."""
 
 
+_ARENA = Arena()
+
+
 class PackedWeight(Protocol):
     """A weight [out, in] with its bias; ``nbytes`` is what a product reads from memory."""
 
@@ -94,7 +98,9 @@ class NativeWeight:
         outs, columns = weight.shape
         check_size("rows of a weight", outs)
         check_size("columns of a weight", columns)
-        self._data = _encode(weight.float(), form)
+        data = _encode(weight.float(), form)
+        # fp32 may be the model's own tensor; no second one is made.
+        self._data = data if form is WeightFormat.FP32 else _ARENA.copy(data)
         self._bias = None if bias is None else bias.float().contiguous()
         if self._bias is not None:
             check_shape("bias", self._bias, (outs,))

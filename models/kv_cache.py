@@ -8,6 +8,7 @@ import mmap
 import torch
 from torch import Tensor
 
+from offramp.kernels.memory import untouched
 from offramp.models.config import ModelConfig
 
 
@@ -34,7 +35,10 @@ class KVCache:
         shape = (layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         # Not cleared: a page is read only where it was written, and on a CPU one that was never
         # used then takes no memory.
-        memory = torch.empty(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            memory = untouched(shape, dtype)
+        else:
+            memory = torch.empty(shape, dtype=dtype, device=device)
         self.pages = memory[: config.num_layers]
         self.flat = self.pages.flatten(2, 3)
         """The same memory as [layers, 2, places, kv_heads, head_dim]."""

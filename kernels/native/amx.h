@@ -9,7 +9,7 @@
 enum { AMX_OUTS = 32, AMX_ROWS = 16 };
 /* Fewest rows of inputs that it multiplies, by weight format: vectors are faster with less. */
 static const int AMX_LEAST_ROWS[] = {
-    [FORMAT_FP16] = TILE_ROWS + 1, [FORMAT_INT8] = 2, [FORMAT_INT4] = 3};
+    [FORMAT_FP16] = TILE_ROWS + 1, [FORMAT_INT8] = 2, [FORMAT_INT4] = 5};
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) &&                        \
     defined(__AVX512BF16__) && defined(__AVX512VNNI__)

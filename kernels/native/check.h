@@ -41,8 +41,9 @@ static void run_gates(const struct exit_head *h, const struct exit_check *c,
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {
             const float *state = c->hidden + c->places[r] * width;
-            scale_to_unit(state, w->normed + (size_t)r * width, width, h->eps);
-            prepare_columns(&h->router_up, &up, r, 0, width);
+            float *inputs = input_row(&h->router_up, &up, r, worker);
+            scale_to_unit(state, inputs, width, h->eps);
+            prepare_columns(&h->router_up, &up, r, inputs, 0, width);
         }
     matmul(&h->router_up, &up, worker);
     ONE_THREAD(worker) {
@@ -74,8 +75,9 @@ static void run_exit_head(const struct exit_head *h, const struct exit_check *c,
             for (int i = 0; i < width; i += LANES)
                 *(floats *)(scaled + i) =
                     *(const floats *)(state + i) * *(const floats *)(h->scale + i);
-            scale_to_unit(state, w->normed + (size_t)r * width, width, h->eps);
-            prepare_columns(&h->layer.gate_up, &to_gate_up, r, 0, width);
+            float *inputs = input_row(&h->layer.gate_up, &to_gate_up, r, worker);
+            scale_to_unit(state, inputs, width, h->eps);
+            prepare_columns(&h->layer.gate_up, &to_gate_up, r, inputs, 0, width);
         }
     run_gate_up(&h->layer, &to_gate_up, &to_down, worker);
     matmul(&h->layer.down, &to_down, worker);

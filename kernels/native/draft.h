@@ -132,8 +132,9 @@ static void draft_step(const struct shape *s, const struct draft_head *h, struct
             if (step == 0)
                 states =
                     b->state_rows[r] < 0 ? NULL : b->states + b->state_rows[r] * b->state_stride;
-            draft_inputs(s, h, d->ids[r], states, parts, d->inputs + (size_t)r * m->columns);
-            prepare_columns(m, &to_hidden, r, 0, m->columns);
+            float *inputs = d->inputs + (size_t)r * m->columns;
+            draft_inputs(s, h, d->ids[r], states, parts, inputs);
+            prepare_columns(m, &to_hidden, r, inputs, 0, m->columns);
         }
     matmul(m, &to_hidden, worker);
     make_keys_values(s, &h->layer, b, d->hidden, worker);

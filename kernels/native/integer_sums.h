@@ -20,20 +20,26 @@ enum { INTEGER_ROWS = 4, INTEGER_WIDTH = 1 };
 enum { INTEGER_ROWS = 4, INTEGER_WIDTH = 2 };
 #endif
 
-/* Inputs in fixed point, of each group those of all rows together. An odd ``stride`` keeps the
- * groups of a row apart in the cache. */
+/* Inputs in fixed point. Of each group the columns of all rows lie together, as tiles take them; an
+ * odd ``stride`` keeps the groups of a row apart in the cache. The other numbers of a row lie
+ * together, so that threads that convert different rows do not write into the same cache line. */
 struct fixed_point {
-    int stride;           /* rows, or one more */
-    int16_t *columns;     /* [groups, stride, GROUP] 16 bits each, as store_inputs puts them */
-    float *scales, *sums; /* [groups, stride]; sums: the scale times the sum of the columns */
-    int32_t *totals;      /* [groups, stride] the sums of the columns themselves */
+    int stride;       /* rows, or one more */
+    int numbers;      /* from a row's scales to those of the next */
+    int16_t *columns; /* [groups, stride, GROUP] 16 bits each, as store_inputs puts them */
+    float *scales;    /* [rows, numbers]: of each group; likewise: */
+    float *sums;      /* the scale times the sum of the columns */
+    int32_t *totals;  /* the sum of the columns */
 };
 
 /* Rows from ``row`` on, in group ``g``. */
 INLINE struct fixed_point at_group(struct fixed_point all, int g, int row) {
-    size_t i = (size_t)g * all.stride + row;
-    return (struct fixed_point){all.stride, all.columns + i * GROUP, all.scales + i, all.sums + i,
-                                all.totals + i};
+    size_t i = (size_t)row * all.numbers + g;
+    all.columns += ((size_t)g * all.stride + row) * GROUP;
+    all.scales += i;
+    all.sums += i;
+    all.totals += i;
+    return all;
 }
 
 /* The order in which a word of INT8, and two words of INT4, have eight columns. */
@@ -171,7 +177,7 @@ INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point i
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) {
             dots[r][v] = (dots[r][v] << 8) + low[r][v];
-            if (format == FORMAT_INT8) dots[r][v] -= 128 * inputs.totals[r];
+            if (format == FORMAT_INT8) dots[r][v] -= 128 * inputs.totals[r * inputs.numbers];
         }
 }
 

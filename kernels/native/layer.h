@@ -14,9 +14,9 @@ static void norm_inputs(const float *x, const float *weight, float eps, const st
     int columns = m->columns, size = chunk_size(t->rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, t->rows)
         for (; r < end; r++) {
-            rms_norm(x + (size_t)r * columns, weight, (float *)t->x + r * t->x_stride, columns,
-                     eps);
-            prepare_columns(m, t, r, 0, columns);
+            float *inputs = input_row(m, t, r, worker);
+            rms_norm(x + (size_t)r * columns, weight, inputs, columns, eps);
+            prepare_columns(m, t, r, inputs, 0, columns);
         }
 }
 
@@ -31,7 +31,8 @@ static void run_gate_up(const struct layer *l, const struct operands *in,
         multiply(&l->gate_up, in, c, end - c, worker);
         multiply(&l->gate_up, in, inner + c, end - c, worker);
         swiglu(in->out, inner, in->rows, c, end - c);
-        for (int r = 0; r < in->rows; r++) prepare_columns(&l->down, down, r, c, end);
+        for (int r = 0; r < in->rows; r++)
+            prepare_columns(&l->down, down, r, down->x + r * down->x_stride, c, end);
     }
 }
 

@@ -15,9 +15,9 @@ static void run_head(const struct lm_head *h, const struct head_rows *c, struct 
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {
-            rms_norm(c->hidden + c->places[r] * width, h->norm, w->normed + (size_t)r * width,
-                     width, h->eps);
-            prepare_columns(&h->weight, &to_logits, r, 0, width);
+            float *inputs = input_row(&h->weight, &to_logits, r, worker);
+            rms_norm(c->hidden + c->places[r] * width, h->norm, inputs, width, h->eps);
+            prepare_columns(&h->weight, &to_logits, r, inputs, 0, width);
         }
     matmul(&h->weight, &to_logits, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)

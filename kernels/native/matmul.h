@@ -65,10 +65,17 @@ INLINE int takes_fixed_point(const struct matrix *m) {
     return m->format >= FORMAT_INT8;
 }
 
-/* Convert columns [first, end) of a row of inputs, if products with ``m`` need it. */
-INLINE void prepare_columns(const struct matrix *m, const struct operands *t, int row, int first,
-                            int end) {
-    if (takes_fixed_point(m)) quantize_inputs(m, t, row, first, end);
+/* Convert columns [first, end) of a row of inputs, x [columns], if products with ``m`` need it. */
+INLINE void prepare_columns(const struct matrix *m, const struct operands *t, int row,
+                            const float *x, int first, int end) {
+    if (takes_fixed_point(m)) quantize_inputs(m, t, row, x, first, end);
+}
+
+/* Where to put inputs [columns] of ``row`` that are converted at once: products in fixed point
+ * read no others, so these need not leave the thread's cache. */
+INLINE float *input_row(const struct matrix *m, const struct operands *t, int row,
+                        const struct worker *worker) {
+    return takes_fixed_point(m) ? worker->panel : (float *)t->x + row * t->x_stride;
 }
 
 /* What else products with ``m`` need of the inputs beforehand; a phase of its own, or none. */
@@ -106,7 +113,8 @@ static void prepare_rows(const struct matrix *m, const struct operands *t, struc
     if (!takes_fixed_point(m)) return;
     int size = chunk_size(t->rows, worker);
     FOR_EACH_CHUNK(worker, row, end, size, t->rows)
-        for (; row < end; row++) prepare_columns(m, t, row, 0, m->columns);
+        for (; row < end; row++)
+            prepare_columns(m, t, row, t->x + row * t->x_stride, 0, m->columns);
 }
 
 #endif

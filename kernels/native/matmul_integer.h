@@ -20,12 +20,13 @@ enum { LARGEST_INPUT = 32512 };
 
 /* The operands' inputs in fixed point. */
 INLINE struct fixed_point fixed_point(const struct operands *t, int columns) {
-    int stride = t->rows | 1;
-    size_t numbers = (size_t)stride * (columns / GROUP);
+    enum { CACHE_LINE = 16 };
+    int groups = columns / GROUP, stride = t->rows | 1;
+    int numbers = (3 * groups + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
     int16_t *all = (int16_t *)t->prepared;
-    float *scales = (float *)(all + numbers * GROUP);
-    return (struct fixed_point){stride, all, scales, scales + numbers,
-                                (int32_t *)scales + 2 * numbers};
+    float *scales = (float *)(all + (size_t)stride * columns);
+    return (struct fixed_point){stride, numbers,         all,
+                                scales, scales + groups, (int32_t *)scales + 2 * groups};
 }
 
 /* One group of a row of inputs. */
@@ -38,8 +39,7 @@ INLINE void quantize_group(int format, const float *x, struct fixed_point to) {
         ints size = (ints)values[i] & 0x7fffffff;
         largest = (ints)select_lanes(size > largest, (floats)size, (floats)largest);
     }
-    int32_t most = 0;
-    for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
+    int32_t most = largest_lane(largest);
     float size;
     memcpy(&size, &most, sizeof size);
     /* Of a smaller group the reciprocal overflows. */
@@ -51,18 +51,16 @@ INLINE void quantize_group(int format, const float *x, struct fixed_point to) {
         sum += fixed;
         store_inputs(format, __builtin_convertvector((ints)fixed, shorts), i * LANES, to.columns);
     }
-    uint32_t total = 0; /* of inputs that are no numbers, any */
-    for (int i = 0; i < LANES; i++) total += sum[i];
+    uint32_t total = add_lanes(sum); /* of inputs that are no numbers, any */
     *to.scales = size < smallest ? 0 : size / LARGEST_INPUT;
     *to.sums = *to.scales * (int32_t)total;
     *to.totals = total;
 }
 
-/* Columns [first, end) of one row of inputs. */
-static void quantize_inputs(const struct matrix *m, const struct operands *t, int row, int first,
-                            int end) {
+/* Columns [first, end) of one row of inputs, x [columns]. */
+static void quantize_inputs(const struct matrix *m, const struct operands *t, int row,
+                            const float *x, int first, int end) {
     struct fixed_point to = fixed_point(t, m->columns);
-    const float *x = t->x + row * t->x_stride;
     for (int g = first / GROUP; g < end / GROUP; g++)
         quantize_group(m->format, x + g * GROUP, at_group(to, g, row));
 }
@@ -140,11 +138,13 @@ INLINE void multiply_lanes(int format, const uint8_t *set, int lane, int tile, i
             part_floats scale = load_fp16_part(set + 2 * (lane + PART_LANES * v));
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++)
-                sums[r][v] = add_scaled(sums[r][v], dots[r][v], scale, inputs.scales[r]);
+                sums[r][v] =
+                    add_scaled(sums[r][v], dots[r][v], scale, inputs.scales[r * inputs.numbers]);
             if (format == FORMAT_INT4) {
                 part_floats minimum = load_fp16_part(set + 2 * (SET + lane + PART_LANES * v));
 #pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) sums[r][v] += minimum * inputs.sums[r];
+                for (int r = 0; r < ROWS; r++)
+                    sums[r][v] += minimum * inputs.sums[r * inputs.numbers];
             }
         }
     }

@@ -37,6 +37,12 @@ static void set_integer_tiles(int rows) {
     _tile_loadconfig(&all[rows]);
 }
 
+/* Where ``levels`` has group ``g``: of one tile only a few groups, which stay in the first cache.
+ */
+INLINE uint8_t *levels_at(uint8_t *levels, int g, int tiles) {
+    return levels + (tiles > 1 ? g : g % 4) * TILE_GROUP_BYTES;
+}
+
 /* The levels of a group of a set of INT4, as bytes. */
 INLINE void unpack_levels(const uint8_t *set, uint8_t *to) {
     const uint8_t *levels = set + SET * SCALE_BYTES[FORMAT_INT4];
@@ -69,11 +75,11 @@ INLINE void multiply_set(int format, const uint8_t *set, uint8_t *levels, int ti
     for (int g = 0; g < groups + 2; g++) {
         fetch_next_set(format, set, g, groups, tile, tiles);
         if (unpack && g + 1 < groups)
-            unpack_levels(set + (g + 1) * bytes, levels + (g + 1) * TILE_GROUP_BYTES);
+            unpack_levels(set + (g + 1) * bytes, levels_at(levels, g + 1, tiles));
         if (g < groups) {
             _tile_loadd(2, at_group(all, g, row).columns, GROUP);
             if (format == FORMAT_INT4) {
-                const uint8_t *at = levels + g * TILE_GROUP_BYTES;
+                const uint8_t *at = levels_at(levels, g, tiles);
                 _tile_loadd(3, at, 64);
                 _tile_loadd(4, at + TILE_GROUP_BYTES / 2, 64);
             } else {
@@ -111,8 +117,8 @@ INLINE void multiply_set(int format, const uint8_t *set, uint8_t *levels, int ti
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 part_ints dots = (bytes_sums[2 * r] << 8) + bytes_sums[2 * r + 1];
-                sums[r][v] = add_scaled(sums[r][v], dots, scale, inputs.scales[r]);
-                if (format == FORMAT_INT4) sums[r][v] += minimum * inputs.sums[r];
+                sums[r][v] = add_scaled(sums[r][v], dots, scale, inputs.scales[r * inputs.numbers]);
+                if (format == FORMAT_INT4) sums[r][v] += minimum * inputs.sums[r * inputs.numbers];
             }
         }
     }

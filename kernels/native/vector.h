@@ -103,6 +103,28 @@ INLINE part_ints add_pairs(part_ints sums, part_ints a, int32_t b) {
 #endif
 }
 
+/* The largest lane of numbers that are not negative. */
+INLINE int32_t largest_lane(ints v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t most = 0;
+    for (int i = 0; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
+/* The sum of all lanes. */
+INLINE uint32_t add_lanes(uints v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    uint32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+#endif
+}
+
 /* Sum of all lanes: the upper half is added to the lower until one is left. */
 INLINE float sum_lanes(floats v) {
 #if defined(__AVX512F__)
