@@ -21,12 +21,15 @@ _ALIGNMENT = 64
 
 def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that take no memory before they are written to; then whole pages at a time."""
+    count = math.prod(shape)
+    if not count:
+        return torch.zeros(shape, dtype=dtype)
     # Private, because shared memory is not in large pages by default.
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=private)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         _ask_for_large_pages(memory)
-    return torch.frombuffer(memory, dtype=dtype)[: math.prod(shape)].view(shape)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _ask_for_large_pages(memory: mmap.mmap) -> None:
@@ -40,7 +43,7 @@ class Arena:
     """Tensors one behind the other in large pages; a page is given back when all in it are gone."""
 
     def __init__(self) -> None:
-        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._chunk = torch.zeros(0, dtype=torch.uint8)
         self._used = 0
 
     def copy(self, tensor: Tensor) -> Tensor:

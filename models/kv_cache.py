@@ -8,7 +8,6 @@ import mmap
 import torch
 from torch import Tensor
 
-from offramp.kernels.memory import untouched
 from offramp.models.config import ModelConfig
 
 
@@ -35,10 +34,7 @@ class KVCache:
         shape = (layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         # Not cleared: a page is read only where it was written, and on a CPU one that was never
         # used then takes no memory.
-        if device.type == "cpu":
-            memory = untouched(shape, dtype)
-        else:
-            memory = torch.empty(shape, dtype=dtype, device=device)
+        memory = torch.empty(shape, dtype=dtype, device=device)
         self.pages = memory[: config.num_layers]
         self.flat = self.pages.flatten(2, 3)
         """The same memory as [layers, 2, places, kv_heads, head_dim]."""

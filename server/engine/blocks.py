@@ -49,6 +49,7 @@ class BlockPool:
         self.block_size = block_size
         self._holders = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._written = bytearray(num_blocks)
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self.with_entries: set[int] = set()
@@ -63,6 +64,18 @@ class BlockPool:
     def num_used(self) -> int:
         """Blocks with a holder."""
         return self.num_blocks - len(self._free)
+
+    def before_start(self, number: int) -> int:
+        """The block behind which the ``number``-th sequence best begins.
+
+        Memory is the system's until it is written to for the first time, and getting it takes
+        longer than writing. So blocks that were used before, and whose content cannot be found, go
+        first. Otherwise sequences begin far apart, so that each finds neighbours free when growing.
+        """
+        first = next(iter(self._free), None)
+        if first is not None and self._written[first] and first not in self._hash_of:
+            return first - 1
+        return number * 7919 % self.num_blocks
 
     def allocate(self, count: int, after: int) -> list[int] | None:
         """Take ``count`` free blocks, first those next to block ``after``; None if there are fewer.
@@ -129,6 +142,7 @@ class BlockPool:
 
     def _take(self, block: int) -> int:
         del self._free[block]
+        self._written[block] = True
         self.with_entries.discard(block)
         digest = self._hash_of.pop(block, None)
         if digest is not None:
@@ -169,8 +183,7 @@ class SequenceMemory:
             shared = self.blocks.share(sequence.hashes[: (wanted - last) // size])
             cached = min(len(shared) * size, wanted - 1)
         missing = -(-len(sequence.tokens) // size) - len(shared)
-        # Sequences begin far apart, so that each finds neighbours free when it grows.
-        after = shared[-1] if shared else sequence.id * 7919 % self.blocks.num_blocks
+        after = shared[-1] if shared else self.blocks.before_start(sequence.id)
         new = self.blocks.allocate(missing, after)
         if new is None:
             self.blocks.release(shared)

@@ -187,3 +187,16 @@ def test_what_the_draft_head_finds_in_a_cached_prompt(
     # Blocks that are given out again hold nothing.
     assert memory.blocks.allocate(16, -1) is not None
     assert not memory.blocks.with_entries
+
+
+def test_a_sequence_begins_where_memory_was_used_before() -> None:
+    pool = BlockPool(1000, SIZE)
+    first, second = take(pool, 3, pool.before_start(1)), take(pool, 2, pool.before_start(2))
+    assert abs(second[0] - first[-1]) > 50
+    pool.release(first)
+    assert take(pool, 3, pool.before_start(3)) == first
+    pool.release(second)
+    pool.register(second[0], b"content")
+    # The other block of it comes first; what can be found stays.
+    assert take(pool, 2, pool.before_start(4))[0] == second[1]
+    assert pool.share([b"content"]) == second[:1]
