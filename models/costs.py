@@ -127,7 +127,8 @@ class CostModel:
 
     ``checks[i]`` are the exit checks after segment i, apart from ``segments[i]``; ``fill`` makes
     K,V of skipped layers by projection. ``first_guess`` is the draft head's first guess of each
-    sequence, ``next_guess`` one more.
+    sequence, ``next_guess`` one more. ``host`` is what planning and committing a pass through the
+    whole stack take, drafts included: with guesses there is more to do.
     """
 
     segments: list[StepCost]
@@ -136,6 +137,7 @@ class CostModel:
     fill: StepCost = field(default_factory=StepCost)
     first_guess: StepCost = field(default_factory=StepCost)
     next_guess: StepCost = field(default_factory=StepCost)
+    host: StepCost = field(default_factory=StepCost)
 
     @classmethod
     def of(cls, num_segments: int) -> CostModel:
@@ -161,8 +163,8 @@ class CostModel:
         return sum(cost.at(rows) for cost in self.segments[: segment + 1])
 
     def full_pass(self, rows: float) -> float:
-        """Seconds of all segments and the LM head."""
-        return self.above(0, rows) + self.head.at(rows)
+        """Seconds of all segments and the LM head, and of the host."""
+        return self.above(0, rows) + self.head.at(rows) + self.host.at(rows)
 
 
 def profile_costs(

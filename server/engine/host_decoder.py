@@ -115,9 +115,12 @@ class HostDecoder:
         counts, self._counts = self._counts, Counter()
         facts: dict[str, Any] = dict(counts, seconds=result.seconds, draft_seconds=drafting)
         facts |= self._drafting.counts()
+        host = started - begun - drafting + time.perf_counter() - ended
+        facts["host_seconds"] = host
         if isinstance(step, RunSegments) and step.last + 1 == len(self._queues):
             facts["prompt_full"] = checked_prompt_rows(step.work, sequences)
-        facts["host_seconds"] = started - begun - drafting + time.perf_counter() - ended
+            if step.first == 0:
+                self.governor.costs.host.add(sum(len(item.rows) for item in step.work), host)
         return results, step_stats(step, sequences, result, facts)
 
     def _plan(self, now: float) -> tuple[_Planned, list[Sequence]] | None:
