@@ -80,7 +80,10 @@ def draw(found: dict[str, Any], title: str, path: Path) -> None:
         axes.barh(names, width, left=left, label=part, color=colour)
         left = [a + b for a, b in zip(left, width, strict=True)]
     for name, total in zip(names, left, strict=True):
-        axes.annotate(f" {total:.1f} ms", (total, name), va="center", fontsize=8)
+        # On white, because the line of the weights may cross it.
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{total:.1f} ms", (total, name), fontsize=8, bbox=paper, **place)
     axes.axvline(found["weights_once_ms"], color="black", linestyle="--", linewidth=1)
     axes.annotate(
         " weights once from memory",

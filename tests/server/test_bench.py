@@ -38,9 +38,10 @@ def test_last_line_is_json_with_speed_depth_and_agreement(
     document = json.loads(out.splitlines()[-1])
     rows = {(row["mode"], row["concurrency"]): row for row in document["rows"]}
     assert set(rows) == {(mode, n) for mode in ("off", "adaptive") for n in (1, 3)}
-    for row in rows.values():
+    for (mode, _), row in rows.items():
         assert row["tokens_per_s"] > 0
-        assert row["mean_depth"] == 4
+        # Guesses that were wrong ran layers too.
+        assert row["mean_depth"] == 4 if mode == "off" else row["mean_depth"] >= 4
         assert row["agreement"] == 1.0
     assert rows["adaptive", 3]["same_answers_as_off"] == 1.0
     assert document["ratios"].keys() == {"off_1_to_transformers", "off_3_to_off_1"}
