@@ -177,7 +177,8 @@ INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point i
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) {
             dots[r][v] = (dots[r][v] << 8) + low[r][v];
-            if (format == FORMAT_INT8) dots[r][v] -= 128 * inputs.totals[r * inputs.numbers];
+            if (format == FORMAT_INT8)
+                dots[r][v] -= (int32_t)(128u * inputs.totals[r * inputs.numbers]);
         }
 }
 

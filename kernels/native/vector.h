@@ -32,6 +32,8 @@ typedef float floats4 __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 /* Whose sums and differences may wrap around. */
 typedef uint32_t uints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t uints8 __attribute__((vector_size(32)));
+typedef uint32_t uints4 __attribute__((vector_size(16)));
 typedef int16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef float part_floats __attribute__((vector_size(4 * PART_LANES), aligned(4), may_alias));
 typedef int32_t part_ints __attribute__((vector_size(4 * PART_LANES), aligned(4), may_alias));
@@ -114,15 +116,17 @@ INLINE int32_t largest_lane(ints v) {
 #endif
 }
 
-/* The sum of all lanes. */
+/* The sum of all lanes, which may wrap around. */
 INLINE uint32_t add_lanes(uints v) {
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_epi32((__m512i)v);
+    uints8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
-    uint32_t sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
+    uints8 a = v;
 #endif
+    uints4 b =
+        __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return b[0] + b[1] + (b[2] + b[3]);
 }
 
 /* Sum of all lanes: the upper half is added to the lower until one is left. */
