@@ -1,5 +1,4 @@
-/* AMX, the matrix unit of x86 processors: whether it is there, and the sizes of its tiles.
- */
+/* AMX, the matrix unit of x86 processors: whether it is there, and the sizes of its tiles. */
 #ifndef OFFRAMP_AMX_H
 #define OFFRAMP_AMX_H
 

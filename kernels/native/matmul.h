@@ -14,9 +14,10 @@ static size_t panel_floats(int columns) {
     return (size_t)AMX_OUTS * columns;
 }
 
-/* Floats of prepared inputs; AMX needs more than fixed point. */
+/* Floats of prepared inputs, in fixed point or split for AMX. */
 static size_t prepared_floats(int rows, int columns) {
-    return (size_t)(rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS * columns;
+    size_t split = (size_t)(rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS * columns;
+    return MAX(split, fixed_point_floats(rows, columns));
 }
 
 /* Outputs [out, out + count) of all rows of ``t``: x times the matrix transposed, plus its bias. */

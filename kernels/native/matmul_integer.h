@@ -18,11 +18,20 @@
 
 enum { LARGEST_INPUT = 32512 };
 
+/* Numbers of a row beside its columns, three a group: whole cache lines. */
+INLINE int fixed_point_numbers(int columns) {
+    enum { CACHE_LINE = 16 };
+    return (3 * (columns / GROUP) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+}
+
+/* Floats that inputs take in fixed point. */
+INLINE size_t fixed_point_floats(int rows, int columns) {
+    return (size_t)(rows | 1) * columns / 2 + (size_t)rows * fixed_point_numbers(columns);
+}
+
 /* The operands' inputs in fixed point. */
 INLINE struct fixed_point fixed_point(const struct operands *t, int columns) {
-    enum { CACHE_LINE = 16 };
-    int groups = columns / GROUP, stride = t->rows | 1;
-    int numbers = (3 * groups + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    int groups = columns / GROUP, stride = t->rows | 1, numbers = fixed_point_numbers(columns);
     int16_t *all = (int16_t *)t->prepared;
     float *scales = (float *)(all + (size_t)stride * columns);
     return (struct fixed_point){stride, numbers,         all,

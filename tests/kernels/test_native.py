@@ -270,6 +270,16 @@ def test_every_instruction_set_computes_the_same(
             assert got.equal(right)
 
 
+@pytest.mark.parametrize("columns", [32, 64, 576])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32])
+def test_inputs_in_fixed_point_fit_their_scratch_memory(rows: int, columns: int) -> None:
+    found = library()
+    assert found is not None
+    numbers = -(-3 * (columns // 32) // 16) * 16
+    needed = (rows | 1) * columns // 2 + rows * numbers
+    assert found._function("prepared_floats")(rows, columns) >= needed
+
+
 def test_the_source_has_no_warnings(tmp_path: Path) -> None:
     words = [*compiler(), "-std=gnu11", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
     for tuning in {native_build._tuning(each) for each in (None, *VARIANTS[-1:])}:
