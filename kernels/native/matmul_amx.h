@@ -42,37 +42,6 @@ INLINE void dequantize_split(int format, const uint8_t *row, int g, uint16_t *hi
     _mm512_storeu_si512(low, l);
 }
 
-/* Transpose 16 x 16 words of 32 bits. */
-INLINE void transpose(__m512i v[16]) {
-    __m512i t[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
 /* Split the inputs, one phase. For each set of 16 rows, and for each 32 columns of it: a tile of
  * the high halves and one of the low halves, with pairs of columns down and the rows across. */
 static void amx_split_inputs(const struct operands *t, int columns, struct worker *worker) {
@@ -88,8 +57,8 @@ static void amx_split_inputs(const struct operands *t, int columns, struct worke
                 const float *x = t->x + (first + r) * t->x_stride + c;
                 split(*(const floats *)x, *(const floats *)(x + LANES), &high[r], &low[r]);
             }
-            transpose(high);
-            transpose(low);
+            transpose((floats *)high);
+            transpose((floats *)low);
             uint32_t *to = (uint32_t *)t->prepared + (size_t)i * 2 * TILE_WORDS;
             for (int r = 0; r < 16; r++) {
                 _mm512_storeu_si512(to + r * 16, high[r]);
@@ -103,7 +72,7 @@ INLINE void store_tile(float sums[16][16], const float *bias, const struct opera
                        int out, int outs) {
     __m512i v[16];
     for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(sums[i]);
-    transpose(v);
+    transpose((floats *)v);
     __mmask16 mask = outs >= 16 ? 0xffff : (1u << outs) - 1;
     __m512 added = bias ? _mm512_maskz_loadu_ps(mask, bias + out) : _mm512_setzero_ps();
     for (int r = 0; r < MIN(16, t->rows - row); r++) {

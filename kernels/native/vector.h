@@ -48,6 +48,17 @@ INLINE floats select_lanes(ints mask, floats a, floats b) {
     return (floats)((mask & (ints)a) | (~mask & (ints)b));
 }
 
+/* The larger of each two lanes; that of ``b`` where one is no number. */
+INLINE floats larger(floats a, floats b) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select_lanes(a > b, a, b);
+#endif
+}
+
 /* ``v``, which several instructions use: keeps the compiler from loading it for each of them. */
 INLINE floats in_register(floats v) {
 #if defined(__AVX__)
@@ -183,10 +194,59 @@ INLINE floats sum_lanes_end(const floats v[4]) {
 #endif
 }
 
+/* Rows of a square of 32-bit words become its columns. */
+INLINE void transpose(floats rows[LANES]) {
+#if defined(__AVX512F__)
+    __m512i a[16], b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512i c = _mm512_shuffle_i32x4(b[j], b[j + 4], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(b[j], b[j + 4], 0xdd);
+        __m512i e = _mm512_shuffle_i32x4(b[j + 8], b[j + 12], 0x88);
+        __m512i f = _mm512_shuffle_i32x4(b[j + 8], b[j + 12], 0xdd);
+        rows[j] = (floats)_mm512_shuffle_i32x4(c, e, 0x88);
+        rows[j + 4] = (floats)_mm512_shuffle_i32x4(d, f, 0x88);
+        rows[j + 8] = (floats)_mm512_shuffle_i32x4(c, e, 0xdd);
+        rows[j + 12] = (floats)_mm512_shuffle_i32x4(d, f, 0xdd);
+    }
+#else
+    floats a[8], b[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = __builtin_shufflevector(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        a[i + 1] = __builtin_shufflevector(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            floats low = a[i + j], high = a[i + j + 2];
+            b[i + 2 * j] = __builtin_shufflevector(low, high, 0, 1, 8, 9, 4, 5, 12, 13);
+            b[i + 2 * j + 1] = __builtin_shufflevector(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        rows[j] = __builtin_shufflevector(b[j], b[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        rows[j + 4] = __builtin_shufflevector(b[j], b[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#endif
+}
+
 /* exp with arguments clamped to [-87, 88]; relative error 2e-7 (the polynomial of Cephes' expf). */
 INLINE floats vector_exp(floats x) {
-    x = select_lanes(x < -87.0f, broadcast(-87.0f), x);
-    x = select_lanes(x > 88.0f, broadcast(88.0f), x);
+    x = larger(broadcast(-87.0f), -larger(broadcast(-88.0f), -x));
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
     floats n = x * 1.44269504088896341f + magic - magic;
     floats r = x - n * 0.693359375f;
