@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from offramp.kernels.kv_formats import FORMATS, row_size
+
 LARGEST = 2**31 - 1
 
 
@@ -50,9 +52,9 @@ def check_pages(pages: Tensor, last_layer: int, kv_heads: int, head_dim: int) ->
     A draft head's layer lies behind the view of the stack's, in the same memory.
     """
     whole = pages.dim() == 6 and pages.shape[1] == 2 and pages.is_contiguous()
-    if not whole or pages.shape[4:] != (kv_heads, head_dim):
+    if not whole or pages.shape[4:] != (kv_heads, row_size(head_dim, pages.dtype)):
         raise ValueError(f"pages of the shape {tuple(pages.shape)} do not fit the layers")
-    if pages.dtype not in {torch.float32, torch.float16} or pages.device.type != "cpu":
+    if pages.dtype not in FORMATS or pages.device.type != "cpu":
         raise ValueError(f"pages are {pages.dtype} on {pages.device}")
     stride = pages.stride(0)
     end = (pages.storage_offset() + (last_layer + 1) * stride) * pages.itemsize

@@ -21,6 +21,7 @@ from offramp.kernels.bounds import (
     check_shape,
     check_size,
 )
+from offramp.kernels.kv_formats import FORMATS
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import Batch, Layer, Matrix, Shape
@@ -123,14 +124,14 @@ class NativeLayers:
         """``hidden`` [T, width] after the layers.
 
         Writes the rows' K,V into ``pages`` [layers, 2, blocks, block_size, kv_heads, head_dim],
-        fp32 or fp16. Raises ValueError for tensors of other shapes, IndexError for blocks that
+        see kv_formats. Raises ValueError for tensors of other shapes, IndexError for blocks that
         pages do not have.
         """
         count = hidden.shape[0]
         check_shape("hidden", hidden, (count, self.shape.width))
         self._check(count, rows, pages, taps)
         out = hidden.clone()
-        batch = _batch(count, rows, pages, taps)
+        batch = self._batch(count, rows, pages, taps)
         self._library.run_layers(self.shape, self.layers, batch, out)
         return out
 
@@ -152,7 +153,7 @@ class NativeLayers:
         check_indices("tokens", min(ids), max(ids), embeddings.outs)
         self._check(count, rows, pages, taps)
         out = torch.empty(count, self.shape.width)
-        batch, numbers = _batch(count, rows, pages, taps), array("q", ids)
+        batch, numbers = self._batch(count, rows, pages, taps), array("q", ids)
         address = address_of(numbers)
         self._library.run_layers(self.shape, self.layers, batch, out, embeddings, address)
         return out
@@ -160,6 +161,25 @@ class NativeLayers:
     def check_pages(self, pages: Tensor) -> None:
         """Raise ValueError unless ``pages`` hold K,V of the layers."""
         check_pages(pages, self._last, self.shape.kv_heads, self.shape.head_dim)
+
+    def _batch(self, count: int, rows: HostRows, pages: Tensor, taps: Taps | None) -> Batch:
+        cos, sin = rows.rotary.angles
+        return Batch(
+            count,
+            rows.block_size,
+            rows.longest,
+            self._library.constant(FORMATS[pages.dtype]),
+            pages.data_ptr(),
+            pages.stride(1) * pages.itemsize,
+            address_of(rows.places),
+            address_of(rows.positions),
+            address_of(rows.first_blocks),
+            address_of(rows.blocks),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            address_of(rows.angles),
+            *_tap_pointers(taps),
+        )
 
     def _check(self, count: int, rows: HostRows, pages: Tensor, taps: Taps | None) -> None:
         if len(rows) != count:
@@ -220,26 +240,6 @@ def _check_layer(layer: LayerWeights, sizes: LayerSizes) -> None:
         if norm is not None:
             check_shape(name, norm, (sizes.head_dim,))
     check_indices("layers", layer.index, layer.index, 2**31)
-
-
-def _batch(count: int, rows: HostRows, pages: Tensor, taps: Taps | None) -> Batch:
-    cos, sin = rows.rotary.angles
-    return Batch(
-        count,
-        rows.block_size,
-        rows.longest,
-        pages.dtype is torch.float16,
-        pages.data_ptr(),
-        pages.stride(1),
-        address_of(rows.places),
-        address_of(rows.positions),
-        address_of(rows.first_blocks),
-        address_of(rows.blocks),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        address_of(rows.angles),
-        *_tap_pointers(taps),
-    )
 
 
 def _tap_pointers(taps: Taps | None) -> tuple[int | None, ...]:

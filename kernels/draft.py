@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offramp.kernels.bounds import check_indices, check_shape
 from offramp.kernels.decoder import NativeLayers, address_of, matrix_of, rows_matrix
+from offramp.kernels.kv_formats import FORMATS
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import Batch, DraftCall, DraftHeadWeights, Matrix
@@ -161,9 +162,9 @@ class NativeDraft:
         batch = Batch(
             block_size=size,
             longest=longest,
-            half=pages.dtype is torch.float16,
+            kv_format=self._library.constant(FORMATS[pages.dtype]),
             pages=pages.data_ptr(),
-            page_size=pages.stride(1),
+            page_size=pages.stride(1) * pages.itemsize,
             blocks=address_of(blocks),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),

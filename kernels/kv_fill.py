@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offramp.kernels.active_rows import SegmentBatch
 from offramp.kernels.backend import compute_type, jit, next_power_of_2, tl, triton, uses_triton
+from offramp.kernels.kv_formats import page_parts, write_kv
 from offramp.kernels.linear import Matrix, linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
@@ -47,21 +48,22 @@ def project_kv(
 ) -> None:
     """Fill every layer of ``pages`` for ``hidden`` [n, d], in as few operations as one layer takes.
 
-    ``pages`` is [layers, 2, blocks, block_size, kv_heads, head_dim].
+    ``pages`` is [layers, 2, blocks, block_size, kv_heads, head_dim], or as kv_formats has it.
     ``weight`` [layers * 2 * kv_heads * head_dim, d]: per layer the K rows then the V rows, each
     column already scaled by that layer's norm weight. ``k_norm`` [layers, head_dim] is the models'
     per-head key norm, if any. ``places`` [n] as in `store_kv`; ``cos`` and ``sin`` at each row's
     own position.
     """
-    layers, _, _, _, kv_heads, dim = pages.shape
+    layers, _, _, _, kv_heads, _ = pages.shape
     rows = hidden.shape[0]
     kv = linear(rms_norm(hidden, None, eps), weight, bias)
+    dim = kv.shape[1] // (layers * 2 * kv_heads)
     kv = kv.view(rows, layers, 2, kv_heads, dim)
     k = kv[:, :, 0]
     if k_norm is not None:
         k = rms_norm(k, k_norm.unsqueeze(1), eps)
     k = rotate(k.reshape(rows, layers * kv_heads, dim), cos, sin).view(rows, layers, kv_heads, dim)
-    _scatter(torch.stack((k, kv[:, :, 1]), dim=2), pages, places)
+    write_kv(torch.stack((k, kv[:, :, 1]), dim=2), pages, places)
 
 
 def fill_kv(
@@ -123,8 +125,10 @@ def copy_kv(source: Tensor, pages: Tensor, places: Tensor) -> None:
 
     ``source`` is one layer of pages, ``pages`` the skipped layers'; ``places`` as in `store_kv`.
     """
-    kv = source.flatten(1, 2)[:, places].transpose(0, 1)
-    _scatter(kv.unsqueeze(1).expand(-1, len(pages), -1, -1, -1), pages, places)
+    size = pages.shape[3]
+    blocks, offsets = places // size, places % size
+    for part, own in zip(page_parts(pages), page_parts(source), strict=True):
+        part[:, :, blocks, offsets] = own[:, blocks, offsets]
 
 
 def clear_kv(pages: Tensor, places: Tensor) -> None:
@@ -132,15 +136,9 @@ def clear_kv(pages: Tensor, places: Tensor) -> None:
 
     SpecEE's released code (arXiv 2504.08850) leaves the skipped layers' K,V absent.
     """
-    layers, _, blocks, size, kv_heads, dim = pages.shape
-    pages.view(layers, 2, blocks * size, kv_heads, dim).index_fill_(2, places, 0)
-
-
-def _scatter(kv: Tensor, pages: Tensor, places: Tensor) -> None:
-    """Write ``kv`` [n, layers, 2, kv_heads, head_dim] at ``places`` of every layer."""
-    layers, _, blocks, size, kv_heads, dim = pages.shape
-    flat = pages.view(layers, 2, blocks * size, kv_heads, dim)
-    flat.index_copy_(2, places, kv.permute(1, 2, 0, 3, 4).to(flat.dtype))
+    size = pages.shape[3]
+    for part in page_parts(pages):
+        part[:, :, places // size, places % size] = 0
 
 
 @jit

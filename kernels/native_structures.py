@@ -60,7 +60,7 @@ class Batch(ctypes.Structure):
         ("rows", c_int32),
         ("block_size", c_int32),
         ("longest", c_int32),
-        ("half", c_int32),
+        ("kv_format", c_int32),
         ("pages", c_void_p),
         ("page_size", c_int64),
         ("places", c_void_p),

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from offramp.kernels.kv_formats import page_parts
 from offramp.kernels.rows import HostRows, Span, flat_places
 from offramp.models.exits.decision_heads import DecisionHeads, DecisionTask, features
 from offramp.models.kv_cache import KVCache
@@ -106,7 +107,8 @@ class Decider:
         for source, target, count in step.copies:
             groups.setdefault((source, count), []).append(target)
         for (source, count), targets in groups.items():
-            pages[:, :, targets, :count] = pages[:, :, source, None, :count]
+            for part in page_parts(pages):
+                part[:, :, targets, :count] = part[:, :, source, None, :count]
             if top:
                 states[targets, :count] = states[source, :count]
 

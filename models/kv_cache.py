@@ -8,11 +8,14 @@ import mmap
 import torch
 from torch import Tensor
 
+from offramp.kernels.kv_formats import row_size
 from offramp.models.config import ModelConfig
 
 
 class KVCache:
-    """K and V pages: one tensor [layers, 2, blocks, block_size, kv_heads, head_dim].
+    """K and V pages: one tensor [layers, 2, blocks, block_size, kv_heads, row size].
+
+    A row has head_dim numbers of ``dtype``, and in int16 a scale (kernels/kv_formats.py).
 
     A block id names the same page in every layer. The engine decides which
     sequence owns which block; this class only holds memory. ``extra_layers`` lie above the stack's
@@ -31,13 +34,14 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         layers = config.num_layers + extra_layers
-        shape = (layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        row = row_size(config.head_dim, dtype)
+        shape = (layers, 2, num_blocks, block_size, config.num_kv_heads, row)
         # Not cleared: a page is read only where it was written, and on a CPU one that was never
         # used then takes no memory.
         memory = torch.empty(shape, dtype=dtype, device=device)
         self.pages = memory[: config.num_layers]
         self.flat = self.pages.flatten(2, 3)
-        """The same memory as [layers, 2, places, kv_heads, head_dim]."""
+        """The same memory as [layers, 2, places, kv_heads, row size]."""
         parts = memory.flatten(2, 3).flatten(0, 1).unbind()
         self.layers: list[tuple[Tensor, Tensor]] = list(zip(parts[::2], parts[1::2], strict=True))
 
@@ -55,4 +59,5 @@ def bytes_per_block(
     config: ModelConfig, block_size: int, dtype: torch.dtype, extra_layers: int = 0
 ) -> int:
     """Bytes one block takes over all layers, K and V together."""
-    return 2 * (config.num_layers + extra_layers) * block_size * config.kv_size * dtype.itemsize
+    row = row_size(config.head_dim, dtype) * dtype.itemsize
+    return 2 * (config.num_layers + extra_layers) * block_size * config.num_kv_heads * row

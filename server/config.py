@@ -89,11 +89,12 @@ class EngineConfig(_Options):
     engine_restarts: int = _option(
         "Scheduling", 3, "Times that an engine which fails is built anew.", ge=0
     )
-    kv_cache_dtype: Literal["auto", "float32", "float16"] = _option(
+    kv_cache_dtype: Literal["auto", "float32", "float16", "int16"] = _option(
         "Cache",
         "auto",
-        "Number format of K and V: auto is that of --dtype. On a CPU float16 halves their memory "
-        "and rounds them; it needs the C kernels.",
+        "Number format of K and V: auto is int16, 16-bit integers with scales, beside weights of "
+        "4 and 8 bits, else that of --dtype. On a CPU int16 and float16 halve their memory and "
+        "round them, float16 more; both need the C kernels.",
     )
     block_size: int = _option("Cache", 16, "Tokens in a KV block.", ge=1, le=1024)
     kv_cache_memory: float | None = _option(

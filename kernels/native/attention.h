@@ -13,6 +13,8 @@ enum { RUN_ROWS = 16 };
 enum { MOST_HEADS = 6, COLUMN_HEADS = 3, KEY_VECTORS = LANES == 16 ? 2 : 1 };
 /* Queries of a run from which on its keys become columns. */
 enum { MANY_QUERIES = 18 };
+/* Values that become floats at once. */
+enum { PANEL_VALUES = 32 };
 /* Columns of values whose sums stay in registers for four queries, in vectors. */
 enum { VALUE_VECTORS = LANES == 16 ? 4 : 2 };
 
@@ -38,88 +40,26 @@ static size_t score_floats(const struct shape *s, const struct batch *b) {
     return MAX(RUN_ROWS * (s->heads / s->kv_heads), s->heads) * score_stride(b);
 }
 
-/* Keys and values are fp16 (HALF) or fp32; their addresses and the distances between them are in
- * bytes. */
-INLINE size_t number_bytes(const int HALF) {
-    return HALF ? 2 : 4;
-}
-
-INLINE floats load_kv(const uint8_t *at, const int HALF) {
-    return HALF ? load_fp16(at) : *(const floats *)at;
-}
-
-/* The first position that a row at ``position`` sees. */
-INLINE int64_t context_start(const struct shape *s, int64_t position) {
-    return s->window && position >= s->window ? position + 1 - s->window : 0;
-}
-
-/* What a run reads of some heads' keys and values: a part for each block of its context, first of
- * the keys, then of the values. */
-struct context {
-    const struct batch *batch;
-    const int64_t *blocks;
-    const uint8_t *keys;
-    size_t stride, values; /* bytes from one key to the next, and from keys to values */
-    int64_t first, end;
-    int parts; /* of the keys alone */
-};
-
-/* The context of the rows ``row`` to ``row + count - 1``, of heads from ``head`` on. */
-INLINE struct context context_of(const struct shape *s, const struct layer *l,
-                                 const struct batch *b, int row, int count, int head,
-                                 const int HALF) {
-    int size = b->block_size;
-    size_t bytes = number_bytes(HALF);
-    int64_t first = context_start(s, b->positions[row]), end = b->positions[row + count - 1] + 1;
-    return (struct context){
-        .batch = b,
-        .blocks = b->blocks + b->first_blocks[row],
-        .keys = layer_keys(l, b) + head * s->head_dim * bytes,
-        .stride = s->kv_heads * s->head_dim * bytes,
-        .values = b->page_size * bytes,
-        .first = first,
-        .end = end,
-        .parts = (end - 1) / size - first / size + 1,
-    };
-}
-
-/* ``count`` keys, or values, from position ``first`` on. */
-struct part {
-    const uint8_t *at;
-    int64_t first;
-    int count;
-};
-
-INLINE struct part context_part(const struct context *c, int index) {
-    int size = c->batch->block_size, values = index >= c->parts;
-    int64_t block = c->first / size + index - (values ? c->parts : 0);
-    int64_t first = MAX(c->first, block * size), after = MIN((block + 1) * size, c->end);
-    int64_t place = c->blocks[block] * size + first - block * size;
-    const uint8_t *at = c->keys + (values ? c->values : 0) + place * c->stride;
-    return (struct part){at, first, after - first};
-}
-
-/* Fetch ``bytes`` of each key or value of a part, if there is one. */
-INLINE void fetch_part(const struct context *c, int index, size_t bytes) {
-    if (index >= 2 * c->parts) return;
-    struct part part = context_part(c, index);
-    for (int i = 0; i < part.count; i++, part.at += c->stride)
-        for (size_t line = 0; line < bytes; line += 64)
-            __builtin_prefetch(part.at + line, 0, 3);
-}
-
-/* Up to LANES keys k of ``count``, ``stride`` apart, as columns: to [dim, LANES]. */
-INLINE void transpose_keys(const uint8_t *k, size_t stride, int dim, int count, float *to,
-                           const int HALF) {
-    for (int column = 0; column < dim; column += LANES, to += LANES * LANES) {
+/* LANES keys of a part from ``first`` on, as columns: to [dim, LANES]. */
+INLINE void transpose_keys(const struct part *part, int first, float *to, const int FORMAT) {
+    const uint8_t *keys = part->at + first * part->stride;
+    int last = part->count - first - 1;
+    for (int column = 0; column < part->dim; column += LANES, to += LANES * LANES) {
         floats rows[LANES];
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++)
-            rows[i] = load_kv(k + MIN(i, count - 1) * stride + column * number_bytes(HALF), HALF);
+            rows[i] =
+                load_kv(keys + MIN(i, last) * part->stride + column * number_bytes(FORMAT), FORMAT);
         transpose(rows);
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) *(floats *)(to + i * LANES) = rows[i];
     }
+}
+
+/* What products of queries with LANES keys of a part, from ``first`` on, are multiplied with. */
+INLINE floats score_scales(const struct part *part, int first, float scale, const int FORMAT) {
+    if (FORMAT != KV_INT16) return broadcast(scale);
+    return scale * load_scales(part->scales + first, part->count - first, 0);
 }
 
 /* The heads of a run's rows that read the same keys and values, ``group`` of each row: where their
@@ -144,11 +84,14 @@ INLINE void find_heads(const struct run_heads *all, int from, float **found, con
 #define TILES(HEADS, DO)                                                                           \
     for (; count - from >= HEADS; from += HEADS) DO(HEADS)
 
-/* Scores of HEADS queries from number ``from`` on for ``number`` keys k, up to LANES, ``stride``
- * apart, to [HEADS, span]. Lanes of columns are multiplied and then added up. */
-INLINE void score_rows(const struct run_heads *queries, int from, const uint8_t *k, size_t stride,
-                       int number, float scale, float *to, size_t span, const int HEADS,
-                       const int FULL, const int HALF) {
+/* Scores of HEADS queries from number ``from`` on for LANES keys of a part, the ``first`` and those
+ * behind it, to [HEADS, span]. Lanes of columns are multiplied and then added up. FULL says that
+ * there are so many keys. */
+INLINE void score_rows(const struct run_heads *queries, int from, const struct part *part,
+                       int first, floats scales, float *to, size_t span, const int HEADS,
+                       const int FULL, const int FORMAT) {
+    const uint8_t *k = part->at + first * part->stride;
+    int last = part->count - first - 1;
     float *q[MOST_HEADS];
     floats quarters[4][4];
     find_heads(queries, from, q, HEADS);
@@ -158,7 +101,7 @@ INLINE void score_rows(const struct run_heads *queries, int from, const uint8_t 
         const uint8_t *keys[LANES / 4];
 #pragma GCC unroll 4
         for (int j = 0; j < LANES / 4; j++) {
-            keys[j] = k + (FULL ? 4 * j + i : MIN(4 * j + i, number - 1)) * stride;
+            keys[j] = k + (FULL ? 4 * j + i : MIN(4 * j + i, last)) * part->stride;
 #pragma GCC unroll 4
             for (int h = 0; h < HEADS; h++) sums[h][j] = (floats){0};
         }
@@ -166,7 +109,7 @@ INLINE void score_rows(const struct run_heads *queries, int from, const uint8_t 
             floats parts[LANES / 4];
 #pragma GCC unroll 4
             for (int j = 0; j < LANES / 4; j++)
-                parts[j] = in_register(load_kv(keys[j] + column * number_bytes(HALF), HALF));
+                parts[j] = in_register(load_kv(keys[j] + column * number_bytes(FORMAT), FORMAT));
 #pragma GCC unroll 4
             for (int h = 0; h < HEADS; h++) {
                 floats query = *(const floats *)(q[h] + column);
@@ -178,25 +121,27 @@ INLINE void score_rows(const struct run_heads *queries, int from, const uint8_t 
         for (int h = 0; h < HEADS; h++) quarters[h][i] = sum_lanes_begin(sums[h]);
     }
 #pragma GCC unroll 4
-    for (int h = 0; h < HEADS; h++) *(floats *)(to + h * span) = scale * sum_lanes_end(quarters[h]);
+    for (int h = 0; h < HEADS; h++)
+        *(floats *)(to + h * span) = scales * sum_lanes_end(quarters[h]);
 }
 
-/* The same of ``count`` queries for the keys of a part. */
-INLINE void score_few(const struct run_heads *queries, int count, struct part part, size_t stride,
-                      float scale, float *to, size_t span, const int HALF) {
-    for (; part.count > 0; part.count -= LANES, part.at += LANES * stride, to += LANES) {
+/* The same of ``count`` queries for all keys of a part. */
+INLINE void score_few(const struct run_heads *queries, int count, const struct part *part,
+                      float scale, float *to, size_t span, const int FORMAT) {
+    for (int i = 0; i < part->count; i += LANES, to += LANES) {
         int from = 0;
+        floats scales = score_scales(part, i, scale, FORMAT);
 #define SCORE_FULL(HEADS)                                                                          \
-    score_rows(queries, from, part.at, stride, LANES, scale, to + from * span, span, HEADS, 1, HALF)
+    score_rows(queries, from, part, i, scales, to + from * span, span, HEADS, 1, FORMAT)
 #define SCORE(HEADS)                                                                               \
-    score_rows(queries, from, part.at, stride, part.count, scale, to + from * span, span, HEADS,   \
-               0, HALF)
-        if (part.count >= LANES) {
+    score_rows(queries, from, part, i, scales, to + from * span, span, HEADS, 0, FORMAT)
+        if (part->count - i >= LANES) {
             TILES(4, SCORE_FULL);
             TILES(3, SCORE_FULL);
             TILES(2, SCORE_FULL);
             TILES(1, SCORE_FULL);
         } else {
+            TILES(3, SCORE);
             TILES(1, SCORE);
         }
 #undef SCORE_FULL
@@ -227,8 +172,9 @@ INLINE void add_lane(float *const *q, const float *keys, int dim, int lane,
 
 /* Scores of HEADS queries from number ``from`` on for these keys, to [HEADS, span]. The lanes that
  * score_rows has are added up in its order, that of sum_lanes. */
-INLINE void score_columns(const struct run_heads *queries, int from, const float *keys, float scale,
-                          float *to, size_t span, const int HEADS, const int VECTORS) {
+INLINE void score_columns(const struct run_heads *queries, int from, const float *keys,
+                          const floats *scales, float *to, size_t span, const int HEADS,
+                          const int VECTORS) {
     int dim = queries->dim;
     float *q[MOST_HEADS];
     find_heads(queries, from, q, HEADS);
@@ -251,23 +197,25 @@ INLINE void score_columns(const struct run_heads *queries, int from, const float
     for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; v++)
-            *(floats *)(to + h * span + v * LANES) = scale * (halves[0][h][v] + halves[1][h][v]);
+            *(floats *)(to + h * span + v * LANES) =
+                scales[v] * (halves[0][h][v] + halves[1][h][v]);
 }
 
-/* The same of ``count`` queries for the keys of a part, which become columns first: that pays for
+/* The same of ``count`` queries for all keys of a part, which become columns first: that pays for
  * many queries. ``panel`` [KEY_VECTORS, dim, LANES] is scratch. */
-INLINE void score_many(const struct run_heads *queries, int count, struct part part, size_t stride,
-                       float scale, float *to, size_t span, float *panel, const int HALF) {
-    int dim = queries->dim;
-    for (int i = 0; i < part.count; i += KEY_VECTORS * LANES) {
-        int left = part.count - i, from = 0;
-        for (int j = 0; j < KEY_VECTORS * LANES && j < left; j += LANES)
-            transpose_keys(part.at + (i + j) * stride, stride, dim, left - j, panel + j * dim,
-                           HALF);
+INLINE void score_many(const struct run_heads *queries, int count, const struct part *part,
+                       float scale, float *to, size_t span, float *panel, const int FORMAT) {
+    for (int i = 0; i < part->count; i += KEY_VECTORS * LANES) {
+        int left = part->count - i, from = 0;
+        floats scales[KEY_VECTORS];
+        for (int v = 0; v < KEY_VECTORS && v * LANES < left; v++) {
+            transpose_keys(part, i + v * LANES, panel + v * LANES * part->dim, FORMAT);
+            scales[v] = score_scales(part, i + v * LANES, scale, FORMAT);
+        }
 #define SCORE_BOTH(HEADS)                                                                          \
-    score_columns(queries, from, panel, scale, to + i + from * span, span, HEADS, KEY_VECTORS)
+    score_columns(queries, from, panel, scales, to + i + from * span, span, HEADS, KEY_VECTORS)
 #define SCORE(HEADS)                                                                               \
-    score_columns(queries, from, panel, scale, to + i + from * span, span, HEADS, 1)
+    score_columns(queries, from, panel, scales, to + i + from * span, span, HEADS, 1)
         if (left > LANES) {
             TILES(3, SCORE_BOTH);
             TILES(1, SCORE_BOTH);
@@ -305,7 +253,7 @@ static void softmax(float *scores, int64_t count) {
  * ``count`` values v, ``stride`` apart, times the weights [HEADS, span]. */
 INLINE void value_tile(const struct run_heads *results, int from, const uint8_t *v, size_t stride,
                        int count, const float *weights, size_t span, int column, const int HEADS,
-                       const int WIDE, const int HALF) {
+                       const int WIDE, const int FORMAT) {
     float *out[MOST_HEADS];
     floats sums[MOST_HEADS][VALUE_VECTORS];
     find_heads(results, from, out, HEADS);
@@ -313,11 +261,11 @@ INLINE void value_tile(const struct run_heads *results, int from, const uint8_t 
     for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 4
         for (int i = 0; i < WIDE; i++) sums[h][i] = *(floats *)(out[h] + column + i * LANES);
-    v += column * number_bytes(HALF);
+    v += column * number_bytes(FORMAT);
     for (int p = 0; p < count; p++, v += stride)
 #pragma GCC unroll 4
         for (int i = 0; i < WIDE; i++) {
-            floats value = in_register(load_kv(v + i * LANES * number_bytes(HALF), HALF));
+            floats value = in_register(load_kv(v + i * LANES * number_bytes(FORMAT), FORMAT));
 #pragma GCC unroll 6
             for (int h = 0; h < HEADS; h++) sums[h][i] += weights[h * span + p] * value;
         }
@@ -327,14 +275,14 @@ INLINE void value_tile(const struct run_heads *results, int from, const uint8_t 
         for (int i = 0; i < WIDE; i++) *(floats *)(out[h] + column + i * LANES) = sums[h][i];
 }
 
-/* The same for ``count`` results and the values of a part, in all columns. */
-INLINE void add_values(const struct run_heads *results, int count, struct part part, size_t stride,
-                       const float *weights, size_t span, const int HALF) {
+/* The same for ``count`` results, in all columns. */
+INLINE void value_tiles(const struct run_heads *results, int count, const uint8_t *v, size_t stride,
+                        int values, const float *weights, size_t span, const int FORMAT) {
     const int WIDTH = VALUE_VECTORS * LANES;
     int column = 0;
 #define ADD(HEADS)                                                                                 \
-    value_tile(results, from, part.at, stride, part.count, weights + from * span, span, column,    \
-               HEADS, WIDE, HALF)
+    value_tile(results, from, v, stride, values, weights + from * span, span, column, HEADS, WIDE, \
+               FORMAT)
 #define ADD_ALL                                                                                    \
     TILES(6, ADD);                                                                                 \
     TILES(4, ADD);                                                                                 \
@@ -357,30 +305,60 @@ INLINE void add_values(const struct run_heads *results, int count, struct part p
 
 #undef TILES
 
+/* Multiply the weights [queries, span] of a part's values with the values' scales. */
+INLINE void scale_weights(float *weights, size_t span, int queries, const struct part *part) {
+    for (int i = 0; i < part->count; i += LANES) {
+        /* What lies behind belongs to other values. */
+        floats scales = load_scales(part->scales + i, part->count - i, 1);
+        for (int j = 0; j < queries; j++) *(floats *)(weights + j * span + i) *= scales;
+    }
+}
+
+/* Add the values of a part, times the weights [count, span], to ``count`` results. For many results
+ * the values become floats first, in ``panel`` [PANEL_VALUES, dim]. */
+INLINE void add_values(const struct run_heads *results, int count, const struct part *part,
+                       float *weights, size_t span, float *panel, const int FORMAT) {
+    if (FORMAT == KV_INT16) scale_weights(weights, span, count, part);
+    if (FORMAT == KV_FP32 || count < MANY_QUERIES) {
+        value_tiles(results, count, part->at, part->stride, part->count, weights, span, FORMAT);
+        return;
+    }
+    int dim = part->dim;
+    for (int i = 0; i < part->count; i += PANEL_VALUES) {
+        int values = MIN(PANEL_VALUES, part->count - i);
+        for (int j = 0; j < values; j++)
+            for (int c = 0; c < dim; c += LANES)
+                *(floats *)(panel + j * dim + c) =
+                    load_kv(part->at + (i + j) * part->stride + c * number_bytes(FORMAT), FORMAT);
+        value_tiles(results, count, (const uint8_t *)panel, sizeof(float) * dim, values,
+                    weights + i, span, KV_FP32);
+    }
+}
+
 /* Attention of a run's rows ``row`` to ``row + count - 1``: of those queries that read the keys and
  * values of ``heads`` heads from ``head`` on. Queries q and results ``out`` of the rows are
  * ``q_stride`` and ``out_stride`` floats apart; ``scores`` [score_floats] is scratch. */
 INLINE void run_attention(const struct shape *s, const struct layer *l, const struct batch *b,
                           const float *q, size_t q_stride, float *out, size_t out_stride, int row,
                           int count, int head, int heads, float *scores, float *panel,
-                          const int HALF) {
+                          const int FORMAT) {
     int dim = s->head_dim, group = s->heads / s->kv_heads;
-    size_t bytes = number_bytes(HALF), stride = s->kv_heads * dim * bytes, span = score_stride(b);
+    size_t span = score_stride(b);
     const int64_t *positions = b->positions + row;
-    const struct context c = context_of(s, l, b, row, count, head, HALF);
+    const struct context c = context_of(s, l, b, row, count, FORMAT);
     int64_t first = c.first, end = c.end;
     float scale = 1 / sqrtf(dim);
     size_t own = (size_t)head * group * dim;
     for (int i = 0; i < c.parts; i++) {
-        struct part part = context_part(&c, i);
-        fetch_part(&c, i + 1, heads * dim * bytes);
-        for (int h = 0; h < heads; h++, part.at += dim * bytes) {
+        fetch_part(&c, i + 1, head, heads, FORMAT);
+        for (int h = 0; h < heads; h++) {
+            struct part part = context_part(&c, i, head + h, FORMAT);
             struct run_heads queries = {(float *)q + own + h * group * dim, q_stride, dim, group};
             float *to = scores + h * count * group * span + part.first - first;
             if (count * group < MANY_QUERIES)
-                score_few(&queries, count * group, part, stride, scale, to, span, HALF);
+                score_few(&queries, count * group, &part, scale, to, span, FORMAT);
             else
-                score_many(&queries, count * group, part, stride, scale, to, span, panel, HALF);
+                score_many(&queries, count * group, &part, scale, to, span, panel, FORMAT);
         }
     }
     for (int r = 0; r < count; r++) {
@@ -395,25 +373,27 @@ INLINE void run_attention(const struct shape *s, const struct layer *l, const st
         memset(out + r * out_stride + own, 0, sizeof(float) * heads * group * dim);
     }
     for (int i = c.parts; i < 2 * c.parts; i++) {
-        struct part part = context_part(&c, i);
-        fetch_part(&c, i + 1, heads * dim * bytes);
-        for (int h = 0; h < heads; h++, part.at += dim * bytes) {
+        fetch_part(&c, i + 1, head, heads, FORMAT);
+        for (int h = 0; h < heads; h++) {
+            struct part part = context_part(&c, i, head + h, FORMAT);
             struct run_heads results = {out + own + h * group * dim, out_stride, dim, group};
-            add_values(&results, count * group, part, stride,
-                       scores + h * count * group * span + part.first - first, span, HALF);
+            float *weights = scores + h * count * group * span + part.first - first;
+            add_values(&results, count * group, &part, weights, span, panel, FORMAT);
         }
     }
 }
 
-#define ATTENTION_OF(NAME, HALF)                                                                   \
-    static void NAME(const struct shape *s, const struct layer *l, const struct batch *b,          \
-                     const float *q, size_t q_stride, float *out, size_t out_stride, int row,      \
-                     int count, int head, int heads, float *scores, float *panel) {                \
+#define ATTENTION_OF(FORMAT)                                                                       \
+    static void attention_##FORMAT(const struct shape *s, const struct layer *l,                   \
+                                   const struct batch *b, const float *q, size_t q_stride,         \
+                                   float *out, size_t out_stride, int row, int count, int head,    \
+                                   int heads, float *scores, float *panel) {                       \
         run_attention(s, l, b, q, q_stride, out, out_stride, row, count, head, heads, scores,      \
-                      panel, HALF);                                                                \
+                      panel, FORMAT);                                                              \
     }
-ATTENTION_OF(attention_fp32, 0)
-ATTENTION_OF(attention_fp16, 1)
+ATTENTION_OF(KV_FP32)
+ATTENTION_OF(KV_FP16)
+ATTENTION_OF(KV_INT16)
 #undef ATTENTION_OF
 
 /* The heads of keys and values whose attention is an item of work. Reading all heads of a context
@@ -442,7 +422,9 @@ static void attention(const struct shape *s, const struct layer *l, const struct
         for (; i < end; i++) {
             const int32_t *run = worker->shared->run_starts + i % runs;
             int row = run[0], count = run[1] - row;
-            (b->half ? attention_fp16 : attention_fp32)(
+            (b->kv_format == KV_FP32   ? attention_KV_FP32
+             : b->kv_format == KV_FP16 ? attention_KV_FP16
+                                       : attention_KV_INT16)(
                 s, l, b, q + row * q_stride, q_stride, out + row * out_stride, out_stride, row,
                 count, i / runs * together, together, worker->scores, worker->panel);
         }

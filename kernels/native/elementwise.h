@@ -4,6 +4,7 @@
 
 #include <math.h>
 
+#include "kv_pages.h"
 #include "threads.h"
 
 /* One over the root mean square of x [width]. */
@@ -59,24 +60,6 @@ INLINE void rope(const float *x, float *out, const float *cos, const float *sin,
     }
 }
 
-/* The layer's keys [places, kv_heads, head_dim]; its values are ``page_size`` numbers further on.
- */
-INLINE uint8_t *layer_keys(const struct layer *l, const struct batch *b) {
-    return b->pages + 2 * l->index * b->page_size * (b->half ? 2 : 4);
-}
-
-/* Write x [count] to ``at`` as the pages' numbers. */
-INLINE void store_kv(const float *x, uint8_t *at, int count, int half) {
-    if (!half) {
-        memcpy(at, x, sizeof(float) * count);
-        return;
-    }
-    for (int i = 0; i < count; i++) {
-        _Float16 number = x[i];
-        memcpy(at + 2 * i, &number, sizeof number);
-    }
-}
-
 /* Per-head norm and rope of the row's queries and keys, in place; keys and values go into the
  * pages. ``qkv`` [(heads + 2 kv_heads) * head_dim] is the row's. */
 static void rope_and_store(const struct shape *s, const struct layer *l, const struct batch *b,
@@ -84,16 +67,15 @@ static void rope_and_store(const struct shape *s, const struct layer *l, const s
     int dim = s->head_dim, kv = s->kv_heads * dim;
     int64_t angle = (b->angles ? b->angles[row] : row) * dim;
     const float *cos = b->cos + angle, *sin = b->sin + angle;
-    size_t bytes = b->half ? 2 : 4;
-    uint8_t *k = layer_keys(l, b) + b->places[row] * kv * bytes, *v = k + b->page_size * bytes;
     for (int h = 0; h < s->heads + s->kv_heads; h++) {
         float *x = qkv + h * dim;
         const float *norm = h < s->heads ? l->q_norm : l->k_norm;
         if (norm) rms_norm(x, norm, x, dim, s->eps);
         rope(x, x, cos, sin, dim);
     }
-    store_kv(qkv + s->heads * dim, k, kv, b->half);
-    store_kv(qkv + s->heads * dim + kv, v, kv, b->half);
+    uint8_t *keys = layer_keys(l, b);
+    store_kv(s, b, qkv + s->heads * dim, keys, b->places[row]);
+    store_kv(s, b, qkv + s->heads * dim + kv, keys + b->page_size, b->places[row]);
 }
 
 /* silu(gate) * up for ``count`` columns from ``column`` on, in place of gate; gate_up is

@@ -40,29 +40,17 @@ INLINE struct fixed_point fixed_point(const struct operands *t, int columns) {
 
 /* One group of a row of inputs. */
 INLINE void quantize_group(int format, const float *x, struct fixed_point to) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
     const floats *values = (const floats *)x;
-    ints largest = {0};
-    for (int i = 0; i < VECTORS; i++) {
-        /* Floats without their sign are ordered like integers; NaN is the largest. */
-        ints size = (ints)values[i] & 0x7fffffff;
-        largest = (ints)select_lanes(size > largest, (floats)size, (floats)largest);
-    }
-    int32_t most = largest_lane(largest);
-    float size;
-    memcpy(&size, &most, sizeof size);
-    /* Of a smaller group the reciprocal overflows. */
-    const float smallest = 1e-30f;
-    float inverse = size < smallest ? 0 : LARGEST_INPUT / size;
+    float inverse, scale = fixed_point_scale(x, GROUP, LARGEST_INPUT, &inverse);
     uints sum = {0};
     for (int i = 0; i < VECTORS; i++) {
-        uints fixed = (uints)(values[i] * inverse + magic) - (uints)broadcast(magic);
-        sum += fixed;
-        store_inputs(format, __builtin_convertvector((ints)fixed, shorts), i * LANES, to.columns);
+        ints fixed = to_fixed_point(values[i], inverse);
+        sum += (uints)fixed;
+        store_inputs(format, __builtin_convertvector(fixed, shorts), i * LANES, to.columns);
     }
     uint32_t total = add_lanes(sum); /* of inputs that are no numbers, any */
-    *to.scales = size < smallest ? 0 : size / LARGEST_INPUT;
-    *to.sums = *to.scales * (int32_t)total;
+    *to.scales = scale;
+    *to.sums = scale * (int32_t)total;
     *to.totals = total;
 }
 

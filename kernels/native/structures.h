@@ -26,13 +26,17 @@ struct shape {
     float eps;
 };
 
+/* Numbers of keys and values: floats of 32 and 16 bits, and integers of 16 bits that a scale, a
+ * float behind each head's numbers, is multiplied with. */
+enum kv_format { KV_FP32, KV_FP16, KV_INT16 };
+
 /* The rows of a forward pass and the pages of keys and values they read and write. */
 struct batch {
     int32_t rows, block_size;
     int32_t longest;             /* longest context of a row, in tokens */
-    int32_t half;                /* whether pages are fp16, else fp32 */
+    int32_t kv_format;           /* of the numbers in ``pages`` */
     uint8_t *pages;              /* [layers, 2, places, kv_heads, head_dim]: keys, then values */
-    int64_t page_size;           /* numbers of one layer's keys */
+    int64_t page_size;           /* bytes of one layer's keys */
     const int64_t *places;       /* [rows]: where each row's own key and value are stored */
     const int64_t *positions;    /* [rows] */
     const int64_t *first_blocks; /* [rows]: start of the row's block table in ``blocks`` */

@@ -244,6 +244,29 @@ INLINE void transpose(floats rows[LANES]) {
 #endif
 }
 
+/* The scale at which x [count], whole vectors, is fixed point from -``most`` to ``most``, and what
+ * numbers are multiplied with to become so: 0 and 0 where all are next to nothing. */
+INLINE float fixed_point_scale(const float *x, int count, int most, float *inverse) {
+    const float smallest = 1e-30f; /* of a smaller one the reciprocal overflows */
+    ints largest = {0};
+    for (int i = 0; i < count; i += LANES) {
+        /* Floats without their sign are ordered like integers; NaN is the largest. */
+        ints size = *(const ints *)(x + i) & 0x7fffffff;
+        largest = (ints)select_lanes(size > largest, (floats)size, (floats)largest);
+    }
+    int32_t bits = largest_lane(largest);
+    float size;
+    memcpy(&size, &bits, sizeof size);
+    *inverse = size < smallest ? 0 : most / size;
+    return size < smallest ? 0 : size / most;
+}
+
+/* x * inverse, rounded to the nearest integers; of what is no number, any. */
+INLINE ints to_fixed_point(floats x, float inverse) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
+    return (ints)((uints)(x * inverse + magic) - (uints)broadcast(magic));
+}
+
 /* exp with arguments clamped to [-87, 88]; relative error 2e-7 (the polynomial of Cephes' expf). */
 INLINE floats vector_exp(floats x) {
     x = larger(broadcast(-87.0f), -larger(broadcast(-88.0f), -x));

@@ -17,6 +17,10 @@ Forms = Callable[[Tensor], WeightFormat]
 """The format to store a matrix [out, in] in."""
 
 
+_INTEGERS = (WeightFormat.INT4, WeightFormat.INT8)
+_FIRST_LAYER = tuple(f"layers.0.{name}" for name in ("qkv", "o", "gate_up", "down"))
+
+
 class WeightFormatError(ModelError):
     """The machine or the model has no such format; the message says what would work."""
 
@@ -48,7 +52,7 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
     spare = _first(WeightFormat.ONEDNN_FP32, WeightFormat.PLAIN)
     exact = WeightFormat.FP32 if native else spare
     half = _first(WeightFormat.FP16 if native else WeightFormat.FBGEMM_FP16, exact)
-    integers = (WeightFormat.INT4, WeightFormat.INT8) if native else ()
+    integers = _INTEGERS if native else ()
     _refuse(wish, weights, native=native)
     whole = functools.partial(_nearest, (exact, spare))
     nearest = functools.partial(_nearest, (half, exact, spare))
@@ -68,6 +72,11 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
     # Rows of an LM head that was published in 8 bits, among others.
     exits = smallest if wish in (Weights.AUTO, Weights.INT4) else nearest
     return Recipes(layers.get(wish, nearest), head.get(wish, nearest), exits, smallest)
+
+
+def keeps_integers(recipes: Recipes, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the first layer's matrices are kept in integers."""
+    return all(recipes.layers(weights[name]) in _INTEGERS for name in _FIRST_LAYER)
 
 
 def as_they_are() -> Recipes:

@@ -131,9 +131,9 @@ def _add_offramp(add: Callable[..., Any]) -> None:
     )
     add(
         "--kv-cache-dtype",
-        choices=("auto", "float32", "float16"),
+        choices=("auto", "float32", "float16", "int16"),
         default="auto",
-        help="number format of K,V [auto: as --dtype]",
+        help="number format of K,V [auto: int16 beside weights of 4 and 8 bits, else as --dtype]",
     )
     add("--exits", default="auto", help='exit file, "auto" or "none"')
     add("--draft-head", default="auto", help='draft head, "auto" or "none"')

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import bytes_per_block
+from offramp.models.loading.formats import choose, keeps_integers
 from offramp.models.loading.safetensors import StoredWeights
 from offramp.models.loading.sources import ALIASES, CARRIERS, TINY
 from offramp.paths import cache_folder
@@ -20,6 +21,7 @@ from offramp.server.engine.device import (
     check_shape,
     context_length,
     kv_cache_dtype,
+    native_kernels,
     placement,
 )
 from offramp.server.text.tokenizer import Tokenizer
@@ -78,8 +80,11 @@ def model(config: EngineConfig, folder: Path) -> Iterator[Finding]:
     yield Finding("early exit", ", ".join(found))
     longest = context_length(shape, config)
     extra = 0 if drafts is None else 1
-    blocks = blocks_that_fit(shape, config, exits.heads, longest, dtype, device, extra)
-    size = bytes_per_block(shape, config.block_size, kv_cache_dtype(config, dtype, device), extra)
+    recipes = choose(config.weights, weights, native=native_kernels(config))
+    integers = keeps_integers(recipes, weights)
+    cache_dtype = kv_cache_dtype(config, shape, dtype, device, integers=integers)
+    blocks = blocks_that_fit(shape, config, exits.heads, longest, dtype, cache_dtype, device, extra)
+    size = bytes_per_block(shape, config.block_size, cache_dtype, extra)
     yield Finding("K,V cache", f"{blocks * config.block_size} tokens, {longest} for a request")
     if device.type == "cpu":
         yield _memory(count, count * dtype.itemsize, blocks * size)

@@ -45,7 +45,7 @@ from offramp.models.exits.file import (
 from offramp.models.exits.head import shared_heads
 from offramp.models.families import config_from_hf, sampling_defaults
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.formats import as_they_are, choose
+from offramp.models.loading.formats import as_they_are, choose, keeps_integers
 from offramp.models.loading.safetensors import StoredWeights, fingerprint
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import DEFAULT_CRITERION
@@ -238,13 +238,16 @@ def _load(
     tasks = decisions.tasks if decisions else {}
     cuts = decisions.layers[:-1] if tasks and decisions else _cuts(shape.num_layers)
     extra = 0 if drafts is None else 1
-    blocks = num_blocks or blocks_that_fit(shape, config, heads, max_len, dtype, device, extra)
-    cache_dtype = kv_cache_dtype(config, dtype, device)
+    recipes = choose(config.weights, weights, native=native_kernels(config))
+    recipes = as_they_are() if on_device else recipes
+    integers = keeps_integers(recipes, weights)
+    cache_dtype = kv_cache_dtype(config, shape, dtype, device, integers=integers)
+    blocks = num_blocks or blocks_that_fit(
+        shape, config, heads, max_len, dtype, cache_dtype, device, extra
+    )
     cache = KVCache(shape, blocks, config.block_size, cache_dtype, device, extra)
     if config.exit_hold == "throughput" and not on_device:
         raise EngineConfigError("--exit-hold throughput is for GPUs; use --exit-hold latency")
-    recipes = choose(config.weights, weights, native=native_kernels(config))
-    recipes = as_they_are() if on_device else recipes
     layers = tuple(head.layer for head in heads)
     model = Transformer(shape, weights, layers, max_len, recipes)
     del weights

@@ -25,6 +25,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_KV_DTYPES = _DTYPES | {"int16": torch.int16}
 
 
 def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
@@ -71,15 +72,32 @@ def context_length(shape: ModelConfig, config: EngineConfig) -> int:
     return config.max_model_len
 
 
-def kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Number format of K and V beside a model of ``dtype``."""
-    wish = _DTYPES.get(config.kv_cache_dtype, dtype)
-    if wish is not dtype and (device.type != "cpu" or wish is not torch.float16):
+def kv_cache_dtype(
+    config: EngineConfig,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    integers: bool,
+) -> torch.dtype:
+    """Number format of K and V beside a model of ``dtype``, whose weights may be ``integers``.
+
+    Those are products of the C kernels, whose inputs have 16 bits: K and V then need no more.
+    """
+    if config.kv_cache_dtype == "auto" and integers and _fits_c_kernels(shape):
+        return torch.int16
+    wish = _KV_DTYPES.get(config.kv_cache_dtype, dtype)
+    if wish is not dtype and (device.type != "cpu" or wish.itemsize != 2):
         raise EngineConfigError(
             f"--kv-cache-dtype {config.kv_cache_dtype} does not go with {dtype} on "
             f"{device.type}; use auto"
         )
     return wish
+
+
+def _fits_c_kernels(shape: ModelConfig) -> bool:
+    found = library()
+    return found is not None and shape.head_dim % found.constant("HEAD_DIM_MULTIPLE") == 0
 
 
 def blocks_that_fit(
@@ -88,6 +106,7 @@ def blocks_that_fit(
     heads: Sequence[ExitHead],
     max_model_len: int,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     device: torch.device,
     extra_layers: int = 0,
 ) -> int:
@@ -103,7 +122,6 @@ def blocks_that_fit(
         memory = _ON_A_CPU
     else:
         flag, memory = "--gpu-memory-utilization", _spare(shape, config, heads, dtype, device)
-    cache_dtype = kv_cache_dtype(config, dtype, device)
     size = bytes_per_block(shape, config.block_size, cache_dtype, extra_layers)
     needed = -(-max_model_len // config.block_size)
     if memory < needed * size:

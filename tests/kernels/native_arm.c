@@ -112,14 +112,14 @@ static void products(int format) {
 }
 
 /* A prompt of 23 tokens, then five more one by one, beside another sequence's first five. */
-static void layer(int format, int half) {
+static void layer(int format, int kv_format) {
     enum { PROMPT = 23, MORE = 5 };
     const struct shape s = {WIDTH, HEADS, KV_HEADS, DIM, INNER, 0, 1e-5f};
     const struct layer l = {
         .attn_norm = random_numbers(WIDTH),
         .mlp_norm = random_numbers(WIDTH),
-        .q_norm = half ? random_numbers(DIM) : NULL,
-        .k_norm = half ? random_numbers(DIM) : NULL,
+        .q_norm = kv_format ? random_numbers(DIM) : NULL,
+        .k_norm = kv_format ? random_numbers(DIM) : NULL,
         .qkv = random_matrix(format, QKV, WIDTH, 1),
         .o = random_matrix(format, WIDTH, QUERIES, 0),
         .gate_up = random_matrix(format, 2 * INNER, WIDTH, 0),
@@ -133,9 +133,11 @@ static void layer(int format, int half) {
     struct batch b = {
         .block_size = BLOCK,
         .longest = LONGEST,
-        .half = half,
+        .kv_format = kv_format,
         .pages = memory(2 * 4 * PLACES * KV),
-        .page_size = PLACES * KV,
+        .page_size =
+            PLACES / BLOCK *
+            kv_block_bytes(&s, &(struct batch){.block_size = BLOCK, .kv_format = kv_format}),
         .places = places,
         .positions = positions,
         .first_blocks = first_blocks,
@@ -157,15 +159,16 @@ static void layer(int format, int half) {
         offramp_run_layers(&s, &l, 1, &b, hidden, NULL, NULL, &w);
         put_numbers(hidden, (size_t)b.rows * WIDTH);
     }
-    put(b.pages, (half ? 2 : 4) * 2 * PLACES * KV);
+    put(b.pages, 2 * b.page_size);
 }
 
 int main(void) {
     offramp_initialize();
     for (int format = FORMAT_FP32; format <= FORMAT_INT4; format++) {
         products(format);
-        layer(format, 0);
-        layer(format, 1);
+        layer(format, KV_FP32);
+        layer(format, KV_FP16);
+        layer(format, KV_INT16);
     }
     return 0;
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from offramp.kernels.kv_formats import page_parts, plain_kv, write_kv
 from offramp.kernels.native import library
 from offramp.kernels.rows import HostRows, Span
 from offramp.kernels.weight_formats import WeightFormat
@@ -93,7 +94,8 @@ def build(shape: ModelConfig, found: dict[str, Tensor], form: WeightFormat) -> T
 
 def cache_of(shape: ModelConfig, blocks: int = 200, dtype: torch.dtype = torch.float32) -> KVCache:
     cache = KVCache(shape, blocks, BLOCK, dtype, CPU)
-    cache.pages.fill_(float("nan"))
+    for part in page_parts(cache.pages):
+        part.fill_(float("nan") if part.is_floating_point() else 1)
     return cache
 
 
@@ -147,7 +149,7 @@ def test_one_call_does_what_the_operators_do(
     torch.testing.assert_close(caches[0].pages, caches[1].pages, rtol=0, atol=bound, equal_nan=True)
 
 
-@pytest.mark.parametrize("pages", [torch.float32, torch.float16])
+@pytest.mark.parametrize("pages", [torch.float32, torch.float16, torch.int16])
 @pytest.mark.parametrize("form", [WeightFormat.FP32, WeightFormat.INT8, WeightFormat.INT4])
 def test_results_do_not_depend_on_company_chunks_or_threads(
     form: WeightFormat, pages: torch.dtype
@@ -173,19 +175,39 @@ def test_results_do_not_depend_on_company_chunks_or_threads(
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 5e-3), (torch.int16, 5e-4)], ids=str)
 @pytest.mark.parametrize("changes", SIZES.values(), ids=list(SIZES))
-def test_keys_and_values_in_half_the_memory(changes: dict[str, object]) -> None:
-    """Pages of fp16 hold the rounded numbers, and attention reads them as such."""
+def test_keys_and_values_in_half_the_memory(
+    changes: dict[str, object], dtype: torch.dtype, bound: float
+) -> None:
+    """Pages hold the rounded numbers, and attention reads them as such."""
     shape = config(**changes)
     model = build(shape, weights(shape, WeightFormat.FP32), WeightFormat.FP32)
     hidden = torch.randn(45, shape.hidden_size)
     spans = [Span(range(38), table(0, 38)), Span(range(7), table(50, 7))]
-    whole, half = cache_of(shape), cache_of(shape, dtype=torch.float16)
+    whole, half = cache_of(shape), cache_of(shape, dtype=dtype)
     expected, got = run(model, whole, spans, hidden), run(model, half, spans, hidden)
-    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(got, expected, rtol=0, atol=bound * float(expected.abs().max()))
     assert not got.equal(expected)
     # The first layer's inputs are the same in both.
-    torch.testing.assert_close(half.pages[0], whole.pages[0].half(), rtol=0, atol=0, equal_nan=True)
+    written = whole.pages[0].isfinite().all(-1)
+    kept, exact = plain_kv(half.pages[0])[written], whole.pages[0][written]
+    if dtype is torch.float16:
+        assert kept.equal(exact.half().float())
+    else:
+        step = exact.abs().amax(-1, keepdim=True) / 32767
+        assert bool(((kept - exact).abs() <= 0.51 * step).all())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-35, 3e37])
+def test_keys_and_values_of_any_size_become_integers(scale: float) -> None:
+    """Next to nothing becomes nothing; large numbers do not overflow."""
+    shape = config()
+    cache = cache_of(shape, dtype=torch.int16)
+    kv = torch.randn(1, shape.num_layers, 2, shape.num_kv_heads, shape.head_dim) * scale
+    write_kv(kv, cache.pages, torch.tensor([BLOCK + 1]))
+    kept = plain_kv(cache.pages)[:, :, 1, 1]
+    torch.testing.assert_close(kept, kv[0], rtol=0, atol=max(1e-30, scale * 2e-4))
 
 
 def test_the_input_is_left_as_it_was() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from offramp.kernels.active_rows import SegmentBatch
 from offramp.kernels.backend import rehearsal, triton
-from offramp.kernels.kv_fill import Projection, copy_kv, fill_kv, project_kv
+from offramp.kernels.kv_fill import Projection, clear_kv, copy_kv, fill_kv, project_kv
+from offramp.kernels.kv_formats import plain_kv, write_kv
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable, rotate
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
@@ -62,6 +63,28 @@ def test_copy_repeats_the_source_in_every_layer() -> None:
     for k_cache, v_cache in pages:
         _only(k_cache, places, source[0].view(-1, 2, 8)[places])
         _only(v_cache, places, source[1].view(-1, 2, 8)[places])
+
+
+def test_fills_of_integers() -> None:
+    """They have the numbers that fills of floats have, rounded, and leave the others alone."""
+    wide, layers, kv_heads, dim, places = 24, 3, 2, 16, torch.tensor([20, 2, 9])
+    hidden, weight = torch.randn(3, wide), torch.randn(layers * 2 * kv_heads * dim, wide)
+    table = RotaryTable(1.0 / 50 ** (torch.arange(dim // 2) / dim), 30, 1.0, hidden.dtype, DEVICE)
+    angles = table.at(torch.tensor([11, 0, 29]))
+    floats = empty_pages(layers, kv_heads, dim)
+    integers = torch.zeros(layers, 2, BLOCKS, SIZE, kv_heads, dim + 2, dtype=torch.int16)
+    everywhere = torch.arange(BLOCKS * SIZE)
+    sevens = torch.full((len(everywhere), layers, 2, kv_heads, dim), 7.0)
+    write_kv(sevens, integers, everywhere)
+    torch.testing.assert_close(plain_kv(integers), floats)
+    for pages in (floats, integers):
+        project_kv(hidden, weight, None, None, pages, places, *angles, EPS)
+        copy_kv(pages[0], pages[1:], places[:2])
+    torch.testing.assert_close(plain_kv(integers), floats, rtol=0, atol=1e-3)
+    for pages in (floats, integers):
+        clear_kv(pages, places[1:])
+    torch.testing.assert_close(plain_kv(integers), floats, rtol=0, atol=1e-3)
+    assert not plain_kv(integers).flatten(2, 3)[:, :, places[1:]].any()
 
 
 def _only(cache: Tensor, places: Tensor, expected: Tensor) -> None:

@@ -254,14 +254,17 @@ def test_a_draft_head_where_the_device_decides_is_refused(tiny_dir: Path, head: 
     assert not build_engine(auto, tiny_dir, model_name="tiny", on_device=True).info.draft_head
 
 
-def test_half_precision_pages_hold_the_heads_entries_too(tiny_dir: Path, head: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "int16"])
+def test_half_precision_pages_hold_the_heads_entries_too(
+    tiny_dir: Path, head: Path, dtype: Literal["float16", "int16"]
+) -> None:
     if library() is None:
         pytest.skip("there is no C compiler")
     config = EngineConfig(
         device="cpu",
         exits="none",
         draft_head=str(head),
-        kv_cache_dtype="float16",
+        kv_cache_dtype=dtype,
         max_model_len=200,
     )
     engine = build_engine(config, tiny_dir, model_name="tiny", check_invariants=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from offramp.kernels.native import library
 from offramp.models.config import Weights
@@ -73,8 +76,9 @@ def test_both_kinds_of_kernels_give_the_same_answer(tiny_dir: Path, kernels: str
     assert run_all(engine, [request], concurrency=1)[0].token_ids == expected[0].token_ids
 
 
+@pytest.mark.parametrize("own", ["float16", "int16"])
 @pytest.mark.parametrize("fill", [KVFill.PROJECT, KVFill.COPY, KVFill.RECOMPUTE])
-def test_keys_and_values_may_take_half_the_memory(tiny_dir: Path, fill: KVFill) -> None:
+def test_keys_and_values_may_take_half_the_memory(tiny_dir: Path, fill: KVFill, own: str) -> None:
     """Every way of filling them included."""
     if library() is None:
         pytest.skip("no C kernels on this machine")
@@ -82,9 +86,11 @@ def test_keys_and_values_may_take_half_the_memory(tiny_dir: Path, fill: KVFill) 
     sampling = SamplingParams(max_tokens=12, temperature=0.0)
     leave = ExitSettings(ExitMode.ADAPTIVE, thresholds=(0.0, 0.0), kv_fill=fill)
     found = []
-    for dtype in ("auto", "float16"):
-        own = config.model_copy(update={"kv_cache_dtype": dtype})
-        engine = build_engine(own, tiny_dir, model_name="t", every_exit=True, check_invariants=True)
+    for dtype in ("auto", own):
+        changed = config.model_copy(update={"kv_cache_dtype": dtype})
+        engine = build_engine(
+            changed, tiny_dir, model_name="t", every_exit=True, check_invariants=True
+        )
         requests = [
             GenerationRequest(str(n), tuple(range(5, 25 + n)), sampling, exits)
             for n, exits in enumerate((ExitSettings(), leave))
@@ -93,8 +99,8 @@ def test_keys_and_values_may_take_half_the_memory(tiny_dir: Path, fill: KVFill) 
         assert len({*done[1].exit_layers}) > 1
         found.append((engine.info, [item.token_ids for item in done]))
     (whole, expected), (half, got) = found
-    assert (whole.cache_dtype, half.cache_dtype) == ("float32", "float16")
-    assert half.num_blocks == 2 * whole.num_blocks
+    assert (whole.cache_dtype, half.cache_dtype) == ("float32", own)
+    assert half.num_blocks > 1.7 * whole.num_blocks
     same = [
         a == b
         for own, other in zip(got, expected, strict=True)
@@ -103,10 +109,46 @@ def test_keys_and_values_may_take_half_the_memory(tiny_dir: Path, fill: KVFill) 
     assert sum(same) >= 20
 
 
+def in_eight_bits(tiny_dir: Path, folder: Path) -> Path:
+    """The tiny model with matrices of its layers that 8 bits can hold."""
+    shutil.copytree(tiny_dir, folder, dirs_exist_ok=True)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if ".layers." in name and tensor.dim() == 2:
+                levels = torch.randint(-127, 128, tensor.shape)
+                levels[:, ::32] = 127
+                tensors[name] = levels / 2**12
+        save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, "int16"),
+        ({"kv_cache_dtype": "float32"}, "float32"),
+        ({"weights": Weights.FP32}, "float32"),
+        ({"kernels": "torch"}, "float32"),
+    ],
+)
+def test_keys_and_values_are_integers_beside_weights_that_are(
+    tiny_dir: Path, tmp_path: Path, options: dict[str, Any], found: str
+) -> None:
+    if library() is None:
+        pytest.skip("no C kernels on this machine")
+    folder = in_eight_bits(tiny_dir, tmp_path)
+    assert build(folder, max_model_len=64, **options).info.cache_dtype == found
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"kernels": "torch"}, "--kv-cache-dtype float16 needs the C kernels"),
+        (
+            {"kernels": "torch", "kv_cache_dtype": "int16"},
+            "--kv-cache-dtype int16 needs the C kernels",
+        ),
         ({"kv_cache_dtype": "float32", "dtype": "bfloat16"}, "does not go with torch.bfloat16"),
     ],
 )

@@ -28,7 +28,7 @@ from offramp.server.engine.device import (
 )
 
 CUDA = torch.device("cuda")
-BF16 = torch.bfloat16
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture
@@ -91,20 +91,22 @@ def test_heads_that_no_kernel_takes_are_refused(shape: ModelConfig, head_dim: in
 def test_keys_and_values_take_what_is_left(gpu: pytest.MonkeyPatch, shape: ModelConfig) -> None:
     """Nine tenths of 80, less 40 of weights and somewhat more than 1 of scratch."""
     config = EngineConfig()
-    blocks = blocks_that_fit(shape, config, [], 2048, BF16, CUDA)
+    blocks = blocks_that_fit(shape, config, [], 2048, BF16, BF16, CUDA)
     taken = blocks * bytes_per_block(shape, config.block_size, BF16) / GIB
     assert 30.7 < taken < 31
-    half = blocks_that_fit(shape, EngineConfig(gpu_memory_utilization=0.75), [], 2048, BF16, CUDA)
+    half = blocks_that_fit(
+        shape, EngineConfig(gpu_memory_utilization=0.75), [], 2048, BF16, BF16, CUDA
+    )
     assert blocks - half == pytest.approx(
         0.15 * 80 * GIB / bytes_per_block(shape, config.block_size, BF16), abs=1
     )
-    said = blocks_that_fit(shape, EngineConfig(kv_cache_memory=2), [], 2048, BF16, CUDA)
+    said = blocks_that_fit(shape, EngineConfig(kv_cache_memory=2), [], 2048, BF16, BF16, CUDA)
     assert said * bytes_per_block(shape, config.block_size, BF16) == 2 * GIB
 
 
 def test_a_model_of_no_size_takes_no_millions_of_blocks(shape: ModelConfig) -> None:
     small = replace(shape, num_layers=1, num_kv_heads=1, head_dim=2)
-    blocks = blocks_that_fit(small, EngineConfig(), [], 2048, torch.float32, torch.device("cpu"))
+    blocks = blocks_that_fit(small, EngineConfig(), [], 2048, FP32, FP32, torch.device("cpu"))
     assert blocks == 2**20
 
 
@@ -113,7 +115,7 @@ def test_a_share_that_leaves_nothing_is_refused(
 ) -> None:
     config = EngineConfig(gpu_memory_utilization=0.5)
     with pytest.raises(EngineConfigError, match=r"--gpu-memory-utilization gives 0; raise it"):
-        blocks_that_fit(shape, config, [], 2048, BF16, CUDA)
+        blocks_that_fit(shape, config, [], 2048, BF16, BF16, CUDA)
 
 
 def test_used_up_memory_says_what_to_change(

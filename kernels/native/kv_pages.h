@@ -1,0 +1,151 @@
+/* Pages of keys and values: where a token's are, and in which numbers.
+ *
+ * A block has the keys (values) of block_size positions, [block_size, kv_heads, head_dim] numbers.
+ * Integers are followed by their scales, floats [kv_heads, block_size].
+ */
+#ifndef OFFRAMP_KV_PAGES_H
+#define OFFRAMP_KV_PAGES_H
+
+#include "structures.h"
+#include "vector.h"
+
+/* The largest integer of keys and values. */
+enum { LARGEST_KV = 32767 };
+
+/* Bytes of a number. */
+INLINE size_t number_bytes(int format) {
+    return format == KV_FP32 ? 4 : 2;
+}
+
+/* Bytes of a block's keys. */
+INLINE size_t kv_block_bytes(const struct shape *s, const struct batch *b) {
+    size_t rows = (size_t)b->block_size * s->kv_heads;
+    return rows * s->head_dim * number_bytes(b->kv_format) +
+           (b->kv_format == KV_INT16 ? 4 * rows : 0);
+}
+
+/* The layer's keys; its values are ``page_size`` bytes further on. */
+INLINE uint8_t *layer_keys(const struct layer *l, const struct batch *b) {
+    return b->pages + 2 * l->index * b->page_size;
+}
+
+/* Write the key (value) x [kv_heads, head_dim] of ``place`` among the layer's keys (values). */
+static void store_kv(const struct shape *s, const struct batch *b, const float *x, uint8_t *keys,
+                     int64_t place) {
+    int dim = s->head_dim, count = s->kv_heads * dim, offset = place % b->block_size;
+    uint8_t *block = keys + place / b->block_size * kv_block_bytes(s, b);
+    uint8_t *at = block + (size_t)offset * count * number_bytes(b->kv_format);
+    if (b->kv_format == KV_FP32) {
+        memcpy(at, x, sizeof(float) * count);
+    } else if (b->kv_format == KV_FP16) {
+        for (int i = 0; i < count; i++) {
+            _Float16 number = x[i];
+            memcpy(at + 2 * i, &number, sizeof number);
+        }
+    } else {
+        float *scales = (float *)(block + (size_t)b->block_size * count * 2) + offset;
+        for (int h = 0; h < s->kv_heads; h++, x += dim, at += 2 * dim, scales += b->block_size) {
+            float inverse, scale = fixed_point_scale(x, dim, LARGEST_KV, &inverse);
+            for (int i = 0; i < dim; i += LANES)
+                *(shorts *)(at + 2 * i) = __builtin_convertvector(
+                    to_fixed_point(*(const floats *)(x + i), inverse), shorts);
+            *scales = scale;
+        }
+    }
+}
+
+/* LANES numbers, without their scale. */
+INLINE floats load_kv(const uint8_t *at, const int FORMAT) {
+    if (FORMAT == KV_FP32) return *(const floats *)at;
+    if (FORMAT == KV_FP16) return load_fp16(at);
+    return __builtin_convertvector(__builtin_convertvector(*(const shorts *)at, ints), floats);
+}
+
+/* The next LANES scales of ``count``; ``beyond`` where there are no more. */
+INLINE floats load_scales(const float *scales, int count, float beyond) {
+    if (count >= LANES) return *(const floats *)scales;
+    floats found = broadcast(beyond);
+    for (int i = 0; i < count; i++) found[i] = scales[i];
+    return found;
+}
+
+/* The first position that a row at ``position`` sees. */
+INLINE int64_t context_start(const struct shape *s, int64_t position) {
+    return s->window && position >= s->window ? position + 1 - s->window : 0;
+}
+
+/* What consecutive rows of a sequence read of the keys and values: a part for each block of their
+ * context, first of the keys, then of the values. */
+struct context {
+    const uint8_t *keys, *values;
+    const int64_t *blocks;
+    int64_t first, end; /* positions */
+    int parts;          /* of the keys alone */
+    int size, dim, kv_heads;
+    size_t block_bytes;
+    size_t stride; /* bytes from one key to the next */
+};
+
+/* The context of the rows ``row`` to ``row + count - 1``. */
+INLINE struct context context_of(const struct shape *s, const struct layer *l,
+                                 const struct batch *b, int row, int count, const int FORMAT) {
+    int size = b->block_size;
+    int64_t first = context_start(s, b->positions[row]), end = b->positions[row + count - 1] + 1;
+    return (struct context){
+        .keys = layer_keys(l, b),
+        .values = layer_keys(l, b) + b->page_size,
+        .blocks = b->blocks + b->first_blocks[row],
+        .first = first,
+        .end = end,
+        .parts = (end - 1) / size - first / size + 1,
+        .size = size,
+        .dim = s->head_dim,
+        .kv_heads = s->kv_heads,
+        .block_bytes = kv_block_bytes(s, b),
+        .stride = s->kv_heads * s->head_dim * number_bytes(FORMAT),
+    };
+}
+
+/* A head's keys (values) at ``count`` positions from ``first`` on: their numbers, ``stride`` bytes
+ * apart, and their scales. */
+struct part {
+    const uint8_t *at;
+    const float *scales;
+    size_t stride;
+    int64_t first;
+    int count, dim;
+};
+
+/* The part ``index`` of head ``head``. */
+INLINE struct part context_part(const struct context *c, int index, int head, const int FORMAT) {
+    int values = index >= c->parts;
+    int64_t number = c->first / c->size + index - (values ? c->parts : 0);
+    int64_t first = MAX(c->first, number * c->size), end = MIN((number + 1) * c->size, c->end);
+    int offset = first - number * c->size;
+    const uint8_t *block = (values ? c->values : c->keys) + c->blocks[number] * c->block_bytes;
+    const float *scales = (const float *)(block + c->size * c->stride);
+    return (struct part){
+        .at = block + offset * c->stride + head * c->dim * number_bytes(FORMAT),
+        .scales = FORMAT == KV_INT16 ? scales + head * c->size + offset : NULL,
+        .stride = c->stride,
+        .first = first,
+        .count = end - first,
+        .dim = c->dim,
+    };
+}
+
+/* Fetch a part of ``heads`` heads from ``head`` on, if there is one. */
+INLINE void fetch_part(const struct context *c, int index, int head, int heads, const int FORMAT) {
+    enum { CACHE_LINE = 64 };
+    if (index >= 2 * c->parts) return;
+    struct part part = context_part(c, index, head, FORMAT);
+    size_t bytes = heads * c->dim * number_bytes(FORMAT);
+    for (int i = 0; i < part.count; i++, part.at += c->stride)
+        for (size_t line = 0; line < bytes; line += CACHE_LINE)
+            __builtin_prefetch(part.at + line, 0, 3);
+    for (int h = 0; FORMAT == KV_INT16 && h < heads; h++)
+        for (int i = 0; i < part.count; i += CACHE_LINE / 4)
+            __builtin_prefetch(part.scales + h * c->size + i, 0, 3);
+}
+
+#endif
