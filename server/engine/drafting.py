@@ -9,11 +9,11 @@ token that leaves early.) What an answer's grammar forces is drafted in every mo
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, abc
 from typing import Any
 
 from offramp.models.sampling_params import DraftSource
-from offramp.models.step import Draft, DraftRows, StepRunner
+from offramp.models.step import Draft, DraftRows, SequenceRows, StepRunner
 from offramp.server.engine.blocks import SequenceMemory
 from offramp.server.engine.governor import MAX_HEAD_DRAFTS, NO_DRAFTS, ExitGovernor, HeadPlan
 from offramp.server.engine.request import MOST_STATES, EngineInfo
@@ -95,8 +95,11 @@ class Drafting:
         self._asking.pop(sequence.id, None)
         self._holding.pop(sequence.id, None)
 
-    def run(self, running: int) -> float:
-        """Draft for all who asked, beside ``running`` sequences; returns seconds on the device."""
+    def run(self, running: int, *, guess: bool = True) -> float:
+        """Draft for all who asked, beside ``running`` sequences; returns seconds on the device.
+
+        Where ``guess`` is False, only what a grammar forces.
+        """
         self._running = running
         asking = {
             id_: sequence
@@ -106,11 +109,11 @@ class Drafting:
         self._asking = {}
         many = [each for each in self._holding.values() if len(each.state_rows) > MOST_STATES]
         plan = NO_DRAFTS
-        if self._info.draft_head and (asking or many):
+        if guess and self._info.draft_head and (asking or many):
             plan = self._governor.head_plan(running)
         # An n-gram costs no guess, but is worth its row only where it is right as often.
         rival = self._governor.head_acceptance.mean if plan.most else 0.0
-        for sequence in asking.values():
+        for sequence in asking.values() if guess else ():
             self._copy(sequence, running, rival)
         lacking = {id_ for id_, sequence in asking.items() if not sequence.drafts}
         if plan.most and (lacking or many):
@@ -120,6 +123,13 @@ class Drafting:
             self._memory.free_states(sequence)
             del self._holding[sequence.id]
         return 0.0
+
+    def tries(self, work: abc.Sequence[SequenceRows], sequences: abc.Sequence[Sequence]) -> bool:
+        """Whether all ``sequences`` of a step make tokens, and could be guessed for."""
+        return all(
+            item.positions[0] >= sequence.num_prompt - 1 and self._guesses(sequence)
+            for item, sequence in zip(work, sequences, strict=True)
+        )
 
     def verified(self, sequence: Sequence, place: int, *, right: bool) -> None:
         """Full depth accepted the sequence's ``place``-th draft, or refused it."""

@@ -27,6 +27,7 @@ from offramp.models.step import (
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.blocks import SequenceMemory
 from offramp.server.engine.decoder import TokenResult
+from offramp.server.engine.draft_trials import DraftTrials
 from offramp.server.engine.drafting import Drafting
 from offramp.server.engine.exit_decisions import PAID_LATER, ExitDecisions
 from offramp.server.engine.governor import ExitGovernor
@@ -65,6 +66,7 @@ class HostDecoder:
         self._memory = memory
         self._exits = ExitDecisions(info, governor, memory.ledger)
         self._drafting = Drafting(info, governor, memory, runner, adaptive=alone)
+        self._trials = DraftTrials()
         self._queues = [SequenceQueue() for _ in range(info.num_segments)]
         self._counts: Counter[str] = Counter()
         """What has happened since the last statistics, by their field."""
@@ -86,6 +88,7 @@ class HostDecoder:
         if sequence.queue is not None:
             sequence.queue.remove(sequence)
         self._drafting.forget(sequence)
+        self._trials.interrupt()
         sequence.decoder = None
 
     @property
@@ -100,7 +103,9 @@ class HostDecoder:
     def advance(self, now: float) -> tuple[list[TokenResult], StepStats | None]:
         """See Decoder."""
         begun = time.perf_counter()
-        drafting = self._drafting.run(len(self._admission.running))
+        running = len(self._admission.running)
+        guess = self._trials.begin(running, begun)
+        drafting = self._drafting.run(running, guess=guess)
         planned = self._plan(now)
         if planned is None:
             return [], None
@@ -121,6 +126,8 @@ class HostDecoder:
             facts["prompt_full"] = checked_prompt_rows(step.work, sequences)
             if step.first == 0:
                 self.governor.costs.host.add(sum(len(item.rows) for item in step.work), host)
+                if len(sequences) == running and self._drafting.tries(step.work, sequences):
+                    self._trials.end(sum(len(each.tokens) for each in results))
         return results, step_stats(step, sequences, result, facts)
 
     def _plan(self, now: float) -> tuple[_Planned, list[Sequence]] | None:

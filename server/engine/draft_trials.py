@@ -1,0 +1,117 @@
+"""Whether guessing gains time, by steps with guesses and steps without them.
+
+The cost model weighs each guess, but cannot see what guessing does to the steps around it: the
+draft head's weights push the stack's out of a cache, and sequences fall out of step. So a few steps
+in a row are now and then run the other way, and the faster way is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+# Steps in a row that run one way; the first of them still feel the other one.
+_RUN, _SKIPPED = 32, 12
+# The slower way gets one run in so many: every other one at first, and after a change of mind.
+_OTHER_FIRST, _OTHER_RAREST = 2, 32
+# A new sample moves a mean by at least this share. How many tokens a step makes depends on the text,
+# so it takes many of them; what steps take drifts with the machine.
+_TOKENS_RENEWAL, _RATIO_RENEWAL = 1 / 256, 1 / 8
+# A step that takes so many times the median met something else.
+_OUTLIER = 3.0
+
+
+@dataclass(slots=True)
+class _Mean:
+    renewal: float
+    value: float = 0.0
+    samples: int = 0
+
+    def add(self, sample: float) -> None:
+        self.samples += 1
+        self.value += max(self.renewal, 1 / self.samples) * (sample - self.value)
+
+
+@dataclass(slots=True)
+class _Trial:
+    """Both ways for one number of running sequences, and which one runs now.
+
+    ``ratio`` is the logarithm of the seconds of a step without guesses over those of one with them,
+    of runs one after the other, between which the machine has hardly changed.
+    """
+
+    running: int
+    guessing: bool = True
+    guesses_pay: bool = True
+    tokens: _Mean = field(default_factory=lambda: _Mean(_TOKENS_RENEWAL))
+    ratio: _Mean = field(default_factory=lambda: _Mean(_RATIO_RENEWAL))
+    steps: int = 0
+    runs: int = 0
+    every: int = _OTHER_FIRST
+    _seconds: list[float] = field(default_factory=list)
+    _before: tuple[bool, float] | None = None
+
+    def add(self, seconds: float | None, tokens: int) -> None:
+        """A step ended, which made ``tokens``; the time of some is not known."""
+        self.steps += 1
+        if self.guessing:
+            self.tokens.add(tokens)
+        if seconds is not None and self.steps > _SKIPPED:
+            self._seconds.append(seconds)
+        if self.steps == _RUN:
+            self._end_run()
+            self._next_run()
+
+    def _end_run(self) -> None:
+        taken, self._seconds, self.steps = self._seconds, [], 0
+        if not taken:
+            self._before = None
+            return
+        most = _OUTLIER * median(taken)
+        mean = fmean(each for each in taken if each <= most)
+        before, self._before = self._before, (self.guessing, mean)
+        if before is not None and before[0] is not self.guessing:
+            ratio = math.log(mean / before[1])
+            self.ratio.add(-ratio if self.guessing else ratio)
+
+    def _next_run(self) -> None:
+        if self.ratio.samples:
+            pay = self.tokens.value * math.exp(self.ratio.value) >= self.running
+            if pay is not self.guesses_pay:
+                self.guesses_pay, self.every, self.runs = pay, _OTHER_FIRST, 0
+        self.runs += 1
+        other = self.runs >= self.every
+        if other:
+            self.runs, self.every = 0, min(2 * self.every, _OTHER_RAREST)
+        self.guessing = self.guesses_pay is not other
+
+
+class DraftTrials:
+    """Chooses for each step whether its sequences are guessed for."""
+
+    def __init__(self) -> None:
+        self._trials: dict[int, _Trial] = {}
+        self._running = _Trial(0)
+        self._begun: float | None = None
+        self._tokens: int | None = None
+
+    def begin(self, running: int, now: float) -> bool:
+        """A step of ``running`` sequences begins at ``now`` (seconds); whether it may guess.
+
+        That ends the step before, with all that the engine did in between.
+        """
+        if self._tokens is not None:
+            seconds = None if self._begun is None else now - self._begun
+            self._running.add(seconds, self._tokens)
+        self._running = self._trials.setdefault(running, _Trial(running))
+        self._begun, self._tokens = now, None
+        return self._running.guessing
+
+    def interrupt(self) -> None:
+        """What comes next is no part of the step."""
+        self._begun = None
+
+    def end(self, tokens: int) -> None:
+        """The step, in which all sequences could have been guessed for, made ``tokens``."""
+        self._tokens = tokens

@@ -1,0 +1,82 @@
+"""The faster of guessing and not guessing is kept, whatever the costs of steps say."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from offramp.server.engine.draft_trials import DraftTrials
+
+
+class World:
+    """Steps of one number of sequences, in a clock of their own."""
+
+    def __init__(self, running: int = 1) -> None:
+        self.trials = DraftTrials()
+        self.running = running
+        self.now = 0.0
+        self._random = random.Random(0)
+
+    def run(self, steps: int, guessed: float, tokens: float, plain: float) -> float:
+        """The share of ``steps`` that guess, where these take so many seconds and make so many."""
+        chosen = 0
+        for _ in range(steps):
+            guessing = self.trials.begin(self.running, self.now)
+            chosen += guessing
+            self.now += (guessed if guessing else plain) * self._random.uniform(0.9, 1.1)
+            more = guessing and self._random.random() < tokens - 1
+            self.trials.end(self.running * (1 + more))
+        return chosen / steps
+
+
+@pytest.mark.parametrize("running", [1, 4])
+@pytest.mark.parametrize(
+    ("guessed", "tokens", "pays"),
+    [(4.0, 1.6, True), (4.0, 1.45, True), (4.0, 1.25, False), (3.3, 1.0, False), (2.0, 1.0, True)],
+)
+def test_the_faster_way_is_kept(running: int, guessed: float, tokens: float, pays: bool) -> None:  # noqa: FBT001
+    world = World(running)
+    first = world.run(64, guessed, tokens, 3.0)
+    assert first >= 0.5
+    world.run(1500, guessed, tokens, 3.0)
+    share = world.run(4000, guessed, tokens, 3.0)
+    assert share > 0.93 if pays else share < 0.07
+
+
+def test_it_follows_a_machine_that_changes() -> None:
+    world = World()
+    world.run(4000, 4.0, 1.5, 3.0)
+    assert world.run(3000, 4.0, 1.5, 2.2) < 0.6
+    assert world.run(3000, 4.0, 1.5, 2.2) < 0.1
+    world.run(6000, 4.0, 1.5, 3.2)
+    assert world.run(3000, 4.0, 1.5, 3.2) > 0.9
+
+
+def test_waiting_for_requests_is_not_a_step() -> None:
+    """Nor is a step that met something else."""
+    world = World()
+    for _ in range(300):
+        world.run(20, 4.0, 1.6, 3.0)
+        world.trials.interrupt()
+        world.now += 5.0
+        world.trials.begin(1, world.now)
+        world.now += 100.0
+        world.trials.end(1)
+    assert world.run(3000, 4.0, 1.6, 3.0) > 0.93
+
+
+def test_numbers_of_sequences_are_weighed_apart() -> None:
+    few, many = World(1), World(8)
+    many.trials = few.trials
+    for _ in range(30):
+        many.now = few.now
+        few.run(100, 4.0, 1.6, 3.0)
+        few.trials.interrupt()
+        many.now = few.now
+        many.run(100, 10.0, 1.1, 8.0)
+        few.trials.interrupt()
+        few.now = many.now
+    assert few.run(1000, 4.0, 1.6, 3.0) > 0.93
+    few.trials.interrupt()
+    assert many.run(1000, 10.0, 1.1, 8.0) < 0.07
