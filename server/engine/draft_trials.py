@@ -14,10 +14,13 @@ from statistics import fmean, median
 # Steps in a row that run one way; the first of them still feel the other one.
 _RUN, _SKIPPED = 32, 12
 # The slower way gets one run in so many: every other one at first, and after a change of mind.
-_OTHER_FIRST, _OTHER_RAREST = 2, 32
-# A new sample moves a mean by at least this share. How many tokens a step makes depends on the text,
-# so it takes many of them; what steps take drifts with the machine.
-_TOKENS_RENEWAL, _RATIO_RENEWAL = 1 / 256, 1 / 8
+_OTHER_FIRST, _OTHER_RAREST = 2, 16
+# A new sample moves a mean by at least this share. How many tokens a step makes depends on the
+# text, so it takes many of them; what steps take drifts with the machine.
+_TOKENS_RENEWAL, _RATIO_RENEWAL = 1 / 1024, 1 / 8
+# Guesses are given up where they lose by more than so many standard errors of the means.
+_CERTAINTY = 2.0
+_LEAST_RATIOS = 4
 # A step that takes so many times the median met something else.
 _OUTLIER = 3.0
 
@@ -26,11 +29,20 @@ _OUTLIER = 3.0
 class _Mean:
     renewal: float
     value: float = 0.0
+    variance: float = 0.0
     samples: int = 0
 
     def add(self, sample: float) -> None:
         self.samples += 1
-        self.value += max(self.renewal, 1 / self.samples) * (sample - self.value)
+        share, off = max(self.renewal, 1 / self.samples), sample - self.value
+        self.value += share * off
+        self.variance = (1 - share) * (self.variance + share * off**2)
+
+    @property
+    def error(self) -> float:
+        """Its standard error; a moving mean of renewal r is one of 2 / r samples."""
+        counted = min(self.samples, 2 / self.renewal)
+        return math.sqrt(self.variance / (counted - 1)) if counted > 1 else math.inf
 
 
 @dataclass(slots=True)
@@ -76,15 +88,22 @@ class _Trial:
             self.ratio.add(-ratio if self.guessing else ratio)
 
     def _next_run(self) -> None:
-        if self.ratio.samples:
-            pay = self.tokens.value * math.exp(self.ratio.value) >= self.running
-            if pay is not self.guesses_pay:
-                self.guesses_pay, self.every, self.runs = pay, _OTHER_FIRST, 0
+        pay = self._weigh()
+        if pay is not self.guesses_pay:
+            self.guesses_pay, self.every, self.runs = pay, _OTHER_FIRST, 0
         self.runs += 1
         other = self.runs >= self.every
         if other:
             self.runs, self.every = 0, min(2 * self.every, _OTHER_RAREST)
         self.guessing = self.guesses_pay is not other
+
+    def _weigh(self) -> bool:
+        """Whether guesses pay, as far as is known."""
+        if self.ratio.samples < _LEAST_RATIOS:
+            return True
+        gain = math.log(self.tokens.value / self.running) + self.ratio.value
+        error = math.hypot(self.ratio.error, self.tokens.error / self.tokens.value)
+        return gain + _CERTAINTY * error * self.guesses_pay >= 0
 
 
 class DraftTrials:

@@ -98,7 +98,8 @@ class Drafting:
     def run(self, running: int, *, guess: bool = True) -> float:
         """Draft for all who asked, beside ``running`` sequences; returns seconds on the device.
 
-        Where ``guess`` is False, only what a grammar forces.
+        Where ``guess`` is False, only what a grammar forces; the draft head's entries are kept up,
+        many at a time, so that its next guesses are no worse.
         """
         self._running = running
         asking = {
@@ -109,13 +110,13 @@ class Drafting:
         self._asking = {}
         many = [each for each in self._holding.values() if len(each.state_rows) > MOST_STATES]
         plan = NO_DRAFTS
-        if guess and self._info.draft_head and (asking or many):
+        if self._info.draft_head and (asking or many):
             plan = self._governor.head_plan(running)
         # An n-gram costs no guess, but is worth its row only where it is right as often.
         rival = self._governor.head_acceptance.mean if plan.most else 0.0
         for sequence in asking.values() if guess else ():
             self._copy(sequence, running, rival)
-        lacking = {id_ for id_, sequence in asking.items() if not sequence.drafts}
+        lacking = {id_ for id_, sequence in asking.items() if guess and not sequence.drafts}
         if plan.most and (lacking or many):
             return self._run_head(plan, lacking)
         for sequence in many:
