@@ -101,6 +101,6 @@ def _memory(count: int, weights: float, cache: float) -> Finding:
     if count * _LEAST_BYTES_A_WEIGHT + _BESIDE > free:
         return Finding("memory needed", text, Level.ERROR, "take a smaller model or more memory")
     if needed > free:
-        advice = "lower --kv-cache-memory, or set --kv-cache-dtype float16"
+        advice = "lower --kv-cache-memory"
         return Finding("memory needed", text, Level.WARNING, advice)
     return Finding("memory needed", text)
