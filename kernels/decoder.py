@@ -21,7 +21,6 @@ from offramp.kernels.bounds import (
     check_shape,
     check_size,
 )
-from offramp.kernels.kv_formats import FORMATS
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import Batch, Layer, Matrix, Shape
@@ -168,7 +167,7 @@ class NativeLayers:
             count,
             rows.block_size,
             rows.longest,
-            self._library.constant(FORMATS[pages.dtype]),
+            self._library.kv_formats[pages.dtype],
             pages.data_ptr(),
             pages.stride(1) * pages.itemsize,
             address_of(rows.places),

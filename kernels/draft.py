@@ -16,7 +16,6 @@ from torch import Tensor
 
 from offramp.kernels.bounds import check_indices, check_shape
 from offramp.kernels.decoder import NativeLayers, address_of, matrix_of, rows_matrix
-from offramp.kernels.kv_formats import FORMATS
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import Batch, DraftCall, DraftHeadWeights, Matrix
@@ -162,7 +161,7 @@ class NativeDraft:
         batch = Batch(
             block_size=size,
             longest=longest,
-            kv_format=self._library.constant(FORMATS[pages.dtype]),
+            kv_format=self._library.kv_formats[pages.dtype],
             pages=pages.data_ptr(),
             page_size=pages.stride(1) * pages.itemsize,
             blocks=address_of(blocks),

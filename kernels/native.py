@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.bounds import check_indices, check_shape
+from offramp.kernels.kv_formats import FORMATS
 from offramp.kernels.native_build import candidates
 from offramp.kernels.native_structures import (
     Batch,
@@ -98,6 +99,7 @@ class Library:
         self._matmul_phases = self.constant("MATMUL_PHASES")
         self._draft_phases = self.constant("DRAFT_PHASES")
         self._check_phases = self.constant("CHECK_PHASES")
+        self.kv_formats = {dtype: self.constant(name) for dtype, name in FORMATS.items()}
         self._scratch = _Scratch()
         self.timers: tuple[str, ...] = tuple(self._timer_names())
         self._time: Tensor | None = None

@@ -123,9 +123,11 @@ class DraftTrials:
         if self._tokens is not None:
             seconds = None if self._begun is None else now - self._begun
             self._running.add(seconds, self._tokens)
-        self._running = self._trials.setdefault(running, _Trial(running))
-        self._begun, self._tokens = now, None
-        return self._running.guessing
+        trial = self._trials.get(running)
+        if trial is None:
+            trial = self._trials[running] = _Trial(running)
+        self._running, self._begun, self._tokens = trial, now, None
+        return trial.guessing
 
     def interrupt(self) -> None:
         """What comes next is no part of the step."""
