@@ -58,9 +58,3 @@ def write_kv(kv: Tensor, pages: Tensor, places: Tensor) -> None:
         scales[0][:, :, blocks, offsets] = torch.where(tiny, 0.0, largest / _LARGEST)
         kv = (kv * torch.where(tiny, 0.0, _LARGEST / largest)).round()
     numbers[:, :, blocks, offsets] = kv.to(pages.dtype)
-
-
-def plain_kv(pages: Tensor) -> Tensor:
-    """What ``pages`` hold, as fp32 [.., blocks, block_size, kv_heads, head_dim]."""
-    numbers, *scales = page_parts(pages)
-    return numbers.float() * scales[0] if scales else numbers.float()

@@ -228,25 +228,22 @@ INLINE void score_many(const struct run_heads *queries, int count, const struct 
     }
 }
 
-/* Softmax of scores [count] in place; memory up to a multiple of LANES is written. */
+/* Softmax of scores [count] in place; memory up to a multiple of LANES is written: numbers next to
+ * nothing, which no sum of the others is changed by. */
 static void softmax(float *scores, int64_t count) {
-    int64_t whole = (count - 1) / LANES * LANES; /* what lies before the last vector */
+    int64_t padded = (count + LANES - 1) / LANES * LANES;
     floats most = broadcast(-INFINITY), sums = {0};
-    for (int64_t i = count; i < whole + LANES; i++) scores[i] = -INFINITY;
-    for (int64_t i = 0; i <= whole; i += LANES) most = larger(*(floats *)(scores + i), most);
+    for (int64_t i = count; i < padded; i++) scores[i] = -INFINITY;
+    for (int64_t i = 0; i < padded; i += LANES) most = larger(*(floats *)(scores + i), most);
     float top = most[0];
     for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
-    for (int64_t i = 0; i <= whole; i += LANES) {
+    for (int64_t i = 0; i < padded; i += LANES) {
         floats e = vector_exp(*(floats *)(scores + i) - top);
         *(floats *)(scores + i) = e;
         sums += e;
     }
-    floats *last = (floats *)(scores + whole), e = *last;
-    for (int i = count - whole; i < LANES; i++) e[i] = 0;
-    sums += e - *last;
-    *last = e;
     float share = 1 / sum_lanes(sums);
-    for (int64_t i = 0; i <= whole; i += LANES) *(floats *)(scores + i) *= share;
+    for (int64_t i = 0; i < padded; i += LANES) *(floats *)(scores + i) *= share;
 }
 
 /* Add to HEADS results from number ``from`` on, in WIDE * LANES columns from ``column`` on,

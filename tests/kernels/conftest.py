@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.backend import references
+from offramp.kernels.kv_formats import page_parts
 from tests.kernels.compiler import Compiler
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,3 +55,9 @@ def compile_ahead() -> Iterator[Compiler]:
         pytest.skip("no triton")
     with Compiler() as compiler:
         yield compiler
+
+
+def plain_kv(pages: Tensor) -> Tensor:
+    """What ``pages`` hold, as fp32 [.., blocks, block_size, kv_heads, head_dim]."""
+    numbers, *scales = page_parts(pages)
+    return numbers.float() * scales[0] if scales else numbers.float()

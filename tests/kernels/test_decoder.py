@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.kernels.kv_formats import page_parts, plain_kv, write_kv
+from offramp.kernels.kv_formats import page_parts, write_kv
 from offramp.kernels.native import library
 from offramp.kernels.rows import HostRows, Span
 from offramp.kernels.weight_formats import WeightFormat
@@ -16,6 +16,7 @@ from offramp.models.config import ModelConfig
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.formats import Recipes
 from offramp.models.transformer import Transformer
+from tests.kernels.conftest import plain_kv
 from tests.kernels.test_weight_formats import MAKE
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C kernels on this machine")

@@ -11,11 +11,11 @@ from torch import Tensor
 from offramp.kernels.active_rows import SegmentBatch
 from offramp.kernels.backend import rehearsal, triton
 from offramp.kernels.kv_fill import Projection, clear_kv, copy_kv, fill_kv, project_kv
-from offramp.kernels.kv_formats import plain_kv, write_kv
+from offramp.kernels.kv_formats import write_kv
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable, rotate
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
-from tests.kernels.conftest import DEVICE
+from tests.kernels.conftest import DEVICE, plain_kv
 
 pytestmark = pytest.mark.usefixtures("on_device")
 BLOCKS, SIZE, EPS = 6, 4, 1e-5
