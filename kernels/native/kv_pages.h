@@ -47,8 +47,8 @@ static void store_kv(const struct shape *s, const struct batch *b, const float *
         for (int h = 0; h < s->kv_heads; h++, x += dim, at += 2 * dim, scales += b->block_size) {
             float inverse, scale = fixed_point_scale(x, dim, LARGEST_KV, &inverse);
             for (int i = 0; i < dim; i += LANES)
-                *(shorts *)(at + 2 * i) = __builtin_convertvector(
-                    to_fixed_point(*(const floats *)(x + i), inverse), shorts);
+                *(shorts *)(at + 2 * i) =
+                    to_shorts(to_fixed_point(*(const floats *)(x + i), inverse));
             *scales = scale;
         }
     }
@@ -58,7 +58,7 @@ static void store_kv(const struct shape *s, const struct batch *b, const float *
 INLINE floats load_kv(const uint8_t *at, const int FORMAT) {
     if (FORMAT == KV_FP32) return *(const floats *)at;
     if (FORMAT == KV_FP16) return load_fp16(at);
-    return __builtin_convertvector(__builtin_convertvector(*(const shorts *)at, ints), floats);
+    return __builtin_convertvector(load_shorts(at), floats);
 }
 
 /* The next LANES scales of ``count``; ``beyond`` where there are no more. */

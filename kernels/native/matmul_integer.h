@@ -46,7 +46,7 @@ INLINE void quantize_group(int format, const float *x, struct fixed_point to) {
     for (int i = 0; i < VECTORS; i++) {
         ints fixed = to_fixed_point(values[i], inverse);
         sum += (uints)fixed;
-        store_inputs(format, __builtin_convertvector(fixed, shorts), i * LANES, to.columns);
+        store_inputs(format, to_shorts(fixed), i * LANES, to.columns);
     }
     uint32_t total = add_lanes(sum); /* of inputs that are no numbers, any */
     *to.scales = scale;

@@ -85,6 +85,26 @@ INLINE floats load_fp16(const uint8_t *at) {
 #endif
 }
 
+/* LANES integers of 16 bits. */
+INLINE ints load_shorts(const uint8_t *at) {
+#if defined(__AVX512F__)
+    return (ints)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)at));
+#elif defined(__AVX2__)
+    return (ints)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)at));
+#else
+    return __builtin_convertvector(*(const shorts *)at, ints);
+#endif
+}
+
+/* The lower halves of ``v``. */
+INLINE shorts to_shorts(ints v) {
+#if defined(__AVX512F__)
+    return (shorts)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+    return __builtin_convertvector(v, shorts);
+#endif
+}
+
 INLINE part_floats load_fp16_part(const uint8_t *at) {
 #if defined(__AVX__)
     return load_fp16(at);
