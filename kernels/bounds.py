@@ -49,14 +49,16 @@ def check_indices(name: str, lowest: int, highest: int, count: int, least: int =
 def check_pages(pages: Tensor, last_layer: int, kv_heads: int, head_dim: int) -> None:
     """Raise ValueError unless ``pages`` hold K,V of layers up to ``last_layer``.
 
-    A draft head's layer lies behind the view of the stack's, in the same memory.
+    Layers and blocks may follow one another in any order (models/kv_cache.py), what a block has of
+    a layer's keys or values is contiguous. A draft head's layer lies behind the view of the
+    stack's, in the same memory.
     """
-    whole = pages.dim() == 6 and pages.shape[1] == 2 and pages.is_contiguous()
+    whole = pages.dim() == 6 and pages.shape[1] == 2 and pages[0, 0, 0].is_contiguous()
     if not whole or pages.shape[4:] != (kv_heads, row_size(head_dim, pages.dtype)):
         raise ValueError(f"pages of the shape {tuple(pages.shape)} do not fit the layers")
     if pages.dtype not in FORMATS or pages.device.type != "cpu":
         raise ValueError(f"pages are {pages.dtype} on {pages.device}")
-    stride = pages.stride(0)
-    end = (pages.storage_offset() + (last_layer + 1) * stride) * pages.itemsize
-    if end > pages.untyped_storage().nbytes():
+    layer, kind, block = pages.stride()[:3]
+    last = pages.storage_offset() + last_layer * layer + kind + (pages.shape[2] - 1) * block
+    if (last + pages[0, 0, 0].numel()) * pages.itemsize > pages.untyped_storage().nbytes():
         raise ValueError(f"pages have no layer {last_layer}")

@@ -21,6 +21,7 @@ from offramp.kernels.bounds import (
     check_shape,
     check_size,
 )
+from offramp.kernels.kv_formats import page_steps
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import Batch, Layer, Matrix, Shape
@@ -169,7 +170,7 @@ class NativeLayers:
             rows.longest,
             self._library.kv_formats[pages.dtype],
             pages.data_ptr(),
-            pages.stride(1) * pages.itemsize,
+            *page_steps(pages),
             address_of(rows.places),
             address_of(rows.positions),
             address_of(rows.first_blocks),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offramp.kernels.bounds import check_indices, check_shape
 from offramp.kernels.decoder import NativeLayers, address_of, matrix_of, rows_matrix
+from offramp.kernels.kv_formats import page_steps
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import Batch, DraftCall, DraftHeadWeights, Matrix
@@ -158,12 +159,15 @@ class NativeDraft:
             ids=address_of(ids),
         )
         cos, sin = self._parts.angles
+        layer_step, kind_step, block_step = page_steps(pages)
         batch = Batch(
             block_size=size,
             longest=longest,
             kv_format=self._library.kv_formats[pages.dtype],
             pages=pages.data_ptr(),
-            page_size=pages.stride(1) * pages.itemsize,
+            layer_step=layer_step,
+            kind_step=kind_step,
+            block_step=block_step,
             blocks=address_of(blocks),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),

@@ -43,6 +43,12 @@ def page_parts(pages: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def page_steps(pages: Tensor) -> tuple[int, int, int]:
+    """Bytes from one layer of ``pages`` to the next, from keys to values, between blocks."""
+    layer, kind, block = (step * pages.itemsize for step in pages.stride()[:3])
+    return layer, kind, block
+
+
 def write_kv(kv: Tensor, pages: Tensor, places: Tensor) -> None:
     """Write keys and values ``kv`` [n, layers, 2, kv_heads, head_dim] at ``places`` of all layers.
 

@@ -7,6 +7,7 @@ Where there are none, nothing changes.
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import torch
@@ -38,6 +39,13 @@ class Arena:
         )
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
         return place.view(tensor.shape).copy_(tensor)
+
+
+def large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU that take memory as they are written to, in large pages."""
+    return torch.frombuffer(_large_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(
+        shape
+    )
 
 
 def _large_pages(size: int) -> mmap.mmap:

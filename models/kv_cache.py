@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.kv_formats import row_size
+from offramp.kernels.memory import large_pages
 from offramp.models.config import ModelConfig
 
 
@@ -19,7 +20,11 @@ class KVCache:
 
     A block id names the same page in every layer. The engine decides which
     sequence owns which block; this class only holds memory. ``extra_layers`` lie above the stack's
-    and are in ``layers`` alone.
+    and are not in ``pages``.
+
+    In memory layer follows layer, or, ``by_block``, block follows block, each with all layers: only
+    the C kernels read such pages. What is in use then lies close together, in few large pages of
+    the system.
     """
 
     def __init__(
@@ -30,20 +35,26 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         extra_layers: int = 0,
+        *,
+        by_block: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         layers = config.num_layers + extra_layers
         row = row_size(config.head_dim, dtype)
-        shape = (layers, 2, num_blocks, block_size, config.num_kv_heads, row)
+        block = (block_size, config.num_kv_heads, row)
         # Not cleared: a page is read only where it was written, and on a CPU one that was never
         # used then takes no memory.
-        memory = torch.empty(shape, dtype=dtype, device=device)
+        if by_block:
+            memory = large_pages((num_blocks, layers, 2, *block), dtype).permute(1, 2, 0, 3, 4, 5)
+        else:
+            memory = torch.empty((layers, 2, num_blocks, *block), dtype=dtype, device=device)
         self.pages = memory[: config.num_layers]
-        self.flat = self.pages.flatten(2, 3)
-        """The same memory as [layers, 2, places, kv_heads, row size]."""
-        parts = memory.flatten(2, 3).flatten(0, 1).unbind()
-        self.layers: list[tuple[Tensor, Tensor]] = list(zip(parts[::2], parts[1::2], strict=True))
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        """K and V [places, kv_heads, row size] of each layer and extra layer, not ``by_block``."""
+        if not by_block:
+            parts = memory.flatten(2, 3).flatten(0, 1).unbind()
+            self.layers = list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def row_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -92,6 +92,7 @@ INLINE void score_rows(const struct run_heads *queries, int from, const struct p
                        const int FULL, const int FORMAT) {
     const uint8_t *k = part->at + first * part->stride;
     int last = part->count - first - 1;
+    size_t row_bytes = part->dim * number_bytes(FORMAT);
     float *q[MOST_HEADS];
     floats quarters[4][4];
     find_heads(queries, from, q, HEADS);
@@ -102,6 +103,7 @@ INLINE void score_rows(const struct run_heads *queries, int from, const struct p
 #pragma GCC unroll 4
         for (int j = 0; j < LANES / 4; j++) {
             keys[j] = k + (FULL ? 4 * j + i : MIN(4 * j + i, last)) * part->stride;
+            if (!from) fetch(keys[j] + part->ahead, row_bytes);
 #pragma GCC unroll 4
             for (int h = 0; h < HEADS; h++) sums[h][j] = (floats){0};
         }
@@ -249,8 +251,8 @@ static void softmax(float *scores, int64_t count) {
 /* Add to HEADS results from number ``from`` on, in WIDE * LANES columns from ``column`` on,
  * ``count`` values v, ``stride`` apart, times the weights [HEADS, span]. */
 INLINE void value_tile(const struct run_heads *results, int from, const uint8_t *v, size_t stride,
-                       int count, const float *weights, size_t span, int column, const int HEADS,
-                       const int WIDE, const int FORMAT) {
+                       ptrdiff_t ahead, int count, const float *weights, size_t span, int column,
+                       const int HEADS, const int WIDE, const int FORMAT) {
     float *out[MOST_HEADS];
     floats sums[MOST_HEADS][VALUE_VECTORS];
     find_heads(results, from, out, HEADS);
@@ -259,13 +261,15 @@ INLINE void value_tile(const struct run_heads *results, int from, const uint8_t 
 #pragma GCC unroll 4
         for (int i = 0; i < WIDE; i++) sums[h][i] = *(floats *)(out[h] + column + i * LANES);
     v += column * number_bytes(FORMAT);
-    for (int p = 0; p < count; p++, v += stride)
+    for (int p = 0; p < count; p++, v += stride) {
+        if (ahead && !from) fetch(v + ahead, WIDE * LANES * number_bytes(FORMAT));
 #pragma GCC unroll 4
         for (int i = 0; i < WIDE; i++) {
             floats value = in_register(load_kv(v + i * LANES * number_bytes(FORMAT), FORMAT));
 #pragma GCC unroll 6
             for (int h = 0; h < HEADS; h++) sums[h][i] += weights[h * span + p] * value;
         }
+    }
 #pragma GCC unroll 6
     for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 4
@@ -274,12 +278,13 @@ INLINE void value_tile(const struct run_heads *results, int from, const uint8_t 
 
 /* The same for ``count`` results, in all columns. */
 INLINE void value_tiles(const struct run_heads *results, int count, const uint8_t *v, size_t stride,
-                        int values, const float *weights, size_t span, const int FORMAT) {
+                        ptrdiff_t ahead, int values, const float *weights, size_t span,
+                        const int FORMAT) {
     const int WIDTH = VALUE_VECTORS * LANES;
     int column = 0;
 #define ADD(HEADS)                                                                                 \
-    value_tile(results, from, v, stride, values, weights + from * span, span, column, HEADS, WIDE, \
-               FORMAT)
+    value_tile(results, from, v, stride, ahead, values, weights + from * span, span, column,       \
+               HEADS, WIDE, FORMAT)
 #define ADD_ALL                                                                                    \
     TILES(6, ADD);                                                                                 \
     TILES(4, ADD);                                                                                 \
@@ -317,7 +322,8 @@ INLINE void add_values(const struct run_heads *results, int count, const struct 
                        float *weights, size_t span, float *panel, const int FORMAT) {
     if (FORMAT == KV_INT16) scale_weights(weights, span, count, part);
     if (FORMAT == KV_FP32 || count < MANY_QUERIES) {
-        value_tiles(results, count, part->at, part->stride, part->count, weights, span, FORMAT);
+        value_tiles(results, count, part->at, part->stride, part->ahead, part->count, weights, span,
+                    FORMAT);
         return;
     }
     int dim = part->dim;
@@ -327,7 +333,7 @@ INLINE void add_values(const struct run_heads *results, int count, const struct 
             for (int c = 0; c < dim; c += LANES)
                 *(floats *)(panel + j * dim + c) =
                     load_kv(part->at + (i + j) * part->stride + c * number_bytes(FORMAT), FORMAT);
-        value_tiles(results, count, (const uint8_t *)panel, sizeof(float) * dim, values,
+        value_tiles(results, count, (const uint8_t *)panel, sizeof(float) * dim, 0, values,
                     weights + i, span, KV_FP32);
     }
 }
@@ -347,7 +353,6 @@ INLINE void run_attention(const struct shape *s, const struct layer *l, const st
     float scale = 1 / sqrtf(dim);
     size_t own = (size_t)head * group * dim;
     for (int i = 0; i < c.parts; i++) {
-        fetch_part(&c, i + 1, head, heads, FORMAT);
         for (int h = 0; h < heads; h++) {
             struct part part = context_part(&c, i, head + h, FORMAT);
             struct run_heads queries = {(float *)q + own + h * group * dim, q_stride, dim, group};
@@ -370,7 +375,6 @@ INLINE void run_attention(const struct shape *s, const struct layer *l, const st
         memset(out + r * out_stride + own, 0, sizeof(float) * heads * group * dim);
     }
     for (int i = c.parts; i < 2 * c.parts; i++) {
-        fetch_part(&c, i + 1, head, heads, FORMAT);
         for (int h = 0; h < heads; h++) {
             struct part part = context_part(&c, i, head + h, FORMAT);
             struct run_heads results = {out + own + h * group * dim, out_stride, dim, group};

@@ -75,7 +75,7 @@ static void rope_and_store(const struct shape *s, const struct layer *l, const s
     }
     uint8_t *keys = layer_keys(l, b);
     store_kv(s, b, qkv + s->heads * dim, keys, b->places[row]);
-    store_kv(s, b, qkv + s->heads * dim + kv, keys + b->page_size, b->places[row]);
+    store_kv(s, b, qkv + s->heads * dim + kv, keys + b->kind_step, b->places[row]);
 }
 
 /* silu(gate) * up for ``count`` columns from ``column`` on, in place of gate; gate_up is

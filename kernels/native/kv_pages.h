@@ -17,23 +17,16 @@ INLINE size_t number_bytes(int format) {
     return format == KV_FP32 ? 4 : 2;
 }
 
-/* Bytes of a block's keys. */
-INLINE size_t kv_block_bytes(const struct shape *s, const struct batch *b) {
-    size_t rows = (size_t)b->block_size * s->kv_heads;
-    return rows * s->head_dim * number_bytes(b->kv_format) +
-           (b->kv_format == KV_INT16 ? 4 * rows : 0);
-}
-
-/* The layer's keys; its values are ``page_size`` bytes further on. */
+/* The layer's keys; its values are ``kind_step`` bytes further on. */
 INLINE uint8_t *layer_keys(const struct layer *l, const struct batch *b) {
-    return b->pages + 2 * l->index * b->page_size;
+    return b->pages + l->index * b->layer_step;
 }
 
 /* Write the key (value) x [kv_heads, head_dim] of ``place`` among the layer's keys (values). */
 static void store_kv(const struct shape *s, const struct batch *b, const float *x, uint8_t *keys,
                      int64_t place) {
     int dim = s->head_dim, count = s->kv_heads * dim, offset = place % b->block_size;
-    uint8_t *block = keys + place / b->block_size * kv_block_bytes(s, b);
+    uint8_t *block = keys + place / b->block_size * b->block_step;
     uint8_t *at = block + (size_t)offset * count * number_bytes(b->kv_format);
     if (b->kv_format == KV_FP32) {
         memcpy(at, x, sizeof(float) * count);
@@ -80,9 +73,10 @@ struct context {
     const uint8_t *keys, *values;
     const int64_t *blocks;
     int64_t first, end; /* positions */
-    int parts;          /* of the keys alone */
+    int64_t first_block;
+    int parts; /* of the keys alone */
     int size, dim, kv_heads;
-    size_t block_bytes;
+    int64_t block_step;
     size_t stride; /* bytes from one key to the next */
 };
 
@@ -93,59 +87,63 @@ INLINE struct context context_of(const struct shape *s, const struct layer *l,
     int64_t first = context_start(s, b->positions[row]), end = b->positions[row + count - 1] + 1;
     return (struct context){
         .keys = layer_keys(l, b),
-        .values = layer_keys(l, b) + b->page_size,
+        .values = layer_keys(l, b) + b->kind_step,
         .blocks = b->blocks + b->first_blocks[row],
         .first = first,
         .end = end,
+        .first_block = first / size,
         .parts = (end - 1) / size - first / size + 1,
         .size = size,
         .dim = s->head_dim,
         .kv_heads = s->kv_heads,
-        .block_bytes = kv_block_bytes(s, b),
+        .block_step = b->block_step,
         .stride = s->kv_heads * s->head_dim * number_bytes(FORMAT),
     };
 }
 
 /* A head's keys (values) at ``count`` positions from ``first`` on: their numbers, ``stride`` bytes
- * apart, and their scales. */
+ * apart, and their scales. Those of the next part, which are fetched meanwhile, are ``ahead`` bytes
+ * further on. */
 struct part {
     const uint8_t *at;
     const float *scales;
     size_t stride;
     int64_t first;
+    ptrdiff_t ahead;
     int count, dim;
 };
 
+/* Where the block of the part ``index`` begins. */
+INLINE const uint8_t *part_block(const struct context *c, int index) {
+    int values = index >= c->parts;
+    return (values ? c->values : c->keys) +
+           c->blocks[c->first_block + index - (values ? c->parts : 0)] * c->block_step;
+}
+
 /* The part ``index`` of head ``head``. */
 INLINE struct part context_part(const struct context *c, int index, int head, const int FORMAT) {
-    int values = index >= c->parts;
-    int64_t number = c->first / c->size + index - (values ? c->parts : 0);
+    int64_t number = c->first_block + index - (index >= c->parts ? c->parts : 0);
     int64_t first = MAX(c->first, number * c->size), end = MIN((number + 1) * c->size, c->end);
     int offset = first - number * c->size;
-    const uint8_t *block = (values ? c->values : c->keys) + c->blocks[number] * c->block_bytes;
+    const uint8_t *block = part_block(c, index);
+    const uint8_t *next = part_block(c, MIN(index + 1, 2 * c->parts - 1));
     const float *scales = (const float *)(block + c->size * c->stride);
     return (struct part){
         .at = block + offset * c->stride + head * c->dim * number_bytes(FORMAT),
         .scales = FORMAT == KV_INT16 ? scales + head * c->size + offset : NULL,
         .stride = c->stride,
         .first = first,
+        .ahead = next - block,
         .count = end - first,
         .dim = c->dim,
     };
 }
 
-/* Fetch a part of ``heads`` heads from ``head`` on, if there is one. */
-INLINE void fetch_part(const struct context *c, int index, int head, int heads, const int FORMAT) {
+/* Fetch memory that will be read soon. */
+INLINE void fetch(const void *memory, size_t bytes) {
     enum { CACHE_LINE = 64 };
-    if (index >= 2 * c->parts) return;
-    struct part part = context_part(c, index, head, FORMAT);
-    size_t bytes = heads * c->dim * number_bytes(FORMAT);
-    for (int i = 0; i < part.count; i++, part.at += c->stride)
-        for (size_t line = 0; line < bytes; line += CACHE_LINE)
-            __builtin_prefetch(part.at + line, 0, 3);
-    for (int h = 0; FORMAT == KV_INT16 && h < heads; h++)
-        for (int i = 0; i < part.count; i += CACHE_LINE / 4)
-            __builtin_prefetch(part.scales + h * c->size + i, 0, 3);
+    for (size_t line = 0; line < bytes; line += CACHE_LINE)
+        __builtin_prefetch((const uint8_t *)memory + line, 0, 3);
 }
 
 #endif

@@ -33,10 +33,11 @@ enum kv_format { KV_FP32, KV_FP16, KV_INT16 };
 /* The rows of a forward pass and the pages of keys and values they read and write. */
 struct batch {
     int32_t rows, block_size;
-    int32_t longest;             /* longest context of a row, in tokens */
-    int32_t kv_format;           /* of the numbers in ``pages`` */
-    uint8_t *pages;              /* [layers, 2, places, kv_heads, head_dim]: keys, then values */
-    int64_t page_size;           /* bytes of one layer's keys */
+    int32_t longest;   /* longest context of a row, in tokens */
+    int32_t kv_format; /* of the numbers in ``pages`` */
+    uint8_t *pages;    /* keys and values of all layers and blocks, see kv_pages.h */
+    /* Bytes from one layer to the next, from keys to values, and from one block to the next. */
+    int64_t layer_step, kind_step, block_step;
     const int64_t *places;       /* [rows]: where each row's own key and value are stored */
     const int64_t *positions;    /* [rows] */
     const int64_t *first_blocks; /* [rows]: start of the row's block table in ``blocks`` */

@@ -245,17 +245,19 @@ def _load(
     blocks = num_blocks or blocks_that_fit(
         shape, config, heads, max_len, dtype, cache_dtype, device, extra
     )
-    cache = KVCache(shape, blocks, config.block_size, cache_dtype, device, extra)
     if config.exit_hold == "throughput" and not on_device:
         raise EngineConfigError("--exit-hold throughput is for GPUs; use --exit-hold latency")
     layers = tuple(head.layer for head in heads)
     model = Transformer(shape, weights, layers, max_len, recipes)
     del weights
     return_freed_memory()
-    if cache.pages.dtype is not dtype and not all(each.is_native for each in model.segments):
+    is_native = all(each.is_native for each in model.segments)
+    if cache_dtype is not dtype and not is_native:
         raise EngineConfigError(
             f"--kv-cache-dtype {config.kv_cache_dtype} needs the C kernels; use auto"
         )
+    size = config.block_size
+    cache = KVCache(shape, blocks, size, cache_dtype, device, extra, by_block=is_native)
     info = EngineInfo(
         model_name=model_name,
         num_layers=shape.num_layers,

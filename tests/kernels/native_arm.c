@@ -125,6 +125,8 @@ static void layer(int format, int kv_format) {
         .gate_up = random_matrix(format, 2 * INNER, WIDTH, 0),
         .down = random_matrix(format, WIDTH, INNER, 1),
     };
+    int64_t block =
+        BLOCK * s.kv_heads * (DIM * number_bytes(kv_format) + (kv_format == KV_INT16 ? 4 : 0));
     int64_t blocks[2 * LONGEST / BLOCK], places[ROWS], positions[ROWS], first_blocks[ROWS];
     for (int i = 0; i < LONGEST / BLOCK; i++) {
         blocks[i] = 15 - i;
@@ -135,9 +137,9 @@ static void layer(int format, int kv_format) {
         .longest = LONGEST,
         .kv_format = kv_format,
         .pages = memory(2 * 4 * PLACES * KV),
-        .page_size =
-            PLACES / BLOCK *
-            kv_block_bytes(&s, &(struct batch){.block_size = BLOCK, .kv_format = kv_format}),
+        .layer_step = PLACES / BLOCK * 2 * block,
+        .kind_step = block,
+        .block_step = 2 * block,
         .places = places,
         .positions = positions,
         .first_blocks = first_blocks,
@@ -159,7 +161,7 @@ static void layer(int format, int kv_format) {
         offramp_run_layers(&s, &l, 1, &b, hidden, NULL, NULL, &w);
         put_numbers(hidden, (size_t)b.rows * WIDTH);
     }
-    put(b.pages, 2 * b.page_size);
+    put(b.pages, b.layer_step);
 }
 
 int main(void) {

@@ -152,6 +152,10 @@ def test_pages_of_another_model_are_refused(model: Transformer, cache: KVCache) 
             check_pages(
                 cache.pages[:, :1] if pages is None else pages.pages, 2, shape.num_kv_heads, 32
             )
+    by_block = KVCache(shape, BLOCKS, BLOCK, torch.float32, CPU, by_block=True).pages
+    check_pages(by_block, shape.num_layers - 1, shape.num_kv_heads, shape.head_dim)
+    with pytest.raises(ValueError, match="no layer"):
+        check_pages(by_block, shape.num_layers, shape.num_kv_heads, shape.head_dim)
     with pytest.raises(ValueError, match="blocks of 4 tokens"):
         model.segments[0](hidden, rows, KVCache(shape, BLOCKS, 2, torch.float32, CPU))
 

@@ -93,8 +93,14 @@ def build(shape: ModelConfig, found: dict[str, Tensor], form: WeightFormat) -> T
     return Transformer(shape, found, (1,), POSITIONS, recipes)
 
 
-def cache_of(shape: ModelConfig, blocks: int = 200, dtype: torch.dtype = torch.float32) -> KVCache:
-    cache = KVCache(shape, blocks, BLOCK, dtype, CPU)
+def cache_of(
+    shape: ModelConfig,
+    blocks: int = 200,
+    dtype: torch.dtype = torch.float32,
+    *,
+    by_block: bool = False,
+) -> KVCache:
+    cache = KVCache(shape, blocks, BLOCK, dtype, CPU, by_block=by_block)
     for part in page_parts(cache.pages):
         part.fill_(float("nan") if part.is_floating_point() else 1)
     return cache
@@ -131,7 +137,7 @@ def test_one_call_does_what_the_operators_do(
     models = [build(shape, found, form), build(shape, found, WeightFormat.PLAIN)]
     assert all(segment.is_native for segment in models[0].segments)
     assert all(not segment.is_native for segment in models[1].segments)
-    caches = [cache_of(shape), cache_of(shape)]
+    caches = [cache_of(shape, by_block=True), cache_of(shape)]
     first, second = table(0, 90), table(50, 40)
     steps = [
         [Span(range(23), first), Span(range(7), second)],
@@ -161,7 +167,7 @@ def test_results_do_not_depend_on_company_chunks_or_threads(
     hidden = torch.randn(70, shape.hidden_size)
     own = table(0, 70)
     whole = run(model, cache_of(shape, dtype=pages), [Span(range(70), own)], hidden)
-    cache = cache_of(shape, dtype=pages)
+    cache = cache_of(shape, dtype=pages, by_block=True)
     other = Span(range(9), table(100, 9))
     threads = torch.get_num_threads()
     try:

@@ -147,7 +147,7 @@ def test_segments_of_one_step_are_those_of_several(model: Transformer) -> None:
             head = tuple(HeadRow(row, GREEDY, 0, (1,), 1) for row in range(5)) if top else ()
             result = runner.run(RunSegments(first, last, (work,), head))
             assert len(result.segment_seconds) == last + 1 - first
-        tokens.append((result.head_tokens, runner.cache.flat[:, :, :5].clone()))
+        tokens.append((result.head_tokens, runner.cache.pages.flatten(2, 3)[:, :, :5].clone()))
     assert tokens[0][0] == tokens[1][0]
     assert tokens[0][1].equal(tokens[1][1])
 
