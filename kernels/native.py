@@ -85,7 +85,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
-        for name in ("prepared_floats", "matmul_floats", "score_floats"):
+        for name in ("prepared_floats", "matmul_floats", "attention_floats", "partial_floats"):
             self._function(name).restype = c_int64
         for name in ("run_layers", "head", "matmul", "rows", "draft", "check"):
             self._function(name).restype = None
@@ -244,15 +244,17 @@ class Library:
         )
         workspace: Workspace | None = self._scratch.layouts.get(sizes)
         if workspace is None:
-            queries, room = heads * head_dim, Batch(longest=longest)
+            queries, room = heads * head_dim, Batch(rows=rows, longest=longest)
             workspace = self._workspace(
                 rows,
                 max(width, queries, inner, columns),
                 phases,
                 normed=max(width, queries),
                 wide=max(queries + 2 * kv_heads * head_dim, 2 * inner),
-                scores=self._function("score_floats")(ctypes.byref(shape), ctypes.byref(room)),
+                attention=self._function("attention_floats")(ctypes.byref(shape)),
             )
+            partials = self._function("partial_floats")(ctypes.byref(shape), ctypes.byref(room))
+            workspace.partials = self._scratch.at("partials", partials)
             workspace.run_starts = self._scratch.at("run_starts", rows + 1)
             self._scratch.keep(sizes, workspace)
         workspace.timers = None if self._time is None else self._time.data_ptr()
@@ -266,18 +268,18 @@ class Library:
         *,
         normed: int = 0,
         wide: int = 0,
-        scores: int = 0,
+        attention: int = 0,
     ) -> Workspace:
         """Scratch memory for products of matrices up to ``columns`` wide.
 
-        ``normed`` and ``wide`` are floats of a row, ``scores`` those of a thread.
+        ``normed`` and ``wide`` are floats of a row, ``attention`` those of a thread.
         """
         threads, scratch = torch.get_num_threads(), self._scratch.at
-        sizes = (rows, columns, phases, normed, wide, scores, threads)
+        sizes = (rows, columns, phases, normed, wide, attention, threads)
         found: Workspace | None = self._scratch.layouts.get(sizes)
         if found is not None:
             return found
-        per_thread = self._function("matmul_floats")(columns) + scores
+        per_thread = self._function("matmul_floats")(columns) + attention
         made = Workspace(
             normed=scratch("normed", rows * normed),
             wide=scratch("wide", rows * wide),

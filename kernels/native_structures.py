@@ -185,6 +185,7 @@ class Workspace(ctypes.Structure):
         ("phases", c_void_p),
         ("per_thread", c_void_p),
         ("per_thread_floats", c_int64),
+        ("partials", c_void_p),
         ("run_starts", c_void_p),
         ("timers", c_void_p),
         ("threads", c_int32),

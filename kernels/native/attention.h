@@ -1,22 +1,19 @@
 /* Attention over paged keys and values.
  *
  * Rows are taken in runs: up to RUN_ROWS consecutive tokens of one sequence, which read each key
- * and value once. A row's result does not depend on the run it is in.
+ * and value once. Contexts are taken in splits, SPLIT_KEYS positions each: their scores stay in the
+ * nearest caches, and threads can share a context (flash-decoding, Dao et al. 2023). A row's
+ * result does not depend on the run it is in, nor on who made its splits: these are joined in their
+ * order.
  */
 #ifndef OFFRAMP_ATTENTION_H
 #define OFFRAMP_ATTENTION_H
 
-#include "elementwise.h"
+#include "attention_products.h"
 
-enum { RUN_ROWS = 16 };
-/* Queries and vectors of keys whose scores stay in registers. */
-enum { MOST_HEADS = 6, COLUMN_HEADS = 3, KEY_VECTORS = LANES == 16 ? 2 : 1 };
-/* Queries of a run from which on its keys become columns. */
-enum { MANY_QUERIES = 18 };
-/* Values that become floats at once. */
-enum { PANEL_VALUES = 32 };
-/* Columns of values whose sums stay in registers for four queries, in vectors. */
-enum { VALUE_VECTORS = LANES == 16 ? 4 : 2 };
+enum { RUN_ROWS = 16, SPLIT_KEYS = 512 };
+/* Rows of a batch up to which threads share contexts. */
+enum { SPLIT_ROWS = 16 };
 
 /* Runs of the batch: run i is the rows starts[i] .. starts[i + 1] - 1. Returns their number. */
 static int find_runs(const struct batch *b, int32_t *starts) {
@@ -31,208 +28,42 @@ static int find_runs(const struct batch *b, int32_t *starts) {
 }
 
 /* Floats between the scores of two queries: whole vectors are written. */
-INLINE size_t score_stride(const struct batch *b) {
-    return b->longest + LANES;
+enum { SCORE_STRIDE = SPLIT_KEYS + LANES };
+
+/* What a query has of some keys: their values [dim], each times exp(its score - the largest), then
+ * the largest score and the sum of these factors. Where there are no keys the sum is 0. */
+INLINE size_t partial_floats(const struct shape *s) {
+    return s->head_dim + LANES; /* so that vectors stay in lines of the cache */
 }
 
-/* Floats for the scores that a call of ``attention`` makes. */
-static size_t score_floats(const struct shape *s, const struct batch *b) {
-    return MAX(RUN_ROWS * (s->heads / s->kv_heads), s->heads) * score_stride(b);
+/* Queries of an item of attention. */
+INLINE size_t item_queries(const struct shape *s) {
+    return MAX(RUN_ROWS * (s->heads / s->kv_heads), s->heads);
 }
 
-/* LANES keys of a part from ``first`` on, as columns: to [dim, LANES]. */
-INLINE void transpose_keys(const struct part *part, int first, float *to, const int FORMAT) {
-    const uint8_t *keys = part->at + first * part->stride;
-    int last = part->count - first - 1;
-    for (int column = 0; column < part->dim; column += LANES, to += LANES * LANES) {
-        floats rows[LANES];
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            rows[i] =
-                load_kv(keys + MIN(i, last) * part->stride + column * number_bytes(FORMAT), FORMAT);
-        transpose(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) *(floats *)(to + i * LANES) = rows[i];
-    }
+/* Floats of scratch memory for the attention of a thread. */
+static size_t attention_floats(const struct shape *s) {
+    return item_queries(s) * (SCORE_STRIDE + 2 * partial_floats(s));
 }
 
-/* What products of queries with LANES keys of a part, from ``first`` on, are multiplied with. */
-INLINE floats score_scales(const struct part *part, int first, float scale, const int FORMAT) {
-    if (FORMAT != KV_INT16) return broadcast(scale);
-    return scale * load_scales(part->scales + first, part->count - first, 0);
+INLINE int count_splits(const struct batch *b) {
+    return (b->longest + SPLIT_KEYS - 1) / SPLIT_KEYS;
 }
 
-/* The heads of a run's rows that read the same keys and values, ``group`` of each row: where their
- * queries or results [dim] are. */
-struct run_heads {
-    float *first;
-    size_t stride; /* floats from one row to the next */
-    int dim, group;
-};
-
-/* Heads ``from`` to ``from + HEADS - 1``. */
-INLINE void find_heads(const struct run_heads *all, int from, float **found, const int HEADS) {
-    int row = from / all->group, head = from % all->group;
-#pragma GCC unroll 6
-    for (int i = 0; i < HEADS; i++) {
-        found[i] = all->first + row * all->stride + head * all->dim;
-        if (++head == all->group) head = 0, row++;
-    }
+INLINE int shares_contexts(const struct batch *b) {
+    return b->rows <= SPLIT_ROWS && b->longest > SPLIT_KEYS;
 }
 
-/* DO(HEADS) for the next HEADS of ``count`` heads, as often as there are so many left. */
-#define TILES(HEADS, DO)                                                                           \
-    for (; count - from >= HEADS; from += HEADS) DO(HEADS)
-
-/* Scores of HEADS queries from number ``from`` on for LANES keys of a part, the ``first`` and those
- * behind it, to [HEADS, span]. Lanes of columns are multiplied and then added up. FULL says that
- * there are so many keys. */
-INLINE void score_rows(const struct run_heads *queries, int from, const struct part *part,
-                       int first, floats scales, float *to, size_t span, const int HEADS,
-                       const int FULL, const int FORMAT) {
-    const uint8_t *k = part->at + first * part->stride;
-    int last = part->count - first - 1;
-    size_t row_bytes = part->dim * number_bytes(FORMAT);
-    float *q[MOST_HEADS];
-    floats quarters[4][4];
-    find_heads(queries, from, q, HEADS);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        floats sums[4][LANES / 4];
-        const uint8_t *keys[LANES / 4];
-#pragma GCC unroll 4
-        for (int j = 0; j < LANES / 4; j++) {
-            keys[j] = k + (FULL ? 4 * j + i : MIN(4 * j + i, last)) * part->stride;
-            if (!from) fetch(keys[j] + part->ahead, row_bytes);
-#pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) sums[h][j] = (floats){0};
-        }
-        for (int column = 0; column < queries->dim; column += LANES) {
-            floats parts[LANES / 4];
-#pragma GCC unroll 4
-            for (int j = 0; j < LANES / 4; j++)
-                parts[j] = in_register(load_kv(keys[j] + column * number_bytes(FORMAT), FORMAT));
-#pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) {
-                floats query = *(const floats *)(q[h] + column);
-#pragma GCC unroll 4
-                for (int j = 0; j < LANES / 4; j++) sums[h][j] += query * parts[j];
-            }
-        }
-#pragma GCC unroll 4
-        for (int h = 0; h < HEADS; h++) quarters[h][i] = sum_lanes_begin(sums[h]);
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < HEADS; h++)
-        *(floats *)(to + h * span) = scales * sum_lanes_end(quarters[h]);
+/* Floats of scratch memory for what threads make of contexts that they share, in batches of up to
+ * as many rows and up to as long contexts. */
+static size_t shared_partial_floats(const struct shape *s, const struct batch *b) {
+    if (b->longest <= SPLIT_KEYS) return 0;
+    return (size_t)MIN(b->rows, SPLIT_ROWS) * s->heads * count_splits(b) * partial_floats(s);
 }
 
-/* The same of ``count`` queries for all keys of a part. */
-INLINE void score_few(const struct run_heads *queries, int count, const struct part *part,
-                      float scale, float *to, size_t span, const int FORMAT) {
-    for (int i = 0; i < part->count; i += LANES, to += LANES) {
-        int from = 0;
-        floats scales = score_scales(part, i, scale, FORMAT);
-#define SCORE_FULL(HEADS)                                                                          \
-    score_rows(queries, from, part, i, scales, to + from * span, span, HEADS, 1, FORMAT)
-#define SCORE(HEADS)                                                                               \
-    score_rows(queries, from, part, i, scales, to + from * span, span, HEADS, 0, FORMAT)
-        if (part->count - i >= LANES) {
-            TILES(4, SCORE_FULL);
-            TILES(3, SCORE_FULL);
-            TILES(2, SCORE_FULL);
-            TILES(1, SCORE_FULL);
-        } else {
-            TILES(3, SCORE);
-            TILES(1, SCORE);
-        }
-#undef SCORE_FULL
-#undef SCORE
-    }
-}
-
-/* Add to ``sums`` the products of lane ``lane`` of HEADS queries q and of VECTORS * LANES keys,
- * keys [VECTORS, dim, LANES]. */
-INLINE void add_lane(float *const *q, const float *keys, int dim, int lane,
-                     floats (*sums)[KEY_VECTORS], const int HEADS, const int VECTORS) {
-    floats own[COLUMN_HEADS][KEY_VECTORS] = {0};
-    for (int i = lane; i < dim; i += LANES) {
-        floats parts[KEY_VECTORS];
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++)
-            parts[v] = in_register(*(const floats *)(keys + (v * dim + i) * LANES));
-#pragma GCC unroll 3
-        for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; v++) own[h][v] += q[h][i] * parts[v];
-    }
-#pragma GCC unroll 3
-    for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) sums[h][v] += own[h][v];
-}
-
-/* Scores of HEADS queries from number ``from`` on for these keys, to [HEADS, span]. The lanes that
- * score_rows has are added up in its order, that of sum_lanes. */
-INLINE void score_columns(const struct run_heads *queries, int from, const float *keys,
-                          const floats *scales, float *to, size_t span, const int HEADS,
-                          const int VECTORS) {
-    int dim = queries->dim;
-    float *q[MOST_HEADS];
-    find_heads(queries, from, q, HEADS);
-    floats halves[2][COLUMN_HEADS][KEY_VECTORS] = {0};
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++)
-#pragma GCC unroll 2
-        for (int lane = half; lane < 4; lane += 2) {
-            floats quarter[COLUMN_HEADS][KEY_VECTORS] = {0}, other[COLUMN_HEADS][KEY_VECTORS] = {0};
-            add_lane(q, keys, dim, lane, quarter, HEADS, VECTORS);
-            if (LANES == 16) add_lane(q, keys, dim, lane + 8, quarter, HEADS, VECTORS);
-            add_lane(q, keys, dim, lane + 4, other, HEADS, VECTORS);
-            if (LANES == 16) add_lane(q, keys, dim, lane + 12, other, HEADS, VECTORS);
-#pragma GCC unroll 3
-            for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; v++) halves[half][h][v] += quarter[h][v] + other[h][v];
-        }
-#pragma GCC unroll 3
-    for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++)
-            *(floats *)(to + h * span + v * LANES) =
-                scales[v] * (halves[0][h][v] + halves[1][h][v]);
-}
-
-/* The same of ``count`` queries for all keys of a part, which become columns first: that pays for
- * many queries. ``panel`` [KEY_VECTORS, dim, LANES] is scratch. */
-INLINE void score_many(const struct run_heads *queries, int count, const struct part *part,
-                       float scale, float *to, size_t span, float *panel, const int FORMAT) {
-    for (int i = 0; i < part->count; i += KEY_VECTORS * LANES) {
-        int left = part->count - i, from = 0;
-        floats scales[KEY_VECTORS];
-        for (int v = 0; v < KEY_VECTORS && v * LANES < left; v++) {
-            transpose_keys(part, i + v * LANES, panel + v * LANES * part->dim, FORMAT);
-            scales[v] = score_scales(part, i + v * LANES, scale, FORMAT);
-        }
-#define SCORE_BOTH(HEADS)                                                                          \
-    score_columns(queries, from, panel, scales, to + i + from * span, span, HEADS, KEY_VECTORS)
-#define SCORE(HEADS)                                                                               \
-    score_columns(queries, from, panel, scales, to + i + from * span, span, HEADS, 1)
-        if (left > LANES) {
-            TILES(3, SCORE_BOTH);
-            TILES(1, SCORE_BOTH);
-        } else {
-            TILES(3, SCORE);
-            TILES(1, SCORE);
-        }
-#undef SCORE_BOTH
-#undef SCORE
-    }
-}
-
-/* Softmax of scores [count] in place; memory up to a multiple of LANES is written: numbers next to
- * nothing, which no sum of the others is changed by. */
-static void softmax(float *scores, int64_t count) {
+/* Scores [count] become exp(score - the largest), in place, which with their sum go to ``found``.
+ * Memory up to a multiple of LANES is written. */
+static void exponentials(float *scores, int64_t count, float found[2]) {
     int64_t padded = (count + LANES - 1) / LANES * LANES;
     floats most = broadcast(-INFINITY), sums = {0};
     for (int64_t i = count; i < padded; i++) scores[i] = -INFINITY;
@@ -244,158 +75,156 @@ static void softmax(float *scores, int64_t count) {
         *(floats *)(scores + i) = e;
         sums += e;
     }
-    float share = 1 / sum_lanes(sums);
-    for (int64_t i = 0; i < padded; i += LANES) *(floats *)(scores + i) *= share;
+    found[0] = top;
+    found[1] = sum_lanes(sums);
 }
 
-/* Add to HEADS results from number ``from`` on, in WIDE * LANES columns from ``column`` on,
- * ``count`` values v, ``stride`` apart, times the weights [HEADS, span]. */
-INLINE void value_tile(const struct run_heads *results, int from, const uint8_t *v, size_t stride,
-                       ptrdiff_t ahead, int count, const float *weights, size_t span, int column,
-                       const int HEADS, const int WIDE, const int FORMAT) {
-    float *out[MOST_HEADS];
-    floats sums[MOST_HEADS][VALUE_VECTORS];
-    find_heads(results, from, out, HEADS);
-#pragma GCC unroll 6
-    for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 4
-        for (int i = 0; i < WIDE; i++) sums[h][i] = *(floats *)(out[h] + column + i * LANES);
-    v += column * number_bytes(FORMAT);
-    for (int p = 0; p < count; p++, v += stride) {
-        if (ahead && !from) fetch(v + ahead, WIDE * LANES * number_bytes(FORMAT));
-#pragma GCC unroll 4
-        for (int i = 0; i < WIDE; i++) {
-            floats value = in_register(load_kv(v + i * LANES * number_bytes(FORMAT), FORMAT));
-#pragma GCC unroll 6
-            for (int h = 0; h < HEADS; h++) sums[h][i] += weights[h * span + p] * value;
-        }
-    }
-#pragma GCC unroll 6
-    for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 4
-        for (int i = 0; i < WIDE; i++) *(floats *)(out[h] + column + i * LANES) = sums[h][i];
+/* e to the power of x. */
+INLINE float exponential(float x) {
+    return vector_exp(broadcast(x))[0];
 }
 
-/* The same for ``count`` results, in all columns. */
-INLINE void value_tiles(const struct run_heads *results, int count, const uint8_t *v, size_t stride,
-                        ptrdiff_t ahead, int values, const float *weights, size_t span,
-                        const int FORMAT) {
-    const int WIDTH = VALUE_VECTORS * LANES;
-    int column = 0;
-#define ADD(HEADS)                                                                                 \
-    value_tile(results, from, v, stride, ahead, values, weights + from * span, span, column,       \
-               HEADS, WIDE, FORMAT)
-#define ADD_ALL                                                                                    \
-    TILES(6, ADD);                                                                                 \
-    TILES(4, ADD);                                                                                 \
-    TILES(3, ADD);                                                                                 \
-    TILES(2, ADD);                                                                                 \
-    TILES(1, ADD)
-    for (; results->dim - column >= WIDTH; column += WIDTH) {
-        const int WIDE = VALUE_VECTORS;
-        int from = 0;
-        ADD_ALL;
-    }
-    for (; column < results->dim; column += LANES) {
-        const int WIDE = 1;
-        int from = 0;
-        ADD_ALL;
-    }
-#undef ADD
-#undef ADD_ALL
-}
-
-#undef TILES
-
-/* Multiply the weights [queries, span] of a part's values with the values' scales. */
-INLINE void scale_weights(float *weights, size_t span, int queries, const struct part *part) {
-    for (int i = 0; i < part->count; i += LANES) {
-        /* What lies behind belongs to other values. */
-        floats scales = load_scales(part->scales + i, part->count - i, 1);
-        for (int j = 0; j < queries; j++) *(floats *)(weights + j * span + i) *= scales;
+/* Add what a query has of later keys to what it has of earlier ones, both [dim + 2]. */
+static void join_partial(float *earlier, const float *later, int dim) {
+    float *most = earlier + dim, *sum = most + 1;
+    if (later[dim + 1] == 0) return;
+    /* One of the two factors is 1: sums are rounded alike wherever this is compiled. */
+    if (later[dim] > *most) {
+        float factor = exponential(*most - later[dim]);
+        for (int i = 0; i < dim; i += LANES)
+            *(floats *)(earlier + i) =
+                *(floats *)(earlier + i) * factor + *(const floats *)(later + i);
+        *sum = *sum * factor + later[dim + 1];
+        *most = later[dim];
+    } else {
+        float factor = exponential(later[dim] - *most);
+        for (int i = 0; i < dim; i += LANES)
+            *(floats *)(earlier + i) += *(const floats *)(later + i) * factor;
+        *sum += later[dim + 1] * factor;
     }
 }
 
-/* Add the values of a part, times the weights [count, span], to ``count`` results. For many results
- * the values become floats first, in ``panel`` [PANEL_VALUES, dim]. */
-INLINE void add_values(const struct run_heads *results, int count, const struct part *part,
-                       float *weights, size_t span, float *panel, const int FORMAT) {
-    if (FORMAT == KV_INT16) scale_weights(weights, span, count, part);
-    if (FORMAT == KV_FP32 || count < MANY_QUERIES) {
-        value_tiles(results, count, part->at, part->stride, part->ahead, part->count, weights, span,
-                    FORMAT);
-        return;
-    }
-    int dim = part->dim;
-    for (int i = 0; i < part->count; i += PANEL_VALUES) {
-        int values = MIN(PANEL_VALUES, part->count - i);
-        for (int j = 0; j < values; j++)
-            for (int c = 0; c < dim; c += LANES)
-                *(floats *)(panel + j * dim + c) =
-                    load_kv(part->at + (i + j) * part->stride + c * number_bytes(FORMAT), FORMAT);
-        value_tiles(results, count, (const uint8_t *)panel, sizeof(float) * dim, 0, values,
-                    weights + i, span, KV_FP32);
-    }
+/* The result of a query that has all its keys. */
+static void finish_partial(const float *partial, float *out, int dim) {
+    float share = 1 / partial[dim + 1];
+    for (int i = 0; i < dim; i += LANES)
+        *(floats *)(out + i) = *(const floats *)(partial + i) * share;
 }
 
-/* Attention of a run's rows ``row`` to ``row + count - 1``: of those queries that read the keys and
- * values of ``heads`` heads from ``head`` on. Queries q and results ``out`` of the rows are
- * ``q_stride`` and ``out_stride`` floats apart; ``scores`` [score_floats] is scratch. */
-INLINE void run_attention(const struct shape *s, const struct layer *l, const struct batch *b,
-                          const float *q, size_t q_stride, float *out, size_t out_stride, int row,
-                          int count, int head, int heads, float *scores, float *panel,
-                          const int FORMAT) {
-    int dim = s->head_dim, group = s->heads / s->kv_heads;
-    size_t span = score_stride(b);
-    const int64_t *positions = b->positions + row;
-    const struct context c = context_of(s, l, b, row, count, FORMAT);
-    int64_t first = c.first, end = c.end;
+/* Queries that attend to the same keys: those of the rows ``row`` to ``row + count - 1`` of a run
+ * and of the heads that read ``heads`` heads of keys and values from ``head`` on. */
+struct item {
+    int row, count, head, heads;
+};
+
+/* A vector for each of an item's queries: the first one, and floats from one to the next. */
+struct vectors {
+    float *first;
+    size_t row_step, head_step;
+};
+
+/* What an item's queries q have of the keys of a split, to ``partials``. ``scores``
+ * [item_queries, SCORE_STRIDE] and ``panel`` are scratch. */
+INLINE void attend(const struct shape *s, const struct layer *l, const struct batch *b,
+                   const struct item *item, int split, const struct vectors *q,
+                   const struct vectors *partials, float *scores, float *panel, const int FORMAT) {
+    int dim = s->head_dim, group = s->heads / s->kv_heads, count = item->count;
+    int queries = count * group;
+    const int64_t *positions = b->positions + item->row;
+    const struct context c = context_of(s, l, b, item->row, count, (int64_t)split * SPLIT_KEYS,
+                                        (int64_t)(split + 1) * SPLIT_KEYS, FORMAT);
     float scale = 1 / sqrtf(dim);
-    size_t own = (size_t)head * group * dim;
-    for (int i = 0; i < c.parts; i++) {
-        for (int h = 0; h < heads; h++) {
-            struct part part = context_part(&c, i, head + h, FORMAT);
-            struct run_heads queries = {(float *)q + own + h * group * dim, q_stride, dim, group};
-            float *to = scores + h * count * group * span + part.first - first;
-            if (count * group < MANY_QUERIES)
-                score_few(&queries, count * group, &part, scale, to, span, FORMAT);
+    for (int i = 0; i < c.parts; i++)
+        for (int h = 0; h < item->heads; h++) {
+            struct part part = context_part(&c, i, item->head + h, FORMAT);
+            struct run_heads own = {q->first + h * group * q->head_step, q->row_step, q->head_step,
+                                    dim, group};
+            float *to = scores + h * queries * SCORE_STRIDE + part.first - c.first;
+            if (queries < MANY_QUERIES)
+                score_few(&own, queries, &part, scale, to, SCORE_STRIDE, FORMAT);
             else
-                score_many(&queries, count * group, &part, scale, to, span, panel, FORMAT);
+                score_many(&own, queries, &part, scale, to, SCORE_STRIDE, panel, FORMAT);
         }
-    }
     for (int r = 0; r < count; r++) {
-        int64_t own_first = context_start(s, positions[r]) - first;
-        int64_t own_end = positions[r] + 1 - first;
-        for (int j = 0; j < heads * group; j++) {
-            float *weights = scores + ((j / group * count + r) * group + j % group) * span;
-            softmax(weights + own_first, own_end - own_first);
-            memset(weights, 0, sizeof(float) * own_first);
-            memset(weights + own_end, 0, sizeof(float) * (end - first - own_end));
-        }
-        memset(out + r * out_stride + own, 0, sizeof(float) * heads * group * dim);
-    }
-    for (int i = c.parts; i < 2 * c.parts; i++) {
-        for (int h = 0; h < heads; h++) {
-            struct part part = context_part(&c, i, head + h, FORMAT);
-            struct run_heads results = {out + own + h * group * dim, out_stride, dim, group};
-            float *weights = scores + h * count * group * span + part.first - first;
-            add_values(&results, count * group, &part, weights, span, panel, FORMAT);
+        int64_t first = MAX(context_start(s, positions[r]), c.first) - c.first;
+        int64_t end = MAX(MIN(positions[r] + 1, c.end) - c.first, first);
+        for (int j = 0; j < item->heads * group; j++) {
+            float *weights = scores + ((j / group * count + r) * group + j % group) * SCORE_STRIDE;
+            float *partial = partials->first + r * partials->row_step + j * partials->head_step;
+            exponentials(weights + first, end - first, partial + dim);
+            memset(weights, 0, sizeof(float) * first);
+            memset(weights + end, 0, sizeof(float) * (c.end - c.first - end));
+            memset(partial, 0, sizeof(float) * dim);
         }
     }
+    for (int i = c.parts; i < 2 * c.parts; i++)
+        for (int h = 0; h < item->heads; h++) {
+            struct part part = context_part(&c, i, item->head + h, FORMAT);
+            struct run_heads own = {partials->first + h * group * partials->head_step,
+                                    partials->row_step, partials->head_step, dim, group};
+            float *weights = scores + h * queries * SCORE_STRIDE + part.first - c.first;
+            add_values(&own, queries, &part, weights, SCORE_STRIDE, panel, FORMAT);
+        }
 }
 
-#define ATTENTION_OF(FORMAT)                                                                       \
-    static void attention_##FORMAT(const struct shape *s, const struct layer *l,                   \
-                                   const struct batch *b, const float *q, size_t q_stride,         \
-                                   float *out, size_t out_stride, int row, int count, int head,    \
-                                   int heads, float *scores, float *panel) {                       \
-        run_attention(s, l, b, q, q_stride, out, out_stride, row, count, head, heads, scores,      \
-                      panel, FORMAT);                                                              \
+#define ATTEND(FORMAT)                                                                             \
+    static void attend_##FORMAT(const struct shape *s, const struct layer *l,                      \
+                                const struct batch *b, const struct item *item, int split,         \
+                                const struct vectors *q, const struct vectors *partials,           \
+                                float *scores, float *panel) {                                     \
+        attend(s, l, b, item, split, q, partials, scores, panel, FORMAT);                          \
     }
-ATTENTION_OF(KV_FP32)
-ATTENTION_OF(KV_FP16)
-ATTENTION_OF(KV_INT16)
-#undef ATTENTION_OF
+ATTEND(KV_FP32)
+ATTEND(KV_FP16)
+ATTEND(KV_INT16)
+#undef ATTEND
+
+typedef void attend_function(const struct shape *, const struct layer *, const struct batch *,
+                             const struct item *, int, const struct vectors *,
+                             const struct vectors *, float *, float *);
+static attend_function *const ATTEND[] = {
+    [KV_FP32] = attend_KV_FP32, [KV_FP16] = attend_KV_FP16, [KV_INT16] = attend_KV_INT16};
+
+/* The splits [first, end) that a run's rows ``row`` to ``row + count - 1`` have keys in. */
+INLINE void find_splits(const struct shape *s, const struct batch *b, int row, int count,
+                        int *first, int *end) {
+    *first = context_start(s, b->positions[row]) / SPLIT_KEYS;
+    *end = b->positions[row + count - 1] / SPLIT_KEYS + 1;
+}
+
+/* Attention of an item, one split after another, to ``out``. */
+static void attend_all(const struct shape *s, const struct layer *l, const struct batch *b,
+                       const struct item *item, const struct vectors *q, const struct vectors *out,
+                       const struct worker *worker) {
+    int dim = s->head_dim, heads = item->heads * (s->heads / s->kv_heads), first, end;
+    size_t step = partial_floats(s);
+    float *joined = worker->scores + item_queries(s) * SCORE_STRIDE;
+    const struct vectors all = {joined, heads * step, step};
+    const struct vectors later = {joined + item_queries(s) * step, heads * step, step};
+    find_splits(s, b, item->row, item->count, &first, &end);
+    for (int split = first; split < end; split++) {
+        ATTEND[b->kv_format](s, l, b, item, split, q, split == first ? &all : &later,
+                             worker->scores, worker->panel);
+        if (split > first)
+            for (int i = 0; i < item->count * heads; i++)
+                join_partial(joined + i * step, later.first + i * step, dim);
+    }
+    for (int i = 0; i < item->count * heads; i++)
+        finish_partial(joined + i * step,
+                       out->first + i / heads * out->row_step + i % heads * out->head_step, dim);
+}
+
+/* Join what threads have made of the splits of query ``head`` of a row; its result to ``out``. */
+static void join_splits(const struct shape *s, const struct batch *b, int row, int head,
+                        float *partials, float *out) {
+    size_t step = partial_floats(s);
+    int first, end;
+    find_splits(s, b, row, 1, &first, &end);
+    partials += ((size_t)row * s->heads + head) * count_splits(b) * step;
+    for (int split = first + 1; split < end; split++)
+        join_partial(partials + first * step, partials + split * step, s->head_dim);
+    finish_partial(partials + first * step, out, s->head_dim);
+}
 
 /* The heads of keys and values whose attention is an item of work. Reading all heads of a context
  * at once reads memory in order; with runs of several rows or few runs, parallel work counts for
@@ -405,29 +234,52 @@ INLINE int heads_together(const struct shape *s, const struct batch *b, int runs
     return runs == b->rows && runs >= 2 * worker->shared->threads ? s->kv_heads : 1;
 }
 
-/* Items of the phase that make a chunk. Later rows of a prompt read more: in large chunks threads
- * would wait for the last one. */
+/* Items of the phase that make a chunk. Later rows of a prompt read more, contexts that are shared
+ * are of any length: in large chunks threads would wait for the last one. */
 INLINE int attention_chunk(const struct batch *b, int runs, int items,
                            const struct worker *worker) {
-    return runs == b->rows ? chunk_size(items, worker) : 1;
+    return runs == b->rows && !shares_contexts(b) ? chunk_size(items, worker) : 1;
 }
 
-/* Attention of all rows, one phase. Queries q and results ``out`` of the rows are ``q_stride`` and
- * ``out_stride`` floats apart. */
+/* Attention of all rows, one phase or, where contexts are shared, two. Queries q and results
+ * ``out`` of the rows are ``q_step`` and ``out_step`` floats apart. */
 static void attention(const struct shape *s, const struct layer *l, const struct batch *b, int runs,
-                      const float *q, size_t q_stride, float *out, size_t out_stride,
-                      struct worker *worker) {
-    int together = heads_together(s, b, runs, worker), items = runs * s->kv_heads / together;
+                      float *q, size_t q_step, float *out, size_t out_step, struct worker *worker) {
+    const struct workspace *w = worker->shared;
+    int dim = s->head_dim, group = s->heads / s->kv_heads;
+    int together = heads_together(s, b, runs, worker), shared = shares_contexts(b);
+    int splits = shared ? count_splits(b) : 1;
+    int items = runs * (s->kv_heads / together) * splits;
     int size = attention_chunk(b, runs, items, worker);
+    size_t step = partial_floats(s);
     FOR_EACH_CHUNK(worker, i, end, size, items)
         for (; i < end; i++) {
-            const int32_t *run = worker->shared->run_starts + i % runs;
-            int row = run[0], count = run[1] - row;
-            (b->kv_format == KV_FP32   ? attention_KV_FP32
-             : b->kv_format == KV_FP16 ? attention_KV_FP16
-                                       : attention_KV_INT16)(
-                s, l, b, q + row * q_stride, q_stride, out + row * out_stride, out_stride, row,
-                count, i / runs * together, together, worker->scores, worker->panel);
+            int run = i / splits % runs, head = i / splits / runs * together, split = i % splits;
+            struct item item = {w->run_starts[run], 0, head, together};
+            item.count = w->run_starts[run + 1] - item.row;
+            size_t first = (size_t)head * group * dim;
+            const struct vectors queries = {q + item.row * q_step + first, q_step, dim};
+            if (!shared) {
+                const struct vectors to = {out + item.row * out_step + first, out_step, dim};
+                attend_all(s, l, b, &item, &queries, &to, worker);
+                continue;
+            }
+            int from, to;
+            find_splits(s, b, item.row, item.count, &from, &to);
+            if (split < from || split >= to) continue;
+            const struct vectors partials = {
+                w->partials +
+                    (((size_t)item.row * s->heads + head * group) * splits + split) * step,
+                s->heads * splits * step, splits * step};
+            ATTEND[b->kv_format](s, l, b, &item, split, &queries, &partials, worker->scores,
+                                 worker->panel);
+        }
+    if (!shared) return;
+    items = b->rows * s->heads, size = chunk_size(items, worker);
+    FOR_EACH_CHUNK(worker, i, end, size, items)
+        for (; i < end; i++) {
+            int row = i / s->heads, head = i % s->heads;
+            join_splits(s, b, row, head, w->partials, out + row * out_step + head * dim);
         }
 }
 

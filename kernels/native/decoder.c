@@ -128,8 +128,13 @@ int64_t offramp_matmul_floats(int32_t columns) {
 }
 
 /* Floats of scratch memory for the attention of each thread, behind those for products. */
-int64_t offramp_score_floats(const struct shape *s, const struct batch *b) {
-    return score_floats(s, b);
+int64_t offramp_attention_floats(const struct shape *s) {
+    return attention_floats(s);
+}
+
+/* Floats of scratch memory for attention, shared by all threads. */
+int64_t offramp_partial_floats(const struct shape *s, const struct batch *b) {
+    return shared_partial_floats(s, b);
 }
 
 /* The constant or size of this name; -1 if there is none. */

@@ -6,6 +6,8 @@
 #ifndef OFFRAMP_KV_PAGES_H
 #define OFFRAMP_KV_PAGES_H
 
+#include <stddef.h>
+
 #include "structures.h"
 #include "vector.h"
 
@@ -80,11 +82,13 @@ struct context {
     size_t stride; /* bytes from one key to the next */
 };
 
-/* The context of the rows ``row`` to ``row + count - 1``. */
+/* What is at positions [from, to) of the context of the rows ``row`` to ``row + count - 1``. */
 INLINE struct context context_of(const struct shape *s, const struct layer *l,
-                                 const struct batch *b, int row, int count, const int FORMAT) {
+                                 const struct batch *b, int row, int count, int64_t from,
+                                 int64_t to, const int FORMAT) {
     int size = b->block_size;
-    int64_t first = context_start(s, b->positions[row]), end = b->positions[row + count - 1] + 1;
+    int64_t first = MAX(context_start(s, b->positions[row]), from);
+    int64_t end = MIN(b->positions[row + count - 1] + 1, to);
     return (struct context){
         .keys = layer_keys(l, b),
         .values = layer_keys(l, b) + b->kind_step,
@@ -102,7 +106,7 @@ INLINE struct context context_of(const struct shape *s, const struct layer *l,
 }
 
 /* A head's keys (values) at ``count`` positions from ``first`` on: their numbers, ``stride`` bytes
- * apart, and their scales. Those of the next part, which are fetched meanwhile, are ``ahead`` bytes
+ * apart, and their scales. Those of a later part, which are fetched meanwhile, are ``ahead`` bytes
  * further on. */
 struct part {
     const uint8_t *at;
@@ -122,11 +126,12 @@ INLINE const uint8_t *part_block(const struct context *c, int index) {
 
 /* The part ``index`` of head ``head``. */
 INLINE struct part context_part(const struct context *c, int index, int head, const int FORMAT) {
+    enum { AHEAD = 2 };
     int64_t number = c->first_block + index - (index >= c->parts ? c->parts : 0);
     int64_t first = MAX(c->first, number * c->size), end = MIN((number + 1) * c->size, c->end);
     int offset = first - number * c->size;
     const uint8_t *block = part_block(c, index);
-    const uint8_t *next = part_block(c, MIN(index + 1, 2 * c->parts - 1));
+    const uint8_t *next = part_block(c, MIN(index + AHEAD, 2 * c->parts - 1));
     const float *scales = (const float *)(block + c->size * c->stride);
     return (struct part){
         .at = block + offset * c->stride + head * c->dim * number_bytes(FORMAT),
@@ -143,7 +148,7 @@ INLINE struct part context_part(const struct context *c, int index, int head, co
 INLINE void fetch(const void *memory, size_t bytes) {
     enum { CACHE_LINE = 64 };
     for (size_t line = 0; line < bytes; line += CACHE_LINE)
-        __builtin_prefetch((const uint8_t *)memory + line, 0, 3);
+        __builtin_prefetch((const uint8_t *)memory + line, 0, 2);
 }
 
 #endif

@@ -7,7 +7,7 @@
 #include "matmul.h"
 
 /* Phases of ``run_layer``. */
-enum { LAYER_PHASES = 5 + 4 * MATMUL_PHASES };
+enum { LAYER_PHASES = 6 + 4 * MATMUL_PHASES };
 /* RMSNorm of the rows of x [rows, m->columns] into the inputs of products with ``m``, one phase. */
 static void norm_inputs(const float *x, const float *weight, float eps, const struct matrix *m,
                         const struct operands *t, struct worker *worker) {

@@ -134,8 +134,9 @@ struct workspace {
     float *wide;     /* [rows, max(qkv, 2 * inner)] */
     float *prepared; /* [2, prepared_floats(rows, columns)]: inputs of a product, and of the next */
     struct phase *phases; /* LAYER_PHASES a layer, or MATMUL_PHASES */
-    float *per_thread;    /* [threads, per_thread_floats]: weight panel, scores */
+    float *per_thread;    /* [threads, per_thread_floats]: weight panel, scratch of attention */
     int64_t per_thread_floats;
+    float *partials;     /* [shared_partial_floats], for attention */
     int32_t *run_starts; /* [rows + 1], for attention */
     int64_t *timers;     /* [TIMERS] nanoseconds are added, or NULL */
     int32_t threads;

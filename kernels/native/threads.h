@@ -30,7 +30,7 @@ struct worker {
     const struct workspace *shared;
     struct phase *phase; /* the one it is in */
     float *panel;        /* weights unpacked, [panel_floats(widest columns)] */
-    float *scores;       /* [score_floats] */
+    float *scores;       /* [attention_floats] */
     int number;          /* in its team */
     /* Weights of the next product, which the thread fetches while it waits for others. */
     const uint8_t *ahead, *ahead_end;

@@ -8,7 +8,7 @@
 
 #include "decoder.c"
 
-enum { THREADS = 2, ROWS = 40, WIDEST = 192, OUTS = 320, BLOCK = 4, LONGEST = 48 };
+enum { THREADS = 2, ROWS = 40, WIDEST = 192, OUTS = 320, BLOCK = 4, LONGEST = 528 };
 enum { WIDTH = 96, HEADS = 6, KV_HEADS = 2, DIM = 32, INNER = 160, PLACES = 64 };
 enum { QUERIES = HEADS * DIM, KV = KV_HEADS * DIM, QKV = QUERIES + 2 * KV };
 
@@ -77,7 +77,7 @@ static void put_numbers(const float *results, size_t count) {
 
 /* For products, or for layers of a shape and a batch too. */
 static struct workspace make_workspace(const struct shape *s, const struct batch *b) {
-    int64_t per_thread = offramp_matmul_floats(WIDEST) + (s ? offramp_score_floats(s, b) : 0);
+    int64_t per_thread = offramp_matmul_floats(WIDEST) + (s ? offramp_attention_floats(s) : 0);
     return (struct workspace){
         .normed = memory(4 * ROWS * QUERIES),
         .wide = memory(4 * ROWS * 2 * INNER),
@@ -85,6 +85,7 @@ static struct workspace make_workspace(const struct shape *s, const struct batch
         .phases = memory(sizeof(struct phase) * (EMBED_PHASES + LAYER_PHASES + MATMUL_PHASES)),
         .per_thread = memory(4 * THREADS * per_thread),
         .per_thread_floats = per_thread,
+        .partials = s ? memory(4 * offramp_partial_floats(s, b)) : NULL,
         .run_starts = memory(4 * (ROWS + 1)),
         .threads = THREADS,
         .columns = WIDEST,
@@ -111,9 +112,10 @@ static void products(int format) {
     }
 }
 
-/* A prompt of 23 tokens, then five more one by one, beside another sequence's first five. */
+/* 23 tokens behind 500 whose keys and values are zeros, then five more one by one, beside another
+ * sequence's first five. */
 static void layer(int format, int kv_format) {
-    enum { PROMPT = 23, MORE = 5 };
+    enum { FIRST = 500, PROMPT = 23, MORE = 5 };
     const struct shape s = {WIDTH, HEADS, KV_HEADS, DIM, INNER, 0, 1e-5f};
     const struct layer l = {
         .attn_norm = random_numbers(WIDTH),
@@ -129,10 +131,11 @@ static void layer(int format, int kv_format) {
         BLOCK * s.kv_heads * (DIM * number_bytes(kv_format) + (kv_format == KV_INT16 ? 4 : 0));
     int64_t blocks[2 * LONGEST / BLOCK], places[ROWS], positions[ROWS], first_blocks[ROWS];
     for (int i = 0; i < LONGEST / BLOCK; i++) {
-        blocks[i] = 15 - i;
-        blocks[LONGEST / BLOCK + i] = i;
+        blocks[i] = i < FIRST / BLOCK ? 0 : 15 + FIRST / BLOCK - i;
+        blocks[LONGEST / BLOCK + i] = 1 + i;
     }
     struct batch b = {
+        .rows = ROWS,
         .block_size = BLOCK,
         .longest = LONGEST,
         .kv_format = kv_format,
@@ -152,7 +155,7 @@ static void layer(int format, int kv_format) {
         b.rows = step ? 2 : PROMPT;
         for (int r = 0; r < b.rows; r++) {
             int sequence = step && r == 1;
-            int64_t position = !step ? r : sequence ? step - 1 : PROMPT + step - 1;
+            int64_t position = sequence ? step - 1 : FIRST + (step ? PROMPT + step - 1 : r);
             positions[r] = position;
             first_blocks[r] = sequence * (LONGEST / BLOCK);
             places[r] = blocks[first_blocks[r] + position / BLOCK] * BLOCK + position % BLOCK;

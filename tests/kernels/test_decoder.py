@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(library() is None, reason="no C kernels on this 
 
 CPU = torch.device("cpu")
 BLOCK = 4
-POSITIONS = 300
+POSITIONS = 1200
 SIZES = {
     "plain": {},
     "biased": {"attention_bias": True, "output_bias": True, "mlp_bias": True},
@@ -154,6 +154,36 @@ def test_one_call_does_what_the_operators_do(
         torch.testing.assert_close(got, expected, rtol=0, atol=bound * float(expected.abs().max()))
     bound = 0.1 if form in {WeightFormat.INT8, WeightFormat.INT4} else 0.03
     torch.testing.assert_close(caches[0].pages, caches[1].pages, rtol=0, atol=bound, equal_nan=True)
+
+
+@pytest.mark.parametrize("pages", [torch.float32, torch.int16])
+@pytest.mark.parametrize("window", [None, 600])
+def test_long_contexts_are_shared_or_not_with_the_same_result(
+    window: int | None, pages: torch.dtype
+) -> None:
+    """Splits of 512 keys: by one thread in a long prompt, by several for few rows."""
+    shape = config(sliding_window=window)
+    found = weights(shape, WeightFormat.FP32)
+    model = build(shape, found, WeightFormat.FP32)
+    plain = build(shape, found, WeightFormat.PLAIN)
+    length, own = 1100, table(0, 1100)
+    hidden = torch.randn(length, shape.hidden_size)
+    expected = run(plain, cache_of(shape, 300), [Span(range(length), own)], hidden)
+    whole = run(model, cache_of(shape, 300, pages), [Span(range(length), own)], hidden)
+    bound = 1e-5 if pages is torch.float32 else 5e-4
+    torch.testing.assert_close(whole, expected, rtol=0, atol=bound * float(expected.abs().max()))
+    cache = cache_of(shape, 310, pages, by_block=True)
+    other = Span(range(3), table(300, 3))
+    ends = (500, 510, 513, 514, 515, 528, 1020, 1030, 1045, 1046, 1100)
+    threads = torch.get_num_threads()
+    try:
+        for index, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
+            torch.set_num_threads((1, 2, 5, 17)[index % 4])
+            mixed = torch.cat((torch.randn(3, shape.hidden_size), hidden[begin:end]))
+            part = run(model, cache, [other, Span(range(begin, end), own)], mixed)[3:]
+            assert part.equal(whole[begin:end])
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("pages", [torch.float32, torch.float16, torch.int16])
