@@ -121,7 +121,7 @@ def test_a_share_that_leaves_nothing_is_refused(
 def test_used_up_memory_says_what_to_change(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr("offramp.server.engine.build.KVCache", full)
