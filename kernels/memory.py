@@ -42,15 +42,17 @@ class Arena:
 
 
 def large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU that take memory as they are written to, in large pages."""
-    return torch.frombuffer(_large_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(
-        shape
-    )
+    """Zeros on the CPU that take memory as they are written to. Raises MemoryError."""
+    memory = _large_pages(math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _large_pages(size: int) -> mmap.mmap:
     """Zeros; private, because shared memory is not in large pages by default."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"the system gives no {size} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -115,6 +115,8 @@ def build_engine(
             "the GPU's memory is used up: lower --max-num-seqs, --max-num-batched-tokens or "
             "--gpu-memory-utilization, see what else uses the GPU, or use --device cpu"
         ) from error
+    except MemoryError as error:
+        raise EngineConfigError(f"{error}: lower --kv-cache-memory") from error
     if runner.model.device.type == "cpu":
         # After the profile: costs are those of all threads.
         runner.threads = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads, server)

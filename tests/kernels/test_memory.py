@@ -42,5 +42,14 @@ def test_copies_are_apart_and_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(end <= begin for (_, end), (begin, _) in pairwise(ends))
 
 
+def test_pages_are_zeros_or_refused() -> None:
+    size = 1 << 30
+    pages = memory.large_pages((4, size // 4), torch.int8)
+    assert pages.shape == (4, size // 4)
+    assert not pages[3, -5:].any()
+    with pytest.raises(MemoryError, match=r"no \d+ bytes"):
+        memory.large_pages((1 << 60,), torch.int8)
+
+
 def test_memory_outlives_its_arena() -> None:
     assert Arena().copy(torch.arange(10)).tolist() == list(range(10))

@@ -110,6 +110,12 @@ def test_a_model_of_no_size_takes_no_millions_of_blocks(shape: ModelConfig) -> N
     assert blocks == 2**20
 
 
+def test_more_memory_than_there_is_says_what_to_change(tiny_dir: Path) -> None:
+    config = EngineConfig(device="cpu", kv_cache_memory=2.0**30)
+    with pytest.raises(EngineConfigError, match=r"no \d+ bytes: lower --kv-cache-memory"):
+        build_engine(config, tiny_dir, model_name="tiny")
+
+
 def test_a_share_that_leaves_nothing_is_refused(
     gpu: pytest.MonkeyPatch, shape: ModelConfig
 ) -> None:
