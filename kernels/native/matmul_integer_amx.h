@@ -130,19 +130,17 @@ INLINE void multiply_set(int format, const uint8_t *set, uint8_t *levels, int ti
         multiply_set(format, set, levels, tile, tiles, m, t, row, out, begin, end, ROWS);          \
         break;
 
-/* Outputs [out, out + count) of all rows, whose inputs quantize_inputs has converted. */
-INLINE void multiply_integer_amx(int format, const struct matrix *m, const struct operands *t,
-                                 int first, int count, struct worker *worker) {
-    int last = first + count;
-    int tiles = (t->rows + INTEGER_TILE_ROWS - 1) / INTEGER_TILE_ROWS;
-    int most = (t->rows + tiles - 1) / tiles;
-    uint8_t *levels = (uint8_t *)worker->panel;
+/* Outputs [first, last) of the rows [from, to). */
+INLINE void multiply_rows(int format, const struct matrix *m, const struct operands *t, int from,
+                          int to, int first, int last, uint8_t *levels) {
+    int tiles = (to - from + INTEGER_TILE_ROWS - 1) / INTEGER_TILE_ROWS;
+    int most = (to - from + tiles - 1) / tiles;
     set_integer_tiles(most);
     for (int out = first / SET * SET; out < last; out += SET) {
         const uint8_t *set = m->data + out * row_bytes(format, m->columns);
         int begin = MAX(first - out, 0), end = MIN(SET, last - out);
-        for (int row = 0, tile = 0, rows; row < t->rows; row += rows, tile++) {
-            rows = MIN(most, t->rows - row);
+        for (int row = from, tile = 0, rows; row < to; row += rows, tile++) {
+            rows = MIN(most, to - row);
             switch (rows) {
                 MULTIPLY_ROWS(1)
                 MULTIPLY_ROWS(2)
@@ -158,6 +156,16 @@ INLINE void multiply_integer_amx(int format, const struct matrix *m, const struc
 }
 
 #undef MULTIPLY_ROWS
+
+/* Outputs [first, first + count) of all rows, whose inputs quantize_inputs has converted. */
+INLINE void multiply_integer_amx(int format, const struct matrix *m, const struct operands *t,
+                                 int first, int count, struct worker *worker) {
+    /* Their inputs stay in the second cache while all outputs are made. */
+    enum { ROWS_AT_ONCE = 128 };
+    for (int row = 0; row < t->rows; row += ROWS_AT_ONCE)
+        multiply_rows(format, m, t, row, MIN(row + ROWS_AT_ONCE, t->rows), first, first + count,
+                      (uint8_t *)worker->panel);
+}
 
 #else
 
