@@ -93,6 +93,13 @@ def load_parser() -> argparse.ArgumentParser:
 
 def _add_load(add: Callable[..., Any]) -> None:
     add("--prompts", type=Path, help="prompt file; a built-in set if unset")
+    add(
+        "--prompt-tokens",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="make every prompt N tokens long, of the prompts' text [0: as they are]",
+    )
     add("--concurrency", type=_numbers, default=(1, 4, 16), help="[1,4,16]")
     add("--modes", type=_modes, default=("off", "adaptive"), help="[off,adaptive]")
     add("--max-tokens", type=_at_least(2), default=64, help="tokens an answer [64]")

@@ -63,7 +63,7 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
         parts.append(long_prompt_text(long))
     if profiled is not None:
         parts.append(profile_text(profiled))
-    ours = systems[0]
+    ours, lengths = systems[0], list(map(len, run.prompts))
     document = {
         "command": command,
         "date": today(),
@@ -75,6 +75,7 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
         "exit_layers": ours.get("exit_layers"),
         "exit_thresholds": ours.get("exit_thresholds"),
         "exit_threshold": args.exit_threshold,
+        "prompt_tokens": {"min": min(lengths), "max": max(lengths)},
         "max_tokens": args.max_tokens,
         "rounds": args.rounds,
         "check": asdict(checked),
@@ -196,9 +197,19 @@ class _Run:
         return Capacity(max(self.args.concurrency), _blocks(longest), torch.get_num_threads())
 
     def _prompts(self) -> list[Prompt]:
+        length, longest = self.args.prompt_tokens, _CONTEXT - self.args.max_tokens
+        if length > longest:
+            raise BenchError(f"--prompt-tokens is {length}; at most {longest} leave room to answer")
+        if length:
+            texts = self.texts
+            # Texts begin anew in every prompt, so that answers differ.
+            return [
+                long_prompt(self.tokenizer, texts[number:] + texts[:number], length, number)
+                for number in range(len(texts))
+            ]
         chats = [[{"role": "user", "content": text}] for text in self.texts]
         ids = [self.tokenizer.encode_chat(chat, 10**6) for chat in chats]
-        kept = [prompt for prompt in ids if len(prompt) + self.args.max_tokens <= _CONTEXT]
+        kept = [prompt for prompt in ids if len(prompt) <= longest]
         if not kept:
             raise BenchError(f"no prompt leaves room for an answer in {_CONTEXT} tokens")
         return kept

@@ -103,6 +103,15 @@ def test_refuses_to_report_when_off_differs_from_the_reference(
     assert captured.out == ""
 
 
+def test_prompts_are_as_long_as_wished(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", str(tiny_dir), *ARGS, "--modes", "off", "--prompt-tokens"]
+    assert main([*args, "90"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["prompt_tokens"] == {"min": 90, "max": 90}
+    assert main([*args, "2041"]) == 1
+    assert "at most 2040 leave room to answer" in capsys.readouterr().err
+
+
 def test_unknown_prompt_rows_are_named(tmp_path: Path) -> None:
     """A file the command cannot read is an error that says why."""
     path = tmp_path / "p.jsonl"
