@@ -255,21 +255,20 @@ static void attention(const struct shape *s, const struct layer *l, const struct
     FOR_EACH_CHUNK(worker, i, end, size, items)
         for (; i < end; i++) {
             int run = i / splits % runs, head = i / splits / runs * together, split = i % splits;
-            struct item item = {w->run_starts[run], 0, head, together};
-            item.count = w->run_starts[run + 1] - item.row;
+            int row = w->run_starts[run], count = w->run_starts[run + 1] - row;
+            const struct item item = {row, count, head, together};
             size_t first = (size_t)head * group * dim;
-            const struct vectors queries = {q + item.row * q_step + first, q_step, dim};
+            const struct vectors queries = {q + row * q_step + first, q_step, dim};
             if (!shared) {
-                const struct vectors to = {out + item.row * out_step + first, out_step, dim};
+                const struct vectors to = {out + row * out_step + first, out_step, dim};
                 attend_all(s, l, b, &item, &queries, &to, worker);
                 continue;
             }
             int from, to;
-            find_splits(s, b, item.row, item.count, &from, &to);
+            find_splits(s, b, row, count, &from, &to);
             if (split < from || split >= to) continue;
             const struct vectors partials = {
-                w->partials +
-                    (((size_t)item.row * s->heads + head * group) * splits + split) * step,
+                w->partials + (((size_t)row * s->heads + head * group) * splits + split) * step,
                 s->heads * splits * step, splits * step};
             ATTEND[b->kv_format](s, l, b, &item, split, &queries, &partials, worker->scores,
                                  worker->panel);

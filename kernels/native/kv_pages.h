@@ -1,7 +1,8 @@
 /* Pages of keys and values: where a token's are, and in which numbers.
  *
  * A block has the keys (values) of block_size positions, [block_size, kv_heads, head_dim] numbers.
- * Integers are followed by their scales, floats [kv_heads, block_size].
+ * Integers are followed by their scales, floats [kv_heads, block_size]. How layers and blocks
+ * follow one another is the batch's to say.
  */
 #ifndef OFFRAMP_KV_PAGES_H
 #define OFFRAMP_KV_PAGES_H

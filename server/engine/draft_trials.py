@@ -18,7 +18,9 @@ _OTHER_FIRST, _OTHER_RAREST = 2, 16
 # A new sample moves a mean by at least this share. How many tokens a step makes depends on the
 # text, so it takes many of them; what steps take drifts with the machine.
 _TOKENS_RENEWAL, _RATIO_RENEWAL = 1 / 1024, 1 / 8
-# Guesses are given up where they lose by more than so many standard errors of the means.
+# From so many sequences on, guesses have to show that they gain before they are made.
+_MANY = 4
+# A mind is changed where the other way is better by more than so many standard errors of the means.
 _CERTAINTY = 2.0
 _LEAST_RATIOS = 4
 # A step that takes so many times the median met something else.
@@ -54,8 +56,8 @@ class _Trial:
     """
 
     running: int
-    guessing: bool = True
-    guesses_pay: bool = True
+    guessing: bool = field(init=False)
+    guesses_pay: bool = field(init=False)
     tokens: _Mean = field(default_factory=lambda: _Mean(_TOKENS_RENEWAL))
     ratio: _Mean = field(default_factory=lambda: _Mean(_RATIO_RENEWAL))
     steps: int = 0
@@ -63,6 +65,9 @@ class _Trial:
     every: int = _OTHER_FIRST
     _seconds: list[float] = field(default_factory=list)
     _before: tuple[bool, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.guessing = self.guesses_pay = self.running < _MANY
 
     def add(self, seconds: float | None, tokens: int) -> None:
         """A step ended, which made ``tokens``; the time of some is not known."""
@@ -100,10 +105,10 @@ class _Trial:
     def _weigh(self) -> bool:
         """Whether guesses pay, as far as is known."""
         if self.ratio.samples < _LEAST_RATIOS:
-            return True
+            return self.guesses_pay
         gain = math.log(self.tokens.value / self.running) + self.ratio.value
         error = math.hypot(self.ratio.error, self.tokens.error / self.tokens.value)
-        return gain + _CERTAINTY * error * self.guesses_pay >= 0
+        return gain + _CERTAINTY * (error if self.guesses_pay else -error) >= 0
 
 
 class DraftTrials:
