@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -19,6 +20,7 @@ from offramp.models.sampling_params import (
     KVFill,
     SamplingParams,
 )
+from offramp.server.engine import draft_trials
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.batch_delay import BatchDelay
 from offramp.server.engine.blocks import BlockPool, SequenceMemory
@@ -353,6 +355,12 @@ EngineMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestEngineMachine = EngineMachine.TestCase
+
+
+@pytest.fixture(autouse=True)
+def guesses_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many sequences run, without having been seen to gain."""
+    monkeypatch.setattr(draft_trials, "_MANY", 1000)
 
 
 def test_the_draft_head_is_asked_and_often_right() -> None:
