@@ -117,18 +117,20 @@ struct item {
     int row, count, head, heads;
 };
 
-/* A vector for each of an item's queries: the first one, and floats from one to the next. */
-struct vectors {
-    float *first;
-    size_t row_step, head_step;
-};
+/* Those of its heads that read the ``head``-th of its heads of keys and values. */
+INLINE struct run_heads heads_of(const struct run_heads *all, int head) {
+    struct run_heads found = *all;
+    found.first += head * all->group * all->head_step;
+    return found;
+}
 
 /* What an item's queries q have of the keys of a split, to ``partials``. ``scores``
  * [item_queries, SCORE_STRIDE] and ``panel`` are scratch. */
 INLINE void attend(const struct shape *s, const struct layer *l, const struct batch *b,
-                   const struct item *item, int split, const struct vectors *q,
-                   const struct vectors *partials, float *scores, float *panel, const int FORMAT) {
-    int dim = s->head_dim, group = s->heads / s->kv_heads, count = item->count;
+                   const struct item *item, int split, const struct run_heads *q,
+                   const struct run_heads *partials, float *scores, float *panel,
+                   const int FORMAT) {
+    int dim = q->dim, group = q->group, count = item->count;
     int queries = count * group;
     const int64_t *positions = b->positions + item->row;
     const struct context c = context_of(s, l, b, item->row, count, (int64_t)split * SPLIT_KEYS,
@@ -137,8 +139,7 @@ INLINE void attend(const struct shape *s, const struct layer *l, const struct ba
     for (int i = 0; i < c.parts; i++)
         for (int h = 0; h < item->heads; h++) {
             struct part part = context_part(&c, i, item->head + h, FORMAT);
-            struct run_heads own = {q->first + h * group * q->head_step, q->row_step, q->head_step,
-                                    dim, group};
+            const struct run_heads own = heads_of(q, h);
             float *to = scores + h * queries * SCORE_STRIDE + part.first - c.first;
             if (queries < MANY_QUERIES)
                 score_few(&own, queries, &part, scale, to, SCORE_STRIDE, FORMAT);
@@ -160,8 +161,7 @@ INLINE void attend(const struct shape *s, const struct layer *l, const struct ba
     for (int i = c.parts; i < 2 * c.parts; i++)
         for (int h = 0; h < item->heads; h++) {
             struct part part = context_part(&c, i, item->head + h, FORMAT);
-            struct run_heads own = {partials->first + h * group * partials->head_step,
-                                    partials->row_step, partials->head_step, dim, group};
+            const struct run_heads own = heads_of(partials, h);
             float *weights = scores + h * queries * SCORE_STRIDE + part.first - c.first;
             add_values(&own, queries, &part, weights, SCORE_STRIDE, panel, FORMAT);
         }
@@ -170,7 +170,7 @@ INLINE void attend(const struct shape *s, const struct layer *l, const struct ba
 #define ATTEND(FORMAT)                                                                             \
     static void attend_##FORMAT(const struct shape *s, const struct layer *l,                      \
                                 const struct batch *b, const struct item *item, int split,         \
-                                const struct vectors *q, const struct vectors *partials,           \
+                                const struct run_heads *q, const struct run_heads *partials,       \
                                 float *scores, float *panel) {                                     \
         attend(s, l, b, item, split, q, partials, scores, panel, FORMAT);                          \
     }
@@ -180,8 +180,8 @@ ATTEND(KV_INT16)
 #undef ATTEND
 
 typedef void attend_function(const struct shape *, const struct layer *, const struct batch *,
-                             const struct item *, int, const struct vectors *,
-                             const struct vectors *, float *, float *);
+                             const struct item *, int, const struct run_heads *,
+                             const struct run_heads *, float *, float *);
 static attend_function *const ATTEND[] = {
     [KV_FP32] = attend_KV_FP32, [KV_FP16] = attend_KV_FP16, [KV_INT16] = attend_KV_INT16};
 
@@ -194,13 +194,14 @@ INLINE void find_splits(const struct shape *s, const struct batch *b, int row, i
 
 /* Attention of an item, one split after another, to ``out``. */
 static void attend_all(const struct shape *s, const struct layer *l, const struct batch *b,
-                       const struct item *item, const struct vectors *q, const struct vectors *out,
-                       const struct worker *worker) {
-    int dim = s->head_dim, heads = item->heads * (s->heads / s->kv_heads), first, end;
+                       const struct item *item, const struct run_heads *q,
+                       const struct run_heads *out, const struct worker *worker) {
+    int dim = q->dim, heads = item->heads * q->group, first, end;
     size_t step = partial_floats(s);
     float *joined = worker->scores + item_queries(s) * SCORE_STRIDE;
-    const struct vectors all = {joined, heads * step, step};
-    const struct vectors later = {joined + item_queries(s) * step, heads * step, step};
+    const struct run_heads all = {joined, heads * step, step, dim, q->group};
+    const struct run_heads later = {joined + item_queries(s) * step, heads * step, step, dim,
+                                    q->group};
     find_splits(s, b, item->row, item->count, &first, &end);
     for (int split = first; split < end; split++) {
         ATTEND[b->kv_format](s, l, b, item, split, q, split == first ? &all : &later,
@@ -258,18 +259,19 @@ static void attention(const struct shape *s, const struct layer *l, const struct
             int row = w->run_starts[run], count = w->run_starts[run + 1] - row;
             const struct item item = {row, count, head, together};
             size_t first = (size_t)head * group * dim;
-            const struct vectors queries = {q + row * q_step + first, q_step, dim};
+            const struct run_heads queries = {q + row * q_step + first, q_step, dim, dim, group};
             if (!shared) {
-                const struct vectors to = {out + row * out_step + first, out_step, dim};
+                const struct run_heads to = {out + row * out_step + first, out_step, dim, dim,
+                                             group};
                 attend_all(s, l, b, &item, &queries, &to, worker);
                 continue;
             }
             int from, to;
             find_splits(s, b, row, count, &from, &to);
             if (split < from || split >= to) continue;
-            const struct vectors partials = {
+            const struct run_heads partials = {
                 w->partials + (((size_t)row * s->heads + head * group) * splits + split) * step,
-                s->heads * splits * step, splits * step};
+                s->heads * splits * step, splits * step, dim, group};
             ATTEND[b->kv_format](s, l, b, &item, split, &queries, &partials, worker->scores,
                                  worker->panel);
         }

@@ -42,7 +42,7 @@ INLINE floats score_scales(const struct part *part, int first, float scale, cons
     return scale * load_scales(part->scales + first, part->count - first, 0);
 }
 
-/* The heads of a run's rows that read the same keys and values, ``group`` of each row: where their
+/* Heads of a run's rows, of which ``group`` of each row read the same keys and values: where their
  * queries or results [dim] are. */
 struct run_heads {
     float *first;

@@ -78,7 +78,7 @@ struct context {
     int64_t first, end; /* positions */
     int64_t first_block;
     int parts; /* of the keys alone */
-    int size, dim, kv_heads;
+    int size, dim;
     int64_t block_step;
     size_t stride; /* bytes from one key to the next */
 };
@@ -100,7 +100,6 @@ INLINE struct context context_of(const struct shape *s, const struct layer *l,
         .parts = (end - 1) / size - first / size + 1,
         .size = size,
         .dim = s->head_dim,
-        .kv_heads = s->kv_heads,
         .block_step = b->block_step,
         .stride = s->kv_heads * s->head_dim * number_bytes(FORMAT),
     };
