@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import Counter, abc
 from typing import Any
 
-from offramp.models.sampling_params import KVFill, TokenSource
+from offramp.models.sampling_params import KVFill
 from offramp.models.step import (
     ExitCheck,
     FillKV,
@@ -36,6 +36,7 @@ from offramp.server.engine.kv_debt import Owed
 from offramp.server.engine.request import EngineInfo, StepStats
 from offramp.server.engine.sequence import Sequence, SequenceQueue
 from offramp.server.engine.step_stats import checked_prompt_rows, step_stats
+from offramp.server.engine.verification import token_sources, verify
 from offramp.server.errors import BugError
 
 _Planned = RunSegments | FillKV
@@ -323,9 +324,8 @@ class HostDecoder:
             return []
         sequence.passes += 1
         chosen, logprobs = made.tokens(len(sequence.chunk))
-        verify = self._verify_audit if sequence.audit else self._verify_drafts
         accepted = sequence.accepted[sequence.source]
-        verified = verify(sequence, chosen)
+        verified = verify(sequence, chosen, self.governor, self._drafting)
         accepted = sequence.accepted[sequence.source] - accepted
         # Only the chunk's last row has been at the exits.
         stayed = sequence.kept and len(verified) == len(chosen)
@@ -333,50 +333,8 @@ class HostDecoder:
         self._memory.free_chunk(sequence)
         # What is verified are the first of those chosen.
         logprobs = logprobs[: len(verified)]
-        sources = _sources(sequence, len(verified), accepted, stayed=stayed)
+        sources = token_sources(sequence, len(verified), accepted, stayed=stayed)
         return [TokenResult(sequence, verified, self._info.num_layers, logprobs, sources)]
-
-    def _verify_drafts(self, sequence: Sequence, chosen: list[int]) -> list[int]:
-        """The tokens that are now verified, of ``chosen`` for the rows of the sequence's chunk.
-
-        Drafts are compared one after another; the first wrong one is replaced and all behind it
-        are forgotten, with their K,V.
-        """
-        verified: list[int] = []
-        for place, (position, token) in enumerate(zip(sequence.chunk, chosen, strict=True)):
-            verified.append(token)
-            if position + 1 < len(sequence.tokens):
-                right = sequence.tokens[position + 1] == token
-                self._learn(sequence, position + 1, agreed=right)
-                self._drafting.verified(sequence, place, right=right)
-                if right:
-                    sequence.drafts -= 1
-                    continue
-                sequence.drop_drafts(position + 1)
-            sequence.tokens.append(token)
-            break
-        return verified
-
-    def _verify_audit(self, sequence: Sequence, chosen: list[int]) -> list[int]:
-        """Compare full depth's choices with part of a finished answer."""
-        # The row behind the answer's last token makes one more, which is not part of it.
-        for position, token in zip(sequence.chunk, chosen, strict=True):
-            if position + 1 < len(sequence.tokens):
-                agreed = sequence.tokens[position + 1] == token
-                sequence.rejected += not agreed
-                self._learn(sequence, position + 1, agreed=agreed)
-        return []
-
-    def _learn(self, sequence: Sequence, index: int, *, agreed: bool) -> None:
-        """Full depth verified a token that may have left early: its ``index`` in the text."""
-        left = sequence.scores.pop(index, None)
-        if left is None:
-            return
-        if sequence.lossless:
-            self.governor.observe_draft(left[0], right=agreed)
-        online = self.governor.thresholds.online
-        if online is not None:
-            online.add(*left, agreed=agreed)
 
     def _leave(
         self, sequence: Sequence, segment: int, index: int, result: StepResult, now: float
@@ -431,17 +389,6 @@ class HostDecoder:
         above = self._info.num_layers - self._info.exit_layers[segment]
         sequence.prompt_layers_skipped += len(gone) * above
         sequence.prompt_debt = True
-
-
-def _sources(
-    sequence: Sequence, count: int, accepted: int, *, stayed: bool
-) -> tuple[TokenSource, ...]:
-    """Sources of ``count`` new tokens, ``accepted`` drafts first; empty if all are the model's."""
-    if not accepted and not stayed:
-        return ()
-    own = TokenSource.STAYED if stayed else TokenSource.MODEL
-    drafted = TokenSource(sequence.source)
-    return tuple(drafted if index < accepted else own for index in range(count))
 
 
 def _fill_method(sequence: Sequence) -> KVFill:
