@@ -255,16 +255,28 @@ def _encode_int8(weight: Tensor) -> Tensor:
 
 
 def _encode_int4(weight: Tensor) -> Tensor:
-    """Q4_1: fp16 scales, fp16 minima, then 32 half bytes a group, which has levels 0 and 15."""
+    """Q4_1: fp16 scales, fp16 minima, then 32 half bytes a group."""
+    levels, scale, low = int4_grid(weight)
+    words = levels.to(torch.uint8).unflatten(-1, (-1, 8))
+    first, second = (words[..., order] for order in _INT4_ORDER)
+    return _sets(first | (second << 4), scale, low)
+
+
+def int4_grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where ``weight`` [out, in] in fp32 lies on a 4-bit grid.
+
+    Levels [out, groups, 32] of 0 to 15, both of which every group has, in fp32; scales and lowest
+    values [out, groups, 1] in fp16. Raises PackError if it lies on none.
+    """
+    if weight.shape[1] % GROUP:
+        raise PackError(f"groups have {GROUP} columns, the weight {weight.shape[1]}")
     groups = _groups(weight)
     low = groups.amin(dim=-1, keepdim=True)
     # The file's scale was fp16, so rounding the quotient to fp16 recovers it.
     scale = ((groups.amax(dim=-1, keepdim=True) - low) / _LEVELS).half()
     levels = ((groups - low) / _divisor(scale)).round().clamp_max_(_LEVELS)
     _check_grid(levels * scale.float() + low.half().float(), groups, 4)
-    words = levels.to(torch.uint8).unflatten(-1, (-1, 8))
-    first, second = (words[..., order] for order in _INT4_ORDER)
-    return _sets(first | (second << 4), scale, low.half())
+    return levels, scale, low.half()
 
 
 def _sets(levels: Tensor, *scales: Tensor) -> Tensor:

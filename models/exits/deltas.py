@@ -2,7 +2,8 @@
 
 A delta adds ``up @ down`` to one weight (LoRA, arXiv 2106.09685), so a tuned model is the original
 and a few small files. Each file's metadata (strings): ``format`` = offramp-deltas-1,
-``fingerprint`` of the original weights, ``rank``, ``part`` and ``parts``, ``digest`` of the whole
+``fingerprint`` of the original weights, ``rank``, ``grid`` (``int4``: sums are rounded to the
+4-bit grid of the original weights, or ``none``), ``part`` and ``parts``, ``digest`` of the whole
 set. Tensors are fp16, named ``{weight}.down`` [rank, in] and ``{weight}.up`` [out, rank].
 """
 
@@ -12,7 +13,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.exits.file import raw_metadata, read_safetensors, save_safetensors
+from offramp.models.exits.grid import Grid
 from offramp.models.finite import check_finite
 
 FORMAT = "offramp-deltas-1"
@@ -29,7 +31,8 @@ PART_BYTES = 16 * 2**20
 _HEADER_BYTES = 2**17
 _LINEARS = ("qkv", "o", "gate_up", "down")
 _NUMBER = re.compile("[0-9]{1,4}")
-_METADATA = ("format", "fingerprint", "rank", "part", "parts", "digest")
+_METADATA = ("format", "fingerprint", "rank", "grid", "part", "parts", "digest")
+_GRIDS = {True: "int4", False: "none"}
 
 
 class DeltasError(ModelError):
@@ -40,27 +43,32 @@ class DeltasError(ModelError):
 class Deltas:
     """Factors ``low[name]`` = (down [rank, in], up [out, rank]) for weights of one model.
 
-    ``fingerprint`` is that of the weights they were trained for.
+    ``fingerprint`` is that of the weights they were trained for. With ``on_grid`` a sum of a weight
+    that lies on a 4-bit grid is rounded to that grid, so that it can be served in 4 bits.
     """
 
     fingerprint: str
     rank: int
     low: dict[str, tuple[Tensor, Tensor]]
+    on_grid: bool = False
 
     def stored(self) -> Deltas:
         """The same deltas as their files give them back: rounded to fp16, held in fp32."""
-        return Deltas(
-            self.fingerprint,
-            self.rank,
-            {
-                name: (down.detach().half().float(), up.detach().half().float())
-                for name, (down, up) in self.low.items()
-            },
-        )
+        low = {
+            name: (down.detach().half().float(), up.detach().half().float())
+            for name, (down, up) in self.low.items()
+        }
+        return replace(self, low=low)
 
 
 def new_deltas(
-    weights: Mapping[str, Tensor], config: ModelConfig, *, fingerprint: str, rank: int, seed: int
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    fingerprint: str,
+    rank: int,
+    seed: int,
+    on_grid: bool = False,
 ) -> Deltas:
     """Deltas of every linear layer that change nothing yet: ``down`` is random, ``up`` zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -72,13 +80,15 @@ def new_deltas(
             down = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
             device = weights[name].device
             low[name] = (down.to(device), torch.zeros(rows, rank, device=device))
-    return Deltas(fingerprint, rank, low)
+    return Deltas(fingerprint, rank, low, on_grid)
 
 
 def apply_deltas(weights: Mapping[str, Tensor], deltas: Deltas) -> dict[str, Tensor]:
     """Weights with the deltas merged in, dtype and device kept; those without one are shared.
 
-    The sums are taken in fp32. Raises DeltasError where a delta has no weight or another shape.
+    The sums are taken in fp32. Those of deltas ``on_grid`` are rounded where the weight, as it was
+    published, lies on a 4-bit grid; rounded to 16 bits it does not. Raises DeltasError where a
+    delta has no weight or another shape.
     """
     merged = dict(weights)
     for name, (down, up) in deltas.low.items():
@@ -88,8 +98,10 @@ def apply_deltas(weights: Mapping[str, Tensor], deltas: Deltas) -> dict[str, Ten
         rank = deltas.rank
         if (up.shape, down.shape) != ((len(weight), rank), (rank, *weight.shape[1:])):
             raise DeltasError(f"deltas for {name} have another shape than the weight")
-        change = up.float() @ down.float()
-        merged[name] = (weight.float() + change.to(weight.device)).to(weight.dtype)
+        change = (up.float() @ down.float()).to(weight.device)
+        grid = Grid.of(weight.float()) if deltas.on_grid else None
+        total = weight.float() + change if grid is None else grid.nearest(weight.float(), change)
+        merged[name] = total.to(weight.dtype)
         # Finite factors may have a product that is not.
         check_finite({name: merged[name]}, "deltas", DeltasError)
     return merged
@@ -122,7 +134,8 @@ def save_deltas(deltas: Deltas, exit_file: Path) -> list[Path]:
     parts = _packed(tensors)
     paths = []
     for number, part in enumerate(parts, start=1):
-        values = (FORMAT, deltas.fingerprint, deltas.rank, number, len(parts), _digest(deltas))
+        grid, digest = _GRIDS[deltas.on_grid], _digest(deltas)
+        values = (FORMAT, deltas.fingerprint, deltas.rank, grid, number, len(parts), digest)
         path = exit_file.with_name(f"{exit_file.stem}.deltas-{number}-of-{len(parts)}.safetensors")
         metadata = {key: str(value) for key, value in zip(_METADATA, values, strict=True)}
         save_safetensors(path, part, metadata)
@@ -153,7 +166,8 @@ def load_deltas(paths: Sequence[Path], *, fingerprint: str) -> Deltas:
     if numbers != sorted(str(n + 1) for n in range(int(first["parts"]))):
         raise DeltasError(f"{paths[0]}: parts {', '.join(numbers)} of {first['parts']} were given")
     tensors = {name: tensor for _, part in found for name, tensor in part.items()}
-    deltas = Deltas(fingerprint, int(first["rank"]), _paired(tensors, paths[0]))
+    low, on_grid = _paired(tensors, paths[0]), first["grid"] == _GRIDS[True]
+    deltas = Deltas(fingerprint, int(first["rank"]), low, on_grid)
     if _digest(deltas) != first["digest"]:
         raise DeltasError(f"{paths[0]}: the deltas are damaged (their digest differs)")
     return deltas
@@ -163,7 +177,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     metadata = raw_metadata(path, "deltas", DeltasError)
     if metadata.get("format") != FORMAT or not set(_METADATA) <= set(metadata):
         raise DeltasError(f"{path} does not hold deltas of format {FORMAT}")
-    if not all(_NUMBER.fullmatch(metadata[name]) for name in ("rank", "part", "parts")):
+    numbers = all(_NUMBER.fullmatch(metadata[name]) for name in ("rank", "part", "parts"))
+    if not numbers or metadata["grid"] not in _GRIDS.values():
         raise DeltasError(f"{path} has broken metadata")
     _, tensors = read_safetensors(path, "deltas", DeltasError)
     return metadata, tensors
@@ -195,7 +210,7 @@ def _packed(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _digest(deltas: Deltas) -> str:
-    digest = hashlib.sha256(str(deltas.rank).encode())
+    digest = hashlib.sha256(f"{deltas.rank} {_GRIDS[deltas.on_grid]}".encode())
     for name, pair in sorted(deltas.low.items()):
         digest.update(name.encode())
         for tensor in pair:

@@ -82,6 +82,11 @@ def _add_training(train: argparse.ArgumentParser) -> None:
     """Options on the exits and how they learn."""
     train.add_argument("--exit-layers", type=_layers, required=True, help="for example 22,26")
     train.add_argument(
+        "--start",
+        type=Path,
+        help="exit file of the same model, whose adapters and K,V maps training starts from",
+    )
+    train.add_argument(
         "--vocab", type=_size, default=8192, help="tokens the exits tell apart, 0 for all [8192]"
     )
     train.add_argument(
@@ -171,6 +176,12 @@ def _add_tuning(train: argparse.ArgumentParser) -> None:
     )
     train.add_argument(
         "--exit-weight", type=_amount, default=1.0, help="exits' losses against full depth's 1 [1]"
+    )
+    train.add_argument(
+        "--leaving",
+        type=_share,
+        default=0.5,
+        help="share of sequences whose tokens leave while the backbone is tuned [0.5]",
     )
     train.add_argument(
         "--curriculum",

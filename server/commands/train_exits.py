@@ -16,7 +16,8 @@ from torch import Tensor
 
 from offramp.models.config import ModelConfig
 from offramp.models.errors import UnsupportedModel
-from offramp.models.exits.file import ExitFile
+from offramp.models.exits.file import ExitFile, check_fit, load_exits
+from offramp.models.exits.head import ExitHead
 from offramp.models.exits.training.data import (
     Answer,
 )
@@ -28,7 +29,12 @@ from offramp.models.exits.training.pipeline import (
     plot_curves,
     train_exits,
 )
-from offramp.models.exits.training.train import Objective, TrainOptions, fit_kv_maps
+from offramp.models.exits.training.train import (
+    Objective,
+    TrainOptions,
+    fit_kv_maps,
+    plain_head,
+)
 from offramp.models.exits.training.tune import Curriculum, TuneOptions
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import fingerprint, load_weights
@@ -36,6 +42,7 @@ from offramp.models.loading.sources import resolve
 from offramp.models.transformer import Transformer
 from offramp.server.commands.own_answers import (
     Job,
+    TrainingError,
     check_out,
     digest,
     own_answers,
@@ -89,6 +96,7 @@ def _identity(args: argparse.Namespace, model: str) -> dict[str, Any]:
         "generated": bool(args.prompts),
         "max_tokens": args.max_tokens,
         **asdict(_options(args)),
+        "start": None if args.start is None else digest(args.start),
         "backbone": args.backbone,
         "tuning": asdict(_tuning(args)) if args.backbone == "tuned" else None,
     }
@@ -122,7 +130,7 @@ def _train(job: Job) -> tuple[ExitFile, Backbone]:
         },
         options=_options(args),
         report=reporter(job.bars),
-        maps=_kv_maps(job, model, answers),
+        maps=backbone.maps or _kv_maps(job, model, answers),
         work=work,
         start={head.layer: head for head in backbone.heads},
     )
@@ -133,33 +141,63 @@ def _train(job: Job) -> tuple[ExitFile, Backbone]:
 
 def _backbone(job: Job, answers: Sequence[Answer]) -> Backbone:
     device = device_of(job.args.device)
+    start = _start(job, device)
     if job.args.backbone == "frozen":
-        return frozen_backbone(job.weights, device)
+        return replace(frozen_backbone(job.weights, device), heads=start)
     return tuned_backbone(
         job.weights,
         job.config,
         answers,
-        job.args.exit_layers,
+        start,
         device=device,
         tuning=_tuning(job.args),
-        training=_options(job.args),
+        seed=job.args.seed,
         report=reporter(job.bars),
         work=job.work,
     )
 
 
+def _start(job: Job, device: torch.device) -> tuple[ExitHead, ...]:
+    """The heads that training starts with: plain ones, or those of --start."""
+    args, options = job.args, _options(job.args)
+    if args.start is None:
+        norm = job.weights["final_norm"].to(device)
+        return tuple(plain_head(layer, norm, options) for layer in args.exit_layers)
+    file = load_exits(
+        args.start,
+        fingerprint=fingerprint(job.weights),
+        hidden_size=job.config.hidden_size,
+        dtype=torch.float32,
+        device=device,
+    )
+    check_fit(args.start, file, job.config)
+    found = {head.layer: head for head in file.heads}
+    for layer in args.exit_layers:
+        if layer not in found:
+            raise TrainingError(f"--start {args.start}: it has no exit after layer {layer}")
+        width = found[layer].down.shape[1]
+        if width != options.width:
+            raise TrainingError(
+                f"--start {args.start}: adapters of width {width}; --width is {options.width}"
+            )
+    return tuple(found[layer] for layer in args.exit_layers)
+
+
 def _tuning(args: argparse.Namespace) -> TuneOptions:
-    return TuneOptions(
+    options = TuneOptions(
         rank=args.rank,
         lr=args.tune_lr,
         epochs=args.tune_epochs,
         batch_tokens=args.batch_tokens,
         layer_dropout=args.layer_dropout,
         exit_weight=args.exit_weight,
+        leaving=args.leaving,
         curriculum=Curriculum(args.curriculum),
         minutes=args.minutes,
         seed=args.seed,
     )
+    # Adapters that were trained before need no head start.
+    return options if args.start is None else replace(options, head_start=0.0)
 
 
 def _kv_maps(

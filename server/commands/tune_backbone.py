@@ -21,12 +21,17 @@ from offramp.models.exits.deltas import (
     tuned_fingerprint,
 )
 from offramp.models.exits.head import ADAPTER, ExitHead
+from offramp.models.exits.training.compare import compare
 from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.pipeline import Part, Work, split_answers
-from offramp.models.exits.training.train import Report, TrainOptions, plain_head
+from offramp.models.exits.training.train import Report, fit_kv_maps
 from offramp.models.exits.training.training_model import DenseModel
-from offramp.models.exits.training.tune import TuneOptions, Tuner, compare
+from offramp.models.exits.training.tune import KVMaps, TuneOptions, Tuner
 from offramp.models.loading.safetensors import fingerprint
+from offramp.models.transformer import Transformer
+
+# Answers from which the maps are fitted that tuning starts from.
+_FIRST_FIT = 256
 
 
 class PlacementError(ModelError):
@@ -37,13 +42,15 @@ class PlacementError(ModelError):
 class Backbone:
     """Weights to train exits on, where training runs; ``fingerprint`` goes into the exit file.
 
-    A tuned one has its ``deltas``, the exits' ``heads`` as tuning left them, and its ``report``.
+    A tuned one has its ``deltas``, the exits' ``heads`` and K,V ``maps`` as tuning left them, and
+    its ``report``.
     """
 
     weights: dict[str, Tensor]
     fingerprint: str
     deltas: Deltas | None = None
     heads: tuple[ExitHead, ...] = ()
+    maps: KVMaps | None = None
     report: dict[str, Any] | None = None
 
     def save_deltas(self, exit_file: Path) -> list[Path]:
@@ -64,42 +71,79 @@ def tuned_backbone(
     weights: Mapping[str, Tensor],
     config: ModelConfig,
     answers: Sequence[Answer],
-    exit_layers: Sequence[int],
+    start: Sequence[ExitHead],
     *,
     device: torch.device,
     tuning: TuneOptions,
-    training: TrainOptions,
+    seed: int,
     report: Report,
     work: Work,
 ) -> Backbone:
-    """The model tuned for its exits, on the answers that train adapters; judged on unseen ones."""
+    """The model tuned for its exits, on the answers that train adapters; judged on unseen ones.
+
+    ``start`` are the heads that it starts with. ``seed`` is that of the exits' training, which
+    splits the answers.
+    """
     placed = on_device(weights, device)
     longest = max(len(item.prompt) + len(item.answer) for item in answers)
     base = DenseModel(config, placed, longest)
     fresh = new_deltas(
-        placed, config, fingerprint=fingerprint(placed), rank=tuning.rank, seed=tuning.seed
+        placed,
+        config,
+        fingerprint=fingerprint(placed),
+        rank=tuning.rank,
+        seed=tuning.seed,
+        on_grid=True,
     )
-    heads = [plain_head(layer, placed["final_norm"], training) for layer in exit_layers]
-    split = split_answers(len(answers), training.seed)
+    heads = [_copied(head) for head in start]
+    exit_layers = tuple(head.layer for head in heads)
+    split = split_answers(len(answers), seed)
+    seen = [answers[i] for i in split.adapter.nonzero().flatten().tolist()]
 
     checkpoint = work.path("tuning.pt")
 
     def make() -> Part:
-        tuner = Tuner(base, fresh, heads, tuning)
-        seen = [answers[i] for i in split.adapter.nonzero().flatten().tolist()]
+        maps = _maps(heads)
+        if maps is None:
+            first = Transformer(config, placed, exit_layers, longest)
+            fitted = fit_kv_maps(first, seen[:_FIRST_FIT])
+            # They were made for inference, and are to be trained.
+            maps = {layer: (w.clone(), b.clone()) for layer, (w, b) in fitted.items()}
+        tuner = Tuner(base, fresh, heads, maps, tuning)
         tuner.train(seen, report, checkpoint)
         unseen = [answers[i] for i in split.judge.nonzero().flatten().tolist()]
         stored = _on(fresh.stored(), device)
-        values = compare(base, base.with_deltas(stored.low), heads, unseen)
-        return _tensors(stored, heads), {"steps": tuner.step, **values}
+        served = DenseModel(config, apply_deltas(placed, stored), longest)
+        values = compare(base, served, heads, maps, unseen)
+        return _tensors(stored, heads, maps), {"steps": tuner.step, **values}
 
     tensors, values = work.part("backbone", make)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     deltas = _on(_deltas(fresh, tensors), device)
     tuned = tuple(replace(head, **_adapter(tensors, head.layer, device)) for head in heads)
+    maps = {
+        layer: (tensors[f"map.{layer}.weight"], tensors[f"map.{layer}.bias"])
+        for layer in exit_layers
+    }
     merged = apply_deltas(placed, deltas)
-    return Backbone(merged, tuned_fingerprint(deltas), deltas, tuned, values)
+    return Backbone(merged, tuned_fingerprint(deltas), deltas, tuned, maps, values)
+
+
+def _copied(head: ExitHead) -> ExitHead:
+    names = (*ADAPTER, "kv_map", "kv_bias")
+    own: dict[str, Any] = {name: getattr(head, name) for name in names}
+    return replace(head, **{name: part.clone() for name, part in own.items() if part is not None})
+
+
+def _maps(heads: Sequence[ExitHead]) -> KVMaps | None:
+    """The heads' own maps, unless one of them has none."""
+    maps: dict[int, tuple[Tensor, Tensor]] = {}
+    for head in heads:
+        if head.kv_map is None or head.kv_bias is None:
+            return None
+        maps[head.layer] = head.kv_map, head.kv_bias
+    return maps
 
 
 def device_of(name: str) -> torch.device:
@@ -116,14 +160,19 @@ def on_device(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, 
     return {name: tensor.to(device) for name, tensor in weights.items()}
 
 
-def _tensors(deltas: Deltas, heads: Sequence[ExitHead]) -> dict[str, Tensor]:
+def _tensors(deltas: Deltas, heads: Sequence[ExitHead], maps: KVMaps) -> dict[str, Tensor]:
     low = {
         f"{name}.{kind}": tensor
         for name, pair in deltas.low.items()
         for kind, tensor in zip(("down", "up"), pair, strict=True)
     }
     own = {f"exit.{head.layer}.{name}": getattr(head, name) for head in heads for name in ADAPTER}
-    return low | own
+    filling = {
+        f"map.{layer}.{kind}": tensor
+        for layer, pair in maps.items()
+        for kind, tensor in zip(("weight", "bias"), pair, strict=True)
+    }
+    return low | own | filling
 
 
 def _deltas(like: Deltas, tensors: Mapping[str, Tensor]) -> Deltas:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from offramp.kernels.weight_formats import WeightFormat, can_hold, int4_grid
 from offramp.models.config import ModelConfig
 from offramp.models.exits import deltas as module
 from offramp.models.exits.deltas import (
@@ -25,6 +26,7 @@ from offramp.models.exits.deltas import (
 )
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import fingerprint, load_weights
+from tests.models.test_grid import on_grid
 
 OWN = "a" * 32
 
@@ -96,6 +98,25 @@ def test_merging_adds_the_product(weights: dict[str, Tensor], deltas: Deltas) ->
     assert merged["embed"] is weights["embed"]
     half = {name: tensor.bfloat16() for name, tensor in weights.items()}
     assert {tensor.dtype for tensor in apply_deltas(half, deltas).values()} == {torch.bfloat16}
+
+
+def test_sums_on_a_grid_are_rounded_to_it(
+    tmp_path: Path, weights: dict[str, Tensor], deltas: Deltas
+) -> None:
+    """Where the original lies on one; the file says so, and the tuned model's name."""
+    name, other = "layers.1.down", "layers.2.o"
+    weights = weights | {name: on_grid(*weights[name].shape) / 8}
+    rounding = replace(deltas, on_grid=True)
+    assert tuned_fingerprint(rounding) != tuned_fingerprint(deltas)
+    found = load_deltas(save_deltas(rounding, tmp_path / "e.safetensors"), fingerprint=OWN)
+    assert found.on_grid
+    merged = apply_deltas(weights, found)
+    plain = apply_deltas(weights, replace(found, on_grid=False))
+    assert can_hold(WeightFormat.INT4, merged[name])
+    assert not can_hold(WeightFormat.INT4, plain[name])
+    assert merged[other].equal(plain[other])
+    level = int4_grid(weights[name])[1].float().amax()
+    assert (merged[name] - weights[name]).abs().max() >= level / 2
 
 
 def test_a_tuned_model_has_a_name_of_its_own(

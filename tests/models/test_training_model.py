@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from offramp.kernels.kv_fill import project_kv
+from offramp.kernels.rms_norm import rms_norm
+from offramp.kernels.rows import HostRows, Span
 from offramp.models.exits.deltas import apply_deltas, new_deltas
 from offramp.models.exits.training.data import Answer, lay_out
-from offramp.models.exits.training.training_model import DenseModel
+from offramp.models.exits.training.training_model import DenseModel, Left
 from offramp.models.families import config_from_hf
+from offramp.models.kv_cache import KVCache
 from offramp.models.loading.safetensors import load_weights
-from offramp.models.transformer import Transformer
+from offramp.models.transformer import Transformer, identity_projection
 from tests.models.small import FAMILIES, make
 
 EXITS = (2, 3)
@@ -97,6 +101,98 @@ def test_dropped_layers_are_passed_unchanged(tiny_dir: Path) -> None:
     assert dropped.at[3][1].equal(dropped.at[2][1])
     torch.testing.assert_close(dropped.at[3][[0, 2]], whole.at[3][[0, 2]])
     assert dropped.last.equal(dropped.at[3])
+
+
+def leave(
+    model: DenseModel, ids: Tensor, rows: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """States after layer 2 and at the end when ``rows`` leave there; and what filled their K,V."""
+    hidden = model.run(model.embedded(ids), 0, 2)
+    mask = torch.zeros(ids.numel(), dtype=torch.bool)
+    mask[rows] = True
+    normed = rms_norm(hidden.flatten(0, 1)[rows], None, model.config.rms_norm_eps)
+    parts = dict(zip((2, 3), (normed @ weight.t()).chunk(2, dim=-1), strict=True))
+    left = Left(rows, mask.view(*ids.shape, 1), parts)
+    return hidden, model.run(hidden, 2, 4, None, left), parts
+
+
+def test_tokens_that_left_stay_as_they_are(tiny_dir: Path) -> None:
+    config = config_from_hf(tiny_dir)
+    weights = load_weights(tiny_dir, config, dtype=torch.float32)
+    model = DenseModel(config, weights, 64)
+    ids = padded(ids_of(320, 12, 12))
+    rows = torch.tensor([5, 6, 12 + 3])
+    weight, _ = identity_projection(Transformer(config, weights, (2,), 64), 2)
+    with torch.no_grad():
+        whole = model(ids).last
+        at_exit, end, _ = leave(model, ids, rows, weight)
+    assert end.flatten(0, 1)[rows].equal(at_exit.flatten(0, 1)[rows])
+    # Nobody looks ahead, so tokens before the first that left are as ever; later ones differ.
+    assert end[0, :5].equal(whole[0, :5])
+    assert end[1, :3].equal(whole[1, :3])
+    assert not torch.allclose(end[0, 7:], whole[0, 7:], rtol=1e-3)
+
+
+def test_what_a_token_leaves_behind_is_what_is_served(tiny_dir: Path) -> None:
+    """A token leaves after layer 2; the next one reads the keys and values that were filled in."""
+    config = config_from_hf(tiny_dir)
+    weights = load_weights(tiny_dir, config, dtype=torch.float32)
+    model = Transformer(config, weights, (2,), 64)
+    generator = torch.Generator().manual_seed(5)
+    size = (config.num_layers - 2) * 2 * config.kv_size
+    weight = torch.randn(size, config.hidden_size, generator=generator) / 8
+    text = ids_of(config.vocab_size, 9)[0]
+    with torch.no_grad():
+        _, end, _ = leave(
+            DenseModel(config, weights, 64), padded([text]), torch.tensor([7]), weight
+        )
+
+    def rows(first: int, last: int) -> HostRows:
+        return HostRows([Span(range(first, last), range(1))], 32, model.rotary, model.device)
+
+    cache = KVCache(config, 1, 32, torch.float32, model.device)
+    low, high = model.segments
+    with torch.inference_mode():
+        high(low(model.embed(torch.tensor(text[:7])), rows(0, 7), cache), rows(0, 7), cache)
+        at_exit = low(model.embed(torch.tensor(text[7:8])), rows(7, 8), cache)
+        at, pages = rows(7, 8).table, cache.pages[2:]
+        project_kv(
+            at_exit, weight, None, None, pages, at.places, at.cos, at.sin, config.rms_norm_eps
+        )
+        last = high(low(model.embed(torch.tensor(text[8:])), rows(8, 9), cache), rows(8, 9), cache)
+    torch.testing.assert_close(end[0, 8:], last, rtol=1e-4, atol=1e-4)
+
+
+def test_rounded_weights_pass_their_gradient_to_the_delta(tiny_dir: Path) -> None:
+    """The value is the rounded weight's, the gradient that of the sum it was rounded from."""
+    config = config_from_hf(tiny_dir)
+    weights = load_weights(tiny_dir, config, dtype=torch.float32)
+    deltas = new_deltas(weights, config, fingerprint="f" * 32, rank=4, seed=1)
+    name = "layers.3.down"
+    down, up = deltas.low[name]
+    up.normal_(std=0.05, generator=torch.Generator().manual_seed(3))
+    rounded = weights[name] + up @ down
+    ids = padded(ids_of(320, 9, 14))
+    found = []
+    for model in (
+        DenseModel(config, weights, 64, {name: (down, up)}),
+        DenseModel(config, weights, 64, {name: (down, up)}, {name: rounded}),
+    ):
+        for factor in (down, up):
+            factor.grad = None
+            factor.requires_grad_(True)
+        last = model(ids).last
+        last.square().sum().backward()
+        assert down.grad is not None
+        assert up.grad is not None
+        found.append((last.detach(), down.grad.clone(), up.grad.clone()))
+    for added, through in zip(*found, strict=True):
+        torch.testing.assert_close(through, added, rtol=1e-3, atol=1e-3)
+    coarse = {name: rounded.mul(4).round() / 4}
+    with torch.no_grad():
+        last = DenseModel(config, weights, 64, {name: (down, up)}, coarse)(ids).last
+        plain = DenseModel(config, weights | coarse, 64)(ids).last
+    assert last.equal(plain)
 
 
 def test_gradients_reach_every_delta(tiny_dir: Path) -> None:

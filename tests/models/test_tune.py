@@ -13,25 +13,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from offramp.kernels.weight_formats import WeightFormat, can_hold
 from offramp.models.config import ModelConfig
-from offramp.models.exits.deltas import Deltas, new_deltas
+from offramp.models.exits.deltas import Deltas, apply_deltas, new_deltas
 from offramp.models.exits.head import ExitHead
 from offramp.models.exits.training import tune
+from offramp.models.exits.training.compare import compare, with_exits
 from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.train import TrainOptions, plain_head
 from offramp.models.exits.training.training_model import DenseModel
 from offramp.models.exits.training.tune import (
+    Batch,
     Curriculum,
     TuneOptions,
     Tuner,
     active_exits,
-    compare,
     dropout_rates,
     exit_weights,
     make_batches,
 )
 from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import load_weights
+from offramp.models.transformer import Transformer, identity_projection
+from tests.models.test_grid import on_grid
 
 EXITS = (2, 3)
 CPU = torch.device("cpu")
@@ -41,16 +45,39 @@ OPTIONS = TuneOptions(
 
 
 @dataclass
+class Parts:
+    """What a tuner changes."""
+
+    deltas: Deltas
+    heads: list[ExitHead]
+    maps: dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass
 class Setting:
     config: ModelConfig
     weights: dict[str, Tensor]
     base: DenseModel
     answers: list[Answer]
 
-    def parts(self, rank: int = 16) -> tuple[Deltas, list[ExitHead]]:
+    def parts(self, rank: int = 16) -> Parts:
         deltas = new_deltas(self.weights, self.config, fingerprint="f" * 32, rank=rank, seed=0)
         sizes = TrainOptions(width=32, router=8)
-        return deltas, [plain_head(n, self.weights["final_norm"], sizes) for n in EXITS]
+        heads = [plain_head(n, self.weights["final_norm"], sizes) for n in EXITS]
+        model = Transformer(self.config, self.weights, EXITS, 64)
+        maps = {}
+        for n in EXITS:
+            weight, _ = identity_projection(model, n)
+            maps[n] = weight.clone(), torch.zeros(len(weight))
+        return Parts(deltas, heads, maps)
+
+    def tuner(self, parts: Parts, options: TuneOptions) -> Tuner:
+        return Tuner(self.base, parts.deltas, parts.heads, parts.maps, options)
+
+    def compared(self, parts: Parts, answers: list[Answer], *, rounded: bool = False) -> Any:
+        deltas = parts.deltas.stored() if rounded else parts.deltas
+        model = self.base.with_deltas(deltas.low)
+        return compare(self.base, model, parts.heads, parts.maps, answers)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +96,7 @@ def silent(name: str, done: int, total: int, loss: float) -> None:
 
 
 def test_an_untuned_backbone_compares_as_itself(setting: Setting) -> None:
-    deltas, heads = setting.parts()
-    found = compare(setting.base, setting.base.with_deltas(deltas.low), heads, setting.answers)
+    found = setting.compared(setting.parts(), setting.answers)
     assert found["kept_choices"] == 1.0
     assert found["divergence"] == pytest.approx(0.0, abs=1e-6)
     assert found["perplexity"]["before"] == found["perplexity"]["after"]
@@ -81,9 +107,8 @@ def test_an_untuned_backbone_compares_as_itself(setting: Setting) -> None:
 
 def test_figures_are_those_of_the_whole_vocabulary(setting: Setting) -> None:
     """One answer, by hand."""
-    deltas, heads = setting.parts()
     item = setting.answers[7]
-    found = compare(setting.base, setting.base.with_deltas(deltas.low), heads, [item])
+    found = setting.compared(setting.parts(), [item])
     ids = torch.tensor([[*item.prompt, *item.answer[:-1]]])
     with torch.no_grad():
         states = setting.base(ids, EXITS)
@@ -99,13 +124,12 @@ def test_figures_are_those_of_the_whole_vocabulary(setting: Setting) -> None:
 
 
 def test_tuning_brings_the_exits_near_and_holds_the_full_depth(setting: Setting) -> None:
-    deltas, heads = setting.parts()
+    parts = setting.parts()
     losses: list[float] = []
-    Tuner(setting.base, deltas, heads, OPTIONS).train(
+    setting.tuner(parts, OPTIONS).train(
         setting.answers, lambda _name, _done, _total, loss: losses.append(loss)
     )
-    tuned = setting.base.with_deltas(deltas.stored().low)
-    found = compare(setting.base, tuned, heads, setting.answers)
+    found = setting.compared(parts, setting.answers, rounded=True)
     assert losses[-1] < losses[0]
     for row in found["exits"].values():
         assert row["shared_after"] > row["shared_before"] + 0.05
@@ -118,16 +142,16 @@ def test_the_full_depth_is_held_by_its_own_loss(setting: Setting) -> None:
     """The heavier the exits weigh, the further the full depth drifts."""
     drift = []
     for weight in (0.1, 10.0):
-        deltas, heads = setting.parts()
+        parts = setting.parts()
         options = replace(OPTIONS, epochs=4, exit_weight=weight)
-        Tuner(setting.base, deltas, heads, options).train(setting.answers, silent)
-        tuned = setting.base.with_deltas(deltas.low)
-        drift.append(compare(setting.base, tuned, heads, setting.answers)["divergence"])
+        setting.tuner(parts, options).train(setting.answers, silent)
+        drift.append(setting.compared(parts, setting.answers)["divergence"])
     assert drift[0] < drift[1] / 2
 
 
-def factors(deltas: Deltas) -> Tensor:
-    return torch.cat([factor.flatten() for pair in deltas.low.values() for factor in pair])
+def factors(parts: Parts) -> Tensor:
+    pairs = parts.deltas.low.values()
+    return torch.cat([factor.flatten() for pair in pairs for factor in pair])
 
 
 def test_adapters_have_a_head_start(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +161,10 @@ def test_adapters_have_a_head_start(setting: Setting, monkeypatch: pytest.Monkey
     total = 20 * len(make_batches(setting.answers, OPTIONS.batch_tokens, CPU))
     changed = []
     for steps in (total // 10, total // 5 + 2):
-        deltas, heads = setting.parts()
-        fresh = factors(deltas)
-        adapter = heads[0].norm.clone()
-        tuner = Tuner(setting.base, deltas, heads, options)
+        parts = setting.parts()
+        fresh = factors(parts)
+        adapter = parts.heads[0].norm.clone()
+        tuner = setting.tuner(parts, options)
 
         def stop(*_: Any, tuner: Tuner = tuner, steps: int = steps) -> None:
             if tuner.step == steps:
@@ -148,8 +172,8 @@ def test_adapters_have_a_head_start(setting: Setting, monkeypatch: pytest.Monkey
 
         with pytest.raises(KeyboardInterrupt):
             tuner.train(setting.answers, stop)
-        changed.append(not factors(deltas).equal(fresh))
-        assert not heads[0].norm.equal(adapter)
+        changed.append(not factors(parts).equal(fresh))
+        assert not parts.heads[0].norm.equal(adapter)
     assert changed == [False, True]
 
 
@@ -158,8 +182,8 @@ def test_a_resumed_tuning_is_the_uninterrupted_one(
     sample: int, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = replace(OPTIONS, epochs=3, vocab_sample=sample)
-    whole, heads = setting.parts()
-    Tuner(setting.base, whole, heads, options).train(setting.answers, silent)
+    whole = setting.parts()
+    setting.tuner(whole, options).train(setting.answers, silent)
     monkeypatch.setattr(tune, "_CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(tune, "_REPORT_STEPS", 1)
     checkpoint, calls = tmp_path / "tuning.pt", []
@@ -169,16 +193,18 @@ def test_a_resumed_tuning_is_the_uninterrupted_one(
         if len(calls) == 4:
             raise KeyboardInterrupt
 
-    deltas, first = setting.parts()
     with pytest.raises(KeyboardInterrupt):
-        Tuner(setting.base, deltas, first, options).train(setting.answers, stop_at_4, checkpoint)
-    resumed, second = setting.parts()
-    tuner = Tuner(setting.base, resumed, second, options)
+        setting.tuner(setting.parts(), options).train(setting.answers, stop_at_4, checkpoint)
+    resumed = setting.parts()
+    tuner = setting.tuner(resumed, options)
     tuner.train(setting.answers, silent, checkpoint)
     assert tuner.step == 3 * len(make_batches(setting.answers, 500, CPU))
     assert factors(resumed).equal(factors(whole))
-    for mine, theirs in zip(second, heads, strict=True):
+    for mine, theirs in zip(resumed.heads, whole.heads, strict=True):
         assert mine.gate_up.equal(theirs.gate_up)
+    for layer, (weight, bias) in whole.maps.items():
+        assert weight.equal(resumed.maps[layer][0])
+        assert bias.equal(resumed.maps[layer][1])
 
 
 def test_tuning_ends_when_its_time_is_over(
@@ -187,13 +213,85 @@ def test_tuning_ends_when_its_time_is_over(
     """By a clock that gains a second whenever somebody looks at it."""
     clock = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    deltas, heads = setting.parts()
-    tuner = Tuner(setting.base, deltas, heads, replace(OPTIONS, epochs=1000, minutes=0.1))
+    parts = setting.parts()
+    tuner = setting.tuner(parts, replace(OPTIONS, epochs=1000, minutes=0.1))
     tuner.train(setting.answers, silent)
     assert 0 < tuner.step <= 6
     assert tuner.seconds >= 6
-    assert factors(deltas).isfinite().all()
-    assert not factors(deltas).requires_grad
+    assert factors(parts).isfinite().all()
+    assert not factors(parts).requires_grad
+
+
+def test_in_a_share_of_the_sequences_tokens_may_leave(setting: Setting) -> None:
+    """All of a sequence at one bound, but never a prompt's last token."""
+    batch = make_batches(setting.answers, 5000, CPU)[0]
+    assert batch.first.sum() == len(batch.ids)
+    for leaving, least, most in ((0.0, 0, 0), (0.5, 15, 45), (1.0, 60, 60)):
+        bounds = tune._bounds(batch, leaving, torch.Generator().manual_seed(4))
+        assert bounds[batch.first].isinf().all()
+        own = [set(bounds[(batch.owner == n) & ~batch.first].tolist()) for n in range(60)]
+        assert all(len(values) == 1 for values in own)
+        finite = [value for values in own for value in values if math.isfinite(value)]
+        assert least <= len(finite) <= most
+        assert all(0.5 <= value <= 1 for value in finite)
+
+
+def test_keys_and_values_of_those_who_left_are_learnt(setting: Setting) -> None:
+    """Only where tokens leave do the maps get a gradient."""
+    for leaving, moves in ((0.0, False), (1.0, True)):
+        parts = setting.parts()
+        before = {layer: weight.clone() for layer, (weight, _) in parts.maps.items()}
+        # Of 320 tokens none is ever half sure here.
+        options = replace(OPTIONS, epochs=4, leaving=leaving)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tune, "_bounds", lambda batch, share, _: _bounds(batch, share))
+            setting.tuner(parts, options).train(setting.answers, silent)
+        # After layer 3 nobody leaves: who does has left before.
+        assert parts.maps[2][0].equal(before[2]) != moves
+        assert parts.maps[3][0].equal(before[3])
+
+
+def _bounds(batch: Batch, share: float) -> Tensor:
+    """Every second answer token leaves at the first exit, the others at none."""
+    bounds = torch.full(batch.labels.shape, math.inf)
+    if share:
+        bounds[::2] = 0.0
+    return bounds
+
+
+def test_figures_with_exits(setting: Setting) -> None:
+    parts = setting.parts()
+    rest = parts.heads, parts.maps, setting.answers
+    nobody = with_exits(setting.base, *rest, 1.1)
+    assert nobody == {"bound": 1.1, "skipped": 0.0, "agreement": 1.0, "wrong_at_exits": 0.0}
+    everybody = with_exits(setting.base, *rest, 0.0)
+    tokens = sum(len(item.answer) for item in setting.answers)
+    # All but the first token of an answer leave after layer 2 of 4.
+    assert everybody["skipped"] == pytest.approx((tokens - 60) / tokens / 2, abs=1e-4)
+    assert everybody["agreement"] == pytest.approx(1 - everybody["wrong_at_exits"], abs=1e-4)
+    assert everybody["agreement"] < 0.9
+
+
+def test_weights_on_a_grid_are_trained_as_they_are_served(setting: Setting) -> None:
+    weights = dict(setting.weights)
+    for seed, name in enumerate(f"layers.{n}.{own}" for n in range(4) for own in ("o", "down")):
+        rows, columns = weights[name].shape
+        weights[name] = on_grid(rows, columns, seed) / 8
+    grids = replace(setting, weights=weights, base=DenseModel(setting.config, weights, 64))
+    parts = grids.parts()
+    parts.deltas = replace(parts.deltas, on_grid=True)
+    tuner = grids.tuner(parts, replace(OPTIONS, epochs=10))
+    tuner.train(setting.answers, silent)
+    merged = apply_deltas(weights, parts.deltas)
+    assert not merged["layers.2.down"].equal(weights["layers.2.down"])
+    for name, weight in tuner._rounded().items():
+        assert can_hold(WeightFormat.INT4, merged[name])
+        torch.testing.assert_close(weight.float(), merged[name], rtol=0.01, atol=1e-6)
+    assert not can_hold(WeightFormat.INT4, merged["layers.2.qkv"])
+    served = DenseModel(setting.config, merged, 64)
+    found = compare(grids.base, served, parts.heads, parts.maps, setting.answers)
+    for row in found["exits"].values():
+        assert row["adapter_after"] > row["shared_before"] + 0.05
 
 
 def test_dropout_rises_exponentially_to_its_highest() -> None:

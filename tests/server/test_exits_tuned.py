@@ -85,6 +85,7 @@ def test_before_and_after_are_in_the_metrics(made: Path) -> None:
     assert set(report["exits"]) == {"2", "3"}
     assert report["divergence"] > 0
     assert 0.5 < report["kept_choices"] < 1
+    assert [row["bound"] for row in report["leaving"]] == [0.99, 0.97, 0.95, 0.9, 0.8]
 
 
 def test_info_names_the_deltas(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +150,72 @@ def test_other_tuning_options_are_refused(
     capsys.readouterr()
     assert tuned(tiny_dir, answers, out, *work) == 1
     assert "other options (backbone, tuning)" in capsys.readouterr().err
+
+
+def test_training_starts_from_an_earlier_file(
+    tiny_dir: Path,
+    answers: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From its adapters and maps, and without the head start of new ones."""
+    first = tmp_path / "first.safetensors"
+    assert train(tiny_dir, answers, first) == 0
+    begun: list[tuple[Tuner, float]] = []
+
+    def note(tuner: Tuner, *_: Any) -> None:
+        begun.append((tuner, tuner.options.head_start))
+        assert not tuner.heads[0].gate_up.equal(torch.zeros_like(tuner.heads[0].gate_up))
+
+    monkeypatch.setattr(Tuner, "train", note)
+    start = ["--start", str(first)]
+    assert tuned(tiny_dir, answers, tmp_path / "second.safetensors", *start) == 0
+    config = config_from_hf(tiny_dir)
+    weights = load_weights(tiny_dir, config, dtype=torch.float32)
+    file = load_exits(
+        first,
+        fingerprint=fingerprint(weights),
+        hidden_size=64,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    ((tuner, head_start),) = begun
+    assert head_start == 0
+    for head, theirs in zip(tuner.heads, file.heads, strict=True):
+        assert head.down.equal(theirs.down)
+        assert theirs.kv_map is not None
+        assert tuner.maps[head.layer][0].equal(theirs.kv_map)
+    # A file of a tuned model is one of another model.
+    assert tuned(tiny_dir, answers, tmp_path / "third.safetensors", *start) == 0
+    capsys.readouterr()
+    again = ["--start", str(tmp_path / "third.safetensors")]
+    assert tuned(tiny_dir, answers, tmp_path / "fourth.safetensors", *again) == 1
+    assert "exits of another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--width", "8"], "adapters of width 16; --width is 8"),
+        (["--exit-layers", "1,3"], "it has no exit after layer 1"),
+        (["--start", "missing.safetensors"], "missing.safetensors"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(
+    more: list[str],
+    message: str,
+    tiny_dir: Path,
+    answers: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = tmp_path / "first.safetensors"
+    assert train(tiny_dir, answers, first) == 0
+    out = tmp_path / "second.safetensors"
+    assert train(tiny_dir, answers, out, "--start", str(first), *more) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_the_gpu_script_prints_its_figures_last(tiny_dir: Path, tmp_path: Path) -> None:

@@ -1,44 +1,52 @@
 """Tune a backbone for its exits with low-rank deltas, its full-depth output held by distillation.
 
-The recipe is LayerSkip's (arXiv 2404.16710): layer dropout that rises with depth, and losses at the
-exits whose weight rises with depth, enabled by a curriculum. Here every loss is the divergence from
-the original model's full-depth distribution, at the exits and at full depth, so that the tuned
-model stays the one it was. Exits learn with adapters that start as the shared final norm.
+The recipe begins with LayerSkip's (arXiv 2404.16710): layer dropout that rises with depth, and
+losses at the exits whose weight rises with depth, enabled by a curriculum. Here every loss is the
+divergence from the original model's full-depth distribution, at the exits and at full depth, so
+that the tuned model stays the one it was. Exits learn with adapters that start as the shared final
+norm.
+
+What is trained is what is served: in a share of the sequences tokens leave at the first exit that
+is sure enough of them, the layers above do not change their states, and their keys and values there
+are made from the exit state by a map that learns as well (ADEPT, arXiv 2601.03700, learns one of
+hidden states). Weights that were published on a 4-bit grid are used rounded to that grid.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.kernels.rms_norm import rms_norm
+from offramp.kernels.weight_formats import WeightFormat, available
+from offramp.models.config import ModelConfig
 from offramp.models.exits.deltas import Deltas
+from offramp.models.exits.grid import Grid
 from offramp.models.exits.head import ADAPTER, ExitHead
 from offramp.models.exits.training.checkpoint import restore_checkpoint, save_checkpoint
 from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.train import Report
-from offramp.models.exits.training.training_model import DenseModel
+from offramp.models.exits.training.training_model import DenseModel, Left
 
 _WARM_UP_STEPS = 20
 _CHECKPOINT_SECONDS = 60
 _REPORT_STEPS = 5
-# Untrained exits diverge by many nats. For this share of the training their adapters learn alone,
-# and over the same share again the deltas join in; else that would push the backbone about first.
-_HEAD_START = 0.1
 # Of the sampled vocabulary; rare tokens must not drift upwards unseen.
 _RANDOM_SHARE = 0.25
-# Padded tokens, and positions with logits over the whole vocabulary, that `compare` takes at once.
-_COMPARED_TOKENS = 2048
-_COMPARED_ROWS = 256
+# How sure an exit has to be, by its top probability, is drawn from here to 1 for each sequence.
+_LEAST_SURE = 0.5
+
+
+KVMaps = Mapping[int, tuple[Tensor, Tensor]]
+"""By exit layer, weight and bias of its map to the keys and values above it."""
 
 
 class Curriculum(StrEnum):
@@ -58,9 +66,12 @@ class TuneOptions:
     """Sizes and schedule.
 
     ``lr`` is the deltas' learning rate, ``adapter_lr`` the adapters'. ``batch_tokens`` counts
-    padded tokens in a step, ``layer_dropout`` is the last layer's rate, ``exit_weight`` weighs the
-    exits' losses together against the full depth's (1). ``vocab_sample`` tokens and the step's own
-    stand for the vocabulary, 0 for all of it.
+    padded tokens in a step, ``layer_dropout`` is the last layer's rate at the start, which falls to
+    0 in the course of the training; ``exit_weight`` weighs the exits' losses together against the
+    full depth's (1). ``leaving`` is the share of sequences in which tokens leave. ``vocab_sample``
+    tokens and the step's own stand for the vocabulary, 0 for all of it.
+    ``head_start`` is the share of the training in which adapters learn alone, and over which the
+    deltas then join in: untrained exits diverge by many nats, which would push the backbone about.
     ``minutes`` ends the training, schedule included, wherever it is then; only without it are equal
     seeds sure to give equal results.
     """
@@ -72,8 +83,10 @@ class TuneOptions:
     batch_tokens: int = 16384
     layer_dropout: float = 0.1
     exit_weight: float = 1.0
+    leaving: float = 0.5
     curriculum: Curriculum = Curriculum.ROTATE
     vocab_sample: int = 6000
+    head_start: float = 0.1
     minutes: float | None = None
     seed: int = 0
 
@@ -82,12 +95,15 @@ class TuneOptions:
 class Batch:
     """Padded token ids [B, T]; ``rows`` [n] are the flat places that make answer tokens.
 
-    ``labels`` [n] are those answer tokens.
+    ``labels`` [n] are those answer tokens, ``owner`` [n] their sequences. The place before an
+    answer's first token, a prompt's last, is the ``first`` [n] of its sequence.
     """
 
     ids: Tensor
     rows: Tensor
     labels: Tensor
+    owner: Tensor
+    first: Tensor
 
 
 def dropout_rates(layers: int, highest: float) -> Tensor:
@@ -133,33 +149,51 @@ def _padded(items: Sequence[Answer], longest: int, device: torch.device) -> Batc
     ids = torch.zeros(len(items), longest, dtype=torch.long)
     rows: list[int] = []
     labels: list[int] = []
+    owner: list[int] = []
     for index, item in enumerate(items):
         text = (*item.prompt, *item.answer[:-1])
         ids[index, : len(text)] = torch.tensor(text)
-        first = index * longest
-        rows += range(first + len(item.prompt) - 1, first + len(text))
+        begin = index * longest
+        rows += range(begin + len(item.prompt) - 1, begin + len(text))
         labels += item.answer
-    return Batch(ids.to(device), torch.tensor(rows).to(device), torch.tensor(labels).to(device))
+        owner += [index] * len(item.answer)
+    owners = torch.tensor(owner)
+    first = torch.ones(len(owner), dtype=torch.bool)
+    first[1:] = owners.diff() != 0
+    parts = (ids, torch.tensor(rows), torch.tensor(labels), owners, first)
+    return Batch(*(part.to(device) for part in parts))
 
 
 class Tuner:
-    """Tuning in progress: ``deltas`` and the adapters of ``heads`` change in place.
+    """Tuning in progress: ``deltas``, the adapters of ``heads`` and ``maps`` change in place.
 
-    ``base`` is the original model, the teacher; ``heads`` are one exit head for each exit layer.
+    ``base`` is the original model, the teacher; ``heads`` are one exit head for each exit layer,
+    bottom up, and ``maps`` by exit layer the weight [skipped layers * 2 * kv_size, d] and bias that
+    make keys and values above it (see ExitHead).
     """
 
     def __init__(
-        self, base: DenseModel, deltas: Deltas, heads: Sequence[ExitHead], options: TuneOptions
+        self,
+        base: DenseModel,
+        deltas: Deltas,
+        heads: Sequence[ExitHead],
+        maps: KVMaps,
+        options: TuneOptions,
     ) -> None:
         self.base = base
-        self.student = base.with_deltas(deltas.low)
+        self.deltas = deltas
         self.heads = heads
+        self.maps = maps
         self.options = options
         self.layers = [head.layer for head in heads]
+        found = {name: Grid.of(base.weights[name]) for name in deltas.low if deltas.on_grid}
+        self._grids = {name: grid for name, grid in found.items() if grid is not None}
+        self._student = base.with_deltas(deltas.low)
         factors = [factor for pair in deltas.low.values() for factor in pair]
+        filling = [part for layer in self.layers for part in maps[layer]]
         adapters = [getattr(head, name) for head in heads for name in ADAPTER]
-        self.params = factors + adapters
-        groups = [{"params": factors}, {"params": adapters}]
+        self.params = [*factors, *filling, *adapters]
+        groups = [{"params": [*factors, *filling]}, {"params": adapters}]
         self.optimizer = torch.optim.AdamW(
             groups, lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98)
         )
@@ -218,7 +252,7 @@ class Tuner:
         generator = torch.Generator().manual_seed((options.seed << 32) + self.step)
         vocab = self._vocab(batch, frequent, generator)
         device = batch.ids.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=_reduces(device)):
             loss = self._loss(batch, vocab, generator, progress)
         loss.backward()
         for group in self.optimizer.param_groups:
@@ -229,36 +263,67 @@ class Tuner:
     def _set_rates(self, progress: float) -> None:
         ramp = min(1.0, (self.step + 1) / _WARM_UP_STEPS)
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
-        joined = min(1.0, max(0.0, progress / _HEAD_START - 1))
+        head_start = self.options.head_start
+        joined = min(1.0, max(0.0, progress / head_start - 1)) if head_start else 1.0
         deltas, adapters = self.optimizer.param_groups
         deltas["lr"] = self.options.lr * ramp * decay * joined
+        if joined:
+            self._student = self.base.with_deltas(self.deltas.low, self._rounded())
         adapters["lr"] = self.options.adapter_lr * ramp * decay
+
+    @torch.no_grad()
+    def _rounded(self) -> dict[str, Tensor]:
+        """Weights on a grid with their deltas, as they are served."""
+        rounded: dict[str, Tensor] = {}
+        for name, grid in self._grids.items():
+            down, up = self.deltas.low[name]
+            weight = grid.nearest(self.base.weights[name], up @ down)
+            rounded[name] = weight.bfloat16() if _reduces(weight.device) else weight
+        return rounded
 
     def _loss(
         self, batch: Batch, vocab: Tensor | None, generator: torch.Generator, progress: float
     ) -> Tensor:
-        """Divergence (nats per token) from the original, at full depth and the active exits."""
-        config, options = self.base.config, self.options
+        """Divergence (nats per token) from the original: of the output, and of the active exits.
+
+        A token's output is that of the exit where it left, or of full depth.
+        """
+        config, options, student = self.base.config, self.options, self._student
         rows = self.base.lm_head if vocab is None else self.base.lm_head[vocab]
         with torch.no_grad():
             original = self.base.normed(self.base(batch.ids).last.flatten(0, 1)[batch.rows])
             teacher = F.linear(original, rows).float().softmax(dim=-1)
 
-        def divergence(normed: Tensor) -> Tensor:
-            log_p = F.linear(normed, rows).float().log_softmax(dim=-1)
-            return F.kl_div(log_p, teacher, reduction="batchmean")
-
-        rates = dropout_rates(config.num_layers, options.layer_dropout)
+        rates = dropout_rates(config.num_layers, options.layer_dropout * (1 - progress))
         draw = torch.rand(config.num_layers, len(batch.ids), generator=generator)
-        states = self.student(batch.ids, self.layers, draw >= rates.unsqueeze(1))
-        loss = divergence(self.student.normed(states.last.flatten(0, 1)[batch.rows]))
+        keep = draw >= rates.unsqueeze(1)
+        sure = _bounds(batch, options.leaving, generator)
         active = active_exits(options.curriculum, len(self.heads), self.step, progress)
         weights = exit_weights(self.layers, active, options.exit_weight)
+        loss = torch.zeros((), device=batch.ids.device)
+        hidden, first, left = student.embedded(batch.ids), 0, None
+        inside = torch.ones_like(batch.first)
         for head, weight in zip(self.heads, weights, strict=True):
+            hidden = student.run(hidden, first, head.layer, keep, left)
+            first = head.layer
+            if not weight and not options.leaving:
+                continue
+            own = hidden.flatten(0, 1)[batch.rows]
+            log_p = F.linear(head.normed(own, config.rms_norm_eps), rows).float().log_softmax(-1)
+            apart = F.kl_div(log_p, teacher, reduction="none").sum(-1)
             if weight:
-                own = states.at[head.layer].flatten(0, 1)[batch.rows]
-                loss = loss + weight * divergence(head.normed(own, config.rms_norm_eps))
-        return loss
+                loss = loss + weight * apart[inside].sum() / max(1, int(inside.sum()))
+            leaves = inside & (log_p.detach().amax(-1).exp() >= sure)
+            if bool(leaves.any()):
+                loss = loss + apart[leaves].sum() / len(apart)
+                filling = self.maps[head.layer]
+                left = joined(left, left_after(config, head.layer, own, filling, batch, leaves))
+                inside = inside & ~leaves
+        hidden = student.run(hidden, first, config.num_layers, keep, left)
+        own = student.normed(hidden.flatten(0, 1)[batch.rows])
+        log_p = F.linear(own, rows).float().log_softmax(-1)
+        apart = F.kl_div(log_p, teacher, reduction="none").sum(-1)
+        return loss + apart[inside].sum() / len(apart)
 
     def _frequent(self, answers: Sequence[Answer]) -> Tensor:
         size = self.base.config.vocab_size
@@ -277,67 +342,42 @@ class Tuner:
         return ids.to(batch.ids.device)
 
 
-@torch.no_grad()
-def compare(
-    base: DenseModel, tuned: DenseModel, heads: Sequence[ExitHead], answers: Sequence[Answer]
-) -> dict[str, Any]:
-    """Figures of both models on ``answers`` of the original, teacher-forced, whole vocabulary.
+def left_after(
+    config: ModelConfig,
+    layer: int,
+    states: Tensor,
+    projection: tuple[Tensor, Tensor],
+    batch: Batch,
+    leaves: Tensor,
+) -> Left:
+    """What the rows of ``batch`` that ``leaves`` [n] selects leave behind after ``layer``.
 
-    ``perplexity`` of the full-depth output on the answers; ``kept_choices``, the share of tokens at
-    which the tuned full depth chooses as the original does; ``divergence`` (nats per token) of the
-    tuned full depth from the original; for each exit the share of tokens at which it agrees with
-    its own model's full depth, through the shared norm and LM head (both models) and through the
-    tuned adapters of ``heads``.
+    ``states`` [n, d] are those of all rows there, ``projection`` the weight and bias of the exit's
+    map.
     """
-    layers = [head.layer for head in heads]
-    sums: defaultdict[str, float] = defaultdict(float)
-    for batch in make_batches(answers, _COMPARED_TOKENS, base.embed.device):
-        before, after = base(batch.ids, layers), tuned(batch.ids, layers)
-        for rows, labels in zip(
-            batch.rows.split(_COMPARED_ROWS), batch.labels.split(_COMPARED_ROWS), strict=True
-        ):
-            original = _log_probs(base, base.normed(before.last.flatten(0, 1)[rows]))
-            now = _log_probs(tuned, tuned.normed(after.last.flatten(0, 1)[rows]))
-            sums["tokens"] += len(rows)
-            sums["nll before"] += float(F.nll_loss(original, labels, reduction="sum"))
-            sums["nll after"] += float(F.nll_loss(now, labels, reduction="sum"))
-            sums["kept"] += int((original.argmax(-1) == now.argmax(-1)).sum())
-            sums["kl"] += float(F.kl_div(now, original, reduction="sum", log_target=True))
-            for head in heads:
-                low, high = (s.at[head.layer].flatten(0, 1)[rows] for s in (before, after))
-                adapted = head.normed(high, base.config.rms_norm_eps)
-                seen = (
-                    ("before", base.normed(low), original),
-                    ("after", tuned.normed(high), now),
-                    ("adapter", adapted, now),
-                )
-                for name, normed, full in seen:
-                    same = _log_probs(base, normed).argmax(-1) == full.argmax(-1)
-                    sums[f"{head.layer} {name}"] += int(same.sum())
-    return _figures(sums, layers)
+    rows, shape = batch.rows[leaves], batch.ids.shape
+    mask = torch.zeros(shape.numel(), dtype=torch.bool, device=rows.device)
+    mask[rows] = True
+    normed = rms_norm(states[leaves], None, config.rms_norm_eps)
+    above = range(layer, config.num_layers)
+    parts = F.linear(normed, *projection).chunk(len(above), dim=-1)
+    return Left(rows, mask.view(*shape, 1), dict(zip(above, parts, strict=True)))
 
 
-def _log_probs(model: DenseModel, normed: Tensor) -> Tensor:
-    return F.linear(normed, model.lm_head.to(normed.dtype)).float().log_softmax(dim=-1)
+def joined(before: Left | None, later: Left) -> Left:
+    """All tokens that left, at an exit below and at this one."""
+    return later if before is None else before.joined(later)
 
 
-def _figures(sums: Mapping[str, float], layers: Sequence[int]) -> dict[str, Any]:
-    def mean(name: str) -> float:
-        return sums[name] / sums["tokens"]
+def _bounds(batch: Batch, leaving: float, generator: torch.Generator) -> Tensor:
+    """Top probability [n] at which a token leaves; out of reach where it must not."""
+    device, sequences = batch.ids.device, len(batch.ids)
+    bounds = _LEAST_SURE + (1 - _LEAST_SURE) * torch.rand(sequences, generator=generator)
+    stays = torch.rand(sequences, generator=generator) >= leaving
+    chosen = bounds.masked_fill(stays, math.inf).to(device)[batch.owner]
+    return chosen.masked_fill(batch.first, math.inf)
 
-    return {
-        "tokens": int(sums["tokens"]),
-        "perplexity": {
-            when: round(math.exp(mean(f"nll {when}")), 4) for when in ("before", "after")
-        },
-        "kept_choices": round(mean("kept"), 4),
-        "divergence": round(mean("kl"), 5),
-        "exits": {
-            str(layer): {
-                "shared_before": round(mean(f"{layer} before"), 4),
-                "shared_after": round(mean(f"{layer} after"), 4),
-                "adapter_after": round(mean(f"{layer} adapter"), 4),
-            }
-            for layer in layers
-        },
-    }
+
+def _reduces(device: torch.device) -> bool:
+    """Whether products run in bf16: where the device has them, with accumulation in fp32."""
+    return device.type == "cuda" or available(WeightFormat.ONEDNN_BF16)
