@@ -18,7 +18,7 @@ Command = Callable[[Sequence[str]], int | None]
 
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "serve": ("offramp.server.cli:serve", "serve a model over OpenAI's API"),
-    "pull": ("offramp.models.loading.sources:main", "fetch a model into the cache"),
+    "pull": ("offramp.models.loading.pull:main", "fetch a model into the cache"),
     "exits": ("offramp.server.commands.exits:main", "train, evaluate and inspect exits"),
     "bench": ("offramp.server.bench.command:main", "measure speed, depth and agreement"),
     "chat": ("offramp.server.commands.chat:main", "talk to a running server"),

@@ -32,10 +32,6 @@ def _option(
     return Field(default=default, description=description, json_schema_extra=extra, **bounds)
 
 
-class EngineConfigError(Exception):
-    """The engine cannot be built as configured; the message says to the user what would work."""
-
-
 class _Options(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()

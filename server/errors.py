@@ -205,3 +205,10 @@ class BugError(ServerError):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"{message} This is a bug.")
+
+
+class EngineConfigError(Exception):
+    """The engine cannot be built as configured; the message says to the user what would work.
+
+    No client meets it: it ends a start.
+    """

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from offramp.server.api.plan import default_fault
-from offramp.server.config import EngineConfigError, ServerConfig
+from offramp.server.config import ServerConfig
 from offramp.server.engine.loop import EngineProtocol
+from offramp.server.errors import EngineConfigError
 from offramp.server.progress import bar
 
 

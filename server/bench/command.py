@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv[1:] if kind else argv)
     # Imported here so that --help needs neither torch nor transformers.
     from offramp.models.errors import ModelError  # noqa: PLC0415
-    from offramp.server.config import EngineConfigError  # noqa: PLC0415
+    from offramp.server.errors import EngineConfigError  # noqa: PLC0415
     from offramp.server.text.prompts import PromptFileError  # noqa: PLC0415
 
     bench: Bench = importlib.import_module(module).bench

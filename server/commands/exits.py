@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     # Imported here so that --help needs neither torch nor transformers.
     from offramp.models.errors import ModelError  # noqa: PLC0415
-    from offramp.server.config import EngineConfigError  # noqa: PLC0415
+    from offramp.server.errors import EngineConfigError  # noqa: PLC0415
     from offramp.server.text.prompts import PromptFileError  # noqa: PLC0415
 
     command: Callable[[argparse.Namespace], int] = args.command

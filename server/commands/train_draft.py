@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from offramp.kernels.weight_formats import GROUP
 from offramp.models.config import ModelConfig
@@ -37,6 +35,7 @@ from offramp.server.commands.own_answers import (
     reporter,
 )
 from offramp.server.commands.tune_backbone import device_of, on_device
+from offramp.server.progress import progress
 
 # Every so many answers, one is kept aside to judge the head on.
 _HELD_OUT = 16
@@ -56,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     _check_layers(layers, config)
     weights = load_weights(folder, config, dtype=torch.float32)
     keep_freed_memory()
-    with tempfile.TemporaryDirectory() as spare, Progress(console=Console(stderr=True)) as bars:
+    with tempfile.TemporaryDirectory() as spare, progress() as show:
         kept = args.work or Path(spare) / "work"
         work = Work.open(kept, _identity(args, layers, fingerprint(weights)))
-        file = _train(Job(args, folder, config, weights, work, bars), layers)
+        file = _train(Job(args, folder, config, weights, work, show), layers)
     file.save(args.out)
     if args.plot is not None:
         plot_draft(args.plot, file.metrics["curve"])
@@ -110,7 +109,7 @@ def _train(job: Job, layers: Sequence[int]) -> DraftFile:
     learnt = features.select([index for index in range(len(answers)) if index not in held])
     head = new_draft_head(model, learnt, layers, _options(args))
     trainer = DraftTrainer(model, head, _options(args))
-    trainer.train(learnt, held_out, reporter(job.bars), job.work.path("draft.pt"))
+    trainer.train(learnt, held_out, reporter(job.show), job.work.path("draft.pt"))
     data = {
         "answers": len(learnt.answers),
         "tokens": _tokens(learnt.answers),

@@ -10,8 +10,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from offramp.models.config import ModelConfig
@@ -54,6 +52,7 @@ from offramp.server.commands.tune_backbone import (
     frozen_backbone,
     tuned_backbone,
 )
+from offramp.server.progress import progress
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     work = Work()
     if args.work is not None:
         work = Work.open(args.work, _identity(args, fingerprint(weights)))
-    with Progress(console=Console(stderr=True)) as bars:
-        file, backbone = _train(Job(args, folder, config, weights, work, bars))
+    with progress() as show:
+        file, backbone = _train(Job(args, folder, config, weights, work, show))
     file.save(args.out)
     backbone.save_deltas(args.out)
     if args.plot is not None:
@@ -129,7 +128,7 @@ def _train(job: Job) -> tuple[ExitFile, Backbone]:
             "backbone": args.backbone,
         },
         options=_options(args),
-        report=reporter(job.bars),
+        report=reporter(job.show),
         maps=backbone.maps or _kv_maps(job, model, answers),
         work=work,
         start={head.layer: head for head in backbone.heads},
@@ -152,7 +151,7 @@ def _backbone(job: Job, answers: Sequence[Answer]) -> Backbone:
         device=device,
         tuning=_tuning(job.args),
         seed=job.args.seed,
-        report=reporter(job.bars),
+        report=reporter(job.show),
         work=job.work,
     )
 
@@ -196,8 +195,10 @@ def _tuning(args: argparse.Namespace) -> TuneOptions:
         minutes=args.minutes,
         seed=args.seed,
     )
-    # Adapters that were trained before need no head start.
-    return options if args.start is None else replace(options, head_start=0.0)
+    if args.start is None:
+        return options
+    # Adapters that were trained before need no head start, and would only be shaken up.
+    return replace(options, head_start=0.0, adapter_lr=options.adapter_lr / 3)
 
 
 def _kv_maps(

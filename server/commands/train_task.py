@@ -6,13 +6,11 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from offramp.models.exits.decision_heads import (
@@ -39,6 +37,7 @@ from offramp.models.runner import Runner
 from offramp.server.commands.own_answers import TrainingError, check_out
 from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine, runner_of
+from offramp.server.progress import bar
 from offramp.server.text.decisions import (
     EncodedQuestion,
     Question,
@@ -82,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
         model_name=args.model,
     )
     tokenizer = Tokenizer.load(folder)
-    with Progress(console=Console(stderr=True)) as bars:
-        task = _train(args, asked, rows, runner_of(engine), tokenizer, layers, bars)
+    with bar("states") as progress:
+        task = _train(args, asked, rows, runner_of(engine), tokenizer, layers, progress)
     replace(file, tasks={**file.tasks, args.name: task}).save(args.out)
     sys.stdout.write(json.dumps(task.metrics) + "\n")
     return 0
@@ -110,7 +109,7 @@ def _train(
     runner: Runner,
     tokenizer: Tokenizer,
     layers: Sequence[int],
-    bars: Progress,
+    progress: Callable[[int, int], None],
 ) -> DecisionTask:
     labels = tuple(option.label for option in asked.options)
     model, eps = runner.model, runner.model.config.rms_norm_eps
@@ -130,14 +129,13 @@ def _train(
                 f"row {number} has {len(prompt)} tokens with the question; the model's context is "
                 f"{most}"
             )
-    bar = bars.add_task("states", total=len(prompts))
     top = model.config.num_layers
     states = collect_states(
         model,
         runner.cache,
         prompts,
         (*layers, top),
-        lambda done: bars.update(bar, completed=done),
+        lambda done: progress(done, len(prompts)),
     )
     own_chances = _zero_shot(runner, empty, states) if told else None
     own = None if own_chances is None else own_chances.argmax(1)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from offramp.models.errors import ModelError
-from offramp.server.config import EngineConfigError
-from offramp.server.errors import OfframpError
+from offramp.server.errors import EngineConfigError, OfframpError
 from offramp.server.keys import ApiKeyError
 
 

@@ -51,7 +51,7 @@ from offramp.models.runner import Runner
 from offramp.models.sampling_params import DEFAULT_CRITERION
 from offramp.models.step import StepRunner
 from offramp.models.transformer import Transformer
-from offramp.server.config import EngineConfig, EngineConfigError
+from offramp.server.config import EngineConfig
 from offramp.server.engine.admission import Admission
 from offramp.server.engine.batch_delay import BatchDelay
 from offramp.server.engine.blocks import BlockPool, SequenceMemory
@@ -73,6 +73,7 @@ from offramp.server.engine.host_decoder import HostDecoder
 from offramp.server.engine.kv_debt import DebtLedger, RowPool
 from offramp.server.engine.request import MOST_STATES, DecisionInfo, EngineInfo
 from offramp.server.engine.thresholds import ExitThresholds
+from offramp.server.errors import EngineConfigError
 
 logger = logging.getLogger("offramp.engine")
 

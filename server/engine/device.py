@@ -11,7 +11,8 @@ from offramp.kernels.native import library
 from offramp.models.config import ModelConfig
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import bytes_per_block
-from offramp.server.config import GIB, EngineConfig, EngineConfigError
+from offramp.server.config import GIB, EngineConfig
+from offramp.server.errors import EngineConfigError
 
 # What CUDA, its libraries and recorded graphs take beside the tensors counted here.
 _OVERHEAD = GIB

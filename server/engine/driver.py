@@ -14,7 +14,6 @@ from contextlib import aclosing
 from enum import StrEnum
 from typing import Self
 
-from offramp.server.config import EngineConfigError
 from offramp.server.engine.loop import EngineRequest, ended
 from offramp.server.engine.request import (
     EngineInfo,
@@ -25,7 +24,13 @@ from offramp.server.engine.request import (
     TokenEvent,
 )
 from offramp.server.engine.workers import EngineDied, Worker
-from offramp.server.errors import EngineFailed, EngineLoading, QueueFull, ShuttingDown
+from offramp.server.errors import (
+    EngineConfigError,
+    EngineFailed,
+    EngineLoading,
+    QueueFull,
+    ShuttingDown,
+)
 
 logger = logging.getLogger("offramp.engine")
 

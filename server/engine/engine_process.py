@@ -17,10 +17,10 @@ import threading
 from typing import Any
 
 from offramp.server import logs
-from offramp.server.config import EngineConfigError
 from offramp.server.engine.frames import Beat, Ending, Request, RequestReader, frame, receive
 from offramp.server.engine.loop import EngineLoop, Report, ended
 from offramp.server.engine.request import EngineInfo, FinishReason
+from offramp.server.errors import EngineConfigError
 
 logger = logging.getLogger("offramp.engine")
 

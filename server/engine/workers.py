@@ -21,9 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from offramp.server.config import EngineConfigError
 from offramp.server.engine.frames import HEAD, Beat, Ending, RequestWriter, frame, read
 from offramp.server.engine.loop import EngineInput, EngineLoop, EngineProtocol, Report
+from offramp.server.errors import EngineConfigError
 
 logger = logging.getLogger("offramp.engine")
 

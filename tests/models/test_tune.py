@@ -261,10 +261,10 @@ def _bounds(batch: Batch, share: float) -> Tensor:
 
 def test_figures_with_exits(setting: Setting) -> None:
     parts = setting.parts()
-    rest = parts.heads, parts.maps, setting.answers
-    nobody = with_exits(setting.base, *rest, 1.1)
+    nobody, everybody = with_exits(
+        setting.base, parts.heads, parts.maps, setting.answers, (1.1, 0.0)
+    )
     assert nobody == {"bound": 1.1, "skipped": 0.0, "agreement": 1.0, "wrong_at_exits": 0.0}
-    everybody = with_exits(setting.base, *rest, 0.0)
     tokens = sum(len(item.answer) for item in setting.answers)
     # All but the first token of an answer leave after layer 2 of 4.
     assert everybody["skipped"] == pytest.approx((tokens - 60) / tokens / 2, abs=1e-4)

@@ -218,6 +218,44 @@ def test_a_start_that_does_not_fit_is_refused(
     assert not out.exists()
 
 
+def test_training_on_answers_needs_no_server(tiny_dir: Path, answers: Path, tmp_path: Path) -> None:
+    """On a machine with torch, transformers and safetensors alone, as rented ones may be."""
+    script = tmp_path / "bare.py"
+    script.write_text(_BARE)
+    out = tmp_path / "exits.safetensors"
+    words = ["train", "--model", str(tiny_dir), "--out", str(out), "--exit-layers", "2,3"]
+    words += ["--answers", str(answers), "--backbone", "tuned", *SIZES, *TUNING]
+    done = subprocess.run(
+        [sys.executable, str(script), "exits", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == read_metadata(out)["metrics"]
+
+
+_BARE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+ABSENT = {"pydantic", "fastapi", "starlette", "uvicorn", "gguf", "rich", "prometheus_client"}
+
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Absent())
+from offramp.server.cli import main
+
+sys.exit(main())
+"""
+
+
 def test_the_gpu_script_prints_its_figures_last(tiny_dir: Path, tmp_path: Path) -> None:
     command = tmp_path / "offramp"
     command.write_text(

@@ -18,12 +18,13 @@ from offramp.models.families import config_from_hf
 from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.sampling_params import DraftSource, ExitMode, ExitSettings, SamplingParams
 from offramp.server.commands.exits import main
-from offramp.server.config import EngineConfig, EngineConfigError
+from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.governor import HeadPlan
 from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import GenerationRequest
+from offramp.server.errors import EngineConfigError
 
 from .engine.test_engine_machine import host_of
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from offramp.models.exits.head import ExitHead
 from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.training_model import DenseModel
-from offramp.models.exits.training.tune import KVMaps, joined, left_after, make_batches
+from offramp.models.exits.training.tune import Batch, KVMaps, joined, left_after, make_batches
 
 # Padded tokens, and positions with logits over the whole vocabulary, taken at once.
 _COMPARED_TOKENS = 2048
@@ -64,7 +64,7 @@ def compare(
                 for name, normed, full in seen:
                     same = _log_probs(base, normed).argmax(-1) == full.argmax(-1)
                     sums[f"{head.layer} {name}"] += int(same.sum())
-    leaving = [with_exits(tuned, heads, maps, answers, bound) for bound in _BOUNDS]
+    leaving = with_exits(tuned, heads, maps, answers, _BOUNDS)
     return _figures(sums, layers) | {"leaving": leaving}
 
 
@@ -74,54 +74,68 @@ def with_exits(
     heads: Sequence[ExitHead],
     maps: KVMaps,
     answers: Sequence[Answer],
-    bound: float,
-) -> dict[str, float]:
-    """Tokens leave at the first exit whose top probability reaches ``bound``; teacher-forced.
+    bounds: Sequence[float],
+) -> list[dict[str, float]]:
+    """Tokens leave at the first exit whose top probability reaches a bound; teacher-forced.
 
-    ``skipped`` is the share of the answers' layers that did not run, ``agreement`` the share of
-    tokens that are those of ``model`` at full depth and with all keys and values of its own,
-    ``wrong_at_exits`` that of tokens that left and are not.
+    For each of ``bounds``: ``skipped`` is the share of the answers' layers that did not run,
+    ``agreement`` the share of tokens that are those of ``model`` at full depth and with all keys
+    and values of its own, ``wrong_at_exits`` that of tokens that left and are not.
     """
-    config = model.config
-    count = same = wrong = skipped = 0
+    sums = {bound: Counter[str]() for bound in bounds}
+    count = 0
     for batch in make_batches(answers, _COMPARED_TOKENS, model.embed.device):
         full = model.normed(model(batch.ids).last.flatten(0, 1)[batch.rows])
-        wanted, choices = _choices(model, full), torch.zeros_like(batch.labels)
-        hidden, first, left = model.embedded(batch.ids), 0, None
-        inside = torch.ones_like(batch.first)
-        for head in heads:
-            hidden = model.run(hidden, first, head.layer, None, left)
-            first = head.layer
-            own = hidden.flatten(0, 1)[batch.rows]
-            normed = head.normed(own, config.rms_norm_eps)
-            leaves = inside & ~batch.first & (_top(model, normed) >= bound)
-            choices[leaves] = _choices(model, normed[leaves])
-            wrong += int((choices != wanted)[leaves].sum())
-            skipped += int(leaves.sum()) * (config.num_layers - head.layer)
-            left = joined(
-                left, left_after(config, head.layer, own, maps[head.layer], batch, leaves)
-            )
-            inside = inside & ~leaves
-        last = model.run(hidden, first, config.num_layers, None, left).flatten(0, 1)[batch.rows]
-        choices[inside] = _choices(model, model.normed(last[inside]))
-        same += int((choices == wanted).sum())
+        wanted, _ = _likeliest(model, full)
         count += len(wanted)
-    return {
-        "bound": bound,
-        "skipped": round(skipped / (count * config.num_layers), 4),
-        "agreement": round(same / count, 4),
-        "wrong_at_exits": round(wrong / count, 4),
-    }
+        for bound in bounds:
+            sums[bound].update(_leaving(model, heads, maps, batch, bound, wanted))
+    layers = model.config.num_layers
+    return [
+        {
+            "bound": bound,
+            "skipped": round(own["skipped"] / (count * layers), 4),
+            "agreement": round(own["same"] / count, 4),
+            "wrong_at_exits": round(own["wrong"] / count, 4),
+        }
+        for bound, own in sums.items()
+    ]
 
 
-def _choices(model: DenseModel, normed: Tensor) -> Tensor:
-    parts = [_log_probs(model, part).argmax(-1) for part in normed.split(_COMPARED_ROWS)]
-    return torch.cat(parts)
+def _leaving(
+    model: DenseModel,
+    heads: Sequence[ExitHead],
+    maps: KVMaps,
+    batch: Batch,
+    bound: float,
+    wanted: Tensor,
+) -> dict[str, int]:
+    """Of one batch: tokens that are the ``wanted`` ones, wrong ones that left, layers skipped."""
+    config = model.config
+    wrong = skipped = 0
+    found = torch.zeros_like(wanted)
+    hidden, first, left = model.embedded(batch.ids), 0, None
+    inside = torch.ones_like(batch.first)
+    for head in heads:
+        hidden = model.run(hidden, first, head.layer, None, left)
+        first = head.layer
+        own = hidden.flatten(0, 1)[batch.rows]
+        tokens, sure = _likeliest(model, head.normed(own, config.rms_norm_eps))
+        leaves = inside & ~batch.first & (sure >= bound)
+        found = torch.where(leaves, tokens, found)
+        wrong += int((tokens != wanted)[leaves].sum())
+        skipped += int(leaves.sum()) * (config.num_layers - head.layer)
+        left = joined(left, left_after(config, head.layer, own, maps[head.layer], batch, leaves))
+        inside = inside & ~leaves
+    last = model.run(hidden, first, config.num_layers, None, left).flatten(0, 1)[batch.rows]
+    found[inside], _ = _likeliest(model, model.normed(last[inside]))
+    return {"same": int((found == wanted).sum()), "wrong": wrong, "skipped": skipped}
 
 
-def _top(model: DenseModel, normed: Tensor) -> Tensor:
-    parts = [_log_probs(model, part).amax(-1).exp() for part in normed.split(_COMPARED_ROWS)]
-    return torch.cat(parts)
+def _likeliest(model: DenseModel, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row [n], and its probability."""
+    parts = [_log_probs(model, part).max(-1) for part in normed.split(_COMPARED_ROWS)]
+    return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]).exp()
 
 
 def _log_probs(model: DenseModel, normed: Tensor) -> Tensor:

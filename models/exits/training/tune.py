@@ -65,7 +65,8 @@ class Curriculum(StrEnum):
 class TuneOptions:
     """Sizes and schedule.
 
-    ``lr`` is the deltas' learning rate, ``adapter_lr`` the adapters'. ``batch_tokens`` counts
+    ``lr`` is the deltas' learning rate, ``adapter_lr`` the adapters', ``map_lr`` that of the K,V
+    maps, which are fitted before. ``batch_tokens`` counts
     padded tokens in a step, ``layer_dropout`` is the last layer's rate at the start, which falls to
     0 in the course of the training; ``exit_weight`` weighs the exits' losses together against the
     full depth's (1). ``leaving`` is the share of sequences in which tokens leave. ``vocab_sample``
@@ -79,6 +80,7 @@ class TuneOptions:
     rank: int = 64
     lr: float = 5e-4
     adapter_lr: float = 1.5e-3
+    map_lr: float = 1e-4
     epochs: int = 1
     batch_tokens: int = 16384
     layer_dropout: float = 0.1
@@ -193,7 +195,7 @@ class Tuner:
         filling = [part for layer in self.layers for part in maps[layer]]
         adapters = [getattr(head, name) for head in heads for name in ADAPTER]
         self.params = [*factors, *filling, *adapters]
-        groups = [{"params": [*factors, *filling]}, {"params": adapters}]
+        groups = [{"params": factors}, {"params": filling}, {"params": adapters}]
         self.optimizer = torch.optim.AdamW(
             groups, lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98)
         )
@@ -247,6 +249,7 @@ class Tuner:
     def _learn(self, batch: Batch, frequent: Tensor, progress: float) -> Tensor:
         options = self.options
         self._set_rates(progress)
+        self._student = self.base.with_deltas(self.deltas.low, self._rounded())
         self.optimizer.zero_grad(set_to_none=True)
         # What chance there is in a step depends on its number alone, so a resumed run meets it too.
         generator = torch.Generator().manual_seed((options.seed << 32) + self.step)
@@ -265,10 +268,9 @@ class Tuner:
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
         head_start = self.options.head_start
         joined = min(1.0, max(0.0, progress / head_start - 1)) if head_start else 1.0
-        deltas, adapters = self.optimizer.param_groups
+        deltas, maps, adapters = self.optimizer.param_groups
         deltas["lr"] = self.options.lr * ramp * decay * joined
-        if joined:
-            self._student = self.base.with_deltas(self.deltas.low, self._rounded())
+        maps["lr"] = self.options.map_lr * ramp * decay * joined
         adapters["lr"] = self.options.adapter_lr * ramp * decay
 
     @torch.no_grad()

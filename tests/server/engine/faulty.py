@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 
-from offramp.server.config import EngineConfigError
 from offramp.server.engine.loop import EngineProtocol, EngineRequest
 from offramp.server.engine.request import (
     EngineInfo,
@@ -17,6 +16,7 @@ from offramp.server.engine.request import (
     RequestStats,
     TokenEvent,
 )
+from offramp.server.errors import EngineConfigError
 from offramp.server.text.grammars import GrammarState
 
 # First tokens of prompts.

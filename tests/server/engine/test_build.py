@@ -23,11 +23,12 @@ from offramp.models.sampling_params import (
     KVFill,
     SamplingParams,
 )
-from offramp.server.config import EngineConfig, EngineConfigError
+from offramp.server.config import EngineConfig
 from offramp.server.engine.build import build_engine, exit_thresholds
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.offline import run_all
 from offramp.server.engine.request import GenerationRequest
+from offramp.server.errors import EngineConfigError
 
 from .test_engine_machine import host_of
 

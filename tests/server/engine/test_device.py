@@ -18,7 +18,7 @@ from offramp.models.loading.formats import as_they_are
 from offramp.models.loading.safetensors import load_weights
 from offramp.models.runner import Runner
 from offramp.models.transformer import Transformer
-from offramp.server.config import GIB, EngineConfig, EngineConfigError
+from offramp.server.config import GIB, EngineConfig
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.device import (
     blocks_that_fit,
@@ -26,6 +26,7 @@ from offramp.server.engine.device import (
     decode_bytes,
     placement,
 )
+from offramp.server.errors import EngineConfigError
 
 CUDA = torch.device("cuda")
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -19,7 +19,7 @@ from offramp.models.loading.formats import as_they_are
 from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
 from offramp.models.transformer import Transformer
-from offramp.server.config import EngineConfig, EngineConfigError
+from offramp.server.config import EngineConfig
 from offramp.server.engine.batch_delay import Holds
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.device_decoder import DeviceDecoder
@@ -28,6 +28,7 @@ from offramp.server.engine.governor import ExitGovernor
 from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import FinishReason, GenerationRequest
 from offramp.server.engine.thresholds import ExitThresholds
+from offramp.server.errors import EngineConfigError
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
 LEAVES = ExitSettings(ExitMode.ADAPTIVE, thresholds=(0.55, 0.45), kv_fill=KVFill.PROJECT)
