@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import huggingface_hub
 import pytest
 import requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offramp.models import shapes
 from offramp.models.errors import ModelNotAvailable
-from offramp.models.loading import sources
+from offramp.models.loading import pull
 from offramp.models.loading.sources import resolve
 from offramp.paths import cache_folder
 
@@ -22,7 +23,7 @@ from offramp.paths import cache_folder
 def test_embedded_names_ignore_case(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sources, "pull", lambda name, cache: cache / name)
+    monkeypatch.setattr(pull, "pull", lambda name, cache: cache / name)
     assert resolve(name, cache=tmp_path) == tmp_path / "smollm2-135m"
 
 
@@ -32,7 +33,9 @@ def test_existing_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/folder", "~/absent-folder", "../absent"])
 def test_absent_folder_is_not_sought_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
+    )
     with pytest.raises(ModelNotAvailable, match="there is no folder"):
         resolve(name)
 
@@ -44,7 +47,7 @@ def test_hub_errors_name_the_model(error: Exception, monkeypatch: pytest.MonkeyP
     def fail(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(sources, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelNotAvailable, match=f"cannot get 'owner/name' from the hub: {error}"):
         resolve("owner/name")
 
@@ -57,7 +60,7 @@ def test_impossible_name_lists_what_there_is() -> None:
 def test_hub_model_without_safetensors_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(ModelNotAvailable, match="no safetensors"):
         resolve("owner/name")
 
