@@ -203,7 +203,7 @@ class Service:
 
     def _resolve(self) -> Path:
         """Folder of the model, fetched if need be; runs on a worker thread."""
-        # Takes torch with it, which the port and its probes need not wait for.
+        # The port and its probes need not wait for what it takes with it.
         from offramp.models.loading.sources import resolve  # noqa: PLC0415
 
         return resolve(self._config.engine.model, revision=self._config.engine.revision)

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from offramp.kernels.weight_formats import PackError, int4_grid
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.exits.file import raw_metadata, read_safetensors, save_safetensors
-from offramp.models.exits.grid import Grid
 from offramp.models.finite import check_finite
 
 FORMAT = "offramp-deltas-1"
@@ -32,11 +32,48 @@ _HEADER_BYTES = 2**17
 _LINEARS = ("qkv", "o", "gate_up", "down")
 _NUMBER = re.compile("[0-9]{1,4}")
 _METADATA = ("format", "fingerprint", "rank", "grid", "part", "parts", "digest")
+_HIGHEST_LEVEL = 15
 _GRIDS = {True: "int4", False: "none"}
 
 
 class DeltasError(ModelError):
     """The files are not deltas, not of this model, incomplete or damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Groups of 32 columns of a weight [out, in] whose values are lowest + level * scale.
+
+    ``lowest`` and ``highest`` [out, groups, 32] are how many levels each value may be moved,
+    ``scale`` [out, groups, 1] is the size of a level. The ends of a group stay where they are, so
+    that scale and lowest value can be read off it as before.
+    """
+
+    lowest: Tensor
+    highest: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Grid | None:
+        """The grid that ``weight`` in fp32 lies on; None if it lies on none."""
+        try:
+            levels, scale, _ = int4_grid(weight)
+        except PackError:
+            return None
+        ends = (levels == 0) | (levels == _HIGHEST_LEVEL)
+        lowest = (-levels).masked_fill_(ends, 0.0)
+        highest = (_HIGHEST_LEVEL - levels).masked_fill_(ends, 0.0)
+        return cls(lowest, highest, scale.float().clamp_min(torch.finfo(torch.float16).tiny))
+
+    def nearest(self, weight: Tensor, change: Tensor) -> Tensor:
+        """The point of the grid nearest to ``weight`` + ``change`` [out, in], within the group.
+
+        ``weight`` is the one of `of`; ``change`` is overwritten.
+        """
+        groups = change.view(self.lowest.shape)
+        groups.div_(self.scale).round_()
+        torch.clamp(groups, self.lowest, self.highest, out=groups)
+        return groups.mul_(self.scale).view(weight.shape).add_(weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.weight_formats import WeightFormat, can_hold, int4_grid
-from offramp.models.exits.grid import Grid
+from offramp.models.exits.deltas import Grid
 
 
 def on_grid(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ from offramp.models.exits.deltas import (
     load_deltas,
     tuned_fingerprint,
 )
-from offramp.models.exits.file import load_exits, read_metadata
+from offramp.models.exits.file import ExitFile, load_exits, read_metadata
 from offramp.models.exits.training import pipeline
 from offramp.models.exits.training.train import train_gate
 from offramp.models.exits.training.tune import Tuner
@@ -53,6 +53,11 @@ def tuned(tiny_dir: Path, answers: Path, out: Path, *more: str) -> int:
     return train(tiny_dir, answers, out, "--backbone", "tuned", *TUNING, *more)
 
 
+def exits_of(path: Path, model: str) -> ExitFile:
+    cpu = torch.device("cpu")
+    return load_exits(path, fingerprint=model, hidden_size=64, dtype=torch.float32, device=cpu)
+
+
 @pytest.fixture(scope="module")
 def made(tiny_dir: Path, answers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tuned exit file; tests that write beside it take a copy."""
@@ -68,13 +73,7 @@ def test_exits_belong_to_the_model_with_its_deltas(tiny_dir: Path, made: Path) -
     assert deltas.rank == 4
     merged = apply_deltas(weights, deltas)
     assert not torch.allclose(merged["layers.1.gate_up"], weights["layers.1.gate_up"])
-    file = load_exits(
-        made,
-        fingerprint=tuned_fingerprint(deltas),
-        hidden_size=64,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    file = exits_of(made, tuned_fingerprint(deltas))
     assert [head.layer for head in file.heads] == [2, 3]
     assert file.data["backbone"] == "tuned"
 
@@ -173,13 +172,7 @@ def test_training_starts_from_an_earlier_file(
     assert tuned(tiny_dir, answers, tmp_path / "second.safetensors", *start) == 0
     config = config_from_hf(tiny_dir)
     weights = load_weights(tiny_dir, config, dtype=torch.float32)
-    file = load_exits(
-        first,
-        fingerprint=fingerprint(weights),
-        hidden_size=64,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    file = exits_of(first, fingerprint(weights))
     ((tuner, head_start),) = begun
     assert head_start == 0
     for head, theirs in zip(tuner.heads, file.heads, strict=True):

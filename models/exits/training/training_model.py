@@ -86,6 +86,7 @@ class DenseModel:
     ) -> DenseStates:
         """States of token ids [B, T], padded on the right with any token.
 
+        ``exit_layers`` are ascending.
         ``keep`` [layers, B] says which sequences a layer is applied to (None: all); the others
         pass it unchanged (layer dropout). Attention is causal, so padding reaches no real token.
         """

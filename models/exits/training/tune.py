@@ -28,8 +28,7 @@ from torch.nn import functional as F
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.weight_formats import WeightFormat, available
 from offramp.models.config import ModelConfig
-from offramp.models.exits.deltas import Deltas
-from offramp.models.exits.grid import Grid
+from offramp.models.exits.deltas import Deltas, Grid
 from offramp.models.exits.head import ADAPTER, ExitHead
 from offramp.models.exits.training.checkpoint import restore_checkpoint, save_checkpoint
 from offramp.models.exits.training.data import Answer
