@@ -112,6 +112,11 @@ def _add_training(train: argparse.ArgumentParser) -> None:
 def _add_drafting(train: argparse.ArgumentParser) -> None:
     """Options on the draft head and how it learns."""
     train.add_argument(
+        "--start",
+        type=Path,
+        help="draft head of the model that training goes on from; --layers and --vocab are its",
+    )
+    train.add_argument(
         "--layers", type=_layers, help="states it reads [after each third of the layers]"
     )
     train.add_argument(

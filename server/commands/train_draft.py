@@ -6,18 +6,19 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from offramp.kernels.weight_formats import GROUP
 from offramp.models.config import ModelConfig
 from offramp.models.cpu import keep_freed_memory
 from offramp.models.errors import UnsupportedModel
-from offramp.models.exits.draft_head import SUFFIX, DraftFile
+from offramp.models.exits.draft_head import SUFFIX, DraftFile, DraftHead, load_draft_head
 from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.draft import DraftOptions, DraftTrainer, new_draft_head
 from offramp.models.exits.training.draft_data import collect_features
@@ -51,19 +52,36 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     folder = resolve(args.model)
     config = config_from_hf(folder)
-    layers = args.layers or _thirds(config)
-    _check_layers(layers, config)
     weights = load_weights(folder, config, dtype=torch.float32)
+    start = _start(args, config, weights)
+    layers = args.layers or _thirds(config) if start is None else start.layers
+    _check_layers(layers, config)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as spare, progress() as show:
         kept = args.work or Path(spare) / "work"
         work = Work.open(kept, _identity(args, layers, fingerprint(weights)))
-        file = _train(Job(args, folder, config, weights, work, show), layers)
+        file = _train(Job(args, folder, config, weights, work, show), layers, start)
     file.save(args.out)
     if args.plot is not None:
         plot_draft(args.plot, file.metrics["curve"])
     sys.stdout.write(json.dumps(file.metrics) + "\n")
     return 0
+
+
+def _start(
+    args: argparse.Namespace, config: ModelConfig, weights: Mapping[str, Tensor]
+) -> DraftHead | None:
+    """The head of --start, on the device of the training."""
+    if args.start is None:
+        return None
+    if args.layers is not None:
+        raise TrainingError("--layers: those of the head that --start names are kept")
+    head = load_draft_head(args.start, fingerprint=fingerprint(dict(weights)), config=config).head
+    device = device_of(args.device)
+    parts: dict[str, Any] = {
+        name: tensor.to(device).clone() for name, tensor in head.parameters.items()
+    }
+    return replace(head, **parts, vocab=head.vocab.to(device))
 
 
 def _thirds(config: ModelConfig) -> tuple[int, ...]:
@@ -88,6 +106,7 @@ def _identity(args: argparse.Namespace, layers: Sequence[int], model: str) -> di
         "sources": [digest(path) for path in args.prompts or args.answers],
         "generated": bool(args.prompts),
         "max_tokens": args.max_tokens,
+        "start": None if args.start is None else digest(args.start),
         **asdict(_options(args)),
     }
 
@@ -97,7 +116,7 @@ def _options(args: argparse.Namespace) -> DraftOptions:
     return DraftOptions(**{name: getattr(args, name) for name in names})
 
 
-def _train(job: Job, layers: Sequence[int]) -> DraftFile:
+def _train(job: Job, layers: Sequence[int], start: DraftHead | None) -> DraftFile:
     args = job.args
     answers = [item for item in own_answers(job) if len(item.answer) > 1]
     weights = on_device(job.weights, device_of(args.device))
@@ -107,7 +126,7 @@ def _train(job: Job, layers: Sequence[int]) -> DraftFile:
     held = range(_HELD_OUT - 1, len(answers), _HELD_OUT)
     held_out = features.select(held)
     learnt = features.select([index for index in range(len(answers)) if index not in held])
-    head = new_draft_head(model, learnt, layers, _options(args))
+    head = start or new_draft_head(model, learnt, layers, _options(args))
     trainer = DraftTrainer(model, head, _options(args))
     trainer.train(learnt, held_out, reporter(job.show), job.work.path("draft.pt"))
     data = {

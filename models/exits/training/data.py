@@ -133,7 +133,7 @@ def lay_out(model: Transformer, batch: Sequence[tuple[int, Answer]]) -> Layout:
         ids += tokens
     cache = KVCache(model.config, blocks, _BLOCK, model.dtype, model.device)
     at = HostRows(spans, _BLOCK, model.rotary, model.device)
-    hidden = model.embed(torch.tensor(ids))
+    hidden = model.embed(torch.tensor(ids, device=model.device))
     return Layout(hidden, at, cache, torch.tensor(keep), torch.tensor(owner))
 
 

@@ -32,8 +32,8 @@ from offramp.models.exits.training.checkpoint import restore_checkpoint, save_ch
 from offramp.models.exits.training.draft_data import (
     DraftBatch,
     DraftFeatures,
+    Guesses,
     make_batch,
-    parts_of,
 )
 from offramp.models.exits.training.second_key import draft_vocab
 from offramp.models.exits.training.train import Report
@@ -41,7 +41,8 @@ from offramp.models.exits.training.training_model import DenseModel
 
 _WARM_UP_STEPS = 50
 _CHECKPOINT_SECONDS = 120
-_LOSS_ROWS = 256
+# Rows of logits at a time: as many as stay in a CPU's cache, or keep a GPU busy.
+_LOSS_ROWS = {"cpu": 256, "cuda": 8192}
 _REPORT_STEPS = 5
 # A guess counts only if those before it are right, so later ones weigh less.
 _STEP_WEIGHT = 0.8
@@ -74,7 +75,7 @@ def new_draft_head(
     """
     generator = torch.Generator().manual_seed(options.seed)
     # As large as the states that such a layer is used to: half way to those that it makes.
-    scale = 0.5 * float(features.of(0)[:, -1].float().square().mean().sqrt())
+    scale = 0.5 * float(features.states([0])[:, -1].float().square().mean().sqrt())
     labels = torch.tensor([token for item in features.answers for token in item.answer])
     config = model.config
     vocab = draft_vocab(labels, config.eos_token_ids, config.vocab_size, options.vocab)
@@ -179,8 +180,7 @@ class DraftTrainer:
                 if progress >= 1:
                     break
                 with self._device:
-                    batch = make_batch(features, group, self._device)
-                    found = self._learn(batch, progress)
+                    found = self._learn(self._batch(features, group), progress)
                 loss = found if loss is None else loss + 0.05 * (found - loss)
                 self.step += 1
                 self.seconds = before + time.monotonic() - begun
@@ -201,7 +201,7 @@ class DraftTrainer:
         losses = 0.0
         with self._device:
             for group in self._groups(features):
-                batch = make_batch(features, group, self._device)
+                batch = self._batch(features, group)
                 alive = torch.ones(len(batch.ids), dtype=torch.bool)
                 for step, (rows, normed, loss) in enumerate(self._guesses(batch)):
                     sure, places = self._likeliest(normed)
@@ -249,7 +249,7 @@ class DraftTrainer:
     def _likeliest(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """The largest probability [n] of LM-head inputs [n, d], and where it is."""
         parts = []
-        for rows in normed.split(_LOSS_ROWS):
+        for rows in normed.split(_LOSS_ROWS[self._device.type]):
             logits = (rows.bfloat16() @ self._lm_head.t()).float()
             best, place = logits.max(dim=-1)
             parts.append(((best - logits.logsumexp(dim=-1)).exp(), place))
@@ -279,11 +279,10 @@ class DraftTrainer:
         weights = self._weights
         embedded = rms_norm(F.embedding(batch.ids, self._embed), None, eps)
         # Entry p takes the states of p - 1; a text's first entry has none.
-        before = torch.zeros_like(batch.states)
-        before[1:] = batch.states[:-1]
-        before[[start for start, _, _ in batch.spans]] = 0
+        before = batch.states.roll(1, 0)
+        before[batch.starts] = 0
         states = rms_norm(before.float(), None, eps).flatten(1)
-        first = batch.rows(0)
+        first = batch.steps[0].rows
         top = rms_norm(batch.states[first, -1].float(), self._final_norm, eps)
         teacher = self._teach(top.bfloat16())
         place = torch.full((len(batch.ids),), -1)
@@ -292,20 +291,24 @@ class DraftTrainer:
         cross_entropy: Any = _CrossEntropy.apply
         with torch.autocast(self._device.type, torch.bfloat16):
             hidden = F.linear(torch.cat((embedded, states), dim=1), weights["fuse"]).float()
-            keys, values = self._keys_values(hidden, batch.positions)
+            whole = self._keys_values(hidden, batch.positions)
+        shape = (len(batch.starts), batch.longest)
+        keys, values = (_padded(part, batch.places, shape) for part in whole)
+        shape = (len(batch.starts), batch.most_chains)
         out: Tensor | None = None
-        for step in range(self.options.guesses):
-            rows = batch.rows(step)
+        for guesses in batch.steps:
+            rows = guesses.rows
             with torch.autocast(self._device.type, torch.bfloat16):
                 if out is not None:
-                    kept = [torch.arange(max(0, n - 1)) + at for at, n in parts_of(batch, step - 1)]
-                    fed = rms_norm(out[torch.cat(kept)], None, eps)
+                    fed = rms_norm(out[guesses.after], None, eps)
                     inputs = torch.cat((embedded[rows], fed), dim=1)
                     x = F.linear(inputs, weights["feedback"]).float()
-                    own.append(self._keys_values(x, batch.positions[rows]))
+                    more = self._keys_values(x, batch.positions[rows])
+                    k, v = (_padded(part, guesses.chains, shape) for part in more)
+                    own.append((k, v))
                 else:
                     x = hidden[rows]
-                out = self._layer(x, batch, step, keys, values, own)
+                out = self._layer(x, batch, guesses, keys, values, own)
             normed = rms_norm(out, weights["norm"], eps)
             loss = cross_entropy(normed, self._lm_head, teacher, place[rows])
             yield rows, normed, loss
@@ -315,7 +318,8 @@ class DraftTrainer:
         if self._teacher is None or len(self._teacher) < len(top):
             # Kept: fresh memory of this size costs as much as the products that fill it.
             self._teacher = torch.empty(len(top), len(self._teacher_head))
-        for rows, to in zip(top.split(_LOSS_ROWS), self._teacher.split(_LOSS_ROWS), strict=False):
+        size = _LOSS_ROWS[self._device.type]
+        for rows, to in zip(top.split(size), self._teacher.split(size), strict=False):
             torch.softmax((rows @ self._teacher_head.t()).float(), dim=-1, out=to[: len(rows)])
         return self._teacher
 
@@ -331,7 +335,7 @@ class DraftTrainer:
         self,
         hidden: Tensor,
         batch: DraftBatch,
-        step: int,
+        guesses: Guesses,
         keys: Tensor,
         values: Tensor,
         own: Sequence[tuple[Tensor, Tensor]],
@@ -340,21 +344,17 @@ class DraftTrainer:
         x = rms_norm(hidden, weights["attn_norm"], eps)
         q = F.linear(x, weights["qkv"][: config.query_size]).float()
         q = q.view(len(x), config.num_heads, config.head_dim)
-        q = rotate(q, *self._rotary.at(batch.positions[batch.rows(step)]))
-        parts = []
-        for index, (at, count) in enumerate(parts_of(batch, step)):
-            start, size, first = batch.spans[index]
-            ahead = []
-            for earlier, (k, v) in enumerate(own, start=1):
-                from_ = parts_of(batch, earlier)[index][0]
-                ahead.append((k[from_ : from_ + count], v[from_ : from_ + count]))
-            text = slice(start, start + size)
-            parts.append(_attend(q[at : at + count], keys[text], values[text], first, ahead))
-        attended = torch.cat(parts).flatten(1)
+        q = rotate(q, *self._rotary.at(batch.positions[guesses.rows]))
+        padded = _padded(q, guesses.chains, (len(batch.starts), batch.most_chains))
+        attended = _attend(padded, keys, values, batch.before, own).flatten(0, 1)
+        attended = attended[guesses.chains].flatten(1)
         hidden = hidden + F.linear(attended, weights["o"])
         x = rms_norm(hidden, weights["mlp_norm"], eps)
         gate, up = F.linear(x, weights["gate_up"]).chunk(2, dim=-1)
         return hidden + F.linear(F.silu(gate) * up, weights["down"])
+
+    def _batch(self, features: DraftFeatures, group: Sequence[int]) -> DraftBatch:
+        return make_batch(features, group, self.options.guesses, self._device)
 
     def _progress(self, total: int) -> float:
         limit = self.options.minutes
@@ -388,35 +388,45 @@ class DraftTrainer:
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
 
 
+def _padded(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """``values`` [n, ...] at their ``places`` [n] among [B, width, ...], 0 elsewhere."""
+    whole = values.new_zeros(shape[0] * shape[1], *values.shape[1:])
+    filled: Tensor = whole.index_copy(0, places, values).unflatten(0, shape)
+    return filled
+
+
 def _attend(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    first: int,
+    before: Tensor,
     own: Sequence[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Attention of the guesses q [n, heads, head_dim] of one text, in one step.
+    """Attention of the guesses q [B, C, heads, head_dim] of one step.
 
-    Guess i sees the entries 0 to ``first`` + i made of the stack's states, and behind them one made
-    of the head's own state for each step so far: row i of each of ``own``.
+    Guess i of a text sees its entries 0 to ``before`` [B] + i, of ``keys`` and ``values``
+    [B, T, kv_heads, head_dim], made of the stack's states. Behind them it sees one made of the
+    head's own state for each step so far: row i of each of ``own`` [B, C, kv_heads, head_dim].
     """
-    count, heads, dim = q.shape
-    kv_heads, group = keys.shape[1], heads // keys.shape[1]
-    q = q.view(count, kv_heads, group, dim).permute(1, 2, 0, 3)
-    scores = q.flatten(1, 2) @ keys.permute(1, 2, 0)
-    scores = scores.float().view(kv_heads, group, count, keys.shape[0]) / math.sqrt(dim)
-    sees = torch.arange(keys.shape[0]) <= first + torch.arange(count).unsqueeze(1)
-    scores = scores.masked_fill(~sees, -torch.inf)
+    texts, count, heads, dim = q.shape
+    kv_heads, group = keys.shape[2], heads // keys.shape[2]
+    q = q.view(texts, count, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+    scores = q.flatten(2, 3) @ keys.permute(0, 2, 3, 1)
+    scores = scores.float().unflatten(2, (group, count)) / math.sqrt(dim)
+    last = before.unsqueeze(1) + torch.arange(count)
+    sees = torch.arange(keys.shape[1]) <= last.unsqueeze(2)
+    scores = scores.masked_fill(~sees.view(texts, 1, 1, count, -1), -torch.inf)
     for k, _ in own:
-        more = (q * k.transpose(0, 1).unsqueeze(1)).sum(dim=-1, keepdim=True) / math.sqrt(dim)
+        more = (q * k.transpose(1, 2).unsqueeze(2)).sum(dim=-1, keepdim=True) / math.sqrt(dim)
         scores = torch.cat((scores, more), dim=-1)
     weights = scores.softmax(dim=-1)
-    inner = weights[..., : keys.shape[0]].flatten(1, 2)
-    out = (inner @ values.transpose(0, 1)).float().view(kv_heads, group, count, dim)
+    inner = weights[..., : keys.shape[1]].flatten(2, 3)
+    out = (inner @ values.transpose(1, 2)).float().unflatten(2, (group, count))
     for index, (_, v) in enumerate(own):
-        weight = weights[..., keys.shape[0] + index].unsqueeze(-1)
-        out = out + weight * v.transpose(0, 1).unsqueeze(1)
-    return out.permute(2, 0, 1, 3).reshape(count, heads, dim)
+        weight = weights[..., keys.shape[1] + index].unsqueeze(-1)
+        out = out + weight * v.transpose(1, 2).unsqueeze(2)
+    joined: Tensor = out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return joined
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -432,7 +442,8 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros(())
         grads = []
-        for rows, at in zip(normed.split(_LOSS_ROWS), place.split(_LOSS_ROWS), strict=True):
+        size = _LOSS_ROWS[normed.device.type]
+        for rows, at in zip(normed.split(size), place.split(size), strict=True):
             log_p = (rows.bfloat16() @ lm_head.t()).float().log_softmax(dim=-1)
             target = teacher[at]
             total -= torch.dot(log_p.flatten(), target.flatten())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -19,8 +19,25 @@ _SHARD = 256
 _COLLECT_TOKENS = 4096
 
 
-class DraftFeatures:
-    """Answers of two tokens or more with the states along them, in files until they are asked for.
+class DraftFeatures(Protocol):
+    """Answers of two tokens or more, with the states along them."""
+
+    answers: Sequence[Answer]
+
+    def states(self, group: Sequence[int]) -> Tensor:
+        """States [N, F, d] fp16 of the answers with these indices, one after another.
+
+        Of all positions of prompt and answer but the answer's last token's.
+        """
+        ...
+
+    def select(self, indices: Sequence[int]) -> DraftFeatures:
+        """Those of some of the answers."""
+        ...
+
+
+class StoredFeatures:
+    """States in files until they are asked for.
 
     ``places`` says of each answer in which file its states are, and where there they begin.
     """
@@ -29,17 +46,40 @@ class DraftFeatures:
         self.answers = answers
         self._places = places
 
-    def of(self, index: int) -> Tensor:
-        """States [T, F, d] of all positions of an answer but its last token's."""
+    def states(self, group: Sequence[int]) -> Tensor:
+        """See DraftFeatures."""
+        return torch.cat([self._of(index) for index in group])
+
+    def select(self, indices: Sequence[int]) -> StoredFeatures:
+        """See DraftFeatures."""
+        return StoredFeatures(
+            [self.answers[index] for index in indices], [self._places[index] for index in indices]
+        )
+
+    def _of(self, index: int) -> Tensor:
         file, start = self._places[index]
         states: Tensor = file.get_slice("states")[start : start + _length(self.answers[index])]
         return states
 
-    def select(self, indices: Sequence[int]) -> DraftFeatures:
-        """Those of some of the answers."""
-        return DraftFeatures(
-            [self.answers[index] for index in indices], [self._places[index] for index in indices]
-        )
+
+class ComputedFeatures:
+    """States made by ``model`` whenever they are asked for: on a GPU that beats reading them."""
+
+    def __init__(self, model: DenseModel, answers: Sequence[Answer], layers: Sequence[int]) -> None:
+        self.answers = answers
+        self._model = model
+        self._layers = layers
+
+    def states(self, group: Sequence[int]) -> Tensor:
+        """See DraftFeatures."""
+        own = [self.answers[index] for index in group]
+        states = _states(self._model, own, self._layers)
+        return torch.cat([row[: _length(item)] for row, item in zip(states, own, strict=True)])
+
+    def select(self, indices: Sequence[int]) -> ComputedFeatures:
+        """See DraftFeatures."""
+        answers = [self.answers[index] for index in indices]
+        return ComputedFeatures(self._model, answers, self._layers)
 
 
 def collect_features(
@@ -51,9 +91,11 @@ def collect_features(
 ) -> DraftFeatures:
     """States after ``layers`` at every position of prompts and answers, teacher-forced.
 
-    ``work`` keeps them, which it needs a folder for: 2 bytes * d * layers a position, in shards of
-    256 answers. ``progress`` is called with the number of answers done.
+    On a CPU ``work`` keeps them, which it needs a folder for: 2 bytes * d * layers a position, in
+    shards of 256 answers. ``progress`` is called with the number of answers done.
     """
+    if model.embed.device.type != "cpu":
+        return ComputedFeatures(model, answers, layers)
     places: list[tuple[Any, int]] = []
     for first in range(0, len(answers), _SHARD):
         own = answers[first : first + _SHARD]
@@ -67,28 +109,32 @@ def collect_features(
             places.append((file, start))
             start += _length(item)
         progress(first + len(own))
-    return DraftFeatures(answers, places)
+    return StoredFeatures(answers, places)
 
 
-@torch.inference_mode()
 def _shard(model: DenseModel, answers: Sequence[Answer], layers: Sequence[int]) -> Part:
     found: dict[int, Tensor] = {}
     order = sorted(range(len(answers)), key=lambda index: _length(answers[index]))
     while order:
-        longest = _length(answers[order[-1]])
-        count = max(1, _COLLECT_TOKENS // longest)
+        count = max(1, _COLLECT_TOKENS // _length(answers[order[-1]]))
         batch, order = order[-count:], order[:-count]
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, index in enumerate(batch):
-            text = (*answers[index].prompt, *answers[index].answer[:-1])
-            ids[row, : len(text)] = torch.tensor(text)
-        device = model.embed.device
-        with torch.autocast(device.type, torch.bfloat16):
-            seen = model(ids.to(device), layers)
-        states = torch.stack([seen.at[layer] for layer in layers], dim=2).half().cpu()
+        states = _states(model, [answers[index] for index in batch], layers).cpu()
         for row, index in enumerate(batch):
             found[index] = states[row, : _length(answers[index])].clone()
     return {"states": torch.cat([found[index] for index in range(len(answers))])}, {}
+
+
+@torch.no_grad()
+def _states(model: DenseModel, answers: Sequence[Answer], layers: Sequence[int]) -> Tensor:
+    """States [B, T, F, d] fp16, padded on the right."""
+    device = model.embed.device
+    ids = torch.zeros(len(answers), max(map(_length, answers)), dtype=torch.long, device="cpu")
+    for row, item in enumerate(answers):
+        text = torch.tensor((*item.prompt, *item.answer[:-1]), device="cpu")
+        ids[row, : len(text)] = text
+    with torch.autocast(device.type, torch.bfloat16):
+        seen = model(ids.to(device), layers)
+    return torch.stack([seen.at[layer] for layer in layers], dim=2).half()
 
 
 def _length(item: Answer) -> int:
@@ -96,53 +142,77 @@ def _length(item: Answer) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftBatch:
-    """Texts one after another: ``ids``, the tokens ``following`` and ``positions`` [N].
+class Guesses:
+    """The n guesses of one step: the first, second, ... of every chain long enough.
 
-    ``states`` [N, F, d] are the stack's there. ``spans`` lists of each text where it begins, its
-    length, and the position of its first guess.
+    A chain begins at each entry whose guess an answer's token can verify. ``rows`` [n] are the
+    entries that the guesses are made at, ``chains`` [n] their chains' places among [B, C], and
+    ``after`` [n] the guesses of the step before that they follow (none in the first step).
+    """
+
+    rows: Tensor
+    chains: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """B texts one after another: ``ids``, the tokens ``following`` and ``positions`` [N].
+
+    ``states`` [N, F, d] are the stack's there, ``starts`` [B] the entries where texts begin.
+    ``places`` [N] are the entries' places among [B, T], T being the ``longest`` text. At most
+    ``most_chains`` (C) begin in a text, behind its first ``before`` [B] entries.
     """
 
     ids: Tensor
     following: Tensor
     positions: Tensor
     states: Tensor
-    spans: list[tuple[int, int, int]]
+    starts: Tensor
+    places: Tensor
+    longest: int
+    before: Tensor
+    most_chains: int
+    steps: list[Guesses]
 
-    def rows(self, step: int) -> Tensor:
-        """The entries that make the guesses of ``step`` (0: from the stack's states)."""
-        return torch.cat(
-            [
-                torch.arange(start + min(first + step, size), start + size)
-                for start, size, first in self.spans
-            ]
+
+def make_batch(
+    features: DraftFeatures, group: Sequence[int], guesses: int, device: torch.device
+) -> DraftBatch:
+    """The answers with these indices, and ``guesses`` from each of their positions."""
+    items = [features.answers[index] for index in group]
+    texts = [torch.tensor((*item.prompt, *item.answer), device="cpu") for item in items]
+    sizes = torch.tensor([len(text) - 1 for text in texts], device="cpu")
+    # The answer's first token is made by the prompt's last position; guesses begin behind it.
+    before = torch.tensor([len(item.prompt) for item in items], device="cpu")
+    counts, longest = sizes - before, int(sizes.max())
+    most = int(counts.max())
+    starts = sizes.cumsum(0) - sizes
+    # All chains [B, C], of which the first ``counts`` of a text are there in the first step.
+    chain = torch.arange(most, device="cpu")
+    steps: list[Guesses] = []
+    earlier = torch.zeros(len(items), most, dtype=torch.long, device="cpu")
+    for step in range(guesses):
+        alive = chain < (counts - step).unsqueeze(1)
+        rows = (starts + before + step).unsqueeze(1) + chain
+        places = torch.arange(alive.numel(), device="cpu").view(alive.shape)
+        found = Guesses(rows[alive], places[alive], earlier[alive])
+        steps.append(
+            Guesses(*(part.to(device) for part in (found.rows, found.chains, found.after)))
         )
-
-
-def make_batch(features: DraftFeatures, group: Sequence[int], device: torch.device) -> DraftBatch:
-    """The answers with these indices, on ``device``."""
-    ids: list[int] = []
-    following: list[int] = []
-    positions: list[int] = []
-    spans = []
-    for index in group:
-        item = features.answers[index]
-        text = (*item.prompt, *item.answer[:-1])
-        # The answer's first token is made by the prompt's last position; guesses begin behind it.
-        spans.append((len(ids), len(text), len(item.prompt)))
-        ids += text
-        following += (*text[1:], item.answer[-1])
-        positions += range(len(text))
-    states = torch.cat([features.of(index) for index in group])
-    columns = [torch.tensor(each, device=device) for each in (ids, following, positions)]
-    return DraftBatch(columns[0], columns[1], columns[2], states.to(device), spans)
-
-
-def parts_of(batch: DraftBatch, step: int) -> list[tuple[int, int]]:
-    """Where each text's guesses begin among all of ``step``, and how many they are."""
-    parts, at = [], 0
-    for _, size, first in batch.spans:
-        count = max(0, size - first - step)
-        parts.append((at, count))
-        at += count
-    return parts
+        earlier = (alive.flatten().cumsum(0) - 1).view(alive.shape)
+    positions = torch.cat([torch.arange(size, device="cpu") for size in sizes.tolist()])
+    text_of = torch.arange(len(items), device="cpu").repeat_interleave(sizes)
+    columns = (
+        torch.cat([text[:-1] for text in texts]),
+        torch.cat([text[1:] for text in texts]),
+        positions,
+        starts,
+        text_of * longest + positions,
+        before,
+    )
+    ids, following, positions, starts, entries, before = (part.to(device) for part in columns)
+    states = features.states(group).to(device)
+    return DraftBatch(
+        ids, following, positions, states, starts, entries, longest, before, most, steps
+    )

@@ -60,12 +60,17 @@ def build(
     every_exit: bool = True,
     **options: Any,
 ) -> Engine:
-    """An engine that checks its invariants after every step."""
+    """An engine that checks its invariants after every step.
+
+    ``on_device`` it is on a GPU, if there is one.
+    """
+    on_gpu = on_device and torch.cuda.is_available()
     config = EngineConfig(
         exits=exits,
-        device="cpu",
-        kernels="torch",
-        weights=Weights.FP32,
+        device="cuda" if on_gpu else "cpu",
+        dtype="float32",
+        kernels="auto" if on_gpu else "torch",
+        weights=Weights.AUTO if on_gpu else Weights.FP32,
         max_model_len=128,
         max_num_seqs=8,
         block_size=8,

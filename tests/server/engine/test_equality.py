@@ -61,12 +61,16 @@ def exits(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def build(folder: Path, exits: str, num_blocks: int, *, on_device: bool = False) -> Engine:
-    """An engine that checks its invariants after every step; ``on_device`` as on a GPU."""
+    """An engine that checks its invariants after every step.
+
+    ``on_device`` it is on a GPU, if there is one, and decides as it would there.
+    """
+    on_gpu = on_device and torch.cuda.is_available()
     config = EngineConfig(
         exits=exits,
-        weights=Weights.FP32,
+        weights=Weights.AUTO if on_gpu else Weights.FP32,
         dtype="float32",
-        device="cpu",
+        device="cuda" if on_gpu else "cpu",
         max_model_len=CONTEXT,
         block_size=BLOCK,
         max_num_seqs=16,
@@ -139,7 +143,7 @@ def test_under_preemption(
 def test_decided_on_the_device(
     smollm2_dir: Path, exits: str, prompts: list[tuple[int, ...]], reference: list[list[int]]
 ) -> None:
-    """The device loop of GPUs, by its references: mixed lengths, cut into four segments."""
+    """The device loop of GPUs, without one by its references: mixed lengths, four segments."""
     engine = build(smollm2_dir, exits, 320, on_device=True)
     found, _ = answers(engine, prompts[1::4], 16)
     assert found == reference[1::4]
