@@ -19,7 +19,7 @@ from offramp.kernels.linear import Matrix, linear
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import rotate
 
-_ROWS, _INS, _STAGES = 16, 128, 3
+_LEAST_ROWS, _MOST_ROWS, _INS, _STAGES = 16, 64, 128, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,10 @@ def fill_kv(
         return
     layers, _, _, _, kv_heads, dim = pages.shape
     ins = hidden.shape[1]
-    tile_ins = _INS * 2 // projection.weight.dtype.itemsize
-    _fill[(layers * 2 * kv_heads, triton.cdiv(exited.limit, _ROWS))](
+    tile_rows = min(_MOST_ROWS, max(_LEAST_ROWS, next_power_of_2(exited.limit)))
+    # Each tile of rows reads the weight anew; with many of them a step holds fewer inputs.
+    tile_ins = (_INS if tile_rows == _LEAST_ROWS else _INS // 2) * 2 // projection.weight.itemsize
+    _fill[(layers * 2 * kv_heads, triton.cdiv(exited.limit, tile_rows))](
         hidden,
         projection.weight,
         projection.bias,
@@ -112,7 +114,7 @@ def fill_kv(
         kv_heads=kv_heads,
         dim=dim,
         wide=next_power_of_2(dim // 2),
-        tile_rows=_ROWS,
+        tile_rows=tile_rows,
         tile_ins=tile_ins,
         whole=ins % tile_ins == 0,
         compute=compute_type(projection.weight.dtype),

@@ -1,9 +1,11 @@
 """Matrix products of as many rows as the device chose, fused with what surrounds them in a layer.
 
-One launch is a whole product: rows are read through a list and written through one, RMSNorm comes
-before and SwiGLU or the residual sum behind, so a token's state never moves and a segment without
-active rows costs its launches only. Made for decoding, where a product takes the time that reading
-its weight takes; many rows of a prompt are better off with the library's products.
+One launch is a whole product: rows are read through a list and written through one, with SwiGLU or
+the residual sum behind, so a token's state never moves and a segment without active rows costs its
+launches only. RMSNorm comes before, in a launch of its own (rms_norm.masked_rms_norm): inside the
+product's loop it kept weights from being fetched ahead. Made for decoding, where a product takes
+the time that reading its weight takes; many rows of a prompt are better off with the library's
+products.
 """
 
 from __future__ import annotations
@@ -16,15 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.kernels.backend import compute_type, jit, next_power_of_2, tl, triton, uses_triton
-from offramp.kernels.rms_norm import rms_norm
 
 # Programs that keep a large GPU's memory busy: one or two for each of the H200's 132 processors.
 # With more rows the inputs, which every program reads from the L2 cache, weigh as much as weights.
 _PROCESSORS = 128
 _LEAST_ROWS, _MOST_ROWS = 16, 64
 _OUTS = (128, 64, 32, 16)
-# Inputs of fp16 times their norm's weight, before they are normalised, would go over its range.
-_HEADROOM = 64.0
 
 
 class Activation(IntEnum):
@@ -36,14 +35,6 @@ class Activation(IntEnum):
     NONE = 0
     SILU = 1
     SWIGLU = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """RMSNorm of the inputs; ``weight`` [in] or None for no scale."""
-
-    weight: Tensor | None
-    eps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +78,11 @@ def masked_linear(
     *,
     limit: int,
     bias: Tensor | None = None,
-    norm: Norm | None = None,
     activation: Activation = Activation.NONE,
     residual: Residual | None = None,
     tiles: Tiles | None = None,
 ) -> None:
-    """Write act(norm(x) ``weight``^T + bias) + residual for the first ``count`` rows.
+    """Write act(x ``weight``^T + bias) + residual for the first ``count`` rows.
 
     ``weight`` [n, in], ``bias`` [n]; n is twice the width of ``out`` for SWIGLU. ``count`` int32
     [1] on the device, at most ``limit``; rows behind it are neither read nor written. ``out`` may
@@ -100,7 +90,7 @@ def masked_linear(
     """
     if not uses_triton(x.data.device):
         masked_linear_reference(
-            x, weight, out, count, bias=bias, norm=norm, activation=activation, residual=residual
+            x, weight, out, count, bias=bias, activation=activation, residual=residual
         )
         return
     width, ins = out.data.shape[1], weight.shape[1]
@@ -110,7 +100,6 @@ def masked_linear(
         x.data,
         weight,
         bias,
-        norm.weight if norm else None,
         base.data if base else None,
         residual.scale if residual else None,
         out.data,
@@ -118,20 +107,17 @@ def masked_linear(
         base.index if base else None,
         out.index,
         count,
-        norm.eps if norm else 0.0,
         width,
         ins,
         x.data.stride(0),
         weight.stride(0),
         base.data.stride(0) if base else 0,
         out.data.stride(0),
-        normed=norm is not None,
         activation=int(activation),
         tile_rows=tiles.rows,
         tile_outs=tiles.outs,
         tile_ins=tiles.ins,
         whole=ins % tiles.ins == 0,
-        headroom=_HEADROOM if norm and weight.dtype is torch.float16 else 1.0,
         compute=compute_type(weight.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -145,16 +131,12 @@ def masked_linear_reference(
     count: Tensor,
     *,
     bias: Tensor | None = None,
-    norm: Norm | None = None,
     activation: Activation = Activation.NONE,
     residual: Residual | None = None,
 ) -> None:
     """See `masked_linear`."""
     rows = int(count)
-    inputs = x.data[x.at(rows)]
-    if norm is not None:
-        inputs = rms_norm(inputs, norm.weight, norm.eps)
-    product = F.linear(inputs, weight, bias)
+    product = F.linear(x.data[x.at(rows)], weight, bias)
     if activation is Activation.SILU:
         product = F.silu(product)
     elif activation is Activation.SWIGLU:
@@ -186,7 +168,6 @@ def _product(
     x: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
-    norm: tl.tensor,
     base: tl.tensor,
     scale: tl.tensor,
     out: tl.tensor,
@@ -194,20 +175,17 @@ def _product(
     base_index: tl.tensor,
     out_index: tl.tensor,
     count: tl.tensor,
-    eps: tl.tensor,
     width: tl.tensor,
     ins: tl.tensor,
     x_row: tl.tensor,
     w_row: tl.tensor,
     base_row: tl.tensor,
     out_row: tl.tensor,
-    normed: tl.constexpr,
     activation: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_outs: tl.constexpr,
     tile_ins: tl.constexpr,
     whole: tl.constexpr,
-    headroom: tl.constexpr,
     compute: tl.constexpr,
 ) -> None:
     """One tile of rows and outputs over all inputs."""
@@ -221,20 +199,14 @@ def _product(
     inside = column < width
     x_at = x + _indexed(x_index, row, real)[:, None] * x_row
     w_at = weight + column.to(tl.int64)[:, None] * w_row
-    half = width.to(tl.int64) * w_row
-    squares = tl.zeros([tile_rows], tl.float32)
+    # A width of 1 is a constant of Python's to the compiler.
+    half = tl.cast(width, tl.int64) * w_row
     total = tl.zeros([tile_rows, tile_outs], tl.float32)
     other = tl.zeros([tile_rows, tile_outs], tl.float32)
     for start in range(0, ins, tile_ins):
         k = start + tl.arange(0, tile_ins)
         there = k < ins
         values = tl.load(x_at + k[None, :], mask=real[:, None] & there[None, :], other=0.0)
-        if normed:
-            wide = values.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            if norm is not None:
-                wide *= tl.load(norm + k, mask=there, other=0.0).to(tl.float32)[None, :]
-            values = wide / headroom
         values = values.to(compute)
         seen = inside[:, None] if whole else inside[:, None] & there[None, :]
         own = tl.load(w_at + k[None, :], mask=seen, other=0.0).to(compute)
@@ -242,10 +214,6 @@ def _product(
         if activation == 2:
             own = tl.load(w_at + half + k[None, :], mask=seen, other=0.0).to(compute)
             other = tl.dot(values, tl.trans(own), other, input_precision="ieee")
-    if normed:
-        factor = (headroom * tl.rsqrt(squares / ins + eps))[:, None]
-        total *= factor
-        other *= factor
     total = _activated(total, other, bias, column, inside, width, activation)
     written = real[:, None] & inside[None, :]
     if base is not None:

@@ -34,6 +34,43 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), total
 
 
+def masked_rms_norm(
+    x: Tensor,
+    index: Tensor | None,
+    weight: Tensor | None,
+    out: Tensor,
+    count: Tensor,
+    eps: float,
+    *,
+    limit: int,
+) -> None:
+    """Write `rms_norm` of as many rows of ``x`` as the device chose to the first rows of ``out``.
+
+    ``count`` int32 [1] on the device, at most ``limit``; the i-th of them is row ``index[i]``
+    (int32; None: row i). ``x`` and ``out`` [n, width] are contiguous; nothing else of either is
+    read or written.
+    """
+    if not uses_triton(x.device):
+        rows = int(count)
+        chosen = x[:rows] if index is None else x[index[:rows].long()]
+        out[:rows] = rms_norm_reference(chosen, weight, eps)
+        return
+    width = x.shape[1]
+    wide = next_power_of_2(width)
+    _normalise[(limit,)](
+        x,
+        None,
+        weight,
+        out,
+        index,
+        count,
+        eps,
+        width=width,
+        wide=wide,
+        num_warps=_warps(wide),
+    )
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `rms_norm`."""
     wide = x.float()
@@ -72,6 +109,8 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: floa
         residual,
         weight,
         out,
+        None,
+        None,
         eps,
         width=width,
         wide=wide,
@@ -91,12 +130,22 @@ def _normalise(
     residual: tl.tensor | None,
     weight: tl.tensor | None,
     out: tl.tensor,
+    index: tl.tensor | None,
+    count: tl.tensor | None,
     eps: tl.tensor,
     width: tl.constexpr,
     wide: tl.constexpr,
 ) -> None:
     """One row; its sum with ``residual`` takes the place of ``x``."""
-    row = tl.program_id(0).to(tl.int64) * width
+    to = tl.program_id(0).to(tl.int64)
+    row = to
+    if count is not None:  # noqa: SIM102 (a constant of the compiler first)
+        if to >= tl.load(count):
+            return
+    if index is not None:
+        row = tl.load(index + to).to(tl.int64)
+    row *= width
+    to *= width
     columns = tl.arange(0, wide)
     inside = columns < width
     value = tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32)
@@ -111,4 +160,4 @@ def _normalise(
     if weight is not None:
         factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
         normed = (normed.to(tl.float32) * factor).to(out.dtype.element_ty)
-    tl.store(out + row + columns, normed, mask=inside)
+    tl.store(out + to + columns, normed, mask=inside)

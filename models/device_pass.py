@@ -29,7 +29,8 @@ from offramp.kernels.kv_fill import Projection, fill_kv
 from offramp.kernels.kv_store import rope_and_store
 from offramp.kernels.linear import Linear
 from offramp.kernels.logit_scores import LogitScores, score_logits
-from offramp.kernels.masked_linear import Activation, Norm, Residual, Rows, masked_linear
+from offramp.kernels.masked_linear import Activation, Residual, Rows, masked_linear
+from offramp.kernels.rms_norm import masked_rms_norm
 from offramp.kernels.rows import RowTable
 from offramp.kernels.sampling import SamplingTable, sample_rows
 from offramp.models.exits.checks import Exits
@@ -118,8 +119,8 @@ class DevicePass:
         config, scratch, count, limit = self._config, self._scratch, active.count, active.limit
         state = Rows(scratch.hidden, active.seqs)
         k_cache, v_cache = self._cache.layers[layer.index]
-        norm = Norm(layer.attn_norm, config.rms_norm_eps)
-        _product(state, layer.qkv, Rows(scratch.qkv), count, limit, norm=norm)
+        x = self._normed(state, layer.attn_norm, count, limit)
+        _product(x, layer.qkv, Rows(scratch.qkv), count, limit)
         q = rope_and_store(
             scratch.qkv[:limit],
             layer.q_norm,
@@ -135,9 +136,8 @@ class DevicePass:
         )
         attended = decode_attention(q, k_cache, v_cache, rows, config.sliding_window).flatten(1)
         _product(Rows(attended), layer.o, state, count, limit, residual=Residual(state))
-        norm = Norm(layer.mlp_norm, config.rms_norm_eps)
-        inner = Rows(scratch.inner)
-        _product(state, layer.gate_up, inner, count, limit, norm, Activation.SWIGLU)
+        x, inner = self._normed(state, layer.mlp_norm, count, limit), Rows(scratch.inner)
+        _product(x, layer.gate_up, inner, count, limit, Activation.SWIGLU)
         _product(inner, layer.down, state, count, limit, residual=Residual(state))
 
     def _exit(self, point: int, active: SegmentBatch) -> None:
@@ -146,28 +146,22 @@ class DevicePass:
         limit, eps = active.limit, self._config.rms_norm_eps
         fired, thresholds = scratch.fired.first(limit), self._tables.thresholds[:, point]
         inner = scratch.gate[:, : head.router_down.shape[1]]
+        x = self._normed(Rows(scratch.hidden, active.seqs), None, active.count, limit)
         masked_linear(
-            Rows(scratch.hidden, active.seqs),
+            x,
             plain(head.products["router_up"]),
             Rows(inner),
             active.count,
             limit=limit,
             bias=head.router_up_bias,
-            norm=Norm(None, eps),
             activation=Activation.SILU,
         )
         down = head.router_down, head.router_down_bias
         apply_gate(inner[:limit], *down, head.floor, thresholds, states, active, fired)
         self._adapt(head, fired, limit)
-        norm = Norm(head.norm, eps)
-        tokens = self._choose(
-            Rows(scratch.state),
-            self._exit_lm_head,
-            scratch.exit_logits[:limit],
-            fired.list,
-            norm,
-            scratch.exit_scores,
-        )
+        x = self._normed(Rows(scratch.state), head.norm, fired.count, limit)
+        logits = scratch.exit_logits[:limit]
+        tokens = self._choose(x, self._exit_lm_head, logits, fired.list, scratch.exit_scores)
         if self._vocab is not None:
             tokens = self._vocab[tokens]
         exited = scratch.exited.first(limit)
@@ -191,36 +185,37 @@ class DevicePass:
         scratch, count = self._scratch, fired.count
         gate_up, down = head.products["gate_up"], head.products["down"]
         state, inner = Rows(scratch.hidden, fired.seqs), Rows(scratch.adapter[:, : down.shape[1]])
-        norm = Norm(None, self._config.rms_norm_eps)
-        _product(state, gate_up, inner, count, limit, norm, Activation.SWIGLU)
+        x = self._normed(state, None, count, limit)
+        _product(x, gate_up, inner, count, limit, Activation.SWIGLU)
         residual = Residual(state, head.scale)
         _product(inner, down, Rows(scratch.state), count, limit, residual=residual)
 
     def _head(self, active: SegmentBatch) -> None:
         """Full depth's tokens."""
-        model, scratch = self._model, self._scratch
-        tokens = self._choose(
-            Rows(scratch.hidden, active.seqs),
-            self._lm_head,
-            scratch.logits[: active.limit],
-            active.list,
-            Norm(model.final_norm, self._config.rms_norm_eps),
-            scratch.scores,
-        )
+        model, scratch, limit = self._model, self._scratch, active.limit
+        state = Rows(scratch.hidden, active.seqs)
+        x = self._normed(state, model.final_norm, active.count, limit)
+        logits = scratch.logits[:limit]
+        tokens = self._choose(x, self._lm_head, logits, active.list, scratch.scores)
         finish_rows(self._states, active, tokens, self._config.num_layers)
+
+    def _normed(self, x: Rows, weight: Tensor | None, count: Tensor, limit: int) -> Rows:
+        """Inputs of a product, until the next call."""
+        out, eps = self._scratch.normed, self._config.rms_norm_eps
+        masked_rms_norm(x.data, x.index, weight, out, count, eps, limit=limit)
+        return Rows(out)
 
     def _choose(
         self,
-        state: Rows,
+        x: Rows,
         lm_head: Tensor,
         logits: Tensor,
         seqs: ActiveRows,
-        norm: Norm,
         scores: LogitScores,
     ) -> Tensor:
         """Tokens [limit] of ``seqs`` as their sampling says, with the scores of the logits."""
         limit = len(logits)
-        masked_linear(state, lm_head, Rows(logits), seqs.count, limit=limit, norm=norm)
+        masked_linear(x, lm_head, Rows(logits), seqs.count, limit=limit)
         score_logits(logits, seqs.count, scores)
         tokens = scores.token[:limit]
         sample_rows(logits, seqs, self._tables.sampling, self._states.index, tokens)
@@ -239,6 +234,7 @@ class _Scratch:
             return torch.zeros(seqs, width, dtype=dtype, device=device)
 
         self.hidden = zeros(config.hidden_size)
+        self.normed = zeros(config.hidden_size)
         self.qkv = zeros(config.query_size + 2 * config.kv_size)
         self.inner = zeros(config.intermediate_size)
         self.logits = zeros(config.vocab_size, torch.float32)
@@ -269,7 +265,6 @@ def _product(
     out: Rows,
     count: Tensor,
     limit: int,
-    norm: Norm | None = None,
     activation: Activation = Activation.NONE,
     residual: Residual | None = None,
 ) -> None:
@@ -280,7 +275,6 @@ def _product(
         count,
         limit=limit,
         bias=weight.bias,
-        norm=norm,
         activation=activation,
         residual=residual,
     )

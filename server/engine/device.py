@@ -140,7 +140,7 @@ def decode_bytes(
     shape: ModelConfig, heads: Sequence[ExitHead], rows: int, dtype: torch.dtype
 ) -> int:
     """Bytes that decoding ``rows`` sequences at once holds beside weights and K,V (DevicePass)."""
-    wide = shape.hidden_size * 2 + shape.query_size + 2 * shape.kv_size + shape.intermediate_size
+    wide = shape.hidden_size * 3 + shape.query_size + 2 * shape.kv_size + shape.intermediate_size
     logits = 4 * shape.vocab_size * (2 if heads else 1)
     maps = [
         2 * (shape.num_layers - head.layer) * shape.kv_size * shape.hidden_size for head in heads

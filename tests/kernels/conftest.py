@@ -16,6 +16,10 @@ from tests.kernels.compiler import Compiler
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where kernels of GPUs are tested: on one, or interpreted."""
 
+# What a default device applies to torch lists once, and by function: before some are replaced.
+with DEVICE:
+    torch.empty(0)
+
 Make = Callable[..., Tensor]
 
 

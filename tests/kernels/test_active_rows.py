@@ -23,8 +23,8 @@ from tests.kernels.conftest import DEVICE
 
 pytestmark = pytest.mark.usefixtures("on_device")
 BLOCK = 4
-NEVER = torch.tensor([[0.0, 0.0], [2.0, 1e9], [2.0, 1e9]])
-EAGER = torch.zeros(3, 2)
+NEVER = torch.tensor([[0.0, 0.0], [2.0, 1e9], [2.0, 1e9]], device=DEVICE)
+EAGER = torch.zeros(3, 2, device=DEVICE)
 interpreted = pytest.mark.skipif(triton is None, reason="no triton")
 both = pytest.mark.parametrize(
     "kernels", [False, pytest.param(True, marks=interpreted)], ids=["reference", "kernel"]

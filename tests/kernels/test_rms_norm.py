@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,12 @@ from torch import Tensor
 
 from offramp.kernels import rms_norm as module
 from offramp.kernels.backend import next_power_of_2, rehearsal, triton
-from offramp.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+from offramp.kernels.rms_norm import (
+    add_rms_norm,
+    masked_rms_norm,
+    rms_norm,
+    rms_norm_reference,
+)
 from tests.kernels.compiler import SHARED_BYTES, TARGETS, Compiler
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -106,6 +112,44 @@ def test_the_kernel_adds_too(shape: tuple[int, ...], dtype: torch.dtype) -> None
     assert residual.equal(before)
 
 
+@pytest.mark.parametrize(
+    "kernel", [False, pytest.param(True, marks=interpreted)], ids=["reference", "kernel"]
+)
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "in order"])
+@pytest.mark.parametrize("scaled", [True, False], ids=["weight", "plain"])
+@pytest.mark.parametrize(("count", "limit"), [(0, 3), (1, 1), (5, 7)])
+def test_the_rows_that_the_device_chose(
+    count: int,
+    limit: int,
+    scaled: bool,  # noqa: FBT001
+    listed: bool,  # noqa: FBT001
+    kernel: bool,  # noqa: FBT001
+) -> None:
+    """NaN in rows that nobody may read; rows behind the count keep what they hold."""
+    order = torch.randperm(limit + 2)[:limit].to(torch.int32) if listed else torch.arange(limit)
+    x, out = torch.full((limit + 2, 24), float("nan")), torch.full((limit, 24), 7.0)
+    chosen = order[:count].long()
+    x[chosen] = 3 * torch.randn(count, 24)
+    weight = torch.randn(24) if scaled else None
+    index, counted = order if listed else None, torch.tensor([count], dtype=torch.int32)
+    with rehearsal() if kernel else nullcontext():
+        masked_rms_norm(x, index, weight, out, counted, EPS, limit=limit)
+    expected = formula(x[chosen], weight)
+    torch.testing.assert_close(out[:count].double(), expected, rtol=1e-5, atol=1e-6)
+    assert out[count:].eq(7.0).all()
+
+
+@interpreted
+def test_large_states_stay_in_the_range_of_fp16() -> None:
+    """Some channels of a residual stream are in the ten thousands, their norm's weights over 1."""
+    x, weight, out = torch.randn(2, 64), torch.full((64,), 6.0), torch.empty(2, 64).half()
+    x[:, 5] = 30_000.0
+    counted = torch.tensor([2], dtype=torch.int32)
+    with rehearsal():
+        masked_rms_norm(x.half(), None, weight.half(), out, counted, EPS, limit=2)
+    torch.testing.assert_close(out.double(), formula(x, weight), rtol=1e-2, atol=2e-2)
+
+
 @interpreted
 def test_a_row_of_zeros_stays_zero_in_the_kernel() -> None:
     with rehearsal():
@@ -154,7 +198,7 @@ def test_it_compiles(compile_ahead: Compiler, target: int, dtype: str, width: in
         "rms_norm",
         "_normalise",
         target,
-        dict.fromkeys(names, f"*{dtype}") | {"eps": "fp32"},
+        dict.fromkeys(names, f"*{dtype}") | {"index": "*i32", "count": "*i32", "eps": "fp32"},
         warps=module._warps(next_power_of_2(width)),
         width=width,
         wide=next_power_of_2(width),
@@ -167,4 +211,5 @@ def test_it_compiles(compile_ahead: Compiler, target: int, dtype: str, width: in
 def test_it_compiles_without_what_may_be_left_out(compile_ahead: Compiler, target: int) -> None:
     types = {"x": "*bf16", "out": "*bf16", "eps": "fp32"}
     sizes: dict[str, Any] = {"width": 576, "wide": 1024, "residual": None, "weight": None}
+    sizes |= {"index": None, "count": None}
     assert compile_ahead("rms_norm", "_normalise", target, types, **sizes).spills == 0

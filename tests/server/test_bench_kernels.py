@@ -44,6 +44,8 @@ interpreted = pytest.mark.skipif(triton is None or not INTERPRETED, reason="no i
 # and 2 of K,V of 16 each, inner 128, 4 layers, vocabulary 320, contexts of 33.
 BY_HAND = {
     "rms_norm": [(3 * 64 * 4, 2 * 64 * 4, 4 * 2 * 64)],
+    # Two places and the count.
+    "masked_rms_norm": [(3 * 64 * 4 + 8 + 4, 2 * 64 * 4, 4 * 2 * 64)],
     "add_rms_norm": [(5 * 64 * 4, 4 * 64 * 4, 5 * 2 * 64)],
     "swiglu": [(2 * 256 * 4, 2 * 128 * 4, 5 * 2 * 128)],
     "linear": [
@@ -58,19 +60,19 @@ BY_HAND = {
         ((320 + 2) * 64 * 4, 2 * 320 * 4, 2 * 2 * 64 * 320),
     ],
     "masked_linear": [
-        # The weight, the norm, two rows, two places, the count.
-        (32768 + 256 + 512 + 8 + 4, 1024, 32768),
+        # The weight, two rows, the count.
+        (32768 + 512 + 4, 1024, 32768),
         # The weight, two rows, two of the residual, four places, the count.
         (16384 + 512 + 512 + 16 + 4, 512, 16384),
-        (65536 + 256 + 512 + 8 + 4, 1024, 65536),
+        (65536 + 512 + 4, 1024, 65536),
         (32768 + 1024 + 512 + 16 + 4, 512, 32768),
-        (81920 + 256 + 512 + 8 + 4, 2560, 81920),
-        # The gate's bias instead of a norm.
-        (65536 + 1024 + 512 + 8 + 4, 2048, 65536),
-        (524288 + 512 + 8 + 4, 8192, 524288),
+        (81920 + 512 + 4, 2560, 81920),
+        # The gate's bias.
+        (65536 + 1024 + 512 + 4, 2048, 65536),
+        (524288 + 512 + 4, 8192, 524288),
         # The scale of the residual.
         (262144 + 256 + 8192 + 512 + 8 + 4, 512, 262144),
-        (81920 + 256 + 512 + 8 + 4, 2560, 81920),
+        (81920 + 512 + 4, 2560, 81920),
     ],
     # All heads, two angles of 16, a place; the count. Six heads of each row are turned.
     "rope_and_store": [(2 * (512 + 128 + 8) + 4, 2 * 512, 3 * 2 * 6 * 16)],
@@ -112,10 +114,10 @@ def test_only_counted_rows_are_work(name: str) -> None:
 
 
 def test_a_product_in_bf16_reads_half() -> None:
-    """All but places and the count; logits stay fp32."""
+    """All but the count; logits stay fp32."""
     setup = Setup(replace(TINY, dtype=torch.bfloat16))
     work = [case.work for case in OPS["masked_linear"](setup, 2, 2)]
-    assert work[0] == Work((32768 + 256 + 512) // 2 + 12, 512, 32768)
+    assert work[0] == Work((32768 + 512) // 2 + 4, 512, 32768)
     assert work[4].written == 2560
 
 

@@ -17,7 +17,7 @@ from offramp.kernels.decode_attention import decode_attention, decode_attention_
 from offramp.kernels.kv_fill import Projection, fill_kv, project_kv
 from offramp.kernels.kv_store import rope_and_store, rope_and_store_reference
 from offramp.kernels.prefill_attention import prefill_attention, tiles_of
-from offramp.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+from offramp.kernels.rms_norm import add_rms_norm, masked_rms_norm, rms_norm, rms_norm_reference
 from offramp.kernels.swiglu import swiglu, swiglu_reference
 from offramp.server.bench.device import Launch
 from offramp.server.bench.kernels.case import (
@@ -65,6 +65,32 @@ def rms_norm_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
         launches=[kept.launch(rms_norm, x, weight, eps)],
         reference=kept.launch(rms_norm_reference, x, weight, eps),
         results=kept.results,
+    )
+
+
+def masked_rms_norm_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
+    """The norm of the active rows before a product."""
+    size, width, eps = setup.dtype.itemsize, setup.config.hidden_size, setup.config.rms_norm_eps
+    x, weight, out = setup.normal(rows, width), setup.normal(width), setup.zeros(rows, width)
+    order, counted = setup.order(rows, torch.int32), setup.count(count)
+
+    def reference() -> None:
+        chosen = order[: int(counted)].long()
+        out[: len(chosen)] = rms_norm_reference(x[chosen], weight, eps)
+
+    yield Case(
+        op="masked_rms_norm",
+        what=f"width {width}",
+        rows=rows,
+        work=Work(
+            read=(count + 1) * width * size + SHORT * (1 + count),
+            written=count * width * size,
+            flops=4 * count * width,
+        ),
+        launches=[partial(masked_rms_norm, x, order, weight, out, counted, eps, limit=rows)],
+        reference=reference,
+        results=partial(dict, out=out),
+        empty=counted.zero_,
     )
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from offramp.kernels.linear import linear
 from offramp.kernels.masked_linear import (
     Activation,
-    Norm,
     Residual,
     Rows,
     Tiles,
@@ -42,17 +41,16 @@ _LEAST = 16
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One matrix of the model with its norm, activation or residual; it writes ``outs`` columns.
+    """One matrix of the model with its activation or residual; it writes ``outs`` columns.
 
-    ``of_exit`` are matrices of an exit's own: their norm has no weight, their residual a scale,
-    and their result is not added to the state. What SiLU follows (the gate) has a bias.
+    ``of_exit`` are matrices of an exit's own: their residual has a scale, and their result is not
+    added to the state. What SiLU follows (the gate) has a bias.
     """
 
     name: str
     ins: int
     outs: int
     activation: Activation = Activation.NONE
-    normed: bool = False
     residual: bool = False
     scores: bool = False
     of_exit: bool = False
@@ -70,14 +68,13 @@ class Product:
         """The weight once, vectors once, and each row's input, residual, result and places."""
         size, out = dtype.itemsize, self.out_dtype(dtype).itemsize
         matrix = self.weight_rows * self.ins
-        norm = self.ins if self.normed and not self.of_exit else 0
         bias = self.outs if self.activation is Activation.SILU else 0
         scale = self.outs if self.residual and self.of_exit else 0
         row = self.ins + (self.outs if self.residual else 0)
-        # The state is read and added to through a list of rows; tensors in between need none.
-        lists = int(self.normed) + int(self.residual) * (1 if self.of_exit else 2)
+        # The state is added to through a list of rows; tensors in between need none.
+        lists = int(self.residual) * (1 if self.of_exit else 2)
         return Work(
-            read=size * (matrix + norm + bias + scale + rows * row) + SHORT * (1 + rows * lists),
+            read=size * (matrix + bias + scale + rows * row) + SHORT * (1 + rows * lists),
             written=rows * self.outs * out,
             flops=2 * rows * matrix,
         )
@@ -89,15 +86,15 @@ def products(config: ModelConfig) -> list[Product]:
     sizes = TrainOptions()
     exit_vocab = min(sizes.vocab or config.vocab_size, config.vocab_size)
     return [
-        Product("qkv", hidden, config.query_size + 2 * config.kv_size, normed=True),
+        Product("qkv", hidden, config.query_size + 2 * config.kv_size),
         Product("o", config.query_size, hidden, residual=True),
-        Product("gate_up", hidden, inner, Activation.SWIGLU, normed=True),
+        Product("gate_up", hidden, inner, Activation.SWIGLU),
         Product("down", inner, hidden, residual=True),
-        Product("lm_head", hidden, config.vocab_size, normed=True, scores=True),
-        Product("gate", hidden, sizes.router, Activation.SILU, normed=True, of_exit=True),
-        Product("adapter_up", hidden, sizes.width, Activation.SWIGLU, normed=True, of_exit=True),
+        Product("lm_head", hidden, config.vocab_size, scores=True),
+        Product("gate", hidden, sizes.router, Activation.SILU, of_exit=True),
+        Product("adapter_up", hidden, sizes.width, Activation.SWIGLU, of_exit=True),
         Product("adapter_down", sizes.width, hidden, residual=True, of_exit=True),
-        Product("exit_lm_head", hidden, exit_vocab, normed=True, scores=True),
+        Product("exit_lm_head", hidden, exit_vocab, scores=True),
     ]
 
 
@@ -109,18 +106,14 @@ class Inputs:
         self.count = setup.count(count)
         self.weights = setup.copied(setup.weight(product.weight_rows, product.ins))
         state = setup.order(limit, torch.int32)
-        self._x = Rows(setup.normal(limit, product.ins), state if product.normed else None)
+        self._x = Rows(setup.normal(limit, product.ins))
         bias = setup.normal(product.outs) if product.activation is Activation.SILU else None
-        norm = residual = None
-        if product.normed:
-            weight = None if product.of_exit else setup.normal(product.ins)
-            norm = Norm(weight, setup.config.rms_norm_eps)
+        residual = None
         if product.residual:
             scale = setup.normal(product.outs) if product.of_exit else None
             residual = Residual(Rows(setup.normal(limit, product.outs), state), scale)
         self._around: dict[str, Any] = {
             "bias": bias,
-            "norm": norm,
             "activation": product.activation,
             "residual": residual,
         }
@@ -144,7 +137,7 @@ class Inputs:
 
 
 def masked_linear_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
-    """Each product with its norm, activation or residual."""
+    """Each product with its activation or residual."""
     for product in products(setup.config):
         inputs = Inputs(setup, product, rows, count)
         yield Case(

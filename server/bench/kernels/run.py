@@ -30,6 +30,7 @@ from offramp.server.bench.kernels.case import (
 OPS: Mapping[str, Maker] = MappingProxyType(
     {
         "rms_norm": layers.rms_norm_cases,
+        "masked_rms_norm": layers.masked_rms_norm_cases,
         "add_rms_norm": layers.add_rms_norm_cases,
         "swiglu": layers.swiglu_cases,
         "linear": products.linear_cases,
