@@ -63,23 +63,43 @@ class StoredFeatures:
 
 
 class ComputedFeatures:
-    """States made by ``model`` whenever they are asked for: on a GPU that beats reading them."""
+    """States made by ``model`` when they are first asked for, and kept on its device.
+
+    At most half of the memory that is free there holds them; the rest is made again each time.
+    """
 
     def __init__(self, model: DenseModel, answers: Sequence[Answer], layers: Sequence[int]) -> None:
         self.answers = answers
         self._model = model
         self._layers = layers
+        self._kept: dict[int, Tensor] = {}
+        self._room = _free_memory(model.embed.device) // 2
 
     def states(self, group: Sequence[int]) -> Tensor:
         """See DraftFeatures."""
-        own = [self.answers[index] for index in group]
-        states = _states(self._model, own, self._layers)
-        return torch.cat([row[: _length(item)] for row, item in zip(states, own, strict=True)])
+        missing = [index for index in group if index not in self._kept]
+        made = dict(zip(missing, self._made(missing), strict=True))
+        for index, states in made.items():
+            size = states.numel() * states.element_size()
+            if size <= self._room:
+                # A copy: the batch that it is part of goes.
+                self._kept[index] = states.clone()
+                self._room -= size
+        return torch.cat([made[i] if i in made else self._kept[i] for i in group])
 
     def select(self, indices: Sequence[int]) -> ComputedFeatures:
         """See DraftFeatures."""
         answers = [self.answers[index] for index in indices]
         return ComputedFeatures(self._model, answers, self._layers)
+
+    def _made(self, indices: Sequence[int]) -> list[Tensor]:
+        own = [self.answers[index] for index in indices]
+        states = _states(self._model, own, self._layers) if own else ()
+        return [row[: _length(item)] for row, item in zip(states, own, strict=True)]
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def collect_features(
