@@ -16,10 +16,11 @@ from offramp.kernels.rows import RowTable
 
 _KEYS = 32
 """Keys a program looks at in one go; of fp32, which fills registers, half as many."""
-_PART_KEYS = 256
+_PART_KEYS = 64
 """Keys for which a part of its own pays."""
-_ENOUGH_PROGRAMS = 256
+_ENOUGH_PROGRAMS = 512
 """Programs that fill a large GPU."""
+_MOST_PARTS = 32
 _LEAST_QUERIES = 16
 """Rows that a product on tensor cores has at least."""
 
@@ -104,7 +105,7 @@ def decode_attention(
 
 def _parts(programs: int, longest: int) -> int:
     """Parts of a context, a power of two: few programs with much to read share it with others."""
-    wanted = min(_ENOUGH_PROGRAMS // max(programs, 1), longest // _PART_KEYS)
+    wanted = min(_ENOUGH_PROGRAMS // max(programs, 1), longest // _PART_KEYS, _MOST_PARTS)
     return 1 << max(0, wanted.bit_length() - 1)
 
 

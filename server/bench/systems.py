@@ -222,6 +222,8 @@ def engine_config(args: argparse.Namespace, capacity: Capacity) -> EngineConfig:
         threads=capacity.threads,
         device=args.device,
         dtype=args.dtype,
+        # A peer in this process has its weights, and K,V as large, on the same GPU.
+        gpu_memory_utilization=0.45 if args.peer == "transformers-batching" else 0.9,
         kv_cache_dtype=args.kv_cache_dtype,
         weights=_weights(args),
         enable_prefix_caching=capacity.keep_prompts,

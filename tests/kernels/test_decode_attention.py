@@ -145,7 +145,7 @@ def test_rows_behind_the_count_are_left_alone(count: int) -> None:
 
 @pytest.mark.parametrize(
     ("programs", "longest", "parts"),
-    [(3, 100, 1), (3, 600, 2), (3, 9000, 32), (192, 9000, 1), (1000, 9000, 1), (0, 0, 1)],
+    [(3, 100, 1), (3, 600, 8), (3, 9000, 32), (192, 9000, 2), (1000, 9000, 1), (0, 0, 1)],
 )
 def test_long_contexts_of_few_rows_are_cut(programs: int, longest: int, parts: int) -> None:
     assert _parts(programs, longest) == parts

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("on_device")
 BLOCKS, SIZE, EPS = 6, 4, 1e-5
 
 
-def empty_pages(layers: int, kv_heads: int, dim: int) -> Tensor:
-    return torch.full((layers, 2, BLOCKS, SIZE, kv_heads, dim), 7.0)
+def empty_pages(layers: int, kv_heads: int, dim: int, blocks: int = BLOCKS) -> Tensor:
+    return torch.full((layers, 2, blocks, SIZE, kv_heads, dim), 7.0)
 
 
 @pytest.mark.parametrize(("layers", "rows", "kv_heads", "dim"), [(1, 1, 1, 4), (5, 3, 3, 20)])
@@ -113,7 +113,8 @@ class Leavers:
         self.active = SegmentBatch.empty(limit, DEVICE)
         self.seqs = torch.randperm(limit)[:count]
         self.active.seqs[:count] = self.seqs.to(torch.int32)
-        self.active.places[:count] = torch.randperm(BLOCKS * SIZE)[:count]
+        blocks = max(BLOCKS, -(-count // SIZE))
+        self.active.places[:count] = torch.randperm(blocks * SIZE)[:count]
         self.active.positions[:count] = torch.randint(0, 30, (count,))
         self.active.count.fill_(count)
         self.hidden = torch.full((limit, wide), float("nan"), dtype=dtype)
@@ -125,7 +126,7 @@ class Leavers:
         self.projection = Projection(weight, bias, norm)
         turns = 1.0 / 50 ** (torch.arange(dim // 2) / dim)
         self.angles = RotaryTable(turns, 30, 1.0, dtype, DEVICE).angles
-        self.pages = empty_pages(layers, kv_heads, dim).to(dtype)
+        self.pages = empty_pages(layers, kv_heads, dim, blocks).to(dtype)
 
     def fill(self) -> Tensor:
         pages = self.pages.clone()
@@ -140,7 +141,13 @@ interpreted = pytest.mark.skipif(triton is None, reason="no triton")
 @pytest.mark.parametrize("extras", [True, False], ids=["bias and key norm", "plain"])
 @pytest.mark.parametrize(
     ("count", "heads", "wide"),
-    [(0, (2, 1, 64), 64), (1, (1, 3, 64), 96), (17, (3, 2, 80), 130), (2, (2, 1, 128), 40)],
+    [
+        (0, (2, 1, 64), 64),
+        (1, (1, 3, 64), 96),
+        (17, (3, 2, 80), 130),
+        (2, (2, 1, 128), 40),
+        (90, (1, 2, 128), 256),
+    ],
 )
 def test_the_kernel_fills_what_the_reference_fills(
     count: int,
@@ -161,8 +168,10 @@ def test_the_kernel_fills_what_the_reference_fills(
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float16, 8e-3)], ids=str
 )
-def test_the_kernel_fills_halves(dtype: torch.dtype, tolerance: float) -> None:
-    left = Leavers(3, (2, 2, 64), 96, dtype)
+@pytest.mark.parametrize("count", [3, 90])
+def test_the_kernel_fills_halves(count: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Few rows, and several tiles of them."""
+    left = Leavers(count, (2, 2, 64), 96, dtype)
     expected = left.fill()
     with rehearsal():
         found = left.fill()

@@ -22,6 +22,7 @@ from offramp.server.bench.over_http import LlamaCpp, OverHTTP
 from offramp.server.bench.process import ServerProcess, serving
 from offramp.server.bench.reference import agreement, load_judge
 from offramp.server.bench.rounds import Entry, Result, Round, long_prompt, ratios
+from offramp.server.bench.systems import Capacity, engine_config
 from offramp.server.bench.targets import Load, Trace, Transformers
 from offramp.server.text.tokenizer import Tokenizer
 from tests.server.fake_llamacpp import answer
@@ -195,6 +196,19 @@ def test_transformers_own_batching_is_measured(
     assert document["peer"]["device"] == "cpu"
     assert document["peer"]["dtype"] == "torch.float32"
     assert all(row["tokens_per_s"] > 0 for row in document["rows"])
+
+
+def test_a_peer_on_the_same_gpu_has_room() -> None:
+    """Else K,V take what the server may, and the peer's weights find nothing."""
+    parser, capacity = load_parser(), Capacity(8, 256, 1)
+    shares = {
+        peer: engine_config(
+            parser.parse_args([*ARGS, "--peer", peer]), capacity
+        ).gpu_memory_utilization
+        for peer in ("transformers-batching", "llamacpp")
+    }
+    assert 2 * shares["transformers-batching"] < 1
+    assert shares["llamacpp"] == 0.9
 
 
 def test_padding_changes_no_answer_of_transformers(tiny_dir: Path) -> None:
