@@ -103,6 +103,13 @@ def _add_load(add: Callable[..., Any]) -> None:
     add("--concurrency", type=_numbers, default=(1, 4, 16), help="[1,4,16]")
     add("--modes", type=_modes, default=("off", "adaptive"), help="[off,adaptive]")
     add("--max-tokens", type=_at_least(2), default=64, help="tokens an answer [64]")
+    add(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="draw the measured answers, with the same seeds in every mode [0: greedy]",
+    )
     add("--rounds", type=_at_least(1), default=3, help="measured rounds [3]")
     add("--requests", type=_at_least(1), help="answers a round [2 a stream, at least 4]")
     add("--reference-prompts", type=_at_least(1), default=4, help="checked answers [4]")
@@ -338,6 +345,13 @@ def _at_least(least: int, message: str = "must be at least {}") -> Callable[[str
             raise argparse.ArgumentTypeError(message.format(least))
         return value
 
+    return number
+
+
+def _temperature(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 2:
+        raise argparse.ArgumentTypeError("must be 0 to 2")
     return number
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,7 +41,7 @@ class OpenAI:
         self._early_exit = early_exit
 
     def body(self, prompt: Prompt, load: Load, *, stream: bool) -> dict[str, Any]:
-        """JSON of a request for one greedy answer."""
+        """JSON of a request for one answer."""
         ours: dict[str, Any] = {}
         if self._early_exit is not None:
             fields = self._early_exit if load.mode == "adaptive" else {}
@@ -50,7 +51,8 @@ class OpenAI:
             "model": self._model,
             "prompt": list(prompt),
             "max_tokens": load.max_tokens,
-            "temperature": 0,
+            "temperature": load.temperature,
+            "seed": load.seed,
             "ignore_eos": load.ignore_eos,
             "return_token_ids": True,
             **ours,
@@ -87,11 +89,12 @@ class LlamaCpp:
         self._cache_prompt = cache_prompt
 
     def body(self, prompt: Prompt, load: Load, *, stream: bool) -> dict[str, Any]:
-        """JSON of a request for one greedy answer."""
+        """JSON of a request for one answer."""
         return {
             "prompt": list(prompt),
             "n_predict": load.max_tokens,
-            "temperature": 0,
+            "temperature": load.temperature,
+            "seed": load.seed,
             "ignore_eos": load.ignore_eos,
             "cache_prompt": self._cache_prompt,
             "return_tokens": True,
@@ -140,14 +143,15 @@ class OverHTTP(Target):
     async def _run(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
         gate = asyncio.Semaphore(load.concurrency)
 
-        async def one(prompt: Prompt) -> tuple[float, _Reply]:
+        async def one(prompt: Prompt, own: Load) -> tuple[float, _Reply]:
             async with gate:
                 begun = time.monotonic()
-                return begun, await self._post(self._wire.body(prompt, load, stream=True))
+                return begun, await self._post(self._wire.body(prompt, own, stream=True))
 
-        replies = await asyncio.gather(*map(one, prompts))
+        loads = [replace(load, seed=load.seed + i) for i in range(len(prompts))]
+        replies = await asyncio.gather(*map(one, prompts, loads))
         traces = []
-        for prompt, (begun, reply) in zip(prompts, replies, strict=True):
+        for prompt, own, (begun, reply) in zip(prompts, loads, replies, strict=True):
             trace = Trace(prompt, begun)
             for now, chunk in reply.events():
                 self._wire.absorb(trace, chunk, now)
@@ -156,7 +160,7 @@ class OverHTTP(Target):
             if len(trace.token_ids) < len(trace.times):
                 # Some servers hold back tokens that end inside a character and then stream
                 # their text without their ids. The times stand; the ids are requested again.
-                again = await self._post(self._wire.body(prompt, load, stream=False))
+                again = await self._post(self._wire.body(prompt, own, stream=False))
                 trace.token_ids = self._wire.token_ids(json.loads(again.body))
             traces.append(trace)
         return traces

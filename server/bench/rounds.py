@@ -24,7 +24,8 @@ from offramp.server.text.tokenizer import Tokenizer
 ROW_COLUMNS = columns(
     "mode {mode} | streams {concurrency} | tokens/s {tokens_per_s:.1f} | x off {speed_up:.3f} | "
     "TTFT ms {ttft_ms:.0f} | ITL p50 {itl_p50_ms:.1f} | ITL p99 {itl_p99_ms:.1f} | "
-    "depth {mean_depth:.2f} | passes/token {passes_per_token:.3f} | agreement {agreement:.4f}"
+    "depth {mean_depth:.2f} | passes/token {passes_per_token:.3f} | agreement {agreement:.4f} | "
+    "as off {same_answers_as_off:.3f}"
 )
 RATIO_COLUMNS = columns(
     "Offramp / peer {mode} | streams {concurrency} | figure {figure} | min {min:.3f} | "
@@ -48,7 +49,7 @@ class Plan:
     """Rounds of ``requests`` answers of ``max_tokens`` tokens at ``concurrency``.
 
     With ``seen_before`` a server sees each round's prompts first, so that whatever it keeps of them
-    helps every entry alike.
+    helps every entry alike. All entries draw a round's answers with the same seeds.
     """
 
     concurrency: int
@@ -57,6 +58,7 @@ class Plan:
     max_tokens: int
     ignore_eos: bool = False
     seen_before: bool = False
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ def run_rounds(
                     concurrency=plan.concurrency,
                     max_tokens=plan.max_tokens,
                     ignore_eos=plan.ignore_eos,
+                    temperature=plan.temperature,
+                    seed=first,
                 )
                 if number:
                     result.rounds.append(measure(traces))
@@ -139,16 +143,21 @@ def _percentile(values: Sequence[float], share: float) -> float:
 
 
 def rows(
-    results: Sequence[Result], judge: Transformer, without: Collection[int]
+    results: Sequence[Result], judge: Transformer, without: Collection[int], *, greedy: bool
 ) -> list[dict[str, Any]]:
-    """One row a result; ``without`` as in ``agreement``, which judges peers by the same rule."""
+    """One row a result; ``without`` as in ``agreement``, which judges peers by the same rule.
+
+    Agreement is that of ``greedy`` answers; drawn ones are compared with those of mode off.
+    """
     off = {item.concurrency: item for item in results if item.entry.name == "off"}
-    return [_row(item, off.get(item.concurrency), judge, without) for item in results]
+    found = [_row(item, off.get(item.concurrency), judge.config.num_layers) for item in results]
+    for row, item in zip(found, results, strict=True):
+        agreed = agreement(judge, item.traces, without) if greedy else None
+        row["agreement"] = None if agreed is None else round(agreed, 4)
+    return found
 
 
-def _row(
-    result: Result, off: Result | None, judge: Transformer, without: Collection[int]
-) -> dict[str, Any]:
+def _row(result: Result, off: Result | None, num_layers: int) -> dict[str, Any]:
     row = {
         "mode": result.entry.name,
         "concurrency": result.concurrency,
@@ -160,8 +169,6 @@ def _row(
         tokens = sum(len(trace.token_ids) for trace in result.traces)
         row["passes_per_token"] = round(sum(passes) / tokens, 4)
         row["drafts"] = _drafts(result.traces)
-    agreed = agreement(judge, result.traces, without)
-    row["agreement"] = None if agreed is None else round(agreed, 4)
     if off is None or off is result or result.entry.is_peer:
         return row
     pairs = zip(result.rounds, off.rounds, strict=True)
@@ -169,9 +176,7 @@ def _row(
     row["speed_up"] = round(statistics.median(ups), 4)
     row["speed_up_min"], row["speed_up_max"] = round(min(ups), 4), round(max(ups), 4)
     if row["mean_depth"] is not None:
-        row["exit_efficiency"] = exit_efficiency(
-            row["speed_up"], judge.config.num_layers, row["mean_depth"]
-        )
+        row["exit_efficiency"] = exit_efficiency(row["speed_up"], num_layers, row["mean_depth"])
     same = [a.token_ids == b.token_ids for a, b in zip(result.traces, off.traces, strict=True)]
     row["same_answers_as_off"] = sum(same) / len(same)
     return row

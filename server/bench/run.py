@@ -52,7 +52,7 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
     run.watch.look("at the end")
     say("judging the answers")
     without = run.judge.config.eos_token_ids if args.peer else ()
-    found = rows(results, run.judge, without)
+    found = rows(results, run.judge, without, greedy=not args.temperature)
     own_ratios, against = _ratios(found, run.reference.tokens_per_s), ratios(results)
     parts = [table(found, ROW_COLUMNS) + "\n\n"]
     if against:
@@ -77,6 +77,7 @@ def bench(args: argparse.Namespace, command: str, say: Say) -> Report:
         "exit_threshold": args.exit_threshold,
         "prompt_tokens": {"min": min(lengths), "max": max(lengths)},
         "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
         "rounds": args.rounds,
         "check": asdict(checked),
         "offramp": ours,
@@ -108,6 +109,8 @@ class _Run:
         self.say = say
         if args.profile:
             require_matplotlib()
+        if args.temperature and args.peer in {"transformers", "transformers-batching"}:
+            raise BenchError(f"--temperature: --peer {args.peer} answers greedily")
         self.watch = Watch(strict=bool(args.peer) and not args.noisy, say=say)
         self.folder = resolve(args.model)
         if args.threads:
@@ -150,6 +153,7 @@ class _Run:
                     args.max_tokens,
                     ignore_eos=bool(args.peer),
                     seen_before=bool(args.url) and not args.peer,
+                    temperature=args.temperature,
                 )
                 results += run_rounds(plan, entries, self.prompts, self.watch, self.say)
             return checked, results, [system.document() for system in systems]

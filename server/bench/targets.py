@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,12 +52,17 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How prompts are answered; see Target.run."""
+    """How prompts are answered; see Target.run.
+
+    Tokens are drawn at ``temperature`` (0: the likeliest), the i-th answer's with ``seed`` + i.
+    """
 
     mode: str
     concurrency: int
     max_tokens: int
     ignore_eos: bool
+    temperature: float = 0.0
+    seed: int = 0
 
 
 class Target(ABC):
@@ -71,12 +76,15 @@ class Target(ABC):
         concurrency: int,
         max_tokens: int,
         ignore_eos: bool = False,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[Trace]:
-        """Greedy answers of at most ``max_tokens`` tokens, ``concurrency`` at a time.
+        """Answers of at most ``max_tokens`` tokens, ``concurrency`` at a time.
 
         ``ignore_eos`` makes all of them that long; peers have no modes. Raises BenchError.
         """
-        return self.answers(prompts, Load(mode, concurrency, max_tokens, ignore_eos))
+        load = Load(mode, concurrency, max_tokens, ignore_eos, temperature, seed)
+        return self.answers(prompts, load)
 
     @abstractmethod
     def answers(self, prompts: Sequence[Prompt], load: Load) -> list[Trace]:
@@ -102,12 +110,16 @@ class InProcess(Target):
         """See Target."""
         ends = () if load.ignore_eos else self.engine.info.eos_token_ids
         sampling = SamplingParams(
-            max_tokens=load.max_tokens, temperature=0.0, stop_token_ids=frozenset(ends)
+            max_tokens=load.max_tokens,
+            temperature=load.temperature,
+            stop_token_ids=frozenset(ends),
         )
         exits = ExitSettings(ExitMode(load.mode), thresholds=self._thresholds, kv_fill=self._fill)
         requests = [
-            GenerationRequest(str(number), prompt, sampling, exits)
-            for number, prompt in enumerate(prompts, start=self._count + 1)
+            GenerationRequest(
+                str(self._count + 1 + i), prompt, replace(sampling, seed=load.seed + i), exits
+            )
+            for i, prompt in enumerate(prompts)
         ]
         self._count += len(requests)
         traces = []

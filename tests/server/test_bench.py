@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,9 @@ from offramp.server.bench import quiet, reference
 from offramp.server.bench.command import main
 from offramp.server.bench.common import exit_efficiency
 from offramp.server.bench.rounds import mean_depth, measure
-from offramp.server.bench.targets import Trace
+from offramp.server.bench.targets import InProcess, Trace
+from offramp.server.config import EngineConfig
+from offramp.server.engine.build import build_engine
 from offramp.server.text.prompts import PromptFileError, read_prompts
 
 ARGS = ["--concurrency", "1,3", "--max-tokens", "8", "--rounds", "1", "--threads", "1"]
@@ -49,6 +52,36 @@ def test_last_line_is_json_with_speed_depth_and_agreement(
     assert document["quiet"] is False
     assert document["peer"] is None
     assert document["peer_ratios"] == []
+
+
+def test_drawn_answers_are_those_of_mode_off(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the same seeds; the likeliest tokens are no measure of them."""
+    words = ["--model", str(tiny_dir), *ARGS, "--modes", "off,lossless", "--temperature", "0.8"]
+    assert main(words) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["temperature"] == 0.8
+    assert {row["agreement"] for row in document["rows"]} == {None}
+    same = [row["same_answers_as_off"] for row in document["rows"] if row["mode"] == "lossless"]
+    assert same == [1.0, 1.0]
+
+
+def test_answers_are_drawn_with_their_own_seeds(tiny_dir: Path) -> None:
+    engine = build_engine(EngineConfig(exits="none", device="cpu"), tiny_dir, model_name="tiny")
+    target, prompts = InProcess(engine), [(1, 40, 41)] * 3
+    given: dict[str, Any] = {"mode": "off", "max_tokens": 12, "ignore_eos": True}
+    given["temperature"] = 0.9
+    first, second, third = target.run(prompts, concurrency=3, seed=5, **given)
+    again = target.run(prompts[:2], concurrency=1, seed=6, **given)
+    assert [trace.token_ids for trace in again] == [second.token_ids, third.token_ids]
+    assert first.token_ids != second.token_ids
+
+
+def test_a_temperature_out_of_range_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--temperature", "2.5"])
+    assert "must be 0 to 2" in capsys.readouterr().err
 
 
 def test_a_profile_tells_where_a_step_goes(

@@ -211,6 +211,14 @@ def test_a_peer_on_the_same_gpu_has_room() -> None:
     assert shares["llamacpp"] == 0.9
 
 
+def test_a_peer_that_draws_no_tokens_is_refused(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(tiny_dir), *ARGS, "--peer", "transformers", "--temperature", "0.8"]
+    assert main(words) == 1
+    assert "--temperature" in capsys.readouterr().err
+
+
 def test_padding_changes_no_answer_of_transformers(tiny_dir: Path) -> None:
     target = Transformers(tiny_dir)
     alone = target.run(PROMPTS, mode="off", concurrency=1, max_tokens=12, ignore_eos=True)
@@ -335,8 +343,10 @@ def test_llama_cpp_tokens_without_ids_are_counted() -> None:
     dialect.absorb(trace, {"tokens": [], "tokens_predicted": 4}, 3.0)
     assert trace.token_ids == [7, 9]
     assert trace.times == [1.0, 2.0, 2.0, 2.0]
-    body = dialect.body((1, 2), Load("off", 1, 5, ignore_eos=True), stream=True)
-    assert (body["temperature"], body["n_predict"], body["ignore_eos"]) == (0, 5, True)
+    load = Load("off", 1, 5, ignore_eos=True, temperature=0.5, seed=3)
+    body = dialect.body((1, 2), load, stream=True)
+    assert (body["n_predict"], body["ignore_eos"]) == (5, True)
+    assert (body["temperature"], body["seed"]) == (0.5, 3)
     assert body["cache_prompt"] is False
 
 
