@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import resources
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +175,8 @@ def points_of(path: Path, rows: Sequence[dict[str, Any]], exits: int) -> tuple[O
     for point in points:
         if len(point.thresholds) != exits:
             raise ExitFileError(f"{path}: an operating point needs {exits} thresholds")
-    for loose, strict in pairwise(points):
-        if loose.criterion is strict.criterion and any(
-            a > b for a, b in zip(loose.thresholds, strict.thresholds, strict=True)
-        ):
+    for loose, strict in combinations(points, 2):
+        if strict.contradicts(loose):
             raise ExitFileError(
                 f"{path}: thresholds are not monotone: quality {strict.quality} has lower ones "
                 f"than quality {loose.quality}"

@@ -42,6 +42,12 @@ class OperatingPoint:
     tokens: int
     prefill_threshold: float | None = None
 
+    def contradicts(self, looser: OperatingPoint) -> bool:
+        """Whether this one, of higher quality, lets tokens go that ``looser`` keeps."""
+        same = (self.criterion, self.kv_fill) == (looser.criterion, looser.kv_fill)
+        both = zip(looser.thresholds, self.thresholds, strict=True)
+        return same and any(loose > strict for loose, strict in both)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for the exit file's metadata."""
         return asdict(self)
@@ -91,6 +97,21 @@ class _Promise(Protocol):
 
 
 _Point = TypeVar("_Point", bound=_Promise)
+
+
+def points_under(
+    points: Sequence[OperatingPoint], criterion: ExitCriterion, fill: KVFill
+) -> list[OperatingPoint]:
+    """Those of ``criterion`` that hold where ``fill`` makes the K,V of skipped layers.
+
+    A point was calibrated with one fill. Where none was with this one, `recompute`, which is exact,
+    and `auto`, which chooses between it and `project`, keep what `project` promises.
+    """
+    own = [point for point in points if point.criterion is criterion]
+    found = [point for point in own if point.kv_fill is fill]
+    if found or fill is KVFill.COPY:
+        return found
+    return [point for point in own if point.kv_fill is KVFill.PROJECT]
 
 
 def point_for(points: Sequence[_Point], quality: float) -> _Point | None:

@@ -4,6 +4,8 @@ from typing import Any, Final
 
 from fastapi import APIRouter
 
+from offramp.models.exits.points import points_under
+from offramp.models.sampling_params import KVFill
 from offramp.server.api.context import Context, Shared
 from offramp.server.api.openapi import errors
 from offramp.server.errors import ModelNotFound
@@ -38,6 +40,7 @@ async def retrieve_model(model_id: str, context: Shared) -> dict[str, Any]:
 
 def _card(context: Context, name: str) -> dict[str, Any]:
     info, criterion = context.driver.info, context.config.exit_criterion
+    fill = KVFill(context.config.kv_fill)
     return {
         "id": name,
         "object": "model",
@@ -48,7 +51,7 @@ def _card(context: Context, name: str) -> dict[str, Any]:
         "num_layers": info.num_layers,
         "exit_layers": list(info.exit_layers),
         "exit_qualities": sorted(
-            {each.quality for each in info.points if each.criterion is criterion}
+            {each.quality for each in points_under(info.points, criterion, fill)}
         ),
         "draft_head": info.draft_head,
         "decision_tasks": {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from offramp.models.exits.points import OperatingPoint, point_for
+from offramp.models.exits.points import OperatingPoint, point_for, points_under
 from offramp.models.sampling_params import (
     DEFAULT_CRITERION,
     ExitCriterion,
@@ -158,7 +158,8 @@ def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> Ex
     if not info.exit_layers and mode is ExitMode.ADAPTIVE:
         mode = ExitMode.OFF
     criterion = wish.criterion or config.exit_criterion
-    points = _of(info, criterion)
+    fill = KVFill(wish.kv_fill or config.kv_fill)
+    points = points_under(info.points, criterion, fill)
     strict, late = _thresholds(config, wish, info, points, criterion, mode)
     return ExitSettings(
         mode=mode,
@@ -167,7 +168,7 @@ def exit_settings(config: ServerConfig, wish: EarlyExit, info: EngineInfo) -> Ex
         quality=wish.quality,
         min_layer=config.exit_min_layer if wish.min_layer is None else wish.min_layer,
         always=_always(config, wish),
-        kv_fill=KVFill(wish.kv_fill or config.kv_fill),
+        kv_fill=fill,
         prefill_threshold=info.prompt_threshold if wish.prefill else None,
         deadline_s=None if wish.deadline_ms is None else wish.deadline_ms / 1000,
         late_thresholds=late,
@@ -198,7 +199,7 @@ def default_fault(config: ServerConfig, info: EngineInfo) -> str | None:
         return f"--exit-min-layer {config.exit_min_layer}: this model has {info.num_layers} layers"
     if config.exit_threshold is not None and config.engine.exit_quality is not None:
         return "--exit-quality and --exit-threshold exclude each other"
-    points = _of(info, config.exit_criterion)
+    points = points_under(info.points, config.exit_criterion, KVFill(config.kv_fill))
     adaptive = _default_mode(config, info) is ExitMode.ADAPTIVE and bool(info.exit_layers)
     if not adaptive or config.exit_threshold is not None:
         return None
@@ -242,9 +243,9 @@ def _thresholds(
     """Thresholds of the request, None for those in force, and those of a late answer."""
     count = len(info.exit_layers)
     if wish.deadline_ms is not None:
-        return _deadline(config, wish, info, criterion)
+        return _deadline(config, wish, info, points, criterion)
     if wish.quality is not None:
-        return _point(info, criterion, wish.quality).thresholds, None
+        return _point(info, points, criterion, wish.quality).thresholds, None
     threshold = config.exit_threshold if wish.threshold is None else wish.threshold
     if threshold is not None:
         return (threshold,) * count, None
@@ -259,21 +260,25 @@ def _thresholds(
 
 
 def _deadline(
-    config: ServerConfig, wish: EarlyExit, info: EngineInfo, criterion: ExitCriterion
+    config: ServerConfig,
+    wish: EarlyExit,
+    info: EngineInfo,
+    points: Sequence[OperatingPoint],
+    criterion: ExitCriterion,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Start at the best quality; when late, fall to the least that is allowed."""
     least = wish.quality if wish.quality is not None else config.engine.quality_floor
     if least is None:
         message = "a deadline needs 'quality', or a server with --quality-floor, to trade with"
         raise refused("deadline_ms", message)
-    loosest = _point(info, criterion, least)
-    points = _of(info, criterion)
+    loosest = _point(info, points, criterion, least)
     strictest = max(points, key=lambda point: point.quality)
     return strictest.thresholds, loosest.thresholds
 
 
-def _point(info: EngineInfo, criterion: ExitCriterion, quality: float) -> OperatingPoint:
-    points = _of(info, criterion)
+def _point(
+    info: EngineInfo, points: Sequence[OperatingPoint], criterion: ExitCriterion, quality: float
+) -> OperatingPoint:
     point = point_for(points, quality)
     if point is None:
         best = max((point.quality for point in points), default=None)
@@ -282,14 +287,13 @@ def _point(info: EngineInfo, criterion: ExitCriterion, quality: float) -> Operat
     return point
 
 
-def _of(info: EngineInfo, criterion: ExitCriterion) -> list[OperatingPoint]:
-    return [point for point in info.points if point.criterion is criterion]
-
-
 def _uncalibrated(info: EngineInfo, criterion: ExitCriterion) -> str:
     others = sorted({f"'{point.criterion}'" for point in info.points})
     if not others:
         return "have no calibrated operating points"
+    if f"'{criterion}'" in others:
+        fills = sorted({f"'{p.kv_fill}'" for p in info.points if p.criterion is criterion})
+        return f"are calibrated with 'kv_fill' {', '.join(fills)}"
     return f"are calibrated for {', '.join(others)}, not for '{criterion}'"
 
 

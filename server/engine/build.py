@@ -43,12 +43,13 @@ from offramp.models.exits.file import (
     shipped_exits,
 )
 from offramp.models.exits.head import shared_heads
+from offramp.models.exits.points import points_under
 from offramp.models.families import config_from_hf, sampling_defaults
 from offramp.models.kv_cache import KVCache
 from offramp.models.loading.formats import as_they_are, choose, keeps_integers
 from offramp.models.loading.safetensors import StoredWeights, fingerprint
 from offramp.models.runner import Runner
-from offramp.models.sampling_params import DEFAULT_CRITERION
+from offramp.models.sampling_params import DEFAULT_CRITERION, KVFill
 from offramp.models.step import StepRunner
 from offramp.models.transformer import Transformer
 from offramp.server.config import EngineConfig
@@ -180,7 +181,8 @@ def hidden_rows(info: EngineInfo) -> int:
 
 def exit_thresholds(info: EngineInfo, config: EngineConfig) -> ExitThresholds:
     """Thresholds for requests that name none; raises EngineConfigError for an empty promise."""
-    points = [p for p in info.points if p.criterion is DEFAULT_CRITERION]
+    # Requests that name no fill may have any of these.
+    points = points_under(info.points, DEFAULT_CRITERION, KVFill.AUTO)
     best = max((point.quality for point in points), default=None)
     quality = config.exit_quality
     for flag, wish in (("--exit-quality", quality), ("--quality-floor", config.quality_floor)):

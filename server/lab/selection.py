@@ -221,20 +221,21 @@ def joined(
 ) -> tuple[list[OperatingPoint], list[OperatingPoint]]:
     """Points of a file with ``new`` ones, and those of ``earlier`` that contradict a new one.
 
-    Earlier points of a new one's criterion and quality give way to it.
+    Earlier points of a new one's criterion, fill and quality give way to it.
     """
-    promised = {(point.criterion, point.quality) for point in new}
-    other = [point for point in earlier if (point.criterion, point.quality) not in promised]
+
+    def promise(point: OperatingPoint) -> tuple[ExitCriterion, KVFill, float]:
+        return point.criterion, point.kv_fill, point.quality
+
+    promised = set(map(promise, new))
+    other = [point for point in earlier if promise(point) not in promised]
     wrong = [point for point in other if any(_contradict(point, each) for each in new)]
     return [*(point for point in other if point not in wrong), *new], wrong
 
 
 def _contradict(one: OperatingPoint, other: OperatingPoint) -> bool:
-    """Whether the one of higher quality would let tokens go that the other keeps."""
     loose, strict = sorted((one, other), key=lambda point: point.quality)
-    return one.criterion is other.criterion and any(
-        a > b for a, b in zip(loose.thresholds, strict.thresholds, strict=True)
-    )
+    return strict.contradicts(loose)
 
 
 def _level(confidence: float) -> float:

@@ -59,7 +59,8 @@ def settings_for(args: argparse.Namespace, bench: Workbench, off: Run) -> list[S
     made = []
     for point in points_named(bench.file.points, args.points):
         exits = adaptive(point.criterion, point.thresholds, point.kv_fill)
-        made.append(Setting(f"quality {point.quality:g}", "point", exits, point.quality))
+        fill = "" if point.kv_fill is KVFill.PROJECT else f", {point.kv_fill}"
+        made.append(Setting(f"quality {point.quality:g}{fill}", "point", exits, point.quality))
     sweeps = candidates_from(
         bench, off.finished, args.criteria, count=args.steps, low=_LOW, high=_HIGH
     )
@@ -84,11 +85,13 @@ def settings_for(args: argparse.Namespace, bench: Workbench, off: Run) -> list[S
 def typical_thresholds(bench: Workbench, off: Run) -> tuple[ExitCriterion, tuple[float, ...]]:
     """Thresholds to compare other things at: an operating point, or a typical risk.
 
-    Of the points the loosest that promises 95 %, or else the strictest.
+    Of the points with projected K,V, if there are any, the loosest that promises 95 %, or else the
+    strictest.
 
     Raises LabError where no thresholds skip anything.
     """
     points = bench.file.points
+    points = tuple(each for each in points if each.kv_fill is KVFill.PROJECT) or points
     if points:
         point = point_for(points, _TYPICAL_QUALITY) or points[-1]
         return point.criterion, point.thresholds

@@ -84,6 +84,20 @@ def test_quality_takes_the_loosest_point_that_promises_it() -> None:
     assert settings({"quality": 0.96}).thresholds == (0.98, 0.98)
 
 
+def test_points_hold_for_the_fill_they_were_calibrated_with() -> None:
+    exact = replace(point(0.98), kv_fill=KVFill.RECOMPUTE, thresholds=(0.8, 0.7))
+    info = replace(INFO, points=(*INFO.points, exact))
+    for fill, thresholds in (
+        ("recompute", (0.8, 0.7)),
+        ("project", (0.98, 0.98)),
+        ("auto", (0.98, 0.98)),
+    ):
+        assert settings({"quality": 0.97, "kv_fill": fill}, info).thresholds == thresholds
+    assert settings({"quality": 0.97}, info, kv_fill="recompute").thresholds == (0.8, 0.7)
+    # Exact keys and values keep what projected ones promise.
+    assert settings({"quality": 0.97, "kv_fill": "recompute"}).thresholds == (0.98, 0.98)
+
+
 def test_a_deadline_starts_strict_and_may_fall_to_the_quality() -> None:
     made = settings({"quality": 0.95, "deadline_ms": 250})
     assert (made.thresholds, made.late_thresholds) == ((0.98, 0.98), (0.95, 0.95))
@@ -121,6 +135,7 @@ def test_without_exits_full_depth_is_all_there_is() -> None:
             "quality",
             "not for 'gate'",
         ),
+        ({"quality": 0.9, "kv_fill": "copy"}, INFO, "quality", "with 'kv_fill' 'project'"),
         ({"criterion": "entropy"}, INFO, "threshold", "no calibrated"),
         ({"deadline_ms": 5}, INFO, "deadline_ms", "--quality-floor"),
         ({"deadline_ms": 5, "quality": 0.99}, INFO, "quality", "out of reach"),

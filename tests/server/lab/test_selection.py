@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -106,6 +107,7 @@ def test_earlier_points_stay_where_they_do_not_contradict() -> None:
     own, other = ExitCriterion.TWO_KEY, ExitCriterion.GATE
     low, replaced, high = point(0.8, 0.5, own), point(0.9, 0.6, own), point(0.95, 0.65, own)
     foreign, new = point(0.9, 0.1, other), point(0.9, 0.7, own)
-    kept, wrong = joined((low, replaced, high, foreign), (new,))
-    assert kept == [low, foreign, new]
+    exact = replace(replaced, kv_fill=KVFill.RECOMPUTE)
+    kept, wrong = joined((low, replaced, high, foreign, exact), (new,))
+    assert kept == [low, foreign, exact, new]
     assert wrong == [high]
