@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Measures the GPU path: every kernel, then the decode loop on random weights of two model shapes, then
-# real weights beside transformers' own continuous batching. Each step checks its results first and
-# reports nothing if they are wrong.
+# Tests and measures the GPU path: the tests of kernels and decode loop, natively; every kernel; the
+# decode loop on random weights of two model shapes; real weights beside transformers' own continuous
+# batching. Each step checks its results first and reports nothing if they are wrong.
 #
 #   bench/gpu.sh OUT_FOLDER
 #
 # Leaves NAME.json (the last line of a step's output), NAME.md (its tables), NAME.log and summary.md in
-# OUT_FOLDER. Under nine minutes on an H100 or H200 by its own limits: a step that takes too long is cut
-# off and named. Ends with status 1 if any step failed.
+# OUT_FOLDER, and of the tests tests.txt. Under twelve minutes on an H100 or H200 by its own limits: a step
+# that takes too long is cut off and named. Ends with status 1 if any step failed.
 #
 # From the environment: OFFRAMP (the command), DEVICE, DTYPE, LARGE and SMALL (model shapes), ROWS,
 # TOKENS (launches of the decode loop, and tokens of an answer), SECONDS_EACH (a kernel's timing),
-# EXIT_VOCAB (tokens that exits choose from), MODEL (real weights; "" leaves them out).
+# EXIT_VOCAB (tokens that exits choose from), MODEL (real weights; "" leaves them out), TESTS (files and
+# options of pytest; "" leaves them out).
 set -uo pipefail
 
 if (($# != 1)); then
@@ -24,6 +25,7 @@ cd "$(dirname "$0")/.." || exit
 read -ra offramp <<<"${OFFRAMP:-python3 -m offramp}"
 device=${DEVICE:-cuda} dtype=${DTYPE:-bf16} large=${LARGE:-llama-3-8b} small=${SMALL:-llama-3.2-1b}
 rows=${ROWS:-1,8,32,128} model=${MODEL-smollm2-135m}
+tests=${TESTS-tests/kernels tests/server/engine/test_device_decoder.py -k "not compil and not native"}
 failed=0
 
 # step NAME SECONDS COMMAND...: runs the command, keeps its output and what its last line says.
@@ -45,6 +47,13 @@ printf '%s, %s\n\n| step | status | seconds | command |\n|---|---|---|---|\n' \
     "$(date -u +%F)" "$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || uname -m)" \
     >"$out/summary.md"
 
+if [[ -n $tests ]]; then
+    # Tests compile kernels most of the time: as many at once as there are processors, if they can.
+    spread=$(python3 -c 'import xdist' 2>/dev/null && echo '-n auto')
+    eval "step tests 240 python3 -m pytest -q -W default $spread $tests"
+    cp "$out/tests.out" "$out/tests.txt"
+    rm -f "$out/tests.json"
+fi
 kernels=(bench kernels --device "$device" --dtype "$dtype" --rows "$rows")
 kernels+=(--seconds "${SECONDS_EACH:-0.05}")
 engine=(bench engine --device "$device" --dtype "$dtype" --batch "$rows" --exit-trace 0.6)

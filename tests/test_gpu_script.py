@@ -21,6 +21,8 @@ REHEARSAL = {
     "SECONDS_EACH": "0.002",
     "EXIT_VOCAB": "64",
     "OFFRAMP": f"{sys.executable} -m offramp",
+    "TESTS": "tests/kernels/test_poison.py",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 }
 
 
@@ -49,7 +51,8 @@ def test_every_step_leaves_its_report(tmp_path: Path, tiny_dir: Path) -> None:
     }
     for name in names:
         assert (tmp_path / "out" / f"{name}.md").stat().st_size > 100
-    assert done.stdout.count("| 0 |") == 4
+    assert done.stdout.count("| 0 |") == 5
+    assert " passed" in (tmp_path / "out" / "tests.txt").read_text()
 
 
 @pytest.mark.timeout(160)
