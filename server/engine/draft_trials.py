@@ -18,8 +18,9 @@ _OTHER_FIRST, _OTHER_RAREST = 2, 16
 # A new sample moves a mean by at least this share. How many tokens a step makes depends on the
 # text, so it takes many of them; what steps take drifts with the machine.
 _TOKENS_RENEWAL, _RATIO_RENEWAL = 1 / 1024, 1 / 8
-# From so many sequences on, guesses have to show that they gain before they are made.
-_MANY = 4
+# From so many sequences on, of greedy and of sampled answers, guesses have to show that they gain
+# before they are made.
+_MANY = {False: 4, True: 1}
 # A mind is changed where the other way is better by more than so many standard errors of the means.
 _CERTAINTY = 2.0
 _LEAST_RATIOS = 4
@@ -56,6 +57,7 @@ class _Trial:
     """
 
     running: int
+    sampled: bool = False
     guessing: bool = field(init=False)
     guesses_pay: bool = field(init=False)
     tokens: _Mean = field(default_factory=lambda: _Mean(_TOKENS_RENEWAL))
@@ -67,7 +69,7 @@ class _Trial:
     _before: tuple[bool, float] | None = None
 
     def __post_init__(self) -> None:
-        self.guessing = self.guesses_pay = self.running < _MANY
+        self.guessing = self.guesses_pay = self.running < _MANY[self.sampled]
 
     def add(self, seconds: float | None, tokens: int) -> None:
         """A step ended, which made ``tokens``; the time of some is not known."""
@@ -115,22 +117,23 @@ class DraftTrials:
     """Chooses for each step whether its sequences are guessed for."""
 
     def __init__(self) -> None:
-        self._trials: dict[int, _Trial] = {}
+        self._trials: dict[tuple[int, bool], _Trial] = {}
         self._running = _Trial(0)
         self._begun: float | None = None
         self._tokens: int | None = None
 
-    def begin(self, running: int, now: float) -> bool:
+    def begin(self, running: int, now: float, *, sampled: bool = False) -> bool:
         """A step of ``running`` sequences begins at ``now`` (seconds); whether it may guess.
 
+        Where most answers are ``sampled`` guesses are right less often, so those are weighed apart.
         That ends the step before, with all that the engine did in between.
         """
         if self._tokens is not None:
             seconds = None if self._begun is None else now - self._begun
             self._running.add(seconds, self._tokens)
-        trial = self._trials.get(running)
+        trial = self._trials.get((running, sampled))
         if trial is None:
-            trial = self._trials[running] = _Trial(running)
+            trial = self._trials[running, sampled] = _Trial(running, sampled)
         self._running, self._begun, self._tokens = trial, now, None
         return trial.guessing
 

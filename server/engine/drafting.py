@@ -21,9 +21,6 @@ from offramp.server.engine.sequence import Sequence
 
 # How much a verified draft moves its own request's acceptance rates, and those of all requests.
 _OWN_RENEWAL, _COMMON_RENEWAL = 0.1, 0.01
-# Guesses are right less often in sampled answers; each request learns its own share from here on,
-# and only greedy ones count for all.
-_SAMPLED_LUCK = 0.7
 # Tokens that a grammar leaves no choice about, at once: each takes a row.
 _MOST_FORCED = 16
 
@@ -76,8 +73,7 @@ class Drafting:
         if not sequence.state_rows:
             self._holding.pop(sequence.id, None)
         if sequence.acceptance is None:
-            greedy = sequence.request.sampling.temperature == 0
-            sequence.luck = 1.0 if greedy else _SAMPLED_LUCK
+            sequence.luck = self._usual_luck(sequence)
             sequence.acceptance = self._governor.acceptance.scaled(sequence.luck)
 
     def passed(self, sequence: Sequence) -> None:
@@ -111,7 +107,8 @@ class Drafting:
         many = [each for each in self._holding.values() if len(each.state_rows) > MOST_STATES]
         plan = NO_DRAFTS
         if self._info.draft_head and (asking or many):
-            plan = self._governor.head_plan(running)
+            lucks = [self._usual_luck(each) for each in (asking.values() if asking else many)]
+            plan = self._governor.head_plan(running, sum(lucks) / len(lucks))
         # An n-gram costs no guess, but is worth its row only where it is right as often.
         rival = self._governor.head_acceptance.mean if plan.most else 0.0
         for sequence in asking.values() if guess else ():
@@ -139,15 +136,16 @@ class Drafting:
         self._accepted[sequence.source] += right
         self._accepted_at[place] += right
         rates, common = sequence.acceptance, self._governor.acceptance
-        greedy = sequence.request.sampling.temperature == 0
         if sequence.source is DraftSource.NGRAM and rates is not None:
             rates.add(sequence.match + place, _OWN_RENEWAL, accepted=right)
-            if greedy:
+            if not sequence.sampled:
                 common.add(sequence.match + place, _COMMON_RENEWAL, accepted=right)
         elif sequence.source is DraftSource.HEAD:
             chance = sequence.chances[place]
             wanted = self._governor.head_acceptance.rate(chance)
-            if greedy:
+            if sequence.sampled:
+                self._governor.observe_sampled(wanted, right=right)
+            else:
                 self._governor.head_acceptance.add(chance, accepted=right)
             sequence.luck += _OWN_RENEWAL * (right - wanted * sequence.luck)
 
@@ -162,6 +160,10 @@ class Drafting:
         self._drafted, self._accepted, self._accepted_at = Counter(), Counter(), Counter()
         self._runs = 0
         return found
+
+    def _usual_luck(self, sequence: Sequence) -> float:
+        """How often guesses are right in answers of its kind; each learns its own from there on."""
+        return self._governor.sampled_luck if sequence.sampled else 1.0
 
     def _guesses(self, sequence: Sequence) -> bool:
         if sequence.lossless:

@@ -60,10 +60,13 @@ class HeadAcceptance:
         """The share of first guesses that are accepted."""
         return sum(share * rate for share, rate in zip(self.shares, self.rates, strict=True))
 
-    def gain(self, token: float, row: float) -> float:
-        """What a first guess is expected to gain where one more ``row`` may spare a ``token``."""
+    def gain(self, token: float, row: float, luck: float = 1.0) -> float:
+        """What a first guess is expected to gain where one more ``row`` may spare a ``token``.
+
+        It is accepted ``luck`` times as often as others of its probability.
+        """
         pairs = zip(self.shares, self.rates, strict=True)
-        return sum(share * max(0.0, rate * token - row) for share, rate in pairs)
+        return sum(share * max(0.0, luck * rate * token - row) for share, rate in pairs)
 
     def _tenth(self, chance: float) -> int:
         return min(int(chance * len(self.rates)), len(self.rates) - 1)

@@ -83,6 +83,10 @@ NO_DRAFTS = HeadPlan(0, 1.0, ())
 _TRY = HeadPlan(1, 1.0, (-1.0,))
 
 
+# Of sampled answers at first (temperature 0.8), and how much a guess moves it.
+_SAMPLED_LUCK, _LUCK_RENEWAL = 0.6, 0.005
+
+
 class ExitGovernor:
     """The choices that trade time between sequences, for one decoder.
 
@@ -117,6 +121,8 @@ class ExitGovernor:
         self.acceptance = AcceptanceRates()
         """How n-gram drafts of all requests fared."""
         self.head_acceptance = HeadAcceptance.of(head_chances)
+        self.sampled_luck = _SAMPLED_LUCK
+        """How often guesses are right in sampled answers, times as often as in greedy ones."""
 
     def observe_checks(self, segment: int, checked: int, fired: int) -> None:
         """``fired`` of ``checked`` tokens reached their threshold after ``segment``."""
@@ -227,15 +233,23 @@ class ExitGovernor:
         extra[0] += _DRAFT_GAIN * passes[0]
         return passes[0] / rows, extra
 
-    def head_plan(self, rows: int) -> HeadPlan:
-        """What to ask of the draft head where ``rows`` sequences run."""
-        plan = self._standing("head", 0, max(1, rows), self._weigh_head)
+    def observe_sampled(self, wanted: float, *, right: bool) -> None:
+        """A guess of a sampled answer was verified, of a kind of which ``wanted`` are right."""
+        self.sampled_luck += _LUCK_RENEWAL * (right - wanted * self.sampled_luck)
+
+    def head_plan(self, rows: int, luck: float = 1.0) -> HeadPlan:
+        """What to ask of the draft head where ``rows`` sequences run.
+
+        Their guesses are right ``luck`` times as often as greedy ones.
+        """
+        plan = self._standing("head", round(10 * luck), max(1, rows), self._weigh_head)
         if rows > _TRIED_ROWS:
             return plan
         allowed = self._probes["head"].allow(pays=plan.most > 0)
         return _TRY if allowed and not plan.most else plan
 
-    def _weigh_head(self, _: int, rows: int) -> HeadPlan:
+    def _weigh_head(self, tenths: int, rows: int) -> HeadPlan:
+        luck = tenths / 10
         # All sequences draft, so their rows add up.
         token = self.costs.full_pass(rows)
         extra = [
@@ -244,8 +258,8 @@ class ExitGovernor:
         ]
         first, further = self.costs.first_guess.at(rows), self.costs.next_guess.at(rows)
         # What a guess gains if those before it are right, and how likely that is.
-        gains = [self.head_acceptance.gain(token, row) for row in extra]
-        likely = self.head_acceptance.mean
+        gains = [self.head_acceptance.gain(token, row, luck) for row in extra]
+        likely = luck * self.head_acceptance.mean
         more = [max(0.0, gain * likely**index - further) for index, gain in enumerate(gains)]
         # The more sequences there are, the more fall out of step.
         if gains[0] + sum(more[1:]) <= first + rows * _DRAFT_GAIN * token:

@@ -105,7 +105,8 @@ class HostDecoder:
         """See Decoder."""
         begun = time.perf_counter()
         running = len(self._admission.running)
-        guess = self._trials.begin(running, begun)
+        sampled = sum(each.sampled for each in self._admission.running.values())
+        guess = self._trials.begin(running, begun, sampled=2 * sampled > running)
         drafting = self._drafting.run(running, guess=guess)
         planned = self._plan(now)
         if planned is None:

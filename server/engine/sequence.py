@@ -100,6 +100,11 @@ class Sequence:
         self.lossless = self.request.exits.mode is ExitMode.LOSSLESS
 
     @property
+    def sampled(self) -> bool:
+        """Whether its tokens are drawn."""
+        return self.request.sampling.temperature > 0
+
+    @property
     def num_prompt(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt)

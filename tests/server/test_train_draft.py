@@ -19,6 +19,7 @@ from offramp.models.loading.safetensors import fingerprint, load_weights
 from offramp.models.sampling_params import DraftSource, ExitMode, ExitSettings, SamplingParams
 from offramp.server.commands.exits import main
 from offramp.server.config import EngineConfig
+from offramp.server.engine import draft_trials
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.governor import HeadPlan
@@ -243,13 +244,18 @@ def answer(engine: Engine, mode: ExitMode, sampling: SamplingParams, name: str) 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_answers_with_a_draft_head_are_those_of_full_depth(
-    tiny_dir: Path, head: Path, sampling: SamplingParams, kernels: Kernels
+    tiny_dir: Path,
+    head: Path,
+    sampling: SamplingParams,
+    kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also of a second turn, whose prompt is partly cached, and of requests without drafts."""
+    monkeypatch.setattr(draft_trials, "_MANY", {False: 1000, True: 1000})
     engine = engine_with(tiny_dir, str(head), kernels)
     governor = host_of(engine).governor
     plans = iter([HeadPlan(3, 0.0, (-1.0,) * 3), HeadPlan(0, 1.0, ())] * 10_000)
-    governor.head_plan = lambda rows: next(plans)  # type: ignore[method-assign]
+    governor.head_plan = lambda rows, luck=1.0: next(plans)  # type: ignore[method-assign]
     off = answer(engine, ExitMode.OFF, sampling, "first")
     found = answer(engine, ExitMode.LOSSLESS, sampling, "first")
     assert [item.token_ids for item in found] == [item.token_ids for item in off]
@@ -296,7 +302,7 @@ def test_half_precision_pages_hold_the_heads_entries_too(
     )
     engine = build_engine(config, tiny_dir, model_name="tiny", check_invariants=True)
     plan = HeadPlan(3, 0.0, (-1.0,) * 3)
-    host_of(engine).governor.head_plan = lambda rows: plan  # type: ignore[method-assign]
+    host_of(engine).governor.head_plan = lambda rows, luck=1.0: plan  # type: ignore[method-assign]
     off = answer(engine, ExitMode.OFF, GREEDY, "half")
     found = answer(engine, ExitMode.LOSSLESS, GREEDY, "half")
     assert [item.token_ids for item in found] == [item.token_ids for item in off]

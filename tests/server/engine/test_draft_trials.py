@@ -12,9 +12,10 @@ from offramp.server.engine.draft_trials import DraftTrials
 class World:
     """Steps of one number of sequences, in a clock of their own."""
 
-    def __init__(self, running: int = 1) -> None:
+    def __init__(self, running: int = 1, *, sampled: bool = False) -> None:
         self.trials = DraftTrials()
         self.running = running
+        self.sampled = sampled
         self.now = 0.0
         self._random = random.Random(0)
 
@@ -22,7 +23,7 @@ class World:
         """The share of ``steps`` that guess, where these take so many seconds and make so many."""
         chosen = 0
         for _ in range(steps):
-            guessing = self.trials.begin(self.running, self.now)
+            guessing = self.trials.begin(self.running, self.now, sampled=self.sampled)
             chosen += guessing
             self.now += (guessed if guessing else plain) * self._random.uniform(0.9, 1.1)
             more = guessing and self._random.random() < tokens - 1
@@ -65,8 +66,16 @@ def test_waiting_for_requests_is_not_a_step() -> None:
     assert world.run(3000, 4.0, 1.6, 3.0) > 0.9
 
 
-def test_numbers_of_sequences_are_weighed_apart() -> None:
-    few, many = World(1), World(8)
+def test_sampled_answers_are_guessed_for_once_that_is_seen_to_gain() -> None:
+    world = World(sampled=True)
+    assert world.run(32, 4.0, 1.6, 3.0) == 0
+    world.run(1500, 4.0, 1.6, 3.0)
+    assert world.run(3000, 4.0, 1.6, 3.0) > 0.9
+
+
+@pytest.mark.parametrize("many", [World(8), World(1, sampled=True)], ids=["more", "sampled"])
+def test_kinds_of_steps_are_weighed_apart(many: World) -> None:
+    few = World(1)
     many.trials = few.trials
     for _ in range(30):
         many.now = few.now

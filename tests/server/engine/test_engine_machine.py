@@ -110,7 +110,7 @@ def fake_engine(
         plan = HeadPlan(3, 0.0, (0.0,) * 3)
         pays = Random(seed)
 
-        def head_plan(rows: int) -> HeadPlan:
+        def head_plan(rows: int, luck: float = 1.0) -> HeadPlan:
             return plan if pays.random() < 0.7 else NO_DRAFTS
 
         def exits_save(rows: int) -> bool:
@@ -360,7 +360,7 @@ TestEngineMachine = EngineMachine.TestCase
 @pytest.fixture(autouse=True)
 def guesses_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many sequences run, without having been seen to gain."""
-    monkeypatch.setattr(draft_trials, "_MANY", 1000)
+    monkeypatch.setattr(draft_trials, "_MANY", {False: 1000, True: 1000})
 
 
 def test_the_draft_head_is_asked_and_often_right() -> None:

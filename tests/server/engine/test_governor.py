@@ -258,6 +258,20 @@ def test_the_draft_head_is_not_asked_where_that_loses(made: ExitGovernor) -> Non
     assert made.head_plan(4).most == 0
 
 
+def test_guesses_of_sampled_answers_have_to_pay_at_their_own_rate() -> None:
+    """What they are known to be right is learnt from them, and greedy ones do not suffer."""
+    made = drafting_governor(0.2 * MS, first=2.5 * MS)
+    assert made.head_plan(1).most == MAX_HEAD_DRAFTS
+    for _ in range(2000):
+        made.observe_sampled(0.8, right=False)
+    assert made.sampled_luck < 0.01
+    assert made.head_plan(1, made.sampled_luck).most == 0
+    assert made.head_plan(1).most == MAX_HEAD_DRAFTS
+    for number in range(4000):
+        made.observe_sampled(0.8, right=number % 2 == 0)
+    assert made.sampled_luck == pytest.approx(0.5 / 0.8, rel=0.05)
+
+
 def test_the_more_sequences_the_more_guesses_have_to_gain() -> None:
     """Rows are free, and guesses gain a ninth of a pass more than they cost."""
     assert drafting_governor(0.0, first=7.3 * MS).head_plan(1).most == MAX_HEAD_DRAFTS
