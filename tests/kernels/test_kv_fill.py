@@ -183,8 +183,9 @@ def test_the_kernel_fills_halves(count: int, dtype: torch.dtype, tolerance: floa
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("without", [(), ("bias", "k_norm")], ids=["all", "plain"])
+@pytest.mark.parametrize("rows", [16, 32])
 def test_the_kernel_compiles(
-    compile_ahead: Compiler, target: int, dtype: str, dim: int, without: tuple[str, ...]
+    compile_ahead: Compiler, target: int, dtype: str, dim: int, without: tuple[str, ...], rows: int
 ) -> None:
     names = {"hidden", "weight", "bias", "k_norm", "cos", "sin", "pages"} - set(without)
     types = dict.fromkeys(names, f"*{dtype}") | {"seqs": "*i32", "count": "*i32"}
@@ -197,7 +198,7 @@ def test_the_kernel_compiles(
         "kv_heads": 8,
         "dim": dim,
         "wide": wide,
-        "tile_rows": 16,
+        "tile_rows": rows,
         "whole": True,
     }
     made = compile_ahead(
@@ -207,7 +208,7 @@ def test_the_kernel_compiles(
         types,
         divisible=strides,
         **sizes,
-        tile_ins=64 if dtype == "fp32" else 128,
+        tile_ins=(64 if dtype == "fp32" else 128) * 16 // rows,
         compute=compute,
     )
     assert made.shared_bytes <= SHARED_BYTES[target]

@@ -216,10 +216,7 @@ def make_batch(
         alive = chain < (counts - step).unsqueeze(1)
         rows = (starts + before + step).unsqueeze(1) + chain
         places = torch.arange(alive.numel(), device="cpu").view(alive.shape)
-        found = Guesses(rows[alive], places[alive], earlier[alive])
-        steps.append(
-            Guesses(*(part.to(device) for part in (found.rows, found.chains, found.after)))
-        )
+        steps.append(Guesses(*(part[alive].to(device) for part in (rows, places, earlier))))
         earlier = (alive.flatten().cumsum(0) - 1).view(alive.shape)
     positions = torch.cat([torch.arange(size, device="cpu") for size in sizes.tolist()])
     text_of = torch.arange(len(items), device="cpu").repeat_interleave(sizes)
