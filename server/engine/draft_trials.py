@@ -13,8 +13,10 @@ from statistics import fmean, median
 
 # Steps in a row that run one way; the first of them still feel the other one.
 _RUN, _SKIPPED = 32, 12
-# The slower way gets one run in so many: every other one at first, and after a change of mind.
-_OTHER_FIRST, _OTHER_RAREST = 2, 16
+# The slower way gets one run in so many: every other one at first, and after a change of mind; but
+# not so many that they take more than a share of all time beyond what the faster way would.
+_OTHER_FIRST, _OTHER_RARE, _OTHER_RAREST = 2, 16, 64
+_SPENT = 0.01
 # A new sample moves a mean by at least this share. How many tokens a step makes depends on the
 # text, so it takes many of them; what steps take drifts with the machine.
 _TOKENS_RENEWAL, _RATIO_RENEWAL = 1 / 1024, 1 / 8
@@ -99,18 +101,28 @@ class _Trial:
         if pay is not self.guesses_pay:
             self.guesses_pay, self.every, self.runs = pay, _OTHER_FIRST, 0
         self.runs += 1
-        other = self.runs >= self.every
+        other = self.runs >= max(self.every, self._affordable())
         if other:
-            self.runs, self.every = 0, min(2 * self.every, _OTHER_RAREST)
+            self.runs, self.every = 0, min(2 * self.every, _OTHER_RARE)
         self.guessing = self.guesses_pay is not other
+
+    def _gain(self) -> float:
+        """The logarithm of the time of a token without guesses over that with them."""
+        return math.log(self.tokens.value / self.running) + self.ratio.value
 
     def _weigh(self) -> bool:
         """Whether guesses pay, as far as is known."""
         if self.ratio.samples < _LEAST_RATIOS:
             return self.guesses_pay
-        gain = math.log(self.tokens.value / self.running) + self.ratio.value
         error = math.hypot(self.ratio.error, self.tokens.error / self.tokens.value)
-        return gain + _CERTAINTY * (error if self.guesses_pay else -error) >= 0
+        return self._gain() + _CERTAINTY * (error if self.guesses_pay else -error) >= 0
+
+    def _affordable(self) -> int:
+        """Of so many runs, one may go the slower way, as far as is known."""
+        if not self.ratio.samples:
+            return 0
+        lost = math.expm1(self._gain() if self.guesses_pay else -self._gain())
+        return min(round(lost / _SPENT), _OTHER_RAREST)
 
 
 class DraftTrials:

@@ -106,7 +106,7 @@ class Drafting:
         self._asking = {}
         many = [each for each in self._holding.values() if len(each.state_rows) > MOST_STATES]
         plan = NO_DRAFTS
-        if self._info.draft_head and (asking or many):
+        if self._info.draft_head and (many or (guess and asking)):
             lucks = [self._usual_luck(each) for each in (asking.values() if asking else many)]
             plan = self._governor.head_plan(running, sum(lucks) / len(lucks))
         # An n-gram costs no guess, but is worth its row only where it is right as often.

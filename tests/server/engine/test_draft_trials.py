@@ -44,6 +44,18 @@ def test_the_faster_way_is_kept(running: int, guessed: float, tokens: float, pay
     assert share > 0.9 if pays else share < 0.1
 
 
+@pytest.mark.parametrize(("running", "guessed", "plain"), [(4, 5.0, 3.0), (1, 5.0, 3.0)])
+def test_trials_of_a_way_that_is_much_slower_are_few(
+    running: int, guessed: float, plain: float
+) -> None:
+    """Within steps that take 23 s: what they cost beyond the faster way."""
+    world = World(running)
+    world.run(640, guessed, 1.0, plain)
+    begun = world.now
+    world.run(4000, guessed, 1.0, plain)
+    assert world.now - begun < 1.02 * 4000 * plain
+
+
 def test_it_follows_a_machine_that_changes() -> None:
     world = World()
     world.run(4000, 4.0, 1.5, 3.0)
