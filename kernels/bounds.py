@@ -36,7 +36,7 @@ def check_shape(
     if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
         found = f"{tuple(tensor.shape)} {tensor.dtype}"
         raise ValueError(f"{name} is {found}; kernels take {shape} {dtype}, contiguous")
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name} is on {tensor.device}; kernels take memory of the CPU")
 
 

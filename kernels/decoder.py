@@ -106,6 +106,7 @@ class NativeLayers:
             sizes.eps,
         )
         self._known: tuple[object, ...] = ()
+        self._memory = Batch()
 
     @classmethod
     def of(cls, layers: Sequence[LayerWeights], sizes: LayerSizes) -> NativeLayers | None:
@@ -131,7 +132,7 @@ class NativeLayers:
         check_shape("hidden", hidden, (count, self.shape.width))
         self._check(count, rows, pages, taps)
         out = hidden.clone()
-        batch = self._batch(count, rows, pages, taps)
+        batch = self._batch(count, rows, taps)
         self._library.run_layers(self.shape, self.layers, batch, out)
         return out
 
@@ -153,7 +154,7 @@ class NativeLayers:
         check_indices("tokens", min(ids), max(ids), embeddings.outs)
         self._check(count, rows, pages, taps)
         out = torch.empty(count, self.shape.width)
-        batch, numbers = self._batch(count, rows, pages, taps), array("q", ids)
+        batch, numbers = self._batch(count, rows, taps), array("q", ids)
         address = address_of(numbers)
         self._library.run_layers(self.shape, self.layers, batch, out, embeddings, address)
         return out
@@ -162,36 +163,29 @@ class NativeLayers:
         """Raise ValueError unless ``pages`` hold K,V of the layers."""
         check_pages(pages, self._last, self.shape.kv_heads, self.shape.head_dim)
 
-    def _batch(self, count: int, rows: HostRows, pages: Tensor, taps: Taps | None) -> Batch:
-        cos, sin = rows.rotary.angles
-        return Batch(
-            count,
-            rows.block_size,
-            rows.longest,
-            self._library.kv_formats[pages.dtype],
-            pages.data_ptr(),
-            *page_steps(pages),
-            address_of(rows.places),
-            address_of(rows.positions),
-            address_of(rows.first_blocks),
-            address_of(rows.blocks),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            address_of(rows.angles),
-            *_tap_pointers(taps),
-        )
+    def _batch(self, count: int, rows: HostRows, taps: Taps | None) -> Batch:
+        """Rows that `_check` has seen."""
+        batch = Batch.from_buffer_copy(self._memory)
+        batch.rows, batch.longest = count, rows.longest
+        batch.places, batch.positions = address_of(rows.places), address_of(rows.positions)
+        batch.first_blocks, batch.blocks = address_of(rows.first_blocks), address_of(rows.blocks)
+        batch.angles = address_of(rows.angles)
+        if taps is not None:
+            batch.state_rows = address_of(taps.rows)
+        return batch
 
     def _check(self, count: int, rows: HostRows, pages: Tensor, taps: Taps | None) -> None:
         if len(rows) != count:
             raise ValueError(f"{count} states; kernels take {len(rows)}, one a row")
-        # The same for every pass of a model, and checks of tensors are not free.
+        # The same for every pass of a model, and looking at tensors is not free.
         given = pages, rows.rotary, taps and taps.states, taps and taps.slots
-        if len(self._known) != len(given) or any(map(is_not, given, self._known)):
+        if not same(given, self._known):
             for angles in rows.rotary.angles:
                 check_shape("angles", angles, (rows.rotary.length, 1, self.shape.head_dim))
             self.check_pages(pages)
             if taps is not None:
                 self._check_taps(taps)
+            self._memory = memory_of(self._library, pages, rows.rotary.angles, taps)
             self._known = given
         if rows.block_size != pages.shape[3]:
             raise ValueError(f"blocks of {rows.block_size} tokens, pages of {pages.shape[3]}")
@@ -199,7 +193,7 @@ class NativeLayers:
         if taps is not None:
             if len(taps.rows) != count:
                 raise ValueError(f"{count} states, {len(taps.rows)} rows to keep them")
-            check_indices("rows of states", min(taps.rows), max(taps.rows), len(taps.states))
+            check_indices("rows of states", min(taps.rows), max(taps.rows), taps.states.shape[0])
 
     def _check_taps(self, taps: Taps) -> None:
         states, width = taps.states, self.shape.width
@@ -242,11 +236,31 @@ def _check_layer(layer: LayerWeights, sizes: LayerSizes) -> None:
     check_indices("layers", layer.index, layer.index, 2**31)
 
 
-def _tap_pointers(taps: Taps | None) -> tuple[int | None, ...]:
-    if taps is None:
-        return None, 0, None, None
-    stride = taps.states.stride(0)
-    return taps.states.data_ptr(), stride, address_of(taps.rows), taps.slots.data_ptr()
+def same(given: tuple[object, ...], known: tuple[object, ...]) -> bool:
+    """Whether these are the very objects that are ``known``."""
+    return len(given) == len(known) and not any(map(is_not, given, known))
+
+
+def memory_of(
+    found: Library, pages: Tensor, angles: tuple[Tensor, Tensor], taps: Taps | None
+) -> Batch:
+    """What passes over the same memory have in common."""
+    layer_step, kind_step, block_step = page_steps(pages)
+    cos, sin = angles
+    batch = Batch(
+        block_size=pages.shape[3],
+        kv_format=found.kv_formats[pages.dtype],
+        pages=pages.data_ptr(),
+        layer_step=layer_step,
+        kind_step=kind_step,
+        block_step=block_step,
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+    )
+    if taps is not None:
+        batch.states, batch.state_stride = taps.states.data_ptr(), taps.states.stride(0)
+        batch.state_slots = taps.slots.data_ptr()
+    return batch
 
 
 def address_of(numbers: array[int] | array[float]) -> int:

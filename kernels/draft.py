@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.bounds import check_indices, check_shape
-from offramp.kernels.decoder import NativeLayers, address_of, matrix_of, rows_matrix
-from offramp.kernels.kv_formats import page_steps
+from offramp.kernels.decoder import (
+    NativeLayers,
+    address_of,
+    matrix_of,
+    memory_of,
+    rows_matrix,
+    same,
+)
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import Batch, DraftCall, DraftHeadWeights, Matrix
@@ -107,6 +113,8 @@ class NativeDraft:
             parts.norm.data_ptr(),
             parts.vocab.data_ptr(),
         )
+        self._known: tuple[object, ...] = ()
+        self._memory = Batch()
 
     @classmethod
     def of(cls, layer: NativeLayers | None, parts: DraftParts) -> NativeDraft | None:
@@ -129,8 +137,9 @@ class NativeDraft:
         tokens, rows, positions and blocks that there are not.
         """
         begun = time.perf_counter()
-        self._layer.check_pages(pages)
-        size = pages.shape[3]
+        if not same((pages, states), self._known):
+            self._check_memory(pages, states)
+        size = self._memory.block_size
         spans, blocks, ids, rows = array("q"), array("q"), array("q"), array("q")
         most = longest = 0
         for span in work:
@@ -143,7 +152,9 @@ class NativeDraft:
             end = positions[-1] + max(1, span.guesses)
             most, longest = max(most, span.guesses), max(longest, end - before)
             self._check_span(span, end, before, before + size * (len(blocks) - start))
-        self._check(ids, rows, blocks, states, pages)
+        check_indices("tokens", min(ids), max(ids), self._weights.embeddings.outs)
+        check_indices("rows", min(rows), max(rows), states.shape[0], -1)
+        check_indices("blocks", min(blocks), max(blocks), pages.shape[2])
         count = len(work)
         tokens, chances = array("q", bytes(8 * most * count)), array("f", bytes(4 * most * count))
         made = array("i", bytes(4 * count))
@@ -158,23 +169,9 @@ class NativeDraft:
             made=address_of(made),
             ids=address_of(ids),
         )
-        cos, sin = self._parts.angles
-        layer_step, kind_step, block_step = page_steps(pages)
-        batch = Batch(
-            block_size=size,
-            longest=longest,
-            kv_format=self._library.kv_formats[pages.dtype],
-            pages=pages.data_ptr(),
-            layer_step=layer_step,
-            kind_step=kind_step,
-            block_step=block_step,
-            blocks=address_of(blocks),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            states=states.data_ptr(),
-            state_stride=states.stride(0),
-            state_rows=address_of(rows),
-        )
+        batch = Batch.from_buffer_copy(self._memory)
+        batch.longest, batch.blocks = longest, address_of(blocks)
+        batch.state_rows = address_of(rows)
         prepared = time.perf_counter()
         self._library.draft(self._layer.shape, self._weights, batch, call)
         ran = time.perf_counter() - prepared
@@ -194,19 +191,14 @@ class NativeDraft:
         check_indices("positions", first, end - 1, len(self._parts.angles[0]), max(0, before))
         check_indices("positions in blocks", first, end - 1, room)
 
-    def _check(
-        self,
-        ids: array[int],
-        rows: array[int],
-        blocks: array[int],
-        states: Tensor,
-        pages: Tensor,
-    ) -> None:
-        width, weights = self._layer.shape.width, self._weights
-        check_shape("states", states, (len(states), weights.fuse.columns // width - 1, width))
-        check_indices("tokens", min(ids), max(ids), weights.embeddings.outs)
-        check_indices("rows", min(rows), max(rows), len(states), -1)
-        check_indices("blocks", min(blocks), max(blocks), pages.shape[2])
+    def _check_memory(self, pages: Tensor, states: Tensor) -> None:
+        """The same at every call, and looking at tensors is not free."""
+        width, columns = self._layer.shape.width, self._weights.fuse.columns
+        self._layer.check_pages(pages)
+        check_shape("states", states, (states.shape[0], columns // width - 1, width))
+        self._memory = memory_of(self._library, pages, self._parts.angles, None)
+        self._memory.states, self._memory.state_stride = states.data_ptr(), states.stride(0)
+        self._known = pages, states
 
 
 def _check_parts(parts: DraftParts, layer: NativeLayers, embeddings: Matrix) -> None:

@@ -131,8 +131,8 @@ class NativeCheck:
 
         Raises ValueError for states of another width, IndexError for rows that there are not.
         """
-        check_shape("states", hidden, (len(hidden), self._width))
-        check_indices("rows", min(places), max(places), len(hidden))
+        check_shape("states", hidden, (hidden.shape[0], self._width))
+        check_indices("rows", min(places), max(places), hidden.shape[0])
         rows, outs = len(places), self._matrices.lm_head.shape[0]
         at, zeros = array("q", places), [0.0] * rows
         gates, tops, seconds = array("f", zeros), array("f", zeros), array("f", zeros)

@@ -47,8 +47,8 @@ class NativeHead:
         Raises ValueError for states of another width, IndexError for rows that there are not.
         """
         outs, columns = self._kept[1].shape
-        check_shape("states", hidden, (len(hidden), columns))
-        check_indices("rows", min(places), max(places), len(hidden))
+        check_shape("states", hidden, (hidden.shape[0], columns))
+        check_indices("rows", min(places), max(places), hidden.shape[0])
         logits = torch.empty(len(places), outs)
         at, best = array("q", places), array("i", places)
         call = HeadCall(

@@ -32,7 +32,8 @@ def block_hashes(
     return hashes
 
 
-# Blocks at the end of a cached prefix whose entries of the draft head are made anew if need be.
+# Blocks that lack entries of the draft head, at the end of a cached prefix or behind steps without
+# guesses, for which these are made all the same.
 _ENTRIES_REMADE = 2
 
 
@@ -273,6 +274,14 @@ class SequenceMemory:
         kept = bisect_left(sequence.state_positions, start)
         self.rows.give(sequence.state_rows[kept:])
         del sequence.state_positions[kept:], sequence.state_rows[kept:]
+
+    def skip_entries(self, sequence: Sequence) -> None:
+        """Let the draft head's entries begin anew where there are states, if many lack them."""
+        size = self.blocks.block_size
+        first = (sequence.state_positions[0] + 1) // size
+        if first - sequence.next_entry // size > _ENTRIES_REMADE:
+            sequence.entry_blocks = first
+            sequence.first_entry = sequence.next_entry = first * size
 
     def mark_entries(self, sequence: Sequence) -> None:
         """The draft head has made the sequence's entries: note the blocks that are complete."""

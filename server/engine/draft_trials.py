@@ -13,16 +13,16 @@ from statistics import fmean, median
 
 # Steps in a row that run one way; the first of them still feel the other one.
 _RUN, _SKIPPED = 32, 12
-# The slower way gets one run in so many: every other one at first, and after a change of mind; but
-# not so many that they take more than a share of all time beyond what the faster way would.
-_OTHER_FIRST, _OTHER_RARE, _OTHER_RAREST = 2, 16, 64
+# One run in so many goes the other way: every other one while that looks faster, or
+# is not known; else as many as cost this share of all time, within bounds.
+_OTHER_OFTEN, _OTHER_RARELY, _OTHER_RAREST = 2, 16, 64
 _SPENT = 0.01
 # A new sample moves a mean by at least this share. How many tokens a step makes depends on the
 # text, so it takes many of them; what steps take drifts with the machine.
 _TOKENS_RENEWAL, _RATIO_RENEWAL = 1 / 1024, 1 / 8
 # From so many sequences on, of greedy and of sampled answers, guesses have to show that they gain
 # before they are made.
-_MANY = {False: 4, True: 1}
+_MANY = {False: 2, True: 1}
 # A mind is changed where the other way is better by more than so many standard errors of the means.
 _CERTAINTY = 2.0
 _LEAST_RATIOS = 4
@@ -54,6 +54,7 @@ class _Mean:
 class _Trial:
     """Both ways for one number of running sequences, and which one runs now.
 
+    Guesses are ``near`` where this run or the next one guesses.
     ``ratio`` is the logarithm of the seconds of a step without guesses over those of one with them,
     of runs one after the other, between which the machine has hardly changed.
     """
@@ -62,16 +63,16 @@ class _Trial:
     sampled: bool = False
     guessing: bool = field(init=False)
     guesses_pay: bool = field(init=False)
+    near: bool = field(init=False)
     tokens: _Mean = field(default_factory=lambda: _Mean(_TOKENS_RENEWAL))
     ratio: _Mean = field(default_factory=lambda: _Mean(_RATIO_RENEWAL))
     steps: int = 0
     runs: int = 0
-    every: int = _OTHER_FIRST
     _seconds: list[float] = field(default_factory=list)
     _before: tuple[bool, float] | None = None
 
     def __post_init__(self) -> None:
-        self.guessing = self.guesses_pay = self.running < _MANY[self.sampled]
+        self.guessing = self.guesses_pay = self.near = self.running < _MANY[self.sampled]
 
     def add(self, seconds: float | None, tokens: int) -> None:
         """A step ended, which made ``tokens``; the time of some is not known."""
@@ -99,12 +100,14 @@ class _Trial:
     def _next_run(self) -> None:
         pay = self._weigh()
         if pay is not self.guesses_pay:
-            self.guesses_pay, self.every, self.runs = pay, _OTHER_FIRST, 0
+            self.guesses_pay, self.runs = pay, 0
         self.runs += 1
-        other = self.runs >= max(self.every, self._affordable())
+        every = self._every()
+        other = self.runs >= every
         if other:
-            self.runs, self.every = 0, min(2 * self.every, _OTHER_RARE)
-        self.guessing = self.guesses_pay is not other
+            self.runs = 0
+        self.guessing = pay is not other
+        self.near = pay or other or self.runs + 1 >= every
 
     def _gain(self) -> float:
         """The logarithm of the time of a token without guesses over that with them."""
@@ -117,12 +120,14 @@ class _Trial:
         error = math.hypot(self.ratio.error, self.tokens.error / self.tokens.value)
         return self._gain() + _CERTAINTY * (error if self.guesses_pay else -error) >= 0
 
-    def _affordable(self) -> int:
-        """Of so many runs, one may go the slower way, as far as is known."""
+    def _every(self) -> int:
+        """Of so many runs, one goes the other way."""
         if not self.ratio.samples:
-            return 0
+            return _OTHER_OFTEN
         lost = math.expm1(self._gain() if self.guesses_pay else -self._gain())
-        return min(round(lost / _SPENT), _OTHER_RAREST)
+        if lost < 0:
+            return _OTHER_OFTEN
+        return min(max(_OTHER_RARELY, round(lost / _SPENT)), _OTHER_RAREST)
 
 
 class DraftTrials:
@@ -148,6 +153,11 @@ class DraftTrials:
             trial = self._trials[running, sampled] = _Trial(running, sampled)
         self._running, self._begun, self._tokens = trial, now, None
         return trial.guessing
+
+    @property
+    def near(self) -> bool:
+        """Whether steps like the one that began may soon guess, if they do not now."""
+        return self._running.near
 
     def interrupt(self) -> None:
         """What comes next is no part of the step."""

@@ -37,7 +37,8 @@ class Drafting:
 
     The draft head needs the stack's states at all positions, for its entries. The rows that hold
     them stay with their sequence until the head is next run: for guesses, or because a sequence
-    holds many. With ``adaptive`` such sequences are guessed for as well as lossless ones.
+    holds many. Nothing is held where no guesses are near. With ``adaptive`` such sequences are
+    guessed for as well as lossless ones.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Drafting:
         self._runs = 0
         self._running = 0
         self._adaptive = adaptive
+        self._keeping_up = True
 
     def ask(self, sequence: Sequence) -> None:
         """The sequence, which has no drafts, is ready for its next token.
@@ -78,7 +80,8 @@ class Drafting:
 
     def passed(self, sequence: Sequence) -> None:
         """The sequence's chunk has run the whole stack."""
-        if self._info.draft_head and self._guesses(sequence) and not sequence.audit:
+        kept = self._keeping_up and self._info.draft_head and not sequence.audit
+        if kept and self._guesses(sequence):
             self._memory.keep_states(sequence)
             self._holding[sequence.id] = sequence
 
@@ -91,13 +94,15 @@ class Drafting:
         self._asking.pop(sequence.id, None)
         self._holding.pop(sequence.id, None)
 
-    def run(self, running: int, *, guess: bool = True) -> float:
+    def run(self, running: int, *, guess: bool = True, keep_up: bool = True) -> float:
         """Draft for all who asked, beside ``running`` sequences; returns seconds on the device.
 
-        Where ``guess`` is False, only what a grammar forces; the draft head's entries are kept up,
-        many at a time, so that its next guesses are no worse.
+        Where ``guess`` is False, only what a grammar forces. With ``keep_up`` the draft head's
+        entries are made all the same, many at a time, so that its next guesses are no worse.
         """
-        self._running = running
+        self._running, self._keeping_up = running, keep_up
+        if not keep_up:
+            self._let_go(list(self._holding.values()))
         asking = {
             id_: sequence
             for id_, sequence in self._asking.items()
@@ -116,10 +121,8 @@ class Drafting:
         lacking = {id_ for id_, sequence in asking.items() if guess and not sequence.drafts}
         if plan.most and (lacking or many):
             return self._run_head(plan, lacking)
-        for sequence in many:
-            # Entries would cost a hundredth of all work, for drafts that do not pay.
-            self._memory.free_states(sequence)
-            del self._holding[sequence.id]
+        # Entries would cost a hundredth of all work, for drafts that do not pay.
+        self._let_go(many)
         return 0.0
 
     def tries(self, work: abc.Sequence[SequenceRows], sequences: abc.Sequence[Sequence]) -> bool:
@@ -160,6 +163,12 @@ class Drafting:
         self._drafted, self._accepted, self._accepted_at = Counter(), Counter(), Counter()
         self._runs = 0
         return found
+
+    def _let_go(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Give back the rows with states of ``sequences``."""
+        for sequence in sequences:
+            self._memory.free_states(sequence)
+            del self._holding[sequence.id]
 
     def _usual_luck(self, sequence: Sequence) -> float:
         """How often guesses are right in answers of its kind; each learns its own from there on."""
@@ -222,6 +231,7 @@ class Drafting:
     def _rows(self, sequence: Sequence, most: int) -> DraftRows:
         """The entries due, whose tokens are known by now, and ``most`` guesses behind them."""
         states = sequence.state_positions
+        self._memory.skip_entries(sequence)
         end = min(states[-1] + 2, sequence.verified)
         if not self._memory.grow(sequence, end + most):
             end, most = min(end, len(sequence.table) * self._info.block_size), 0

@@ -107,7 +107,7 @@ class HostDecoder:
         running = len(self._admission.running)
         sampled = sum(each.sampled for each in self._admission.running.values())
         guess = self._trials.begin(running, begun, sampled=2 * sampled > running)
-        drafting = self._drafting.run(running, guess=guess)
+        drafting = self._drafting.run(running, guess=guess, keep_up=self._trials.near)
         planned = self._plan(now)
         if planned is None:
             return [], None

@@ -289,8 +289,12 @@ def test_a_draft_head_where_the_device_decides_is_refused(tiny_dir: Path, head: 
 
 @pytest.mark.parametrize("dtype", ["float16", "int16"])
 def test_half_precision_pages_hold_the_heads_entries_too(
-    tiny_dir: Path, head: Path, dtype: Literal["float16", "int16"]
+    tiny_dir: Path,
+    head: Path,
+    dtype: Literal["float16", "int16"],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(draft_trials, "_MANY", {False: 1000, True: 1000})
     if library() is None:
         pytest.skip("there is no C compiler")
     config = EngineConfig(

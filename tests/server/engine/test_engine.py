@@ -9,13 +9,15 @@ from dataclasses import replace
 import pytest
 
 from offramp.models.sampling_params import ExitMode, KVFill, TokenSource
-from offramp.models.step import Step, StepResult
+from offramp.models.step import Draft, Step, StepResult
+from offramp.server.engine import draft_trials
 from offramp.server.engine import sequence as sequences
 from offramp.server.engine.engine import Engine
+from offramp.server.engine.governor import HeadPlan
 from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import EngineOutput, FinishReason, GenerationRequest, StepStats
 
-from .fake_runner import expected_answer
+from .fake_runner import FakeRunner, expected_answer
 from .test_engine_machine import BLOCK, CONTEXT, LAYERS, fake_engine, host_of, request
 
 
@@ -362,9 +364,48 @@ def test_who_asks_for_it_leaves_whatever_it_costs() -> None:
     assert len(leaves.token_ids) == len(stays.token_ids) == 12
 
 
+class Drafted(FakeRunner):
+    """Notes the entries of the draft head's calls, and the guesses that each asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(3, BLOCK, leave_share=0.0, seed=0)
+        self.calls: list[tuple[int, int]] = []
+
+    def run(self, step: Step) -> StepResult:
+        if isinstance(step, Draft):
+            entries = sum(len(item.rows) for item in step.work)
+            self.calls.append((entries, sum(item.guesses for item in step.work)))
+        return super().run(step)
+
+
+def test_the_draft_head_runs_only_where_guesses_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ninth run of four steps; entries begin anew behind those without."""
+    monkeypatch.setattr(draft_trials, "_MANY", {False: 0, True: 0})
+    monkeypatch.setattr(draft_trials, "_RUN", 4)
+    monkeypatch.setattr(draft_trials, "_SKIPPED", 1)
+    monkeypatch.setattr(draft_trials._Trial, "_every", lambda _: 9)
+    runner = Drafted()
+    engine, _ = fake_engine(num_blocks=40, drafts=True, runner=runner)
+    plan = HeadPlan(3, 0.0, (-1.0,) * 3)
+    host_of(engine).governor.head_plan = lambda rows, luck=1.0: plan  # type: ignore[method-assign]
+    requests = [request(str(i), [1, 2, i], CONTEXT - 3, ExitMode.LOSSLESS) for i in range(8)]
+    for each in requests:
+        done, _ = run(engine, [each], concurrency=1)
+        assert done[0].token_ids == expected_answer(each.prompt, CONTEXT - 3)
+    tokens = len(requests) * (CONTEXT - 3)
+    guesses = sum(asked > 0 for _, asked in runner.calls)
+    assert 0.05 < guesses / tokens < 0.2
+    # Those of the run before it and its own, and of the block in which they begin.
+    made = sum(entries for entries, _ in runner.calls)
+    assert made < 0.4 * tokens
+
+
 @pytest.mark.parametrize("save", [False, True])
-def test_adaptive_requests_are_guessed_for_where_exits_gain_nothing(*, save: bool) -> None:
+def test_adaptive_requests_are_guessed_for_where_exits_gain_nothing(
+    monkeypatch: pytest.MonkeyPatch, *, save: bool
+) -> None:
     """Not those that want exits whatever they cost; answers are the same in any case."""
+    monkeypatch.setattr(draft_trials, "_MANY", {False: 1000, True: 1000})
     engine, _ = fake_engine(leave_share=0.0, num_blocks=40, drafts=True)
     governor = host_of(engine).governor
     governor.exits_save = lambda rows: save  # type: ignore[method-assign]
