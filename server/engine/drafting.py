@@ -60,8 +60,8 @@ class Drafting:
         self._accepted: Counter[DraftSource] = Counter()
         self._accepted_at: Counter[int] = Counter()
         self._runs = 0
-        self._running = 0
         self._adaptive = adaptive
+        self._exits_save = False
         self._keeping_up = True
 
     def ask(self, sequence: Sequence) -> None:
@@ -100,7 +100,8 @@ class Drafting:
         Where ``guess`` is False, only what a grammar forces. With ``keep_up`` the draft head's
         entries are made all the same, many at a time, so that its next guesses are no worse.
         """
-        self._running, self._keeping_up = running, keep_up
+        self._exits_save = self._adaptive and self._governor.exits_save(running)
+        self._keeping_up = keep_up
         if not keep_up:
             self._let_go(list(self._holding.values()))
         asking = {
@@ -177,8 +178,7 @@ class Drafting:
     def _guesses(self, sequence: Sequence) -> bool:
         if sequence.lossless:
             return True
-        adaptive = self._adaptive and sequence.may_guess
-        return adaptive and not self._governor.exits_save(self._running)
+        return self._adaptive and sequence.may_guess and not self._exits_save
 
     def _room(self, sequence: Sequence) -> int:
         return min(draft_room(sequence, self._info), self._info.max_num_batched_tokens - 1)
