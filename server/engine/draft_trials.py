@@ -13,8 +13,8 @@ from statistics import fmean, median
 
 # Steps in a row that run one way; the first of them still feel the other one.
 _RUN, _SKIPPED = 32, 12
-# One run in so many goes the other way: every other one while that looks faster, or
-# is not known; else as many as cost this share of all time, within bounds.
+# One run in so many goes the other way: every other one while that looks faster, or is not known;
+# else as many as cost this share of all time, within bounds.
 _OTHER_OFTEN, _OTHER_RARELY, _OTHER_RAREST = 2, 16, 64
 _SPENT = 0.01
 # A new sample moves a mean by at least this share. How many tokens a step makes depends on the
