@@ -185,7 +185,10 @@ class NativeLayers:
             self.check_pages(pages)
             if taps is not None:
                 self._check_taps(taps)
-            self._memory = memory_of(self._library, pages, rows.rotary.angles, taps)
+            states = None if taps is None else taps.states
+            self._memory = memory_of(self._library, pages, rows.rotary.angles, states)
+            if taps is not None:
+                self._memory.state_slots = taps.slots.data_ptr()
             self._known = given
         if rows.block_size != pages.shape[3]:
             raise ValueError(f"blocks of {rows.block_size} tokens, pages of {pages.shape[3]}")
@@ -242,9 +245,9 @@ def same(given: tuple[object, ...], known: tuple[object, ...]) -> bool:
 
 
 def memory_of(
-    found: Library, pages: Tensor, angles: tuple[Tensor, Tensor], taps: Taps | None
+    found: Library, pages: Tensor, angles: tuple[Tensor, Tensor], states: Tensor | None
 ) -> Batch:
-    """What passes over the same memory have in common."""
+    """What passes over the same memory, and ``states`` [n, F, width] beside it, have in common."""
     layer_step, kind_step, block_step = page_steps(pages)
     cos, sin = angles
     batch = Batch(
@@ -257,9 +260,8 @@ def memory_of(
         cos=cos.data_ptr(),
         sin=sin.data_ptr(),
     )
-    if taps is not None:
-        batch.states, batch.state_stride = taps.states.data_ptr(), taps.states.stride(0)
-        batch.state_slots = taps.slots.data_ptr()
+    if states is not None:
+        batch.states, batch.state_stride = states.data_ptr(), states.stride(0)
     return batch
 
 

@@ -192,12 +192,11 @@ class NativeDraft:
         check_indices("positions in blocks", first, end - 1, room)
 
     def _check_memory(self, pages: Tensor, states: Tensor) -> None:
-        """The same at every call, and looking at tensors is not free."""
+        """Check what is the same at every call: looking at tensors is not free."""
         width, columns = self._layer.shape.width, self._weights.fuse.columns
         self._layer.check_pages(pages)
         check_shape("states", states, (states.shape[0], columns // width - 1, width))
-        self._memory = memory_of(self._library, pages, self._parts.angles, None)
-        self._memory.states, self._memory.state_stride = states.data_ptr(), states.stride(0)
+        self._memory = memory_of(self._library, pages, self._parts.angles, states)
         self._known = pages, states
 
 
