@@ -1,9 +1,9 @@
 """Questions with fixed answers: prompts that climb the stack together until each one is decided.
 
 Nothing is generated afterwards, so no K,V are owed: when all questions about an input are decided,
-the layers above run for none of its tokens. The unit of work is a block of K,V. Every block knows
-how many segments it has been through, and its states stay where its K,V are; a later request that
-shares the block and wants more of it goes on from there.
+the layers above run for none of its tokens. The unit of work is a block of K,V. Each is known to
+have been through so many segments (DecisionBlocks), and its states stay where its K,V are; a later
+request that shares the block and wants more of it goes on from there.
 
 An embedding is such a read behind all layers. Its mean is over the states of all positions, so of
 cached blocks it takes only those whose states are there, of other decisions and embeddings, not the
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from offramp.models.step import AnswerRead, Decide, PromptRows, StepRunner
 from offramp.server.engine.blocks import SequenceMemory, block_hashes
+from offramp.server.engine.decision_blocks import DecisionBlocks
 from offramp.server.engine.request import (
     AnswerRequest,
     AnswerResult,
@@ -36,8 +37,6 @@ logger = logging.getLogger("offramp.engine")
 # Requests that climb at once, and rows of questions that one request has in the stack at once.
 _MOST_JOBS = 32
 _MOST_ROWS = 4096
-# Names blocks that have not been through the whole stack.
-_PARTIAL = b"partial:"
 
 
 @dataclass(slots=True, eq=False)
@@ -106,9 +105,7 @@ class Decisions:
         self._top = len(self._bounds) - 1
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
-        # Segments that a block has been through, and the prompt it is known to hold.
-        self._depth: dict[int, int] = {}
-        self._made: dict[int, bytes] = {}
+        self._blocks = DecisionBlocks(memory, self._top)
         self._events: list[TokenEvent] = []
 
     @property
@@ -236,7 +233,7 @@ class Decisions:
         # Heads and embeddings read means, for which a block's states must have been seen.
         plain = all(read.task is None and not read.pooling for read in job.request.reads)
         for digest in job.digests:
-            found = self._known(digest, plain=plain)
+            found = self._blocks.find(digest, plain=plain)
             if found is None:
                 break
             job.shared.append(found)
@@ -251,24 +248,9 @@ class Decisions:
             job.shared = []
             return False
         for index, block in enumerate(new, start=len(job.shared)):
-            self._claim(block, job.digests[index] if index < len(job.digests) else None)
+            self._blocks.claim(block, job.digests[index] if index < len(job.digests) else None)
         job.shared += new
         return True
-
-    def _known(self, digest: bytes, *, plain: bool) -> int | None:
-        """Hold a cached block with this content, one that others' prompts left if ``plain``."""
-        pool = self._memory.blocks
-        for name in (_PARTIAL + digest, digest):
-            for block in pool.share([name]):
-                if self._made.get(block) == digest:
-                    return block
-                if plain and name == digest:
-                    # Others' prompts have no states here, whatever the block held before.
-                    self._depth[block] = self._top
-                    self._made.pop(block, None)
-                    return block
-                pool.release([block])
-        return None
 
     def _start(self, job: _Job) -> bool:
         """Let waiting reads of a job climb, as many as there is room for."""
@@ -285,20 +267,13 @@ class Decisions:
             if own is None:
                 break
             for block in own:
-                self._claim(block)
+                self._blocks.claim(block)
             job.waiting.popleft()
             job.climbing.append(_Prompt(index, request, job.shared[:full] + own, full))
             rows += len(request.tokens) - len(job.tokens)
         job.positions += rows
         job.segment = 0
         return bool(job.climbing)
-
-    def _claim(self, block: int, digest: bytes | None = None) -> None:
-        """A block that was given out has been through nothing yet."""
-        self._depth[block] = 0
-        self._made.pop(block, None)
-        if digest is not None:
-            self._made[block] = digest
 
     def _gather(self, job: _Job, call: _Call) -> None:
         """Add the job's rows that stand before the call's segment, as far as there is room.
@@ -361,7 +336,7 @@ class Decisions:
         return True
 
     def _pending(self, block: int, call: _Call) -> bool:
-        return self._depth[block] <= call.segment and block not in call.blocks
+        return self._blocks.depth(block) <= call.segment and block not in call.blocks
 
     def _wanted(self, request: AnswerRequest, segment: int) -> bool:
         """Whether the answer may leave after ``segment``."""
@@ -373,8 +348,7 @@ class Decisions:
         """Carry a call out and commit it."""
         step = Decide(call.segment, tuple(call.work), tuple(call.reads), tuple(call.copies))
         result = self._runner.run(step)
-        for block in call.blocks:
-            self._depth[block] = call.segment + 1
+        self._blocks.ran(call.blocks, call.segment)
         for (job, prompt), logits in zip(call.asked, result.logits, strict=True):
             if self._decided(prompt.request, logits, call.segment):
                 layer = self._bounds[call.segment + 1]
@@ -408,13 +382,12 @@ class Decisions:
             self._end(job, FinishReason.STOP, answers=answers)
             return
         pending = [*job.shared, *(b for p in job.climbing for b in p.table[p.own :])]
-        if all(self._depth[block] > segment for block in pending):
+        if all(self._blocks.depth(block) > segment for block in pending):
             job.segment = segment + 1
 
     def _fail(self, call: _Call) -> None:
         """End the requests of a step that failed, and those that hold what it left half done."""
-        for block in call.blocks:
-            self._made.pop(block, None)
+        self._blocks.spoil(call.blocks)
         for job in list(self._running):
             if job in call.jobs or not call.blocks.keys().isdisjoint(job.shared):
                 self._remove(job)
@@ -427,11 +400,7 @@ class Decisions:
             return
         self._running.remove(job)
         pool = self._memory.blocks
-        for block, digest in zip(job.shared, job.digests, strict=False):
-            depth = self._depth[block]
-            if depth and self._made.get(block) == digest and self._memory.prefix_caching:
-                whole = depth == self._top
-                pool.rename(block, digest if whole else _PARTIAL + digest)
+        self._blocks.publish(job.shared, job.digests)
         for prompt in job.climbing:
             pool.release(prompt.table[prompt.own :])
         pool.release(job.shared)
