@@ -51,22 +51,26 @@ class Admission:
         else:
             self.waiting.remove(sequence)
 
-    def schedule(self, ready: abc.Iterable[Sequence], now: float) -> list[Sequence]:
+    def schedule(
+        self, ready: abc.Iterable[Sequence], now: float, *, preempt: bool = True
+    ) -> list[Sequence]:
         """Sequences for the next step of the first segment, each with a chunk in the cache.
 
         Of those ``ready`` there, decode tokens come first, then chunks of prompts; then waiting
         sequences are admitted. The step's token budget and the hidden rows bound all together.
-        Sequences that are preempted for blocks leave their decoder.
+        Sequences that are preempted for blocks leave their decoder. Without ``preempt`` those for
+        which there are none are left out instead.
         """
         chosen: list[Sequence] = []
         budget = self._info.max_num_batched_tokens
         # False sorts first: decode tokens before chunks of prompts, otherwise in order of arrival.
         for sequence in sorted(ready, key=lambda each: not each.decoding):
             preempted = sequence.decoder is None
-            if not preempted and self._start_chunk(sequence, budget, chosen):
+            if not preempted and self._start_chunk(sequence, budget, chosen, preempt=preempt):
                 budget -= len(sequence.chunk)
         while budget and self._memory.rows.num_free:
             admitted = self._admit(now)
+            # It has blocks for all its tokens, so none is preempted for it.
             if admitted is None or not self._start_chunk(admitted, budget, chosen):
                 break
             budget -= len(admitted.chunk)
@@ -82,12 +86,19 @@ class Admission:
                 return False
         return True
 
-    def _start_chunk(self, sequence: Sequence, budget: int, chosen: list[Sequence]) -> bool:
+    def _start_chunk(
+        self, sequence: Sequence, budget: int, chosen: list[Sequence], *, preempt: bool = True
+    ) -> bool:
         """Make the sequence's next positions its chunk; False if there is no room for any."""
         count = min(sequence.remaining, budget, self._memory.rows.num_free)
         if sequence.audit and len(self.running) > 1:
             count = min(count, _AUDIT_ROWS)
-        if count <= 0 or not self.make_room(sequence, sequence.computed[0] + count, chosen):
+        if count <= 0:
+            return False
+        length = sequence.computed[0] + count
+        if not self._memory.grow(sequence, length) and not (
+            preempt and self.make_room(sequence, length, chosen)
+        ):
             return False
         self._memory.start_chunk(sequence, count)
         chosen.append(sequence)

@@ -147,7 +147,8 @@ class HostDecoder:
             queue, ready = self._queues[segment], len(self._queues[0])
             if not self.governor.holds(segment, len(queue), ready, queue.oldest_age(now)):
                 return self._plan_upper(segment, now)
-        first = self._plan_first(now)
+        # What is held back would free blocks and needs none: no one is preempted for those ahead.
+        first = self._plan_first(now, preempt=not upper)
         return self._plan_upper(upper[0], now) if first is None and upper else first
 
     def _due(self) -> list[Sequence]:
@@ -190,8 +191,8 @@ class HostDecoder:
         )
         return FillKV(method, work), sequences
 
-    def _plan_first(self, now: float) -> tuple[_Planned, list[Sequence]] | None:
-        chosen = self._admission.schedule(self._queues[0], now)
+    def _plan_first(self, now: float, *, preempt: bool) -> tuple[_Planned, list[Sequence]] | None:
+        chosen = self._admission.schedule(self._queues[0], now, preempt=preempt)
         for sequence in chosen:
             if sequence.queue is not None:
                 sequence.queue.remove(sequence)

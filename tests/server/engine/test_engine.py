@@ -236,6 +236,24 @@ def test_preempted_requests_finish_with_the_same_answer() -> None:
     assert [item.token_ids for item in done] == [expected_answer(p, 14) for p in prompts]
 
 
+def test_none_is_preempted_while_a_group_is_held_back() -> None:
+    """The group runs instead: it ends and frees blocks; who is preempted comes back at once."""
+    engine, _ = fake_engine(num_blocks=10, max_hold=1e6, leave_share=1.0, max_debt=4)
+    prompts = [[0] * 8, [1] * 9, [1, 0] * 4]
+    requests = [
+        request("0", prompts[0], 8),
+        request("1", prompts[1], 11, ExitMode.LOSSLESS),
+        request("2", prompts[2], 11, ExitMode.LOSSLESS),
+    ]
+    done, stats = run(engine, requests)
+    assert [item.token_ids for item in done] == [
+        expected_answer(prompt, len(item.token_ids))
+        for prompt, item in zip(prompts, done, strict=True)
+    ]
+    assert sum(item.preemptions for item in stats) <= 2
+    assert len(stats) < 60
+
+
 def test_long_prompts_go_up_in_chunks_beside_decoding() -> None:
     """A chunk never exceeds the token budget, and decoding goes on next to it."""
     engine, _ = fake_engine(num_blocks=40, max_batched=5)
