@@ -76,13 +76,20 @@ class Admission:
             budget -= len(admitted.chunk)
         return chosen
 
-    def make_room(self, sequence: Sequence, length: int, spared: abc.Sequence[Sequence]) -> bool:
-        """Take blocks for ``length`` positions of a sequence, if need be from others.
+    def make_room(
+        self,
+        sequence: Sequence,
+        length: int,
+        spared: abc.Sequence[Sequence],
+        *,
+        preempt: bool = True,
+    ) -> bool:
+        """Take blocks for ``length`` positions of a sequence, with ``preempt`` also from others.
 
-        False if the sequence itself was preempted; those ``spared`` never are.
+        False if there are none, or the sequence itself was preempted; those ``spared`` never are.
         """
         while not self._memory.grow(sequence, length):
-            if self._preempt(spared) is sequence:
+            if not preempt or self._preempt(spared) is sequence:
                 return False
         return True
 
@@ -93,12 +100,8 @@ class Admission:
         count = min(sequence.remaining, budget, self._memory.rows.num_free)
         if sequence.audit and len(self.running) > 1:
             count = min(count, _AUDIT_ROWS)
-        if count <= 0:
-            return False
         length = sequence.computed[0] + count
-        if not self._memory.grow(sequence, length) and not (
-            preempt and self.make_room(sequence, length, chosen)
-        ):
+        if count <= 0 or not self.make_room(sequence, length, chosen, preempt=preempt):
             return False
         self._memory.start_chunk(sequence, count)
         chosen.append(sequence)
