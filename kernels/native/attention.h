@@ -65,13 +65,19 @@ static size_t shared_partial_floats(const struct shape *s, const struct batch *b
  * Memory up to a multiple of LANES is written. */
 static void exponentials(float *scores, int64_t count, float found[2]) {
     int64_t padded = (count + LANES - 1) / LANES * LANES;
-    floats most = broadcast(-INFINITY), sums = {0};
+    floats most[2] = {broadcast(-INFINITY), broadcast(-INFINITY)}, sums = {0};
     for (int64_t i = count; i < padded; i++) scores[i] = -INFINITY;
-    for (int64_t i = 0; i < padded; i += LANES) most = larger(*(floats *)(scores + i), most);
-    float top = most[0];
-    for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
-    for (int64_t i = 0; i < padded; i += LANES) {
-        floats e = vector_exp(*(floats *)(scores + i) - top);
+    int64_t i = 0;
+    for (; i + LANES < padded; i += 2 * LANES) {
+        most[0] = larger(*(floats *)(scores + i), most[0]);
+        most[1] = larger(*(floats *)(scores + i + LANES), most[1]);
+    }
+    if (i < padded) most[0] = larger(*(floats *)(scores + i), most[0]);
+    most[0] = larger(most[0], most[1]);
+    float top = most[0][0];
+    for (int lane = 1; lane < LANES; lane++) top = most[0][lane] > top ? most[0][lane] : top;
+    for (i = 0; i < padded; i += LANES) {
+        floats e = exp_below_88(*(floats *)(scores + i) - top);
         *(floats *)(scores + i) = e;
         sums += e;
     }

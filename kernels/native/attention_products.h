@@ -8,8 +8,8 @@
 
 #include "elementwise.h"
 
-/* Queries and vectors of keys whose scores stay in registers. */
-enum { MOST_HEADS = 6, COLUMN_HEADS = 3, KEY_VECTORS = LANES == 16 ? 2 : 1 };
+/* Queries whose scores stay in registers, most and for keys as columns. */
+enum { MOST_HEADS = 6, COLUMN_HEADS = LANES == 16 ? 6 : 4 };
 /* Queries of a run from which on its keys become columns. */
 enum { MANY_QUERIES = 18 };
 /* Values that become floats at once. */
@@ -131,89 +131,69 @@ INLINE void score_few(const struct run_heads *queries, int count, const struct p
     }
 }
 
-/* Add to ``sums`` the products of lane ``lane`` of HEADS queries q and of VECTORS * LANES keys,
- * keys [VECTORS, dim, LANES]. */
-INLINE void add_lane(float *const *q, const float *keys, int dim, int lane,
-                     floats (*sums)[KEY_VECTORS], const int HEADS, const int VECTORS) {
-    floats own[COLUMN_HEADS][KEY_VECTORS] = {0};
-    for (int i = lane; i < dim; i += LANES) {
-        floats parts[KEY_VECTORS];
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++)
-            parts[v] = in_register(*(const floats *)(keys + (v * dim + i) * LANES));
-#pragma GCC unroll 3
-        for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; v++) own[h][v] += q[h][i] * parts[v];
+/* The products of lane ``lane`` of HEADS queries q and of LANES keys [dim, LANES], added up. */
+INLINE void sum_lane(float *const *q, const float *keys, int dim, int lane, floats *sums,
+                     const int HEADS) {
+    floats key = in_register(*(const floats *)(keys + lane * LANES));
+#pragma GCC unroll 6
+    for (int h = 0; h < HEADS; h++) sums[h] = q[h][lane] * key;
+    for (int i = lane + LANES; i < dim; i += LANES) {
+        key = in_register(*(const floats *)(keys + i * LANES));
+#pragma GCC unroll 6
+        for (int h = 0; h < HEADS; h++) sums[h] += q[h][i] * key;
     }
-#pragma GCC unroll 3
-    for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) sums[h][v] += own[h][v];
 }
 
 /* Scores of HEADS queries from number ``from`` on for these keys, to [HEADS, span]. The lanes that
  * score_rows has are added up in its order, that of sum_lanes. */
 INLINE void score_columns(const struct run_heads *queries, int from, const float *keys,
-                          const floats *scales, float *to, size_t span, const int HEADS,
-                          const int VECTORS) {
+                          floats scales, float *to, size_t span, const int HEADS) {
     int dim = queries->dim;
     float *q[MOST_HEADS];
     find_heads(queries, from, q, HEADS);
-    floats halves[2][COLUMN_HEADS][KEY_VECTORS] = {0};
+    floats halves[2][COLUMN_HEADS];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++)
 #pragma GCC unroll 2
         for (int lane = half; lane < 4; lane += 2) {
-            floats quarter[COLUMN_HEADS][KEY_VECTORS] = {0}, other[COLUMN_HEADS][KEY_VECTORS] = {0};
-            add_lane(q, keys, dim, lane, quarter, HEADS, VECTORS);
-            if (LANES == 16) add_lane(q, keys, dim, lane + 8, quarter, HEADS, VECTORS);
-            add_lane(q, keys, dim, lane + 4, other, HEADS, VECTORS);
-            if (LANES == 16) add_lane(q, keys, dim, lane + 12, other, HEADS, VECTORS);
-#pragma GCC unroll 3
-            for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; v++) halves[half][h][v] += quarter[h][v] + other[h][v];
+            floats quarter[COLUMN_HEADS], other[COLUMN_HEADS], upper[COLUMN_HEADS];
+            sum_lane(q, keys, dim, lane, quarter, HEADS);
+            if (LANES == 16) sum_lane(q, keys, dim, lane + 8, upper, HEADS);
+#pragma GCC unroll 6
+            for (int h = 0; LANES == 16 && h < HEADS; h++) quarter[h] += upper[h];
+            sum_lane(q, keys, dim, lane + 4, other, HEADS);
+            if (LANES == 16) sum_lane(q, keys, dim, lane + 12, upper, HEADS);
+#pragma GCC unroll 6
+            for (int h = 0; h < HEADS; h++) {
+                if (LANES == 16) other[h] += upper[h];
+                other[h] += quarter[h];
+                if (lane > half) other[h] += halves[half][h];
+                halves[half][h] = other[h];
+            }
         }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++)
-            *(floats *)(to + h * span + v * LANES) =
-                scales[v] * (halves[0][h][v] + halves[1][h][v]);
+        *(floats *)(to + h * span) = scales * (halves[0][h] + halves[1][h]);
 }
 
-/* The same of ``count`` queries, ``vectors`` * LANES keys. */
+/* The same of ``count`` queries. */
 static void score_panel(const struct run_heads *queries, int count, const float *keys,
-                        const floats *scales, float *to, size_t span, int vectors) {
+                        floats scales, float *to, size_t span) {
     int from = 0;
-#define SCORE_BOTH(HEADS)                                                                          \
-    score_columns(queries, from, keys, scales, to + from * span, span, HEADS, KEY_VECTORS)
-#define SCORE(HEADS) score_columns(queries, from, keys, scales, to + from * span, span, HEADS, 1)
-    if (vectors > 1) {
-        TILES(3, SCORE_BOTH);
-        TILES(1, SCORE_BOTH);
-    } else {
-        TILES(3, SCORE);
-        TILES(1, SCORE);
-    }
-#undef SCORE_BOTH
+#define SCORE(HEADS) score_columns(queries, from, keys, scales, to + from * span, span, HEADS)
+    TILES(COLUMN_HEADS, SCORE);
+    TILES(3, SCORE);
+    TILES(1, SCORE);
 #undef SCORE
 }
 
 /* The same for all keys of a part, which become columns first: that pays for many queries.
- * ``panel`` [KEY_VECTORS, dim, LANES] is scratch. */
+ * ``panel`` [dim, LANES] is scratch. */
 INLINE void score_many(const struct run_heads *queries, int count, const struct part *part,
                        float scale, float *to, size_t span, float *panel, const int FORMAT) {
-    for (int i = 0; i < part->count; i += KEY_VECTORS * LANES) {
-        int vectors = 0;
-        floats scales[KEY_VECTORS];
-        for (; vectors < KEY_VECTORS && i + vectors * LANES < part->count; vectors++) {
-            int first = i + vectors * LANES;
-            transpose_keys(part, first, panel + vectors * LANES * part->dim, FORMAT);
-            scales[vectors] = score_scales(part, first, scale, FORMAT);
-        }
-        score_panel(queries, count, panel, scales, to + i, span, vectors);
+    for (int i = 0; i < part->count; i += LANES) {
+        transpose_keys(part, i, panel, FORMAT);
+        score_panel(queries, count, panel, score_scales(part, i, scale, FORMAT), to + i, span);
     }
 }
 

@@ -264,6 +264,17 @@ INLINE void transpose(floats rows[LANES]) {
 #endif
 }
 
+/* The larger of each two lanes. */
+INLINE ints larger_ints(ints a, ints b) {
+#if defined(__AVX512F__)
+    return (ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (ints)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    return (ints)select_lanes(a > b, (floats)a, (floats)b);
+#endif
+}
+
 /* The scale at which x [count], whole vectors, is fixed point from -``most`` to ``most``, and what
  * numbers are multiplied with to become so: 0 and 0 where all are next to nothing. */
 INLINE float fixed_point_scale(const float *x, int count, int most, float *inverse) {
@@ -271,8 +282,7 @@ INLINE float fixed_point_scale(const float *x, int count, int most, float *inver
     ints largest = {0};
     for (int i = 0; i < count; i += LANES) {
         /* Floats without their sign are ordered like integers; NaN is the largest. */
-        ints size = *(const ints *)(x + i) & 0x7fffffff;
-        largest = (ints)select_lanes(size > largest, (floats)size, (floats)largest);
+        largest = larger_ints(*(const ints *)(x + i) & 0x7fffffff, largest);
     }
     int32_t bits = largest_lane(largest);
     float size;
@@ -287,9 +297,10 @@ INLINE ints to_fixed_point(floats x, float inverse) {
     return (ints)((uints)(x * inverse + magic) - (uints)broadcast(magic));
 }
 
-/* exp with arguments clamped to [-87, 88]; relative error 2e-7 (the polynomial of Cephes' expf). */
-INLINE floats vector_exp(floats x) {
-    x = larger(broadcast(-87.0f), -larger(broadcast(-88.0f), -x));
+/* exp of numbers up to 88; below -87 it is that of -87. Relative error 2e-7 (the polynomial of
+ * Cephes' expf). */
+INLINE floats exp_below_88(floats x) {
+    x = larger(broadcast(-87.0f), x);
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to the nearest integer */
     floats n = x * 1.44269504088896341f + magic - magic;
     floats r = x - n * 0.693359375f;
@@ -300,7 +311,16 @@ INLINE floats vector_exp(floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+    return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return p * (floats)((__builtin_convertvector(n, ints) + 127) << 23);
+#endif
+}
+
+/* exp with arguments clamped to [-87, 88]. */
+INLINE floats vector_exp(floats x) {
+    return exp_below_88(-larger(broadcast(-88.0f), -x));
 }
 
 #endif

@@ -188,11 +188,16 @@ def test_long_contexts_are_shared_or_not_with_the_same_result(
 
 @pytest.mark.parametrize("pages", [torch.float32, torch.float16, torch.int16])
 @pytest.mark.parametrize("form", [WeightFormat.FP32, WeightFormat.INT8, WeightFormat.INT4])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"head_dim": 64}, SIZES["wide heads"], SIZES["five share a head"]],
+    ids=["plain", "heads of 64", "heads of 48", "five share a head"],
+)
 def test_results_do_not_depend_on_company_chunks_or_threads(
-    form: WeightFormat, pages: torch.dtype
+    changes: dict[str, object], form: WeightFormat, pages: torch.dtype
 ) -> None:
     """Bit for bit: a chunk of a prompt, a token alone and one among many are the same."""
-    shape = config()
+    shape = config(**changes)
     model = build(shape, weights(shape, form), form)
     hidden = torch.randn(70, shape.hidden_size)
     own = table(0, 70)
