@@ -73,9 +73,7 @@ static void exponentials(float *scores, int64_t count, float found[2]) {
         most[1] = larger(*(floats *)(scores + i + LANES), most[1]);
     }
     if (i < padded) most[0] = larger(*(floats *)(scores + i), most[0]);
-    most[0] = larger(most[0], most[1]);
-    float top = most[0][0];
-    for (int lane = 1; lane < LANES; lane++) top = most[0][lane] > top ? most[0][lane] : top;
+    float top = largest_number(larger(most[0], most[1]));
     for (i = 0; i < padded; i += LANES) {
         floats e = exp_below_88(*(floats *)(scores + i) - top);
         *(floats *)(scores + i) = e;
@@ -159,9 +157,10 @@ INLINE void attend(const struct shape *s, const struct layer *l, const struct ba
             float *weights = scores + ((j / group * count + r) * group + j % group) * SCORE_STRIDE;
             float *partial = partials->first + r * partials->row_step + j * partials->head_step;
             exponentials(weights + first, end - first, partial + dim);
-            memset(weights, 0, sizeof(float) * first);
-            memset(weights + end, 0, sizeof(float) * (c.end - c.first - end));
-            memset(partial, 0, sizeof(float) * dim);
+            if (first > 0) memset(weights, 0, sizeof(float) * first);
+            if (end < c.end - c.first)
+                memset(weights + end, 0, sizeof(float) * (c.end - c.first - end));
+            for (int i = 0; i < dim; i += LANES) *(floats *)(partial + i) = (floats){0};
         }
     }
     for (int i = c.parts; i < 2 * c.parts; i++)

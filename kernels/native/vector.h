@@ -59,6 +59,17 @@ INLINE floats larger(floats a, floats b) {
 #endif
 }
 
+/* The largest lane of numbers. */
+INLINE float largest_number(floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
 /* ``v``, which several instructions use: keeps the compiler from loading it for each of them. */
 INLINE floats in_register(floats v) {
 #if defined(__AVX__)
