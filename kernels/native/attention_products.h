@@ -144,6 +144,17 @@ INLINE void sum_lane(float *const *q, const float *keys, int dim, int lane, floa
     }
 }
 
+/* The same of a lane of the lower eight and, of 16, the one that sum_lanes adds to it first. */
+INLINE void sum_lane_of_eight(float *const *q, const float *keys, int dim, int lane, floats *sums,
+                              const int HEADS) {
+    sum_lane(q, keys, dim, lane, sums, HEADS);
+    if (LANES == 8) return;
+    floats upper[COLUMN_HEADS];
+    sum_lane(q, keys, dim, lane + 8, upper, HEADS);
+#pragma GCC unroll 6
+    for (int h = 0; h < HEADS; h++) sums[h] += upper[h];
+}
+
 /* Scores of HEADS queries from number ``from`` on for these keys, to [HEADS, span]. The lanes that
  * score_rows has are added up in its order, that of sum_lanes. */
 INLINE void score_columns(const struct run_heads *queries, int from, const float *keys,
@@ -156,19 +167,14 @@ INLINE void score_columns(const struct run_heads *queries, int from, const float
     for (int half = 0; half < 2; half++)
 #pragma GCC unroll 2
         for (int lane = half; lane < 4; lane += 2) {
-            floats quarter[COLUMN_HEADS], other[COLUMN_HEADS], upper[COLUMN_HEADS];
-            sum_lane(q, keys, dim, lane, quarter, HEADS);
-            if (LANES == 16) sum_lane(q, keys, dim, lane + 8, upper, HEADS);
-#pragma GCC unroll 6
-            for (int h = 0; LANES == 16 && h < HEADS; h++) quarter[h] += upper[h];
-            sum_lane(q, keys, dim, lane + 4, other, HEADS);
-            if (LANES == 16) sum_lane(q, keys, dim, lane + 12, upper, HEADS);
+            floats quarter[COLUMN_HEADS], other[COLUMN_HEADS];
+            sum_lane_of_eight(q, keys, dim, lane, quarter, HEADS);
+            sum_lane_of_eight(q, keys, dim, lane + 4, other, HEADS);
 #pragma GCC unroll 6
             for (int h = 0; h < HEADS; h++) {
-                if (LANES == 16) other[h] += upper[h];
-                other[h] += quarter[h];
-                if (lane > half) other[h] += halves[half][h];
-                halves[half][h] = other[h];
+                floats both = quarter[h] + other[h];
+                if (lane > half) both += halves[half][h];
+                halves[half][h] = both;
             }
         }
 #pragma GCC unroll 6

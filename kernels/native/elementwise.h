@@ -34,12 +34,8 @@ INLINE void rms_norm(const float *x, const float *weight, float *out, int width,
 INLINE int largest(const float *x, int count) {
     floats most = broadcast(-INFINITY);
     int whole = count / LANES * LANES;
-    for (int i = 0; i < whole; i += LANES) {
-        floats v = *(const floats *)(x + i);
-        most = select_lanes(v > most, v, most);
-    }
-    float top = -INFINITY;
-    for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    for (int i = 0; i < whole; i += LANES) most = larger(*(const floats *)(x + i), most);
+    float top = largest_number(most);
     for (int i = whole; i < count; i++) top = x[i] > top ? x[i] : top;
     for (int i = 0; i < count; i++)
         if (x[i] == top) return i;

@@ -59,6 +59,17 @@ INLINE floats larger(floats a, floats b) {
 #endif
 }
 
+/* The same of integers. */
+INLINE ints larger_ints(ints a, ints b) {
+#if defined(__AVX512F__)
+    return (ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (ints)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    return (ints)select_lanes(a > b, (floats)a, (floats)b);
+#endif
+}
+
 /* The largest lane of numbers. */
 INLINE float largest_number(floats v) {
 #if defined(__AVX512F__)
@@ -272,17 +283,6 @@ INLINE void transpose(floats rows[LANES]) {
         rows[j] = __builtin_shufflevector(b[j], b[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
         rows[j + 4] = __builtin_shufflevector(b[j], b[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
-#endif
-}
-
-/* The larger of each two lanes. */
-INLINE ints larger_ints(ints a, ints b) {
-#if defined(__AVX512F__)
-    return (ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-    return (ints)_mm256_max_epi32((__m256i)a, (__m256i)b);
-#else
-    return (ints)select_lanes(a > b, (floats)a, (floats)b);
 #endif
 }
 
