@@ -122,10 +122,26 @@ class DraftCall(ctypes.Structure):
     ]
 
 
-class HeadWeights(ctypes.Structure):
-    """Final norm and LM head."""
+class Screen(ctypes.Structure):
+    """A coarse copy of an LM head, and how far off its logits may be."""
 
-    _fields_: ClassVar = [("weight", Matrix), ("norm", c_void_p), ("eps", c_float)]
+    _fields_: ClassVar = [
+        ("weight", Matrix),
+        ("basis", c_void_p),
+        ("along", c_void_p),
+        ("across", c_void_p),
+    ]
+
+
+class HeadWeights(ctypes.Structure):
+    """Final norm and LM head; the address of a Screen, or None."""
+
+    _fields_: ClassVar = [
+        ("weight", Matrix),
+        ("norm", c_void_p),
+        ("eps", c_float),
+        ("screen", c_void_p),
+    ]
 
 
 class HeadCall(ctypes.Structure):
@@ -135,6 +151,7 @@ class HeadCall(ctypes.Structure):
         ("rows", c_int32),
         ("hidden", c_void_p),
         ("places", c_void_p),
+        ("screened", c_int32),
         ("logits", c_void_p),
         ("best", c_void_p),
     ]

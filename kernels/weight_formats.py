@@ -37,7 +37,8 @@ GROUP = 32
 """Columns that share a scale in the 8-bit and 4-bit formats (ggml's Q8_0 and Q4_1)."""
 _LEVELS = 15
 _LARGEST_BYTE = 127
-_BLOCK_ROWS = 2048
+BLOCK_ROWS = 2048
+"""Rows converted at a time, because a conversion takes several times their memory."""
 _SET = 32
 # Columns of one word of levels, in the order of its bytes; of 4 bits the low halves, then the high.
 _INT8_ORDER = (0, 2, 1, 3)
@@ -66,7 +67,8 @@ _NATIVE = {
 """Formats of the C kernels, with the names of their constants there."""
 
 
-_ARENA = Arena()
+ARENA = Arena()
+"""Where weights lie."""
 
 
 class PackedWeight(Protocol):
@@ -100,7 +102,7 @@ class NativeWeight:
         check_size("columns of a weight", columns)
         data = _encode(weight.float(), form)
         # fp32 may be the model's own tensor; no second one is made.
-        self._data = data if form is WeightFormat.FP32 else _ARENA.copy(data)
+        self._data = data if form is WeightFormat.FP32 else ARENA.copy(data)
         self._bias = None if bias is None else bias.float().contiguous()
         if self._bias is not None:
             check_shape("bias", self._bias, (outs,))
@@ -231,8 +233,7 @@ def _encode(weight: Tensor, form: WeightFormat) -> Tensor:
 
 
 def _in_blocks(convert: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    """Rows converted some at a time, because a conversion takes several times their memory."""
-    return torch.cat([convert(block).flatten() for block in weight.split(_BLOCK_ROWS)])
+    return torch.cat([convert(block).flatten() for block in weight.split(BLOCK_ROWS)])
 
 
 def _check_fp16_range(weight: Tensor) -> None:
@@ -256,10 +257,26 @@ def _encode_int8(weight: Tensor) -> Tensor:
 
 def _encode_int4(weight: Tensor) -> Tensor:
     """Q4_1: fp16 scales, fp16 minima, then 32 half bytes a group."""
-    levels, scale, low = int4_grid(weight)
+    return _int4_sets(*int4_grid(weight))
+
+
+def _int4_sets(levels: Tensor, scale: Tensor, low: Tensor) -> Tensor:
     words = levels.to(torch.uint8).unflatten(-1, (-1, 8))
     first, second = (words[..., order] for order in _INT4_ORDER)
     return _sets(first | (second << 4), scale, low)
+
+
+def round_to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight`` [out, in] in fp32 rounded to 4 bits: as the C kernels store it, and its values.
+
+    Rows are in 32s. Values beyond what fp16 holds become infinite.
+    """
+    groups = _groups(weight)
+    low, most = groups.amin(dim=-1, keepdim=True).half(), groups.amax(dim=-1, keepdim=True)
+    scale = ((most - low.float()) / _LEVELS).half()
+    levels = ((groups - low.float()) / _divisor(scale)).round().clamp_(0, _LEVELS)
+    values = (levels * scale.float() + low.float()).view(weight.shape)
+    return _int4_sets(levels, scale, low).flatten(), values
 
 
 def int4_grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -165,8 +165,14 @@ class Runner:
         scored: list[TokenLogprobs] = []
         if step.head:
             place = {row: index for index, row in enumerate(numbers)}
-            logits, best = self.model.head(hidden, [place[item.row] for item in step.head])
-            tokens, logprobs = sample_with_logprobs(logits, step.head, best)
+            places = [place[item.row] for item in step.head]
+            greedy = all(row.is_greedy for row in step.head)
+            likeliest = self.model.likeliest(hidden, places) if greedy else None
+            if likeliest is None:
+                logits, best = self.model.head(hidden, places)
+                tokens, logprobs = sample_with_logprobs(logits, step.head, best)
+            else:
+                tokens = likeliest
         spent = self._now() - begun
         if step.scored:
             scored = self._score(step.scored, hidden, numbers)

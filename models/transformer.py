@@ -14,12 +14,19 @@ from offramp.kernels.linear import Linear
 from offramp.kernels.lm_head import NativeHead
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable
-from offramp.kernels.rows import HostRows
+from offramp.kernels.rows import HostRows, Span
 from offramp.models.config import ModelConfig
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
 from offramp.models.layers import DecoderLayer
 from offramp.models.loading.formats import Recipes
+
+# Prompts of random tokens by which states are known: tokens of each, how many at once, and how
+# often at most. Of large models one pass takes long enough, so bytes of weights bound it too.
+_SAMPLE_TOKENS = 16
+_SAMPLES = 16
+_SAMPLE_PASSES = 2
+_SAMPLE_BYTES = 1 << 29
 
 
 class Segment:
@@ -178,6 +185,31 @@ class Transformer:
             return self._native_head(hidden, places)
         states = hidden[torch.tensor(places, device=self.device)]
         return self.logits(self.normed(states)), None
+
+    def likeliest(self, hidden: Tensor, places: Sequence[int]) -> list[int] | None:
+        """The tokens of the largest logits of the same rows, where the C kernels find them."""
+        if self._native_head is None:
+            return None
+        return self._native_head.likeliest(hidden, places)
+
+    def screen_head(self, cache: KVCache) -> None:
+        """Make `likeliest` faster for few rows, where that is possible.
+
+        Prompts of random tokens show where states lie (kernels/lm_head.py). Their K,V go into the
+        first blocks of the cache, which no request may hold yet.
+        """
+        if self._native_head is None or not self._native_head.most_screened:
+            return
+        length = min(_SAMPLE_TOKENS, cache.block_size, self.rotary.length)
+        spans = [Span(range(length), (block,)) for block in range(min(_SAMPLES, cache.num_blocks))]
+        rows = HostRows(spans, cache.block_size, self.rotary, self.device)
+        passes = max(1, min(_SAMPLE_PASSES, _SAMPLE_BYTES // self.weight_bytes))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.config.vocab_size, (passes, len(rows)), generator=generator)
+        every = 0, len(self.segments) - 1
+        with torch.inference_mode():
+            states = [self.run(every, some, rows, cache) for some in ids.tolist()]
+            self._native_head.screen(self.normed(torch.cat(states)))
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Final norm of full-depth states [n, d]."""

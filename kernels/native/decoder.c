@@ -62,7 +62,7 @@ void offramp_run_layers(const struct shape *s, const struct layer *layers, int32
 /* x [rows, columns] times the matrix transposed, plus its bias, into out [rows, outs]. */
 void offramp_matmul(const struct matrix *m, const float *x, float *out, int32_t rows,
                     const struct workspace *w) {
-    const struct operands t = {x, m->columns, out, m->outs, rows, 0, w->prepared};
+    const struct operands t = {x, m->columns, out, m->outs, rows, 0, w->prepared, NULL};
     memset(w->phases, 0, sizeof(struct phase) * MATMUL_PHASES);
 #pragma omp parallel num_threads(w->threads)
     {
@@ -172,6 +172,7 @@ int64_t offramp_constant(const char *name) {
         SIZE_OF(struct draft_span),
         SIZE_OF(struct draft_head),
         CONSTANT(DRAFT_PHASES),
+        SIZE_OF(struct screen),
         SIZE_OF(struct lm_head),
         SIZE_OF(struct head_rows),
         SIZE_OF(struct exit_head),

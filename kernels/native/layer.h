@@ -25,11 +25,15 @@ static void norm_inputs(const float *x, const float *weight, float eps, const st
 static void run_gate_up(const struct layer *l, const struct operands *in,
                         const struct operands *down, struct worker *worker) {
     int inner = l->down.columns, size = matmul_chunk_size(inner, worker);
+    int own = own_end(inner, size, worker);
     matmul_outputs *multiply = MATMUL[l->gate_up.format];
     prepare_inputs(&l->gate_up, in, worker);
     FOR_EACH_CHUNK(worker, c, end, size, inner) {
-        multiply(&l->gate_up, in, c, end - c, worker);
-        multiply(&l->gate_up, in, inner + c, end - c, worker);
+        struct operands gate = *in, up = *in;
+        gate.next = weight_rows(&l->gate_up, inner + c);
+        up.next = end == own ? worker->ahead : weight_rows(&l->gate_up, end);
+        multiply(&l->gate_up, &gate, c, end - c, worker);
+        multiply(&l->gate_up, &up, inner + c, end - c, worker);
         swiglu(in->out, inner, in->rows, c, end - c);
         for (int r = 0; r < in->rows; r++)
             prepare_columns(&l->down, down, r, down->x + r * down->x_stride, c, end);
@@ -54,7 +58,7 @@ static void make_keys_values(const struct shape *s, const struct layer *l, const
                              const float *hidden, struct worker *worker) {
     const struct workspace *w = worker->shared;
     int rows = b->rows, width = s->width, qkv = l->qkv.outs;
-    const struct operands to_qkv = {w->normed, width, w->wide, qkv, rows, 0, w->prepared};
+    const struct operands to_qkv = {w->normed, width, w->wide, qkv, rows, 0, w->prepared, NULL};
     norm_inputs(hidden, l->attn_norm, s->eps, &l->qkv, &to_qkv, worker);
     add_time(worker, TIME_NORMS);
     fetch_ahead(&l->o, worker);
@@ -75,9 +79,10 @@ static void attend_and_transform(const struct shape *s, const struct layer *l,
     int rows = b->rows, width = s->width, queries = s->heads * s->head_dim;
     int qkv = l->qkv.outs, wide = 2 * s->inner;
     float *prepared = w->prepared + prepared_floats(rows, w->columns);
-    const struct operands to_o = {w->normed, queries, hidden, width, rows, 1, prepared};
-    const struct operands to_gate_up = {w->normed, width, w->wide, wide, rows, 0, w->prepared};
-    const struct operands to_down = {w->wide, wide, hidden, width, rows, 1, prepared};
+    const struct operands to_o = {w->normed, queries, hidden, width, rows, 1, prepared, NULL};
+    const struct operands to_gate_up = {w->normed, width, w->wide,     wide,
+                                        rows,      0,     w->prepared, NULL};
+    const struct operands to_down = {w->wide, wide, hidden, width, rows, 1, prepared, NULL};
     attention(s, l, b, runs, w->wide, qkv, w->normed, queries, worker);
     add_time(worker, TIME_ATTENTION);
     prepare_rows(&l->o, &to_o, worker);

@@ -90,6 +90,13 @@ static int matmul_chunk_size(int outs, const struct worker *worker) {
     return chunk_size((outs + AMX_OUTS - 1) / AMX_OUTS, worker) * AMX_OUTS;
 }
 
+/* Where the thread's share of ``outs`` outputs ends, in chunks of ``size``. */
+static int own_end(int outs, int size, const struct worker *worker) {
+    int shares = count_shares(worker);
+    return MIN(share_of(worker->number % shares, shares, (outs + size - 1) / size).end * size,
+               outs);
+}
+
 /* Let threads that wait fetch the first weights of a product to come, each those it is likely to
  * take; ``m`` NULL: of none. */
 static void fetch_ahead(const struct matrix *m, struct worker *worker) {
@@ -105,8 +112,12 @@ static void fetch_ahead(const struct matrix *m, struct worker *worker) {
 /* All outputs, by all threads; fixed point inputs are there already. */
 static void matmul(const struct matrix *m, const struct operands *t, struct worker *worker) {
     prepare_inputs(m, t, worker);
-    int size = matmul_chunk_size(m->outs, worker);
-    FOR_EACH_CHUNK(worker, out, end, size, m->outs) MATMUL[m->format](m, t, out, end - out, worker);
+    int size = matmul_chunk_size(m->outs, worker), own = own_end(m->outs, size, worker);
+    FOR_EACH_CHUNK(worker, out, end, size, m->outs) {
+        struct operands some = *t;
+        if (end == own) some.next = worker->ahead;
+        MATMUL[m->format](m, &some, out, end - out, worker);
+    }
 }
 
 /* A phase that converts fixed point inputs, for those who did not. */

@@ -62,13 +62,20 @@ static void quantize_inputs(const struct matrix *m, const struct operands *t, in
         quantize_group(m->format, x + g * GROUP, at_group(to, g, row));
 }
 
-/* Fetch group ``g`` of the set behind the one in use, if it is the turn of ``tile``: all rows'
- * tiles share the work, so that memory is read all the time. Into the second cache, because
- * misses of the first are few at a time. */
-INLINE void fetch_next_set(int format, const uint8_t *set, int g, int groups, int tile, int tiles) {
+/* The set that is used after the one of outputs from ``first`` on, of those before ``last``. */
+INLINE const uint8_t *next_set(const struct matrix *m, const struct operands *t, int first,
+                               int last) {
+    int behind = first + SET;
+    return t->next && behind >= last ? t->next : weight_rows(m, behind);
+}
+
+/* Fetch group ``g`` of the set that is used next, if it is the turn of ``tile``: all rows' tiles
+ * share the work, so that memory is read all the time. Into the second cache, because misses of the
+ * first are few at a time. */
+INLINE void fetch_next_set(int format, const uint8_t *next, int g, int tile, int tiles) {
     if (g % tiles != tile) return;
     size_t bytes = set_group_bytes(format);
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(set + (groups + g) * bytes + i, 0, 2);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + g * bytes + i, 0, 2);
 }
 
 /* Store lanes [begin, end) of a row's sums. */
@@ -113,9 +120,9 @@ INLINE void store_sums(part_floats (*sums)[INTEGER_WIDTH], int lane, const struc
 
 /* Weights of INTEGER_WIDTH vectors of outputs, the first of which starts at ``lane`` of ``set``,
  * times ROWS rows of inputs, the ``tile``-th of all in ``tiles``; stored as ``store_sums`` does. */
-INLINE void multiply_lanes(int format, const uint8_t *set, int lane, int tile, int tiles,
-                           const struct matrix *m, const struct operands *t, int row, int out,
-                           int begin, int end, const int ROWS) {
+INLINE void multiply_lanes(int format, const uint8_t *set, const uint8_t *next, int lane, int tile,
+                           int tiles, const struct matrix *m, const struct operands *t, int row,
+                           int out, int begin, int end, const int ROWS) {
     int groups = m->columns / GROUP;
     struct fixed_point all = fixed_point(t, m->columns);
     part_floats sums[INTEGER_ROWS][INTEGER_WIDTH];
@@ -124,11 +131,10 @@ INLINE void multiply_lanes(int format, const uint8_t *set, int lane, int tile, i
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) sums[r][v] = (part_floats){0};
     size_t bytes = set_group_bytes(format);
-    const uint8_t *first_set = set;
     for (int g = 0; g < groups; g++, set += bytes) {
         struct fixed_point inputs = at_group(all, g, row);
         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH];
-        if (lane == 0) fetch_next_set(format, first_set, g, groups, tile, tiles);
+        if (lane == 0) fetch_next_set(format, next, g, tile, tiles);
         add_up_group(format, set + SET * SCALE_BYTES[format] + 4 * lane, inputs, dots, ROWS);
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) {
@@ -150,13 +156,14 @@ INLINE void multiply_lanes(int format, const uint8_t *set, int lane, int tile, i
 
 #define MULTIPLY_ROWS(ROWS)                                                                        \
     case ROWS:                                                                                     \
-        multiply_lanes(format, set, lane, tile, tiles, m, t, row, out, begin, end, ROWS);          \
+        multiply_lanes(format, set, next, lane, tile, tiles, m, t, row, out, begin, end, ROWS);    \
         break;
 
 /* The same for all rows: as many at a time as keep their sums in registers, about as many each
  * time. */
-INLINE void multiply_all_rows(int format, const uint8_t *set, int lane, const struct matrix *m,
-                              const struct operands *t, int out, int begin, int end) {
+INLINE void multiply_all_rows(int format, const uint8_t *set, const uint8_t *next, int lane,
+                              const struct matrix *m, const struct operands *t, int out, int begin,
+                              int end) {
     int tiles = (t->rows + INTEGER_ROWS - 1) / INTEGER_ROWS;
     for (int row = 0, tile = 0, rows; row < t->rows; row += rows, tile++) {
         rows = (t->rows - row + tiles - tile - 1) / (tiles - tile);
@@ -180,10 +187,11 @@ INLINE void multiply_integer(int format, const struct matrix *m, const struct op
                              int count) {
     int last = out + count;
     for (int first = out / SET * SET; first < last; first += SET) {
-        const uint8_t *set = m->data + first * row_bytes(format, m->columns);
+        const uint8_t *set = weight_rows(m, first);
+        const uint8_t *next = next_set(m, t, first, last);
         int begin = MAX(out - first, 0), end = MIN(SET, last - first);
         for (int lane = 0; lane < SET; lane += INTEGER_WIDTH * PART_LANES)
-            multiply_all_rows(format, set, lane, m, t, first, begin, end);
+            multiply_all_rows(format, set, next, lane, m, t, first, begin, end);
     }
 }
 

@@ -60,9 +60,9 @@ INLINE void unpack_levels(const uint8_t *set, uint8_t *to) {
 /* ROWS rows of inputs times all outputs of a set, stored as ``store_sums`` does; they are the
  * ``tile``-th of all rows in ``tiles``. ``levels`` keeps those of INT4 as bytes from the first
  * tile on. */
-INLINE void multiply_set(int format, const uint8_t *set, uint8_t *levels, int tile, int tiles,
-                         const struct matrix *m, const struct operands *t, int row, int out,
-                         int begin, int end, const int ROWS) {
+INLINE void multiply_set(int format, const uint8_t *set, const uint8_t *next, uint8_t *levels,
+                         int tile, int tiles, const struct matrix *m, const struct operands *t,
+                         int row, int out, int begin, int end, const int ROWS) {
     int unpack = format == FORMAT_INT4 && tile == 0;
     int groups = m->columns / GROUP;
     size_t bytes = set_group_bytes(format);
@@ -73,7 +73,7 @@ INLINE void multiply_set(int format, const uint8_t *set, uint8_t *levels, int ti
     for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = (part_floats){0};
     if (unpack) unpack_levels(set, levels);
     for (int g = 0; g < groups + 2; g++) {
-        fetch_next_set(format, set, g, groups, tile, tiles);
+        fetch_next_set(format, next, g, tile, tiles);
         if (unpack && g + 1 < groups)
             unpack_levels(set + (g + 1) * bytes, levels_at(levels, g + 1, tiles));
         if (g < groups) {
@@ -127,7 +127,7 @@ INLINE void multiply_set(int format, const uint8_t *set, uint8_t *levels, int ti
 
 #define MULTIPLY_ROWS(ROWS)                                                                        \
     case ROWS:                                                                                     \
-        multiply_set(format, set, levels, tile, tiles, m, t, row, out, begin, end, ROWS);          \
+        multiply_set(format, set, next, levels, tile, tiles, m, t, row, out, begin, end, ROWS);    \
         break;
 
 /* Outputs [first, last) of the rows [from, to). */
@@ -137,7 +137,8 @@ INLINE void multiply_rows(int format, const struct matrix *m, const struct opera
     int most = (to - from + tiles - 1) / tiles;
     set_integer_tiles(most);
     for (int out = first / SET * SET; out < last; out += SET) {
-        const uint8_t *set = m->data + out * row_bytes(format, m->columns);
+        const uint8_t *set = weight_rows(m, out);
+        const uint8_t *next = next_set(m, t, out, last);
         int begin = MAX(first - out, 0), end = MIN(SET, last - out);
         for (int row = from, tile = 0, rows; row < to; row += rows, tile++) {
             rows = MIN(most, to - row);

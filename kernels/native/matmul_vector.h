@@ -29,8 +29,9 @@ struct operands {
     float *out;
     size_t out_stride;
     int rows;
-    int add;         /* add to what is in ``out``, instead of replacing it */
-    float *prepared; /* x as integer products (matmul_integer.h) or AMX take it */
+    int add;             /* add to what is in ``out``, instead of replacing it */
+    float *prepared;     /* x as integer products (matmul_integer.h) or AMX take it */
+    const uint8_t *next; /* weights that are used after the last ones; NULL: those behind them */
 };
 
 /* OUTS x ROWS dot products. */

@@ -90,11 +90,19 @@ struct draft {
     float *product, *chance; /* [sequences] */
 };
 
+/* A coarse copy of an LM head, and how far off its logits may be (lm_head.h). */
+struct screen {
+    struct matrix weight;        /* INT4 [outs, width + GROUP] */
+    const float *basis;          /* [GROUP, width] orthonormal directions */
+    const float *along, *across; /* [outs]: bounds for states along these and across them */
+};
+
 /* What makes tokens of the states behind the last layer. */
 struct lm_head {
     struct matrix weight;
     const float *norm; /* [width] */
     float eps;
+    const struct screen *screen; /* or NULL */
 };
 
 /* Rows whose logits are wanted. */
@@ -102,6 +110,7 @@ struct head_rows {
     int32_t rows;
     const float *hidden;   /* [.., width] */
     const int64_t *places; /* [rows]: where each row's state is in ``hidden`` */
+    int32_t screened;      /* whether the largest alone are wanted, and ``logits`` is scratch */
     float *logits;         /* [rows, outs] results */
     int32_t *best;         /* [rows] the place of the largest */
 };

@@ -31,6 +31,11 @@ INLINE size_t row_bytes(int format, int columns) {
     return (size_t)(columns / GROUP) * (SCALE_BYTES[format] + LEVEL_BYTES[format]);
 }
 
+/* Rows from ``row`` on, the first of a set. */
+INLINE const uint8_t *weight_rows(const struct matrix *m, int row) {
+    return m->data + row * row_bytes(m->format, m->columns);
+}
+
 /* Bytes of one group of a set of INT8 or INT4. */
 INLINE size_t set_group_bytes(int format) {
     return SET * (SCALE_BYTES[format] + LEVEL_BYTES[format]);
