@@ -96,12 +96,13 @@ class Runner:
     def run(self, step: Step) -> StepResult:
         """Run ``step`` and time it, to its end on the device."""
         begun = time.perf_counter()
-        used = 0.0 if self.threads is None else self.threads.cpu_seconds()
+        threads = self.threads
+        before = threads.cpu_seconds() if threads is not None and threads.looks() else None
         with torch.inference_mode():
             result = self._run(step, begun)
-        if self.threads is not None:
-            used = self.threads.cpu_seconds() - used
-            self.threads.observe(time.perf_counter() - begun, used)
+        if threads is not None:
+            used = None if before is None else threads.cpu_seconds() - before
+            threads.observe(time.perf_counter() - begun, used)
         return result
 
     def _run(self, step: Step, begun: float) -> StepResult:

@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 
 from offramp.server.api.deciding import PriorCache
 from offramp.server.config import ServerConfig
-from offramp.server.engine.driver import EngineDriver, TokenStream
+from offramp.server.engine.driver import EngineDriver, EventSink, TokenStream
 from offramp.server.engine.request import DecisionRequest, GenerationRequest
 from offramp.server.errors import EngineLoading, InvalidRequest, ModelNotFound, QueueFull
 from offramp.server.keys import ApiKeys, check_shares
@@ -83,12 +83,14 @@ class Context:
         bounds = [bound for bound in (asked, self.config.request_timeout) if bound is not None]
         return min(bounds, default=None)
 
-    def submit(self, request: GenerationRequest | DecisionRequest) -> TokenStream:
-        """Queue a request; raises what the driver raises."""
+    def submit(
+        self, request: GenerationRequest | DecisionRequest, sink: EventSink | None = None
+    ) -> TokenStream:
+        """Queue a request as the driver does; raises what that raises."""
         if not self.driver.num_requests:
             self.busy_since = time.monotonic()
         try:
-            return self.driver.submit(request)
+            return self.driver.submit(request, sink)
         except QueueFull:
             full = self.driver.num_requests >= self.driver.capacity
             self.metrics.rejected("max_num_queued_reqs" if full else "max_num_queued_tokens")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from offramp.server.api.context import Context
     from offramp.server.api.prepared import Prepared
     from offramp.server.api.schemas import GenerationBody
-    from offramp.server.engine.driver import TokenStream
+    from offramp.server.engine.driver import EventSink, TokenStream
     from offramp.server.tracing import RequestSpan
 
 
@@ -265,21 +265,19 @@ class Generation:
         self._n = body.n
         self._span = span
         self._closed = False
-        self._ready: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        self._streams = _admit(context, requests)
+        self._events: asyncio.Queue[TokenEvent | Exception | None] = asyncio.Queue()
+        self._streams = _admit(context, requests, self._events)
+        self._silence: asyncio.TimerHandle | None = None
+        self._last_at = time.monotonic()
         timeout = context.timeout(body.timeout)
         self._timer = None
         if timeout is not None:
             late = DeadlineExceeded(timeout)
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(timeout, self._ready.put_nowait, late)
+            self._timer = loop.call_later(timeout, self._events.put_nowait, late)
         self.choices = [
             _choice(context, body, prepared, index, request)
             for index, request in enumerate(requests)
-        ]
-        self._pumps = [
-            asyncio.create_task(self._pump(choice, stream))
-            for choice, stream in zip(self.choices, self._streams, strict=True)
         ]
 
     async def deltas(self, silence_s: float | None = None) -> AsyncIterator[Delta | None]:
@@ -287,12 +285,32 @@ class Generation:
 
         Raises the error that ended the request.
         """
-        open_choices = len(self.choices)
-        while open_choices:
-            delta = await self._next(silence_s)
-            if delta is not None and delta.finish_reason is not None:
-                open_choices -= 1
-            yield delta
+        running = {each.request.request_id: each for each in self.choices}
+        streams = {stream.request_id: stream for stream in self._streams}
+        self._last_at = time.monotonic()
+        if silence_s is not None:
+            self._await_silence(silence_s)
+        while running:
+            event = await self._events.get()
+            if event is None:
+                yield None
+                continue
+            try:
+                if isinstance(event, Exception):
+                    raise event
+                choice = running.get(event.request_id)
+                delta = None if choice is None else choice.feed(event)
+            except Exception as error:
+                if self._span is not None:
+                    self._span.failed(type(error).__name__)
+                raise
+            if choice is not None and choice.finish_reason is not None:
+                # A stop string ends the text while the engine would go on.
+                del running[event.request_id]
+                streams[event.request_id].abort()
+            if delta is not None:
+                self._last_at = time.monotonic()
+                yield delta
 
     def close(self) -> None:
         """Take what still runs out of the engine, and log how the request ended."""
@@ -301,8 +319,8 @@ class Generation:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        for pump in self._pumps:
-            pump.cancel()
+        if self._silence is not None:
+            self._silence.cancel()
         for stream in self._streams:
             stream.abort()
         for choice in self.choices:
@@ -315,37 +333,28 @@ class Generation:
         model, layers = self._context.model_name, self._context.driver.info.num_layers
         span.describe(model, span_attributes.generation(self.choices, self._n, model, layers))
 
-    async def _next(self, silence_s: float | None) -> Delta | None:
-        try:
-            async with asyncio.timeout(silence_s):
-                item = await self._ready.get()
-        except TimeoutError:
-            return None
-        if isinstance(item, Exception):
-            if self._span is not None:
-                self._span.failed(type(item).__name__)
-            raise item
-        return item
+    def _await_silence(self, seconds: float) -> None:
+        """Put None among the events after so long without a delta, again and again.
 
-    async def _pump(self, choice: Choice, stream: TokenStream) -> None:
-        try:
-            async for event in stream:
-                delta = choice.feed(event)
-                if delta is not None:
-                    self._ready.put_nowait(delta)
-                if choice.finish_reason is not None:
-                    break
-        except Exception as error:  # noqa: BLE001 (raised where the stream is read)
-            self._ready.put_nowait(error)
-        # A stop string ends the text while the engine would go on.
-        stream.abort()
+        One clock for all deltas: one for each would cost as much as what it waits for.
+        """
+        if time.monotonic() - self._last_at >= seconds:
+            self._events.put_nowait(None)
+            self._last_at = time.monotonic()
+        left = self._last_at + seconds - time.monotonic()
+        loop = asyncio.get_running_loop()
+        self._silence = loop.call_later(left, self._await_silence, seconds)
 
 
-def _admit(context: Context, requests: Sequence[GenerationRequest]) -> list[TokenStream]:
+def _admit(
+    context: Context,
+    requests: Sequence[GenerationRequest],
+    sink: EventSink,
+) -> list[TokenStream]:
     streams: list[TokenStream] = []
     try:
         for request in requests:
-            streams.append(context.submit(request))  # noqa: PERF401 (partial list on error)
+            streams.append(context.submit(request, sink))  # noqa: PERF401 (partial list on error)
     except Exception:
         for stream in streams:
             stream.abort()

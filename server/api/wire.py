@@ -29,12 +29,12 @@ MEDIA_TYPE: Final = "text/event-stream"
 HEADERS: Final[Mapping[str, str]] = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 DONE: Final = b"data: [DONE]\n\n"
 KEEP_ALIVE: Final = b": keep-alive\n\n"
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def data(payload: Mapping[str, Any]) -> bytes:
     """One event; JSON has no raw line breaks, so one line holds any payload."""
-    text = json.dumps(payload, separators=(",", ":"), allow_nan=False)
-    return b"data: " + text.encode("ascii") + b"\n\n"
+    return b"data: " + _ENCODER.encode(payload).encode("ascii") + b"\n\n"
 
 
 def event(payload: Mapping[str, Any]) -> bytes:

@@ -156,12 +156,13 @@ class Drafting:
     def counts(self) -> dict[str, Any]:
         """Drafts added and accepted since the last call, as StepStats has them."""
         found = {
-            "drafted": self._drafted,
-            "accepted": self._accepted,
+            "drafted": dict(self._drafted),
+            "accepted": dict(self._accepted),
             "drafts": self._runs,
-            "accepted_at": self._accepted_at,
+            "accepted_at": dict(self._accepted_at),
         }
-        self._drafted, self._accepted, self._accepted_at = Counter(), Counter(), Counter()
+        for counter in (self._drafted, self._accepted, self._accepted_at):
+            counter.clear()
         self._runs = 0
         return found
 

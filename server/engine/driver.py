@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from enum import StrEnum
-from typing import Self
+from typing import Protocol, Self
 
 from offramp.server.engine.loop import EngineRequest, ended
 from offramp.server.engine.request import (
@@ -61,26 +61,43 @@ class EngineState(StrEnum):
 Observer = Callable[[EngineOutput], None]
 
 
+class EventSink(Protocol):
+    """Takes events, as a queue does."""
+
+    def put_nowait(self, item: TokenEvent, /) -> None:
+        """Take an event."""
+        ...
+
+
 class TokenStream:
     """Events of one request. Iterate it; call `abort` (or leave the `async with`) to give it up.
 
-    A reader that waits for an event at that moment gets the terminal one of an abort.
+    A reader that waits for an event at that moment gets the terminal one of an abort. The events
+    of streams that are read together go into one ``sink``, which is read instead.
     """
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        abort: Callable[[str], None],
+        sink: EventSink | None = None,
+    ) -> None:
         self.request_id = request_id
         self._abort = abort
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._finished = False
+        self._sink = self._events if sink is None else sink
+        self._ended = self._read = False
+        """Whether the terminal event was pushed, and whether nothing is to be read any more."""
 
     def push(self, event: TokenEvent) -> None:
         """Deliver an event (event loop only)."""
-        self._events.put_nowait(event)
+        self._ended |= event.finish_reason is not None
+        self._sink.put_nowait(event)
 
     def abort(self) -> None:
         """Tell the engine to forget the request unless it ended by itself."""
-        if not self._finished:
-            self._finished = True
+        self._read = True
+        if not self._ended:
             self._abort(self.request_id)
             # The engine's own event comes too late: this stream is forgotten by then.
             self.push(ended(self.request_id, FinishReason.ABORT).events[0])
@@ -92,9 +109,9 @@ class TokenStream:
         self.abort()
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        while not self._finished:
+        while not self._read:
             event = await self._events.get()
-            self._finished = event.finish_reason is not None
+            self._read = event.finish_reason is not None
             yield event
 
 
@@ -168,8 +185,11 @@ class EngineDriver:
         await self._settled.wait()
         return self.info
 
-    def submit(self, request: EngineRequest) -> TokenStream:
-        """Queue a request. Raises EngineLoading, ShuttingDown, EngineFailed or QueueFull."""
+    def submit(self, request: EngineRequest, sink: EventSink | None = None) -> TokenStream:
+        """Queue a request; see TokenStream for ``sink``.
+
+        Raises EngineLoading, ShuttingDown, EngineFailed or QueueFull.
+        """
         if self.state is not EngineState.READY:
             raise self._unavailable()
         if len(self._streams) >= self.capacity:
@@ -179,7 +199,7 @@ class EngineDriver:
             )
         if isinstance(request, GenerationRequest):
             self._count_unread(request)
-        stream = TokenStream(request.request_id, self._abort)
+        stream = TokenStream(request.request_id, self._abort, sink)
         self._streams[request.request_id] = stream
         self._idle.clear()
         assert self._worker is not None

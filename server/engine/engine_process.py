@@ -17,7 +17,15 @@ import threading
 from typing import Any
 
 from offramp.server import logs
-from offramp.server.engine.frames import Beat, Ending, Request, RequestReader, frame, receive
+from offramp.server.engine.frames import (
+    Beat,
+    Ending,
+    Request,
+    RequestReader,
+    frame,
+    output_frame,
+    receive,
+)
 from offramp.server.engine.loop import EngineLoop, Report, ended
 from offramp.server.engine.request import EngineInfo, FinishReason
 from offramp.server.errors import EngineConfigError
@@ -52,28 +60,30 @@ class EngineProcess:
         except EngineConfigError as error:
             # The configuration is at fault, so a traceback would not help.
             logger.debug("engine refused", exc_info=error)
-            self._send(Ending(str(error), misconfigured=True))
+            self._send(frame(Ending(str(error), misconfigured=True)))
         except BaseException as error:
             level = logging.ERROR if self._built else logging.DEBUG
             logger.log(level, "the engine failed", exc_info=error)
-            self._send(Ending(f"{type(error).__name__}: {error}", misconfigured=False))
+            self._send(frame(Ending(f"{type(error).__name__}: {error}", misconfigured=False)))
         else:
             return 0
         return 1
 
     def _report(self, report: Report) -> None:
-        self._built |= isinstance(report, EngineInfo)
-        self._send(report)
+        if isinstance(report, EngineInfo):
+            self._built = True
+            self._send(frame(report))
+        else:
+            self._send(output_frame(report))
 
-    def _send(self, message: object) -> None:
-        data = frame(message)
+    def _send(self, data: bytes) -> None:
         with self._sending:
             self._connection.sendall(data)
 
     def _beat(self) -> None:
         pause = threading.Event()
         while not pause.wait(_BEAT_S):
-            self._send(Beat(self._loop.stuck_for))
+            self._send(frame(Beat(self._loop.stuck_for)))
 
     def _read(self) -> None:
         try:
@@ -94,7 +104,7 @@ class EngineProcess:
         except Exception:
             logger.exception("a request cannot be read")
             fault = "The request could not be handed to the engine."
-            self._send([ended(message.request_id, FinishReason.ERROR, fault)])
+            self._send(output_frame([ended(message.request_id, FinishReason.ERROR, fault)]))
         else:
             self._loop.post(item)
 

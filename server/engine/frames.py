@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
+from offramp.server.engine.request import EngineOutput, RequestStats, StepStats, TokenEvent
 from offramp.server.text.grammars import Grammar, GrammarCompiler, GrammarVocabulary
 
 if TYPE_CHECKING:
@@ -59,7 +61,61 @@ def frame(message: object) -> bytes:
 
 def read(body: bytes) -> Any:
     """The message of a frame, without its length."""
-    return pickle.loads(body)  # noqa: S301 (of this program's other process)
+    message = pickle.loads(body)  # noqa: S301 (of this program's other process)
+    return _outputs(message) if isinstance(message, list) else message
+
+
+def output_frame(outputs: Sequence[EngineOutput]) -> bytes:
+    """Outputs as they are sent, after every step: plain values, without the names of their types.
+
+    That takes a quarter of the time, here and where they are read.
+    """
+    return frame([(list(map(_event_values, events)), _step_values(s)) for events, s in outputs])
+
+
+_STATS: Final = TokenEvent._fields.index("stats")
+_fields_of_step = attrgetter(*(each.name for each in fields(StepStats)))
+
+
+def _event_values(event: TokenEvent) -> tuple[Any, ...]:
+    return *event[:_STATS], tuple(event.stats), *event[_STATS + 1 :]
+
+
+def _step_values(stats: StepStats | None) -> Any:
+    return None if stats is None else _fields_of_step(stats)
+
+
+def _outputs(message: list[Any]) -> list[EngineOutput]:
+    return [
+        EngineOutput(tuple(map(_event, events)), None if stats is None else StepStats(*stats))
+        for events, stats in message
+    ]
+
+
+def _event(values: Sequence[Any]) -> TokenEvent:
+    own = list(values)
+    own[_STATS] = RequestStats._make(own[_STATS])
+    return TokenEvent._make(own)
+
+
+class FrameReader:
+    """Cuts what comes from a connection into messages."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """The messages that end in ``data``, the next bytes that came."""
+        data = self._rest + data
+        start = 0
+        while len(data) - start >= HEAD.size:
+            (size,) = HEAD.unpack_from(data, start)
+            end = start + HEAD.size + size
+            if end > len(data):
+                break
+            yield read(data[start + HEAD.size : end])
+            start = end
+        self._rest = data[start:]
 
 
 def receive(connection: socket.socket) -> Any:

@@ -119,9 +119,9 @@ class HostDecoder:
             results = self._commit_segments(step, sequences, result, now)
         else:
             results = self._commit_fill(step, sequences, result)
-        counts, self._counts = self._counts, Counter()
-        facts: dict[str, Any] = dict(counts, seconds=result.seconds, draft_seconds=drafting)
-        facts |= self._drafting.counts()
+        facts: dict[str, Any] = {"seconds": result.seconds, "draft_seconds": drafting}
+        facts |= self._counts | self._drafting.counts()
+        self._counts.clear()
         host = started - begun - drafting + time.perf_counter() - ended
         facts["host_seconds"] = host
         if isinstance(step, RunSegments) and step.last + 1 == len(self._queues):

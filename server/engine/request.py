@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from offramp.models.exits.points import DecisionPoint, OperatingPoint
 from offramp.models.sampling_params import (
@@ -84,8 +85,7 @@ class AnswerResult:
     layer: int
 
 
-@dataclass(frozen=True, slots=True)
-class RequestStats:
+class RequestStats(NamedTuple):
     """What a request cost so far; times are seconds on the monotonic clock.
 
     ``layers_executed`` counts layers really run for the generated tokens, recomputed debts
@@ -108,7 +108,7 @@ class RequestStats:
     prompt_layers_skipped: int = 0
     stayed: int = 0
     passes: int = 0
-    drafts: Mapping[DraftSource, tuple[int, int]] = field(default_factory=dict)
+    drafts: Mapping[DraftSource, tuple[int, int]] = {}
     rejected: int = 0
     preemptions: int = 0
 
@@ -123,8 +123,7 @@ class RequestStats:
         return sum(accepted for _, accepted in self.drafts.values())
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """Tokens of one request, in order, with the layer each left at (num_layers = full depth).
 
     The last event of a request carries ``finish_reason``; it may hold no token (abort, error).
@@ -198,8 +197,7 @@ class StepStats:
     quality_target: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOutput:
+class EngineOutput(NamedTuple):
     """Everything one engine step hands to the outside."""
 
     events: tuple[TokenEvent, ...] = ()

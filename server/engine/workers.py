@@ -19,9 +19,9 @@ from asyncio.subprocess import DEVNULL, Process
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from offramp.server.engine.frames import HEAD, Beat, Ending, RequestWriter, frame, read
+from offramp.server.engine.frames import Beat, Ending, FrameReader, RequestWriter, frame
 from offramp.server.engine.loop import EngineInput, EngineLoop, EngineProtocol, Report
 from offramp.server.errors import EngineConfigError
 
@@ -32,6 +32,8 @@ Build = Callable[[], EngineProtocol]
 _CHILD = "offramp.server.engine.engine_process"
 # Without reports for so long a process counts as stuck; it says that it lives four times a second.
 _SILENCE_S = 1.0
+# What one read from a process brings at most.
+_READ_BYTES = 1 << 16
 
 
 class EngineDied(Exception):
@@ -137,25 +139,21 @@ class ProcessWorker:
         self._killed: str | None = None
         self._stopped = False
         self._beat = Beat(0.0)
+        self._ending: Ending | None = None
         self._heard = 0.0
 
     async def run(self) -> AsyncGenerator[Report, None]:
         """See Worker."""
         reader = await self._start()
-        ending: Ending | None = None
+        frames = FrameReader()
         status: int | None = None
         try:
-            while True:
-                (size,) = HEAD.unpack(await reader.readexactly(HEAD.size))
-                message = read(await reader.readexactly(size))
-                self._heard = time.monotonic()
-                if isinstance(message, Beat):
-                    self._beat = message
-                elif isinstance(message, Ending):
-                    ending = message
-                else:
-                    yield message
-        except (asyncio.IncompleteReadError, ConnectionError):
+            with suppress(ConnectionError):
+                while data := await reader.read(_READ_BYTES):
+                    self._heard = time.monotonic()
+                    for report in map(self._take, frames.feed(data)):
+                        if report is not None:
+                            yield report
             # The process has ended, maybe within a frame.
             status = await self._end()
         except Exception as error:
@@ -165,9 +163,9 @@ class ProcessWorker:
                 await self._end(kill=True)
         if self._killed is not None:
             raise EngineDied(self._killed)
-        if ending is not None:
-            kind = EngineConfigError if ending.misconfigured else EngineDied
-            raise kind(ending.message)
+        if self._ending is not None:
+            kind = EngineConfigError if self._ending.misconfigured else EngineDied
+            raise kind(self._ending.message)
         if not self._stopped:
             raise EngineDied(f"the engine's process ended {_how(status)}")
 
@@ -193,6 +191,17 @@ class ProcessWorker:
         """See Worker. A process that has stopped talking counts as one that is in a step."""
         silent = time.monotonic() - self._heard
         return self._beat.stuck_for + (silent if silent > _SILENCE_S else 0.0)
+
+    def _take(self, message: Any) -> Report | None:
+        """Note what the process says of itself; what its engine reports is returned."""
+        if isinstance(message, Beat):
+            self._beat = message
+        elif isinstance(message, Ending):
+            self._ending = message
+        else:
+            report: Report = message
+            return report
+        return None
 
     async def _start(self) -> asyncio.StreamReader:
         ours, theirs = socket.socketpair()

@@ -57,6 +57,34 @@ def test_rests_grow_while_the_machine_stays_shared_and_start_over_after() -> Non
     assert calls[-1] == 2
 
 
+def test_few_steps_are_looked_at_while_nothing_is_amiss() -> None:
+    found, calls = governor()
+    run(found, 1, 0.98)
+    assert sum(found.looks() for _ in range(80)) == 10
+    run(found, 0.1, 0.6)
+    assert all(found.looks() for _ in range(10))
+    run(found, 0.1, 0.6)
+    assert calls == [1]
+    assert not any(found.looks() for _ in range(10))
+    run(found, 0.5, 1.0)
+    assert calls == [1, 2]
+    # Whether the machine is shared still is to be found out soon.
+    assert all(found.looks() for _ in range(10))
+    run(found, 0.1, 0.98)
+    assert sum(found.looks() for _ in range(80)) == 10
+
+
+def test_steps_that_were_not_looked_at_decide_nothing() -> None:
+    found, calls = governor()
+    for _ in range(100):
+        found.observe(0.02, None)
+    assert calls == []
+    run(found, 0.22, 0.6)
+    for _ in range(30):
+        found.observe(0.02, None)
+    assert calls == [1, 2]
+
+
 def test_one_slice_of_another_process_decides_nothing() -> None:
     found, calls = governor()
     run(found, 0.08, 0.98)

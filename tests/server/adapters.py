@@ -61,7 +61,7 @@ class Scoring(FakeEngine):
             return event
         best = byte_backend().encode("!").ids[0]
         found = TokenLogprobs(-1.0, 2, ((best, -0.5),)[: slot.request.sampling.logprobs])
-        return replace(event, logprobs=(found,) * len(event.token_ids))
+        return event._replace(logprobs=(found,) * len(event.token_ids))
 
 
 async def post(server: Running, path: str, body: Any, **headers: str) -> httpx2.Response:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
@@ -160,8 +160,7 @@ class FakeEngine:
         request, index = slot.request, slot.stats.generated_tokens
         token, reason = self._token(request, index)
         layer = (2, 4)[index % 2]
-        slot.stats = replace(
-            slot.stats,
+        slot.stats = slot.stats._replace(
             generated_tokens=index + 1,
             layers_executed=slot.stats.layers_executed + layer,
             first_token_at=slot.stats.first_token_at or time.monotonic(),

@@ -140,6 +140,35 @@ def test_a_prompt_is_counted_by_where_its_tokens_came_from(metrics: Metrics) -> 
     assert value(metrics, "vllm:request_prefill_kv_computed_tokens_sum") == 1
 
 
+def test_what_cannot_be_counted_costs_nothing_else(
+    metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    metrics.count("vllm:prompt_tokens", 1)
+    metrics.later(fail)
+    metrics.later(metrics.count, "vllm:prompt_tokens", 2)
+    assert value(metrics, "vllm:prompt_tokens_total") == 3
+    assert "a sample cannot be counted" in caplog.text
+
+
+def test_many_samples_do_not_pile_up(metrics: Metrics) -> None:
+    for _ in range(10_000):
+        metrics.later(metrics.count, "vllm:prompt_tokens", 1)
+    assert len(metrics._pending) < 1000
+    assert value(metrics, "vllm:prompt_tokens_total") == 10_000
+
+
+def test_gauges_show_the_last_step(metrics: Metrics) -> None:
+    for running in (3, 2, 5):
+        metrics.observe(EngineOutput((), StepStats("segments", 0, running=running)))
+    assert value(metrics, "vllm:num_requests_running") == 5
+    metrics.observe(EngineOutput((), StepStats("idle", 0, running=1)))
+    assert value(metrics, "vllm:num_requests_running") == 1
+    assert value(metrics, "offramp:engine_steps_total") == 3
+
+
 async def test_an_event_loop_that_is_held_up_is_seen(metrics: Metrics) -> None:
     watch = asyncio.create_task(metrics.watch_lag())
     await asyncio.sleep(0)
