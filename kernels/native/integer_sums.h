@@ -134,8 +134,59 @@ INLINE part_ints add_quads(part_ints sums, part_ints a, int32_t b) {
 #endif
 }
 
-/* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. Levels are
- * multiplied unsigned, those of INT8 with 128 added to each. */
+/* Word ``i`` of PART_LANES rows, or half of it, as four columns a lane. Levels are unsigned, those
+ * of INT8 with 128 added to each. */
+INLINE part_ints unpack_quad(int format, const uint8_t *levels, int i) {
+    if (format == FORMAT_INT8)
+        return *(const part_ints *)(levels + 4 * SET * i) ^ (int32_t)0x80808080;
+    part_ints two = *(const part_ints *)(levels + 4 * SET * (i / 2));
+    return (i % 2 ? two >> 4 : two) & 0x0f0f0f0f;
+}
+
+/* With many rows a group's levels stay in registers while BLOCK_STEP rows after the other use them;
+ * the sums of BLOCK_ROWS rows stay in the first cache. */
+#define HAS_BLOCKS
+enum { BLOCK_ROWS = 48, BLOCK_STEP = 6 / INTEGER_WIDTH, FEWEST_BLOCKED = 5 };
+
+/* Add the high, or the low, ``bytes`` of ROWS inputs times the levels to ``dots``. */
+INLINE void add_up_bytes(const int8_t *bytes, part_ints quads[INTEGER_WIDTH][8],
+                         part_ints (*dots)[INTEGER_WIDTH], const int ROWS) {
+#pragma GCC unroll 8
+    for (int q = 0; q < 8; q++)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            int32_t quad;
+            memcpy(&quad, bytes + 2 * GROUP * r + 4 * q, 4);
+#pragma GCC unroll 2
+            for (int v = 0; v < INTEGER_WIDTH; v++)
+                dots[r][v] = add_quads(dots[r][v], quads[v][q], quad);
+        }
+}
+
+/* A group of ROWS inputs, at most BLOCK_STEP, times its levels ``quads``: one sum takes high bytes,
+ * then low ones. */
+INLINE void add_up_block(int format, part_ints quads[INTEGER_WIDTH][8], struct fixed_point inputs,
+                         part_ints dots[BLOCK_STEP][INTEGER_WIDTH], const int ROWS) {
+    const int8_t *bytes = (const int8_t *)inputs.columns;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) dots[r][v] = (part_ints){0};
+    add_up_bytes(bytes, quads, dots, ROWS);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) dots[r][v] <<= 8;
+    add_up_bytes(bytes + GROUP, quads, dots, ROWS);
+    if (format == FORMAT_INT8)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < INTEGER_WIDTH; v++)
+                dots[r][v] -= (int32_t)(128u * inputs.totals[r * inputs.numbers]);
+}
+
+/* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. */
 INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point inputs,
                          part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS) {
     const int QUADS = word_columns(format) / 4, WORDS = GROUP / word_columns(format);

@@ -154,6 +154,87 @@ INLINE void multiply_lanes(int format, const uint8_t *set, const uint8_t *next, 
     store_sums(sums, lane, m, t, row, out, begin, end, ROWS);
 }
 
+#ifdef HAS_BLOCKS
+
+/* ROWS rows of a block, at most BLOCK_STEP, times one group: what it adds to their ``sums``. */
+INLINE void add_block_rows(int format, part_ints quads[INTEGER_WIDTH][8], const part_floats *scales,
+                           const part_floats *minima, struct fixed_point inputs,
+                           part_floats (*sums)[INTEGER_WIDTH], const int ROWS) {
+    part_ints dots[BLOCK_STEP][INTEGER_WIDTH];
+    add_up_block(format, quads, inputs, dots, ROWS);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) {
+            int i = r * inputs.numbers;
+            part_floats sum = add_scaled(sums[r][v], dots[r][v], scales[v], inputs.scales[i]);
+            if (format == FORMAT_INT4) sum += minima[v] * inputs.sums[i];
+            sums[r][v] = sum;
+        }
+}
+
+#define ADD_BLOCK_ROWS(ROWS)                                                                       \
+    case ROWS:                                                                                     \
+        add_block_rows(format, quads, scales, minima, at_group(all, g, row + r), sums + r, ROWS);  \
+        break;
+
+/* The same as multiply_lanes for a block of ``rows``, up to BLOCK_ROWS, group by group. */
+INLINE void multiply_row_block(int format, const uint8_t *set, const uint8_t *next, int lane,
+                               int block, int blocks, const struct matrix *m,
+                               const struct operands *t, int row, int rows, int out, int begin,
+                               int end) {
+    int groups = m->columns / GROUP;
+    struct fixed_point all = fixed_point(t, m->columns);
+    part_floats sums[BLOCK_ROWS][INTEGER_WIDTH];
+    memset(sums, 0, rows * sizeof *sums);
+    size_t bytes = set_group_bytes(format);
+    for (int g = 0; g < groups; g++, set += bytes) {
+        part_ints quads[INTEGER_WIDTH][8];
+        part_floats scales[INTEGER_WIDTH], minima[INTEGER_WIDTH];
+        if (lane == 0) fetch_next_set(format, next, g, block, blocks);
+#pragma GCC unroll 2
+        for (int v = 0; v < INTEGER_WIDTH; v++) {
+            int first = lane + PART_LANES * v;
+            const uint8_t *levels = set + SET * SCALE_BYTES[format] + 4 * first;
+#pragma GCC unroll 8
+            for (int q = 0; q < 8; q++) quads[v][q] = unpack_quad(format, levels, q);
+            scales[v] = load_fp16_part(set + 2 * first);
+            minima[v] = (part_floats){0};
+            if (format == FORMAT_INT4) minima[v] = load_fp16_part(set + 2 * (SET + first));
+        }
+        int r = 0;
+        for (; r + BLOCK_STEP <= rows; r += BLOCK_STEP)
+            add_block_rows(format, quads, scales, minima, at_group(all, g, row + r), sums + r,
+                           BLOCK_STEP);
+        switch (rows - r) {
+            ADD_BLOCK_ROWS(1)
+            ADD_BLOCK_ROWS(2)
+#if !defined(__AVX512F__)
+            ADD_BLOCK_ROWS(3)
+            ADD_BLOCK_ROWS(4)
+            ADD_BLOCK_ROWS(5)
+#endif
+        }
+    }
+    for (int r = 0; r < rows; r++) store_sums(sums + r, lane, m, t, row + r, out, begin, end, 1);
+}
+
+#undef ADD_BLOCK_ROWS
+
+/* All rows in blocks, about as many in each. */
+INLINE void multiply_row_blocks(int format, const uint8_t *set, const uint8_t *next, int lane,
+                                const struct matrix *m, const struct operands *t, int out,
+                                int begin, int end) {
+    int blocks = (t->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    for (int row = 0, block = 0, rows; row < t->rows; row += rows, block++) {
+        rows = (t->rows - row + blocks - block - 1) / (blocks - block);
+        multiply_row_block(format, set, next, lane, block, blocks, m, t, row, rows, out, begin,
+                           end);
+    }
+}
+
+#endif
+
 #define MULTIPLY_ROWS(ROWS)                                                                        \
     case ROWS:                                                                                     \
         multiply_lanes(format, set, next, lane, tile, tiles, m, t, row, out, begin, end, ROWS);    \
@@ -164,6 +245,12 @@ INLINE void multiply_lanes(int format, const uint8_t *set, const uint8_t *next, 
 INLINE void multiply_all_rows(int format, const uint8_t *set, const uint8_t *next, int lane,
                               const struct matrix *m, const struct operands *t, int out, int begin,
                               int end) {
+#ifdef HAS_BLOCKS
+    if (t->rows >= FEWEST_BLOCKED) {
+        multiply_row_blocks(format, set, next, lane, m, t, out, begin, end);
+        return;
+    }
+#endif
     int tiles = (t->rows + INTEGER_ROWS - 1) / INTEGER_ROWS;
     for (int row = 0, tile = 0, rows; row < t->rows; row += rows, tile++) {
         rows = (t->rows - row + tiles - tile - 1) / (tiles - tile);
