@@ -16,7 +16,7 @@ from offramp.kernels.bounds import check_eps, check_indices, check_shape
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import HeadCall, HeadWeights, Matrix, Screen
-from offramp.kernels.weight_formats import ARENA, BLOCK_ROWS, GROUP, round_to_int4
+from offramp.kernels.weight_formats import ARENA, GROUP, round_to_int4
 
 _COLUMNS_MULTIPLE = 16
 # Screening spares reading, not multiplying, so it pays for as many rows as wait for memory: by the
@@ -25,6 +25,8 @@ _MOST_SCREENED = {"FORMAT_INT8": 2, "FORMAT_FP16": 6, "FORMAT_FP32": 6}
 # What rounding may add to a logit, of the norms of state and row: inputs in fixed point (9e-5), and
 # sums in fp32.
 _ROUNDING = 2.0**-12
+# Rows of the weight that are rounded at a time, in sets of 32: they take ten times their memory.
+_ROWS_AT_ONCE = 512
 
 
 class NativeHead:
@@ -128,9 +130,8 @@ class HeadScreen:
             return None
         # Eigenvalues ascend.
         basis = torch.linalg.eigh(states.T @ states).eigenvectors[:, -GROUP:].T.contiguous()
-        parts = [
-            _coarse(weight.rows(ids), basis) for ids in torch.arange(native.outs).split(BLOCK_ROWS)
-        ]
+        blocks = torch.arange(native.outs).split(_ROWS_AT_ONCE)
+        parts = [_coarse(weight.rows(ids), basis) for ids in blocks]
         bounds = torch.cat([bound for _, bound in parts], dim=1).contiguous()
         if not bool(bounds.isfinite().all()):
             return None

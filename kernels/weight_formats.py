@@ -37,8 +37,7 @@ GROUP = 32
 """Columns that share a scale in the 8-bit and 4-bit formats (ggml's Q8_0 and Q4_1)."""
 _LEVELS = 15
 _LARGEST_BYTE = 127
-BLOCK_ROWS = 2048
-"""Rows converted at a time, because a conversion takes several times their memory."""
+_BLOCK_ROWS = 2048
 _SET = 32
 # Columns of one word of levels, in the order of its bytes; of 4 bits the low halves, then the high.
 _INT8_ORDER = (0, 2, 1, 3)
@@ -233,7 +232,8 @@ def _encode(weight: Tensor, form: WeightFormat) -> Tensor:
 
 
 def _in_blocks(convert: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
-    return torch.cat([convert(block).flatten() for block in weight.split(BLOCK_ROWS)])
+    """Rows converted some at a time, because a conversion takes several times their memory."""
+    return torch.cat([convert(block).flatten() for block in weight.split(_BLOCK_ROWS)])
 
 
 def _check_fp16_range(weight: Tensor) -> None:
@@ -269,7 +269,7 @@ def _int4_sets(levels: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 def round_to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` [out, in] in fp32 rounded to 4 bits: as the C kernels store it, and its values.
 
-    Rows are in 32s. Values beyond what fp16 holds become infinite.
+    Values beyond what fp16 holds become infinite.
     """
     groups = _groups(weight)
     low, most = groups.amin(dim=-1, keepdim=True).half(), groups.amax(dim=-1, keepdim=True)

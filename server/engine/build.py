@@ -264,6 +264,7 @@ def _load(
     size = config.block_size
     cache = KVCache(shape, blocks, size, cache_dtype, device, extra, by_block=is_native)
     model.screen_head(cache)
+    return_freed_memory()
     info = EngineInfo(
         model_name=model_name,
         num_layers=shape.num_layers,

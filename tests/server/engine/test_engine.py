@@ -382,15 +382,31 @@ def test_who_asks_for_it_leaves_whatever_it_costs() -> None:
     assert len(leaves.token_ids) == len(stays.token_ids) == 12
 
 
-class Drafted(FakeRunner):
-    """Notes the entries of the draft head's calls, and the guesses that each asked for."""
+class Clock:
+    """A millisecond for each look at it."""
 
     def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+
+class Drafted(FakeRunner):
+    """Notes the entries of the draft head's calls, and the guesses that each asked for.
+
+    A call takes a second of ``clock``.
+    """
+
+    def __init__(self, clock: Clock) -> None:
         super().__init__(3, BLOCK, leave_share=0.0, seed=0)
         self.calls: list[tuple[int, int]] = []
+        self._clock = clock
 
     def run(self, step: Step) -> StepResult:
         if isinstance(step, Draft):
+            self._clock.now += 1
             entries = sum(len(item.rows) for item in step.work)
             self.calls.append((entries, sum(item.guesses for item in step.work)))
         return super().run(step)
@@ -402,7 +418,9 @@ def test_the_draft_head_runs_only_where_guesses_are_near(monkeypatch: pytest.Mon
     monkeypatch.setattr(draft_trials, "_RUN", 4)
     monkeypatch.setattr(draft_trials, "_SKIPPED", 1)
     monkeypatch.setattr(draft_trials._Trial, "_every", lambda _: 9)
-    runner = Drafted()
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    runner = Drafted(clock)
     engine, _ = fake_engine(num_blocks=40, drafts=True, runner=runner)
     plan = HeadPlan(3, 0.0, (-1.0,) * 3)
     host_of(engine).governor.head_plan = lambda rows, luck=1.0: plan  # type: ignore[method-assign]
