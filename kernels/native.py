@@ -45,8 +45,6 @@ T = TypeVar("T")
 # Scratch memory has room for contexts of a multiple of so many tokens; so many layouts are kept.
 _LONGEST_MULTIPLE = 64
 _MOST_LAYOUTS = 512
-# Of a row of a screened LM head: struct reach of lm_head.h, beside a number for each chunk.
-_REACH_FLOATS = 3
 
 
 class _Scratch(threading.local):
@@ -98,6 +96,8 @@ class Library:
         self._embed_phases = self.constant("EMBED_PHASES")
         self._head_phases = self.constant("HEAD_PHASES")
         self._group = self.constant("GROUP")
+        self._reach_floats = self.constant("struct reach") // torch.float32.itemsize
+        self._chunks_per_thread = self.constant("CHUNKS_PER_THREAD")
         self._layer_phases = self.constant("LAYER_PHASES")
         self._matmul_phases = self.constant("MATMUL_PHASES")
         self._draft_phases = self.constant("DRAFT_PHASES")
@@ -188,7 +188,9 @@ class Library:
         """Logits of the rows of ``call``, or the largest of them alone."""
         rows, columns, wide = call.rows, weights.weight.columns, 0
         if call.screened:
-            columns, wide = columns + self._group, _REACH_FLOATS + 2 * torch.get_num_threads()
+            # See run_screened_head: of each row its reach, and a place for each chunk.
+            chunks = self._chunks_per_thread * torch.get_num_threads()
+            columns, wide = columns + self._group, self._reach_floats + chunks
         workspace = self._workspace(rows, columns, self._head_phases, normed=columns, wide=wide)
         self._function("head")(ctypes.byref(weights), ctypes.byref(call), ctypes.byref(workspace))
 

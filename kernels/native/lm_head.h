@@ -79,8 +79,7 @@ INLINE int may_be_largest(const struct screen *s, const struct head_rows *c, int
     return largest_lane(open & 1);
 }
 
-/* The exact logits of one set of outputs, from ``first`` on; the set from ``next`` on is used next.
- */
+/* The exact logits of one set of outputs, from ``first`` on; that from ``next`` on is used next. */
 INLINE void multiply_one_set(const struct matrix *m, struct operands t, int first, int next,
                              struct worker *worker) {
     t.next = weight_rows(m, next);

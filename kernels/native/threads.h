@@ -19,6 +19,8 @@
 
 /* Of more threads some have a share together. */
 enum { MOST_SHARES = 15 };
+/* At most, of a phase: several a thread even out what one thread loses. */
+enum { CHUNKS_PER_THREAD = 2 };
 
 /* Chunks done, and chunks taken of each share; one phase a cache line. */
 struct phase {
@@ -123,9 +125,8 @@ static int next_chunk(struct worker *worker, int count) {
 }
 
 /* How many of ``count`` items make a chunk: large chunks read memory in order and need few atomic
- * operations, several a thread even out what one thread loses. */
+ * operations. */
 static int chunk_size(int count, const struct worker *worker) {
-    enum { CHUNKS_PER_THREAD = 2 };
     int chunks = CHUNKS_PER_THREAD * worker->shared->threads;
     return (count + chunks - 1) / chunks;
 }

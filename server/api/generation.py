@@ -285,8 +285,8 @@ class Generation:
 
         Raises the error that ended the request.
         """
-        running = {each.request.request_id: each for each in self.choices}
-        streams = {stream.request_id: stream for stream in self._streams}
+        pairs = zip(self.choices, self._streams, strict=True)
+        running = {stream.request_id: (choice, stream) for choice, stream in pairs}
         self._last_at = time.monotonic()
         if silence_s is not None:
             self._await_silence(silence_s)
@@ -298,16 +298,18 @@ class Generation:
             try:
                 if isinstance(event, Exception):
                     raise event
-                choice = running.get(event.request_id)
-                delta = None if choice is None else choice.feed(event)
+                if event.request_id not in running:
+                    continue
+                choice, stream = running[event.request_id]
+                delta = choice.feed(event)
             except Exception as error:
                 if self._span is not None:
                     self._span.failed(type(error).__name__)
                 raise
-            if choice is not None and choice.finish_reason is not None:
+            if choice.finish_reason is not None:
                 # A stop string ends the text while the engine would go on.
                 del running[event.request_id]
-                streams[event.request_id].abort()
+                stream.abort()
             if delta is not None:
                 self._last_at = time.monotonic()
                 yield delta

@@ -102,20 +102,20 @@ class FrameReader:
     """Cuts what comes from a connection into messages."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Any]:
         """The messages that end in ``data``, the next bytes that came."""
-        data = self._rest + data
+        self._rest += data
         start = 0
-        while len(data) - start >= HEAD.size:
-            (size,) = HEAD.unpack_from(data, start)
+        while len(self._rest) - start >= HEAD.size:
+            (size,) = HEAD.unpack_from(self._rest, start)
             end = start + HEAD.size + size
-            if end > len(data):
+            if end > len(self._rest):
                 break
-            yield read(data[start + HEAD.size : end])
+            yield read(bytes(self._rest[start + HEAD.size : end]))
             start = end
-        self._rest = data[start:]
+        del self._rest[:start]
 
 
 def receive(connection: socket.socket) -> Any:

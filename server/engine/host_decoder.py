@@ -120,7 +120,8 @@ class HostDecoder:
         else:
             results = self._commit_fill(step, sequences, result)
         facts: dict[str, Any] = {"seconds": result.seconds, "draft_seconds": drafting}
-        facts |= self._counts | self._drafting.counts()
+        facts |= self._counts
+        facts |= self._drafting.counts()
         self._counts.clear()
         host = started - begun - drafting + time.perf_counter() - ended
         facts["host_seconds"] = host
