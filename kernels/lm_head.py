@@ -19,11 +19,12 @@ from offramp.kernels.native_structures import HeadCall, HeadWeights, Matrix, Scr
 from offramp.kernels.weight_formats import ARENA, GROUP, round_to_int4
 
 _COLUMNS_MULTIPLE = 16
-# Screening spares reading, not multiplying, so it pays for as many rows as wait for memory: by the
-# weight's format. Weights of 4 bits are as small as their screen.
-_MOST_SCREENED = {"FORMAT_INT8": 2, "FORMAT_FP16": 6, "FORMAT_FP32": 6}
-# What rounding may add to a logit, of the norms of state and row: inputs in fixed point (9e-5), and
-# sums in fp32.
+# A coarse copy spares reading, so it pays for as many rows as wait for memory: by the weight's
+# format. Weights of 4 bits are as small as their copy.
+_MOST_COPIED = {"FORMAT_INT8": 3, "FORMAT_FP16": 6, "FORMAT_FP32": 6}
+# Formats of which coarse inputs alone spare products.
+_FIXED_POINT = "FORMAT_INT8", "FORMAT_INT4"
+# For the rounding of bounds themselves; what else is rounded native/lm_head.h allows for.
 _ROUNDING = 2.0**-12
 # Rows of the weight that are rounded at a time, in sets of 32: they take ten times their memory.
 _ROWS_AT_ONCE = 512
@@ -42,11 +43,15 @@ class NativeHead:
         # The C kernels read them where they are.
         self._kept = norm, weight
         self._weights = HeadWeights(weight.native, norm.data_ptr(), eps)
-        self._screen: HeadScreen | None = None
-        formats = {found.constant(name): most for name, most in _MOST_SCREENED.items()}
-        divides = weight.shape[1] % GROUP == 0
-        self.most_screened = formats.get(self._weights.weight.format, 0) if divides else 0
-        """Rows up to which `screen` makes `likeliest` faster."""
+        self._copy: HeadScreen | None = None
+        self._coarse: HeadScreen | None = None
+        form, divides = self._weights.weight.format, weight.shape[1] % GROUP == 0
+        formats = {found.constant(name): most for name, most in _MOST_COPIED.items()}
+        self.most_copied = formats.get(form, 0) if divides else 0
+        """Rows up to which a coarse copy of the weight makes `likeliest` faster."""
+        fixed = form in map(found.constant, _FIXED_POINT)
+        self.fewest_coarse = found.constant("FEWEST_COARSE") if fixed else 0
+        """Rows from which on coarse inputs make `likeliest` faster; 0: never."""
 
     @classmethod
     def of(cls, norm: Tensor, weight: Linear, eps: float) -> NativeHead | None:
@@ -61,67 +66,89 @@ class NativeHead:
 
         Raises ValueError for states of another width, IndexError for rows that there are not.
         """
-        return self._run(hidden, places, screened=False)
+        logits = torch.empty(len(places), self._kept[1].shape[0])
+        return logits, self._run(hidden, places, logits, None)[0]
 
     def likeliest(self, hidden: Tensor, places: Sequence[int]) -> list[int]:
         """The tokens of the largest logits of the same rows. Raises the same."""
-        screened = self._screen is not None and len(places) <= self.most_screened
-        return self._run(hidden, places, screened=screened)[1]
+        screen = self._coarse if 0 < self.fewest_coarse <= len(places) else None
+        if len(places) <= self.most_copied:
+            screen = self._copy
+        if screen is None:
+            return self(hidden, places)[1]
+        return self.screened(hidden, places, screen)[0]
+
+    @property
+    def can_screen(self) -> bool:
+        """Whether `screen` makes `likeliest` faster for some number of rows."""
+        return self.most_copied > 0 or self.fewest_coarse > 0
 
     def screen(self, states: Tensor) -> None:
-        """Let `likeliest` read a part of the weight alone, for up to ``most_screened`` rows.
+        """Let `likeliest` leave out most exact products, for the numbers of rows where that pays.
 
         ``states`` [n, d] are such as the final norm gives: the closer later ones are to the span of
         their main directions, the less is read. The tokens are the same whatever they are.
         """
-        if self.most_screened:
-            self._screen = HeadScreen.of(self._library, self._kept[1], states)
-        self._weights.screen = None if self._screen is None else self._screen.address
+        weight = self._kept[1]
+        if self.most_copied:
+            self._copy = HeadScreen.by_copy(self._library, weight, states)
+        if self.fewest_coarse:
+            self._coarse = HeadScreen.by_inputs(weight)
+
+    def screened(
+        self, hidden: Tensor, places: Sequence[int], screen: HeadScreen
+    ) -> tuple[list[int], list[int]]:
+        """The same as `likeliest` by a screen, and how many sets of 32 outputs each row took."""
+        return self._run(hidden, places, None, screen)
 
     def _run(
-        self, hidden: Tensor, places: Sequence[int], *, screened: bool
-    ) -> tuple[Tensor, list[int]]:
-        outs, columns = self._kept[1].shape
-        check_shape("states", hidden, (hidden.shape[0], columns))
+        self,
+        hidden: Tensor,
+        places: Sequence[int],
+        logits: Tensor | None,
+        screen: HeadScreen | None,
+    ) -> tuple[list[int], list[int]]:
+        check_shape("states", hidden, (hidden.shape[0], self._kept[1].shape[1]))
         check_indices("rows", min(places), max(places), hidden.shape[0])
-        logits = torch.empty(len(places), outs)
-        at, best = array("q", places), array("i", places)
+        at, best, multiplied = array("q", places), array("i", places), array("i", places)
         call = HeadCall(
             len(places),
             hidden.data_ptr(),
             at.buffer_info()[0],
-            screened,
-            logits.data_ptr(),
+            None if screen is None else screen.address,
+            None if logits is None else logits.data_ptr(),
             best.buffer_info()[0],
+            multiplied.buffer_info()[0],
         )
         self._library.head(self._weights, call)
-        return logits, best.tolist()
+        return best.tolist(), multiplied.tolist()
 
 
 class HeadScreen:
-    """A copy of an LM head [vocab, d] in 4 bits, with bounds of what it leaves out.
+    """What makes coarse logits of an LM head [vocab, d], with bounds of what it leaves out.
 
     native/lm_head.h says how it is used; ``address`` is that of the structure it takes.
     """
 
-    def __init__(
-        self, found: Library, weight: Matrix, basis: Tensor, data: Tensor, bounds: Tensor
-    ) -> None:
-        self._kept = basis, data, bounds
-        copy = Matrix(
-            found.constant("FORMAT_INT4"),
-            weight.outs,
-            weight.columns + GROUP,
-            data.data_ptr(),
-            weight.bias,
-        )
-        along, across = bounds
-        self._structure = Screen(copy, basis.data_ptr(), along.data_ptr(), across.data_ptr())
+    def __init__(self, weight: Matrix, norms: Tensor, *kept: Tensor) -> None:
+        self._kept = norms, kept
+        self._structure = Screen(weight, norms.data_ptr(), *(each.data_ptr() for each in kept[:3]))
         self.address = ctypes.addressof(self._structure)
 
     @classmethod
-    def of(cls, found: Library, weight: Linear, states: Tensor) -> HeadScreen | None:
-        """A screen of ``weight`` for states like ``states`` [n, d].
+    def by_inputs(cls, weight: Linear) -> HeadScreen | None:
+        """A screen that reads all of ``weight``, in fixed point, and a half of the inputs.
+
+        None for weights that have no bounds.
+        """
+        blocks = torch.arange(weight.shape[0]).split(_ROWS_AT_ONCE)
+        norms = torch.cat([weight.rows(ids).norm(dim=1) for ids in blocks]) * (1 + _ROUNDING)
+        native = weight.native
+        return None if native is None or not bool(norms.isfinite().all()) else cls(native, norms)
+
+    @classmethod
+    def by_copy(cls, found: Library, weight: Linear, states: Tensor) -> HeadScreen | None:
+        """A screen that reads a copy of ``weight`` in 4 bits, for states like ``states`` [n, d].
 
         None for weights, or states, that have no bounds.
         """
@@ -132,15 +159,23 @@ class HeadScreen:
         basis = torch.linalg.eigh(states.T @ states).eigenvectors[:, -GROUP:].T.contiguous()
         blocks = torch.arange(native.outs).split(_ROWS_AT_ONCE)
         parts = [_coarse(weight.rows(ids), basis) for ids in blocks]
-        bounds = torch.cat([bound for _, bound in parts], dim=1).contiguous()
+        bounds = torch.cat([bound for _, bound in parts], dim=1) * (1 + _ROUNDING)
         if not bool(bounds.isfinite().all()):
             return None
         data = ARENA.copy(torch.cat([part for part, _ in parts]))
-        return cls(found, native, basis, data, bounds)
+        columns = native.columns + GROUP
+        int4 = found.constant("FORMAT_INT4")
+        copy = Matrix(int4, native.outs, columns, data.data_ptr(), native.bias)
+        norms, along, across = bounds
+        return cls(copy, norms, basis, along, across, bounds, data)
 
 
 def _coarse(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [n, d] of an LM head, and their bounds [2, n] along ``basis`` [GROUP, d] and across."""
+    """Rows [n, d] of an LM head in 4 bits, with columns for directions ``basis`` [GROUP, d].
+
+    With them the norms [3, n] of the rows, and of what is left out along the directions and across
+    them.
+    """
     _, values = round_to_int4(rows)
     lost = (rows - values) @ basis.T
     data, values = round_to_int4(torch.cat([rows, lost], dim=1))
@@ -148,5 +183,4 @@ def _coarse(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     rest = rows - kept - lost @ basis
     along = rest @ basis.T
     across = rest - along @ basis
-    bounds = torch.stack([along.norm(dim=1), across.norm(dim=1)])
-    return data, bounds + _ROUNDING * rows.norm(dim=1)
+    return data, torch.stack([each.norm(dim=1) for each in (rows, along, across)])

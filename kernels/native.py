@@ -85,7 +85,13 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
-        for name in ("prepared_floats", "matmul_floats", "attention_floats", "partial_floats"):
+        for name in (
+            "prepared_floats",
+            "matmul_floats",
+            "attention_floats",
+            "partial_floats",
+            "screening_floats",
+        ):
             self._function(name).restype = c_int64
         for name in ("run_layers", "head", "matmul", "rows", "draft", "check"):
             self._function(name).restype = None
@@ -96,8 +102,6 @@ class Library:
         self._embed_phases = self.constant("EMBED_PHASES")
         self._head_phases = self.constant("HEAD_PHASES")
         self._group = self.constant("GROUP")
-        self._reach_floats = self.constant("struct reach") // torch.float32.itemsize
-        self._chunks_per_thread = self.constant("CHUNKS_PER_THREAD")
         self._layer_phases = self.constant("LAYER_PHASES")
         self._matmul_phases = self.constant("MATMUL_PHASES")
         self._draft_phases = self.constant("DRAFT_PHASES")
@@ -187,10 +191,10 @@ class Library:
     def head(self, weights: HeadWeights, call: HeadCall) -> None:
         """Logits of the rows of ``call``, or the largest of them alone."""
         rows, columns, wide = call.rows, weights.weight.columns, 0
-        if call.screened:
-            # See run_screened_head: of each row its reach, and a place for each chunk.
-            chunks = self._chunks_per_thread * torch.get_num_threads()
-            columns, wide = columns + self._group, self._reach_floats + chunks
+        if call.screen:
+            threads = torch.get_num_threads()
+            wide = self._function("screening_floats")(weights.weight.outs, threads)
+            columns += self._group
         workspace = self._workspace(rows, columns, self._head_phases, normed=columns, wide=wide)
         self._function("head")(ctypes.byref(weights), ctypes.byref(call), ctypes.byref(workspace))
 

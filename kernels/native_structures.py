@@ -123,10 +123,14 @@ class DraftCall(ctypes.Structure):
 
 
 class Screen(ctypes.Structure):
-    """A coarse copy of an LM head, and how far off its logits may be."""
+    """What makes coarse logits of an LM head, and how far off they may be.
+
+    Without directions ``basis``, ``along`` and ``across`` are None.
+    """
 
     _fields_: ClassVar = [
         ("weight", Matrix),
+        ("norms", c_void_p),
         ("basis", c_void_p),
         ("along", c_void_p),
         ("across", c_void_p),
@@ -134,26 +138,29 @@ class Screen(ctypes.Structure):
 
 
 class HeadWeights(ctypes.Structure):
-    """Final norm and LM head; the address of a Screen, or None."""
+    """Final norm and LM head."""
 
     _fields_: ClassVar = [
         ("weight", Matrix),
         ("norm", c_void_p),
         ("eps", c_float),
-        ("screen", c_void_p),
     ]
 
 
 class HeadCall(ctypes.Structure):
-    """States behind the last layer whose logits are wanted, and the results."""
+    """States behind the last layer whose logits are wanted, and the results.
+
+    With the address of a Screen the places of the largest alone, and ``logits`` is None.
+    """
 
     _fields_: ClassVar = [
         ("rows", c_int32),
         ("hidden", c_void_p),
         ("places", c_void_p),
-        ("screened", c_int32),
+        ("screen", c_void_p),
         ("logits", c_void_p),
         ("best", c_void_p),
+        ("multiplied", c_void_p),
     ]
 
 

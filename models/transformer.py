@@ -193,12 +193,12 @@ class Transformer:
         return self._native_head.likeliest(hidden, places)
 
     def screen_head(self, cache: KVCache) -> None:
-        """Make `likeliest` faster for few rows, where that is possible.
+        """Make `likeliest` faster, where that is possible.
 
         Prompts of random tokens show where states lie (kernels/lm_head.py). Their K,V go into the
         first blocks of the cache, which no request may hold yet.
         """
-        if self._native_head is None or not self._native_head.most_screened:
+        if self._native_head is None or not self._native_head.can_screen:
             return
         length = min(_SAMPLE_TOKENS, cache.block_size, self.rotary.length)
         spans = [Span(range(length), (block,)) for block in range(min(_SAMPLES, cache.num_blocks))]

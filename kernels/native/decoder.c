@@ -62,7 +62,7 @@ void offramp_run_layers(const struct shape *s, const struct layer *layers, int32
 /* x [rows, columns] times the matrix transposed, plus its bias, into out [rows, outs]. */
 void offramp_matmul(const struct matrix *m, const float *x, float *out, int32_t rows,
                     const struct workspace *w) {
-    const struct operands t = {x, m->columns, out, m->outs, rows, 0, w->prepared, NULL};
+    const struct operands t = {x, m->columns, out, m->outs, rows, 0, w->prepared, NULL, 0};
     memset(w->phases, 0, sizeof(struct phase) * MATMUL_PHASES);
 #pragma omp parallel num_threads(w->threads)
     {
@@ -137,6 +137,11 @@ int64_t offramp_partial_floats(const struct shape *s, const struct batch *b) {
     return shared_partial_floats(s, b);
 }
 
+/* Floats of scratch memory for a row whose logits are screened, in ``wide``. */
+int64_t offramp_screening_floats(int32_t outs, int32_t threads) {
+    return screening_floats(outs, threads);
+}
+
 /* The constant or size of this name; -1 if there is none. */
 int64_t offramp_constant(const char *name) {
 #define CONSTANT(name) {#name, name}
@@ -160,7 +165,6 @@ int64_t offramp_constant(const char *name) {
         CONSTANT(EMBED_PHASES),
         CONSTANT(LAYER_PHASES),
         CONSTANT(HEAD_PHASES),
-        CONSTANT(CHUNKS_PER_THREAD),
         CONSTANT(MATMUL_PHASES),
         CONSTANT(HEAD_DIM_MULTIPLE),
         SIZE_OF(struct matrix),
@@ -173,8 +177,8 @@ int64_t offramp_constant(const char *name) {
         SIZE_OF(struct draft_span),
         SIZE_OF(struct draft_head),
         CONSTANT(DRAFT_PHASES),
+        CONSTANT(FEWEST_COARSE),
         SIZE_OF(struct screen),
-        SIZE_OF(struct reach),
         SIZE_OF(struct lm_head),
         SIZE_OF(struct head_rows),
         SIZE_OF(struct exit_head),

@@ -164,10 +164,21 @@ INLINE void add_up_bytes(const int8_t *bytes, part_ints quads[INTEGER_WIDTH][8],
 }
 
 /* A group of ROWS inputs, at most BLOCK_STEP, times its levels ``quads``: one sum takes high bytes,
- * then low ones. */
+ * then low ones. Of COARSE inputs the low ones are zero, and the sums are left in 256ths. */
 INLINE void add_up_block(int format, part_ints quads[INTEGER_WIDTH][8], struct fixed_point inputs,
-                         part_ints dots[BLOCK_STEP][INTEGER_WIDTH], const int ROWS) {
+                         part_ints dots[BLOCK_STEP][INTEGER_WIDTH], const int ROWS,
+                         const int COARSE) {
     const int8_t *bytes = (const int8_t *)inputs.columns;
+    if (COARSE) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            int32_t first = format == FORMAT_INT8 ? -(inputs.totals[r * inputs.numbers] / 2) : 0;
+#pragma GCC unroll 2
+            for (int v = 0; v < INTEGER_WIDTH; v++) dots[r][v] = (part_ints){0} + first;
+        }
+        add_up_bytes(bytes, quads, dots, ROWS);
+        return;
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
@@ -280,5 +291,13 @@ INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point i
     }
 }
 
+#endif
+
+/* From this number of rows on, products of coarse inputs are worth making in place of others: where
+ * low bytes are left out; 0: never. */
+#ifdef HAS_BLOCKS
+enum { FEWEST_COARSE = 5 };
+#else
+enum { FEWEST_COARSE = 0 };
 #endif
 #endif

@@ -13,8 +13,8 @@ static void run_whole_head(const struct lm_head *h, const struct head_rows *c,
                            struct worker *worker) {
     const struct workspace *w = worker->shared;
     int width = h->weight.columns, outs = h->weight.outs, rows = c->rows;
-    const struct operands to_logits = {w->normed, width, c->logits,   outs,
-                                       rows,      0,     w->prepared, NULL};
+    const struct operands to_logits = {w->normed, width,       c->logits, outs, rows,
+                                       0,         w->prepared, NULL,      0};
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {
@@ -27,31 +27,78 @@ static void run_whole_head(const struct lm_head *h, const struct head_rows *c,
         for (; r < end; r++) c->best[r] = largest(c->logits + (size_t)r * outs, outs);
 }
 
-/* Screening: the likeliest tokens of few rows without reading the whole weight.
+/* Screening: the likeliest tokens without the exact products of most outputs.
  *
- * A copy of the weight W in 4 bits, W4, gives coarse logits of all outputs. What it leaves out, in
- * the GROUP directions U that states mostly lie along, is stored in 4 bits too, as F: GROUP more
- * columns, whose inputs are U x. Of what both leave out, R = W - W4 - F U, an output's logit has at
- * most
+ * Coarse logits are made of the weight W and of 8 bits of each input, or of all bits and a copy of
+ * W in 4 bits. What 8 bits leave out of the inputs, e, adds at most |W_i| |e| to the logit of
+ * output i (Cauchy-Schwarz). The copy has GROUP more columns: what its 4 bits lose in the
+ * directions U that states mostly lie along, whose inputs are U x. Of what it still leaves out of a
+ * row of W, R_i, the logit has at most
  *
- *     |R x|  <=  |R U'| |U x|  +  |R - R U' U| |x - U' U x|        (Cauchy-Schwarz)
+ *     |R_i x|  <=  |R_i U'| |U x|  +  |R_i - R_i U' U| |x - U' U x|
  *
- * ``along`` and ``across`` are the two norms of R, a little more for rounding. Whatever U is, this
- * holds; the better U fits, the closer it is. So the output whose coarse logit is largest is
- * multiplied exactly, and then those whose coarse logits are no further below than the bound, in
- * whole sets. All others are certainly smaller. */
+ * Whatever U is, this holds; the better it fits, the closer it is. So the set of outputs that holds
+ * the largest logit for certain, or nearly, is multiplied exactly, and then those sets that may
+ * hold a larger one. All others are certainly smaller. */
+
+/* What rounding may add to a logit, of the norms of state and row: inputs in fixed point (9e-5),
+ * and sums in fp32. */
+static const float ROUNDING = 0x1p-12f;
+
+/* Norms of a row's inputs: along the directions, across them, and of what coarse ones and rounding
+ * leave out. */
 struct reach {
-    float along, across; /* the norms of a row's inputs */
-    float least;         /* a logit that it has for certain */
+    float along, across, rest;
 };
 
-/* How far inputs x [width] reach along the directions, and across them; their products with the
- * directions are put behind them. */
-static struct reach measure_reach(const struct screen *s, float *x, int width) {
-    float all = 0, along = 0;
+/* What is known of logits, of each row in turn. */
+struct bounds {
+    int chunks;
+    struct reach *reach; /* [rows] */
+    float *highest;      /* [sets, rows] what the largest of a set is at most */
+    float *certain;      /* [chunks, rows] what the largest of a chunk is at least, and */
+    int32_t *sets;       /* [chunks, rows] the set where it is */
+    float *logits;       /* [chunks, rows] the largest that was made exactly, and */
+    int32_t *places;     /* [chunks, rows] its place, or -1 */
+    float *of_threads;   /* [threads, rows, SET] */
+};
+
+/* Floats of a row in ``wide``. */
+static int screening_floats(int outs, int threads) {
+    int reach = sizeof(struct reach) / sizeof(float), sets = (outs + SET - 1) / SET;
+    return reach + sets + threads * (4 * CHUNKS_PER_THREAD + SET);
+}
+
+static struct bounds find_bounds(int outs, int rows, const struct worker *worker) {
+    int sets = (outs + SET - 1) / SET, size = matmul_chunk_size(outs, worker);
+    int chunks = (outs + size - 1) / size;
+    struct reach *reach = (struct reach *)worker->shared->wide;
+    float *highest = (float *)(reach + rows), *all = highest + sets * rows;
+    int count = chunks * rows;
+    return (struct bounds){chunks,
+                           reach,
+                           highest,
+                           all,
+                           (int32_t *)(all + count),
+                           all + 2 * count,
+                           (int32_t *)(all + 3 * count),
+                           all + 4 * count};
+}
+
+/* The squared norm of x [width]. */
+static float squared_norm(const float *x, int width) {
     floats squares = {0};
     for (int i = 0; i < width; i += LANES) squares += *(floats *)(x + i) * *(floats *)(x + i);
-    all = sum_lanes(squares);
+    return sum_lanes(squares);
+}
+
+/* The reach of inputs x [width]; their products with directions are put behind them. */
+static struct reach measure_reach(const struct screen *s, float *x, int width) {
+    float all = squared_norm(x, width), along = 0, lost = 0, rounded = ROUNDING * sqrtf(all);
+    if (!s->basis) {
+        for (int i = 0; i < width; i += GROUP) lost += coarse_loss(x + i);
+        return (struct reach){0, 0, sqrtf(lost) + rounded};
+    }
     for (int d = 0; d < GROUP; d++) {
         floats sums = {0};
         for (int i = 0; i < width; i += LANES)
@@ -60,104 +107,144 @@ static struct reach measure_reach(const struct screen *s, float *x, int width) {
         along += x[width + d] * x[width + d];
     }
     /* The difference of two rounded sums may be off by 1e-6 of them. */
-    return (struct reach){sqrtf(along), sqrtf(MAX(all - along, 0) + 1e-5f * all), 0};
+    return (struct reach){sqrtf(along), sqrtf(MAX(all - along, 0) + 1e-5f * all), rounded};
 }
 
-/* Whether one of a whole set of outputs from ``first`` on may have a row's largest logit. */
-INLINE int may_be_largest(const struct screen *s, const struct head_rows *c, int first,
-                          const struct reach *reach) {
-    ints open = {0};
-    for (int r = 0; r < c->rows; r++) {
-        const float *logits = c->logits + (size_t)r * s->weight.outs;
-        for (int i = first; i < first + SET; i += LANES) {
-            floats off = *(const floats *)(s->along + i) * reach[r].along +
-                         *(const floats *)(s->across + i) * reach[r].across;
-            /* What is no number is not smaller. */
-            open |= ~(*(const floats *)(logits + i) + off < reach[r].least);
+/* One set of outputs, from ``first`` on, as a matrix. */
+INLINE struct matrix one_set(const struct matrix *m, int first) {
+    return (struct matrix){m->format, MIN(SET, m->outs - first), m->columns, weight_rows(m, first),
+                           m->bias ? m->bias + first : NULL};
+}
+
+/* What the largest of a whole set of coarse logits, that from ``first`` on, is at most; ``least``
+ * becomes what it is at least. */
+INLINE float bound_set(const struct screen *s, const float *logits, int first, struct reach reach,
+                       float *least) {
+    floats high = broadcast(-INFINITY), low = high;
+    for (int i = 0; i < SET; i += LANES) {
+        floats x = *(const floats *)(logits + i);
+        floats off = *(const floats *)(s->norms + first + i) * reach.rest;
+        if (s->basis)
+            off += *(const floats *)(s->along + first + i) * reach.along +
+                   *(const floats *)(s->across + first + i) * reach.across;
+        floats most = x + off;
+        high = larger(select_lanes(most == most, most, broadcast(INFINITY)), high);
+        low = larger(x - off, low);
+    }
+    *least = largest_number(low);
+    return largest_number(high);
+}
+
+/* Coarse logits of outputs [out, end), the ``chunk``-th chunk, and what they tell. */
+static void bound_chunk(const struct screen *s, const struct bounds *b, struct operands coarse,
+                        int chunk, int out, int end, struct worker *worker) {
+    int rows = coarse.rows;
+    float *certain = b->certain + chunk * rows;
+    int32_t *sets = b->sets + chunk * rows;
+    for (int r = 0; r < rows; r++) certain[r] = -INFINITY, sets[r] = out;
+    for (int first = out; first < end; first += SET) {
+        struct matrix set = one_set(&s->weight, first);
+        float *highest = b->highest + (size_t)(first / SET) * rows, least;
+        coarse.next = weight_rows(&s->weight, first + SET);
+        MATMUL[set.format](&set, &coarse, 0, set.outs, worker);
+        for (int r = 0; r < rows; r++) {
+            highest[r] = INFINITY;
+            if (set.outs < SET) continue;
+            highest[r] = bound_set(s, coarse.out + r * SET, first, b->reach[r], &least);
+            if (least > certain[r]) certain[r] = least, sets[r] = first;
         }
     }
-    return largest_lane(open & 1);
 }
 
-/* The exact logits of one set of outputs, from ``first`` on; that from ``next`` on is used next. */
-INLINE void multiply_one_set(const struct matrix *m, struct operands t, int first, int next,
-                             struct worker *worker) {
-    t.next = weight_rows(m, next);
-    MATMUL[m->format](m, &t, first, MIN(SET, m->outs - first), worker);
+/* Whether x is larger than ``best``, as any number is than what is none. */
+INLINE int is_larger(float x, float best) {
+    return x > best || (isnan(best) && !isnan(x));
 }
 
-/* The places of the rows' largest logits of outputs [out, end), to tops [rows]. */
-static void find_tops(const struct head_rows *c, int outs, int out, int end, int32_t *tops) {
-    for (int r = 0; r < c->rows; r++)
-        tops[r] = out + largest(c->logits + (size_t)r * outs + out, end - out);
-}
-
-/* The largest of a row's logits at ``places`` [count], ``step`` apart: its place, that of the first
- * of equal ones and of any that are no numbers. */
-static int largest_of(const float *logits, const int32_t *places, int count, int step) {
-    int best = places[0];
-    for (int i = 1; i < count; i++) {
-        float x = logits[places[i * step]];
-        if (x > logits[best] || (isnan(logits[best]) && !isnan(x))) best = places[i * step];
-    }
+/* Of a row's ``values`` in all chunks, where the largest is: the first of equal ones, and of any
+ * that are no numbers. Those without a place, if there are any, do not count. */
+static int largest_chunk(const struct bounds *b, const float *values, const int32_t *places,
+                         int row, int rows) {
+    int best = row;
+    for (int i = row + rows; i < b->chunks * rows; i += rows)
+        if (places[i] >= 0 && (places[best] < 0 || is_larger(values[i], values[best]))) best = i;
     return best;
 }
 
-/* The largest logits of the rows; the others are coarse. */
+/* The largest of a row's exact logits of the set from ``first`` on; ``place`` becomes its place. */
+static float largest_of_set(const struct matrix *m, const struct operands *exact, int row,
+                            int first, int *place, struct worker *worker) {
+    struct matrix set = one_set(m, first);
+    float logits[SET];
+    multiply_row(&set, exact, row, logits, worker);
+    int best = largest(logits, set.outs);
+    *place = first + best;
+    return logits[best];
+}
+
+/* The largest logit of a row in the ``chunk``-th chunk, outputs [out, end), if it may be ``least``
+ * or more; how many sets were multiplied. */
+static int find_largest(const struct matrix *m, const struct bounds *b,
+                        const struct operands *exact, int row, float least, int chunk, int out,
+                        int end, struct worker *worker) {
+    int rows = exact->rows, multiplied = 0, found;
+    float *best = b->logits + chunk * rows + row;
+    int32_t *place = b->places + chunk * rows + row;
+    *place = -1;
+    for (int first = out; first < end; first += SET) {
+        if (b->highest[(size_t)(first / SET) * rows + row] < least) continue;
+        float logit = largest_of_set(m, exact, row, first, &found, worker);
+        if (*place < 0 || is_larger(logit, *best)) *best = logit, *place = found;
+        multiplied++;
+    }
+    return multiplied;
+}
+
+/* The places of the largest logits alone. */
 static void run_screened_head(const struct lm_head *h, const struct head_rows *c,
                               struct worker *worker) {
     const struct workspace *w = worker->shared;
-    const struct screen *s = h->screen;
+    const struct screen *s = c->screen;
     const struct matrix *m = &h->weight;
     int width = m->columns, wide = s->weight.columns, outs = m->outs, rows = c->rows;
+    int size = matmul_chunk_size(outs, worker);
+    struct bounds b = find_bounds(outs, rows, worker);
     float *prepared = w->prepared + prepared_floats(rows, w->columns);
-    struct reach *reach = (struct reach *)w->wide;
-    int32_t *tops = (int32_t *)(reach + rows); /* [chunks, rows] the places of the largest */
-    const struct operands exact = {w->normed, wide, c->logits, outs, rows, 0, w->prepared, NULL};
-    const struct operands coarse = {w->normed, wide, c->logits, outs, rows, 0, prepared, NULL};
+    float *logits = b.of_threads + (size_t)worker->number * rows * SET;
+    const struct operands exact = {w->normed, wide, NULL, 0, rows, 0, w->prepared, NULL, 0};
+    const struct operands coarse = {w->normed, wide,     logits, SET,      rows,
+                                    0,         prepared, NULL,   !s->basis};
     FOR_EACH_CHUNK(worker, r, end, 1, rows)
         for (; r < end; r++) {
             float *inputs = w->normed + (size_t)r * wide;
             rms_norm(c->hidden + c->places[r] * width, h->norm, inputs, width, h->eps);
-            reach[r] = measure_reach(s, inputs, width);
+            b.reach[r] = measure_reach(s, inputs, width);
             prepare_columns(m, &exact, r, inputs, 0, width);
             prepare_columns(&s->weight, &coarse, r, inputs, 0, wide);
         }
-    int size = matmul_chunk_size(outs, worker), chunks = (outs + size - 1) / size;
-    FOR_EACH_CHUNK(worker, out, end, size, outs) {
-        MATMUL[FORMAT_INT4](&s->weight, &coarse, out, end - out, worker);
-        find_tops(c, outs, out, end, tops + out / size * rows);
-    }
-    /* One thread alone: rows may have their largest coarse logits in the same set. */
-    FOR_EACH_CHUNK(worker, begin_row, end, rows, rows) {
-        for (int r = begin_row; r < end; r++) {
-            c->best[r] = largest_of(c->logits + (size_t)r * outs, tops + r, chunks, rows);
-            int first = c->best[r] / SET * SET;
-            multiply_one_set(m, exact, first, first, worker);
-        }
-        for (int r = begin_row; r < end; r++) {
-            float least = c->logits[(size_t)r * outs + c->best[r]];
-            int known = isfinite(least) && isfinite(reach[r].along) && isfinite(reach[r].across);
-            reach[r].least = known ? least : -INFINITY;
-        }
-    }
-    FOR_EACH_CHUNK(worker, out, end, size, outs) {
-        int before = -1;
-        for (int first = out; first < end; first += SET)
-            if (end - first < SET || may_be_largest(s, c, first, reach)) {
-                if (before >= 0) multiply_one_set(m, exact, before, first, worker);
-                before = first;
-            }
-        if (before >= 0) multiply_one_set(m, exact, before, before, worker);
-        find_tops(c, outs, out, end, tops + out / size * rows);
-    }
+    FOR_EACH_CHUNK(worker, out, end, size, outs)
+        bound_chunk(s, &b, coarse, out / size, out, end, worker);
+    float *least = b.certain; /* [rows], of the first chunk's */
     FOR_EACH_CHUNK(worker, r, end, 1, rows)
-        for (; r < end; r++)
-            c->best[r] = largest_of(c->logits + (size_t)r * outs, tops + r, chunks, rows);
+        for (; r < end; r++) {
+            int chunk = largest_chunk(&b, b.certain, b.sets, r, rows), place;
+            struct reach reach = b.reach[r];
+            least[r] = largest_of_set(m, &exact, r, b.sets[chunk], &place, worker);
+            if (!isfinite(least[r] + reach.along + reach.across + reach.rest)) least[r] = -INFINITY;
+            c->multiplied[r] = 1;
+        }
+    FOR_EACH_CHUNK(worker, out, end, size, outs)
+        for (int r = 0; r < rows; r++)
+            __atomic_fetch_add(
+                &c->multiplied[r],
+                find_largest(m, &b, &exact, r, least[r], out / size, out, end, worker),
+                __ATOMIC_RELAXED);
+    FOR_EACH_CHUNK(worker, r, end, 1, rows)
+        for (; r < end; r++) c->best[r] = b.places[largest_chunk(&b, b.logits, b.places, r, rows)];
 }
 
 static void run_head(const struct lm_head *h, const struct head_rows *c, struct worker *worker) {
-    if (c->screened)
+    if (c->screen)
         run_screened_head(h, c, worker);
     else
         run_whole_head(h, c, worker);

@@ -39,7 +39,7 @@ static void matmul_fp16(const struct matrix *m, const struct operands *t, int ou
 
 static void matmul_int8(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    if (uses_amx(m, t->rows))
+    if (uses_amx(m, t->rows) && !t->coarse)
         multiply_integer_amx(FORMAT_INT8, m, t, out, count, worker);
     else
         multiply_integer(FORMAT_INT8, m, t, out, count);
@@ -47,7 +47,7 @@ static void matmul_int8(const struct matrix *m, const struct operands *t, int ou
 
 static void matmul_int4(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    if (uses_amx(m, t->rows))
+    if (uses_amx(m, t->rows) && !t->coarse)
         multiply_integer_amx(FORMAT_INT4, m, t, out, count, worker);
     else
         multiply_integer(FORMAT_INT4, m, t, out, count);
@@ -60,6 +60,24 @@ static matmul_outputs *const MATMUL[] = {
     [FORMAT_INT4] = matmul_int4,
 };
 
+/* One row of ``t`` times a matrix of one set: logits [outs]. */
+static void multiply_row(const struct matrix *set, const struct operands *t, int row, float *out,
+                         struct worker *worker) {
+    struct operands one = *t;
+    one.out = out, one.out_stride = 0;
+    if (set->format < FORMAT_INT8) {
+        one.x += row * t->x_stride, one.rows = 1;
+        MATMUL[set->format](set, &one, 0, set->outs, worker);
+    } else {
+        for (int lane = 0; lane < SET; lane += INTEGER_WIDTH * PART_LANES)
+            if (set->format == FORMAT_INT8)
+                multiply_lanes(FORMAT_INT8, set->data, set->data, lane, 0, 1, set, &one, row, 0, 0,
+                               set->outs, 1);
+            else
+                multiply_lanes(FORMAT_INT4, set->data, set->data, lane, 0, 1, set, &one, row, 0, 0,
+                               set->outs, 1);
+    }
+}
 /* Whether products with ``m`` take fixed point inputs. Who computes a row's inputs then converts
  * them at once, with ``prepare_columns``. */
 INLINE int takes_fixed_point(const struct matrix *m) {

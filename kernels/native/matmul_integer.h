@@ -17,6 +17,8 @@
 #include "matmul_vector.h"
 
 enum { LARGEST_INPUT = 32512 };
+/* Of coarse inputs q is a multiple of this: 8 bits. */
+enum { COARSE_STEP = 256 };
 
 /* Numbers of a row beside its columns, three a group: whole cache lines. */
 INLINE int fixed_point_numbers(int columns) {
@@ -38,13 +40,13 @@ INLINE struct fixed_point fixed_point(const struct operands *t, int columns) {
                                 scales, scales + groups, (int32_t *)scales + 2 * groups};
 }
 
-/* One group of a row of inputs. */
-INLINE void quantize_group(int format, const float *x, struct fixed_point to) {
+/* One group of a row of inputs, in multiples of ``step``. */
+INLINE void quantize_group(int format, const float *x, struct fixed_point to, int step) {
     const floats *values = (const floats *)x;
-    float inverse, scale = fixed_point_scale(x, GROUP, LARGEST_INPUT, &inverse);
+    float inverse, scale = fixed_point_scale(x, GROUP, LARGEST_INPUT / step, &inverse) / step;
     uints sum = {0};
     for (int i = 0; i < VECTORS; i++) {
-        ints fixed = to_fixed_point(values[i], inverse);
+        ints fixed = (ints)((uints)to_fixed_point(values[i], inverse) * (uint32_t)step);
         sum += (uints)fixed;
         store_inputs(format, to_shorts(fixed), i * LANES, to.columns);
     }
@@ -59,7 +61,22 @@ static void quantize_inputs(const struct matrix *m, const struct operands *t, in
                             const float *x, int first, int end) {
     struct fixed_point to = fixed_point(t, m->columns);
     for (int g = first / GROUP; g < end / GROUP; g++)
-        quantize_group(m->format, x + g * GROUP, at_group(to, g, row));
+        if (t->coarse)
+            quantize_group(m->format, x + g * GROUP, at_group(to, g, row), COARSE_STEP);
+        else
+            quantize_group(m->format, x + g * GROUP, at_group(to, g, row), 1);
+}
+
+/* What coarse inputs leave out of one group of a row, x [GROUP], squared and added up. */
+INLINE float coarse_loss(const float *x) {
+    floats squares = {0};
+    float inverse, scale = fixed_point_scale(x, GROUP, LARGEST_INPUT / COARSE_STEP, &inverse);
+    for (int i = 0; i < GROUP; i += LANES) {
+        floats values = *(const floats *)(x + i);
+        floats kept = __builtin_convertvector(to_fixed_point(values, inverse), floats) * scale;
+        squares += (values - kept) * (values - kept);
+    }
+    return sum_lanes(squares);
 }
 
 /* The set that is used after the one of outputs from ``first`` on, of those before ``last``. */
@@ -159,9 +176,9 @@ INLINE void multiply_lanes(int format, const uint8_t *set, const uint8_t *next, 
 /* ROWS rows of a block, at most BLOCK_STEP, times one group: what it adds to their ``sums``. */
 INLINE void add_block_rows(int format, part_ints quads[INTEGER_WIDTH][8], const part_floats *scales,
                            const part_floats *minima, struct fixed_point inputs,
-                           part_floats (*sums)[INTEGER_WIDTH], const int ROWS) {
+                           part_floats (*sums)[INTEGER_WIDTH], const int ROWS, const int COARSE) {
     part_ints dots[BLOCK_STEP][INTEGER_WIDTH];
-    add_up_block(format, quads, inputs, dots, ROWS);
+    add_up_block(format, quads, inputs, dots, ROWS, COARSE);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
@@ -175,14 +192,15 @@ INLINE void add_block_rows(int format, part_ints quads[INTEGER_WIDTH][8], const 
 
 #define ADD_BLOCK_ROWS(ROWS)                                                                       \
     case ROWS:                                                                                     \
-        add_block_rows(format, quads, scales, minima, at_group(all, g, row + r), sums + r, ROWS);  \
+        add_block_rows(format, quads, scales, minima, at_group(all, g, row + r), sums + r, ROWS,   \
+                       COARSE);                                                                    \
         break;
 
 /* The same as multiply_lanes for a block of ``rows``, up to BLOCK_ROWS, group by group. */
 INLINE void multiply_row_block(int format, const uint8_t *set, const uint8_t *next, int lane,
                                int block, int blocks, const struct matrix *m,
                                const struct operands *t, int row, int rows, int out, int begin,
-                               int end) {
+                               int end, const int COARSE) {
     int groups = m->columns / GROUP;
     struct fixed_point all = fixed_point(t, m->columns);
     part_floats sums[BLOCK_ROWS][INTEGER_WIDTH];
@@ -198,14 +216,14 @@ INLINE void multiply_row_block(int format, const uint8_t *set, const uint8_t *ne
             const uint8_t *levels = set + SET * SCALE_BYTES[format] + 4 * first;
 #pragma GCC unroll 8
             for (int q = 0; q < 8; q++) quads[v][q] = unpack_quad(format, levels, q);
-            scales[v] = load_fp16_part(set + 2 * first);
+            scales[v] = load_fp16_part(set + 2 * first) * (float)(COARSE ? COARSE_STEP : 1);
             minima[v] = (part_floats){0};
             if (format == FORMAT_INT4) minima[v] = load_fp16_part(set + 2 * (SET + first));
         }
         int r = 0;
         for (; r + BLOCK_STEP <= rows; r += BLOCK_STEP)
             add_block_rows(format, quads, scales, minima, at_group(all, g, row + r), sums + r,
-                           BLOCK_STEP);
+                           BLOCK_STEP, COARSE);
         switch (rows - r) {
             ADD_BLOCK_ROWS(1)
             ADD_BLOCK_ROWS(2)
@@ -224,12 +242,12 @@ INLINE void multiply_row_block(int format, const uint8_t *set, const uint8_t *ne
 /* All rows in blocks, about as many in each. */
 INLINE void multiply_row_blocks(int format, const uint8_t *set, const uint8_t *next, int lane,
                                 const struct matrix *m, const struct operands *t, int out,
-                                int begin, int end) {
+                                int begin, int end, const int COARSE) {
     int blocks = (t->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     for (int row = 0, block = 0, rows; row < t->rows; row += rows, block++) {
         rows = (t->rows - row + blocks - block - 1) / (blocks - block);
-        multiply_row_block(format, set, next, lane, block, blocks, m, t, row, rows, out, begin,
-                           end);
+        multiply_row_block(format, set, next, lane, block, blocks, m, t, row, rows, out, begin, end,
+                           COARSE);
     }
 }
 
@@ -246,8 +264,12 @@ INLINE void multiply_all_rows(int format, const uint8_t *set, const uint8_t *nex
                               const struct matrix *m, const struct operands *t, int out, int begin,
                               int end) {
 #ifdef HAS_BLOCKS
+    if (t->coarse) {
+        multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, 1);
+        return;
+    }
     if (t->rows >= FEWEST_BLOCKED) {
-        multiply_row_blocks(format, set, next, lane, m, t, out, begin, end);
+        multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, 0);
         return;
     }
 #endif

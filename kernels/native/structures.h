@@ -90,11 +90,13 @@ struct draft {
     float *product, *chance; /* [sequences] */
 };
 
-/* A coarse copy of an LM head, and how far off its logits may be (lm_head.h). */
+/* What makes coarse logits of an LM head, and how far off they may be (lm_head.h). */
 struct screen {
-    struct matrix weight;        /* INT4 [outs, width + GROUP] */
-    const float *basis;          /* [GROUP, width] orthonormal directions */
-    const float *along, *across; /* [outs]: bounds for states along these and across them */
+    struct matrix weight; /* the LM head's, or INT4 [outs, width + GROUP], a copy with directions */
+    const float *norms;   /* [outs] of the LM head's rows */
+    /* Of a copy, else NULL: orthonormal directions [GROUP, width], and norms [outs] of what is left
+     * out along them and across them. */
+    const float *basis, *along, *across;
 };
 
 /* What makes tokens of the states behind the last layer. */
@@ -102,17 +104,17 @@ struct lm_head {
     struct matrix weight;
     const float *norm; /* [width] */
     float eps;
-    const struct screen *screen; /* or NULL */
 };
 
 /* Rows whose logits are wanted. */
 struct head_rows {
     int32_t rows;
-    const float *hidden;   /* [.., width] */
-    const int64_t *places; /* [rows]: where each row's state is in ``hidden`` */
-    int32_t screened;      /* whether the largest alone are wanted, and ``logits`` is scratch */
-    float *logits;         /* [rows, outs] results */
-    int32_t *best;         /* [rows] the place of the largest */
+    const float *hidden;         /* [.., width] */
+    const int64_t *places;       /* [rows]: where each row's state is in ``hidden`` */
+    const struct screen *screen; /* if any, the places of the largest alone are wanted */
+    float *logits;               /* [rows, outs] results, or NULL */
+    int32_t *best;               /* [rows] the place of the largest */
+    int32_t *multiplied;         /* [rows] by a screen: sets that were made exactly */
 };
 
 /* Weights of an exit (see models/exits/head.py); ``layer`` has the adapter's alone. */

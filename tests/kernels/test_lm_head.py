@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor
 
 from offramp.kernels.linear import Linear
-from offramp.kernels.lm_head import NativeHead
+from offramp.kernels.lm_head import HeadScreen, NativeHead
 from offramp.kernels.native import library
 from offramp.kernels.rms_norm import rms_norm
-from offramp.kernels.weight_formats import WeightFormat
+from offramp.kernels.weight_formats import WeightFormat, round_to_int4
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C kernels")
 
@@ -75,124 +77,151 @@ def test_what_does_not_fit_is_refused() -> None:
     assert NativeHead.of(norm, plain, EPS) is None
 
 
-SCREENED = [WeightFormat.INT8, WeightFormat.FP16, WeightFormat.FP32]
+COPIED = [WeightFormat.INT8, WeightFormat.FP16, WeightFormat.FP32]
+FIXED_POINT = [WeightFormat.INT8, WeightFormat.INT4]
+SCREENS = [*(("copy", form) for form in COPIED), *(("inputs", form) for form in FIXED_POINT)]
 
 
-def screened(outs: int, form: WeightFormat, weight: Tensor | None = None) -> NativeHead:
-    """A head with a screen fitted to states in a few directions."""
-    torch.manual_seed(outs)
-    if weight is None:
-        weight = torch.randn(outs, WIDTH)
-    if form is WeightFormat.INT8:
-        weight = on_the_grid(weight)
-    head = NativeHead.of(torch.rand(WIDTH) + 0.5, Linear(weight, None, form), EPS)
+def screened(
+    kind: str, form: WeightFormat, weight: Tensor, states: Tensor, norm: Tensor | None = None
+) -> tuple[NativeHead, HeadScreen]:
+    """A head with a screen of one kind, whose copy is fitted to ``states``."""
+    if norm is None:
+        norm = torch.rand(WIDTH) + 0.5
+    weight = on_the_grid(weight, form)
+    packed, found = Linear(weight, None, form), library()
+    head = NativeHead.of(norm, packed, EPS)
     assert head is not None
-    assert head.most_screened >= 2
-    head.screen(torch.randn(100, 8) @ torch.randn(8, WIDTH))
-    return head
+    assert found is not None
+    by_copy = kind == "copy"
+    made = HeadScreen.by_copy(found, packed, states) if by_copy else HeadScreen.by_inputs(packed)
+    assert made is not None
+    return head, made
 
 
-def on_the_grid(weight: Tensor) -> Tensor:
-    """The nearest weights that INT8 holds."""
+def on_the_grid(weight: Tensor, form: WeightFormat) -> Tensor:
+    """The nearest weights that a format holds, or nearly."""
+    if form is WeightFormat.INT4:
+        return round_to_int4(weight)[1]
+    if form is WeightFormat.FP16:
+        return weight.half().float()
     groups = weight.view(len(weight), -1, 32)
     scale = (groups.abs().amax(-1, keepdim=True) / 127).half().float()
-    return ((groups / scale).round().clamp(-127, 127) * scale).view_as(weight)
+    levels = (groups / scale.clamp_min(1e-20)).round().clamp(-127, 127)
+    return (levels * scale).view_as(weight) if form is WeightFormat.INT8 else weight
 
 
-@pytest.mark.parametrize("form", SCREENED, ids=str)
+def in_few_directions(count: int) -> Tensor:
+    return torch.randn(count, 8) @ torch.randn(8, WIDTH)
+
+
+@pytest.mark.parametrize(("kind", "form"), SCREENS)
 @pytest.mark.parametrize("outs", [5, 200, 1024, 5003])
 @pytest.mark.parametrize("spread", [0.0, 0.3, 10.0])
-def test_screened_tokens_are_the_likeliest(form: WeightFormat, outs: int, spread: float) -> None:
-    head = screened(outs, form)
-    hidden = torch.randn(40, 8) @ torch.randn(8, WIDTH) + spread * torch.randn(40, WIDTH)
-    for rows in range(1, head.most_screened + 1):
-        for first in range(0, 40 - rows, rows):
+def test_screened_tokens_are_the_likeliest(
+    kind: str, form: WeightFormat, outs: int, spread: float
+) -> None:
+    torch.manual_seed(outs)
+    weight, states = torch.randn(outs, WIDTH), in_few_directions(100)
+    head, screen = screened(kind, form, weight, states)
+    hidden = in_few_directions(100) + spread * torch.randn(100, WIDTH)
+    for rows in (1, 2, 3, 6) if kind == "copy" else (1, 2, 4, 5, 7, 33, 97):
+        for first in range(0, 101 - rows, rows):
             places = range(first, first + rows)
             logits, best = head(hidden, places)
-            assert head.likeliest(hidden, places) == best == logits.argmax(dim=-1).tolist()
+            assert head.screened(hidden, places, screen)[0] == best
+            assert best == logits.argmax(dim=-1).tolist()
 
 
-@pytest.mark.parametrize("form", SCREENED, ids=str)
-def test_a_screen_spares_most_of_the_weight_and_bounds_the_rest(form: WeightFormat) -> None:
+@pytest.mark.parametrize("form", [*COPIED, WeightFormat.INT4], ids=str)
+def test_where_screens_pay_they_are_used(form: WeightFormat) -> None:
+    torch.manual_seed(7)
+    weight = torch.randn(300, WIDTH)
+    head, _ = screened("copy", form, weight, torch.randn(50, WIDTH))
+    assert head.can_screen == (head.most_copied > 0 or head.fewest_coarse > 0)
+    assert (head.most_copied > 0) == (form is not WeightFormat.INT4)
+    used = []
+    hidden = torch.randn(9, WIDTH)
+    expected = [head(hidden, range(rows))[1] for rows in range(1, 10)]
+    head.screen(torch.randn(50, WIDTH))
+    for rows in range(1, 10):
+        with patch.object(head, "screened", wraps=head.screened) as call:
+            assert head.likeliest(hidden, range(rows)) == expected[rows - 1]
+        used.append(call.called)
+    coarse = head.fewest_coarse or 10
+    assert used == [rows <= head.most_copied or rows >= coarse for rows in range(1, 10)]
+
+
+@pytest.mark.parametrize(("kind", "form"), SCREENS)
+def test_a_screen_spares_most_exact_products(kind: str, form: WeightFormat) -> None:
     torch.manual_seed(1)
-    directions = torch.randn(8, WIDTH)
+    directions, norm = torch.randn(8, WIDTH), torch.ones(WIDTH)
     hidden = torch.randn(60, 8) @ directions + 0.02 * torch.randn(60, WIDTH)
-    weight = on_the_grid(torch.randn(8000, WIDTH))
-    norm = torch.ones(WIDTH)
-    head = NativeHead.of(norm, Linear(weight, None, form), EPS)
-    assert head is not None
-    head.screen(rms_norm(hidden[:30], norm, EPS))
-    spared = 0.0
-    for row in range(30, 60):
-        exact = head(hidden, [row])[0]
-        coarse, best = head._run(hidden, [row], screened=True)
-        assert best == exact.argmax(dim=-1).tolist()
-        spared += float((coarse != exact).float().mean()) / 30
-        # Whatever was not computed is certainly below the largest.
-        assert (coarse <= exact.max() + 1e-6).all()
-    assert spared > 0.8
+    states = rms_norm(hidden[:30], norm, EPS)
+    head, screen = screened(kind, form, torch.randn(8000, WIDTH), states, norm)
+    for places in (range(30, 36), range(36, 60)):
+        tokens, sets = head.screened(hidden, places, screen)
+        assert tokens == head(hidden, places)[1]
+        # Of 250; one is always multiplied, and again among those that may have the largest logit.
+        assert min(sets) >= 2
+        assert max(sets) < 50
 
 
-@pytest.mark.parametrize("form", SCREENED, ids=str)
+@pytest.mark.parametrize(("kind", "form"), SCREENS)
 @pytest.mark.parametrize("twins", [(0, 1), (3, 2999), (16, 17), (1500, 2990)])
 def test_of_equal_logits_a_screen_gives_the_first(
-    form: WeightFormat, twins: tuple[int, int]
+    kind: str, form: WeightFormat, twins: tuple[int, int]
 ) -> None:
     torch.manual_seed(2)
     weight = torch.randn(3000, WIDTH)
     weight[twins, :] = 127 / 32
-    head = screened(3000, form, weight)
+    head, screen = screened(kind, form, weight, in_few_directions(100))
     hidden = torch.ones(2, WIDTH) * torch.tensor([[1.0], [3.0]])
-    assert head(hidden, [0])[1] == head.likeliest(hidden, [0]) == [twins[0]]
-    assert head.likeliest(hidden, [0, 1]) == [twins[0]] * 2
+    assert head(hidden, [0])[1] == head.screened(hidden, [0], screen)[0] == [twins[0]]
+    assert head.screened(hidden, [0, 1], screen)[0] == [twins[0]] * 2
 
 
-@pytest.mark.parametrize("form", SCREENED, ids=str)
+@pytest.mark.parametrize(("kind", "form"), SCREENS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38, 0.0, 1e-38])
 def test_a_screen_is_not_misled_by_states_that_are_hardly_numbers(
-    form: WeightFormat, value: float
+    kind: str, form: WeightFormat, value: float
 ) -> None:
-    head = screened(300, form)
+    torch.manual_seed(300)
+    head, screen = screened(kind, form, torch.randn(300, WIDTH), in_few_directions(100))
     hidden = torch.randn(3, WIDTH)
     hidden[1, 7] = value
     hidden[2] = value
-    for places in ([0], [1], [2], [0, 1], [2, 0]):
-        assert head.likeliest(hidden, places) == head(hidden, places)[1]
+    for places in ([0], [1], [2], [0, 1], [2, 0], [0, 1, 2, 0, 1, 2]):
+        assert head.screened(hidden, places, screen)[0] == head(hidden, places)[1]
 
 
-def test_a_screen_holds_with_weights_that_four_bits_hardly_hold() -> None:
+@pytest.mark.parametrize(("kind", "form"), SCREENS)
+def test_a_screen_holds_with_weights_that_few_bits_hardly_hold(
+    kind: str, form: WeightFormat
+) -> None:
     torch.manual_seed(3)
     weight = torch.randn(2000, WIDTH)
-    weight[::3] *= torch.logspace(-6, 3, 667).unsqueeze(1)
-    weight[::7, 5] = 1e4
-    weight[100:200] = 1 + 1e-4 * torch.randn(100, WIDTH)
+    weight[1::3] *= torch.logspace(-1, 1, 667).unsqueeze(1)
+    if form not in FIXED_POINT:  # which holds less itself
+        weight[::3] *= torch.logspace(-6, 3, 667).unsqueeze(1)
+        weight[::7, 5] = 1e4
+        weight[100:200] = 1 + 1e-4 * torch.randn(100, WIDTH)
     weight[300:310] = 0
-    head = screened(2000, WeightFormat.FP32, weight)
+    head, screen = screened(kind, form, weight, in_few_directions(100))
     hidden = torch.randn(200, WIDTH)
+    hidden[:, 9] *= torch.logspace(-3, 3, 200)
     for row in range(200):
-        assert head.likeliest(hidden, [row]) == head(hidden, [row])[1]
+        assert head.screened(hidden, [row], screen)[0] == head(hidden, [row])[1]
 
 
 def test_where_there_are_no_bounds_nothing_is_screened() -> None:
-    weight = torch.randn(100, WIDTH)
-    head = NativeHead.of(torch.ones(WIDTH), Linear(weight, None, WeightFormat.FP32), EPS)
+    weight, found = Linear(torch.randn(100, WIDTH), None, WeightFormat.FP32), library()
+    assert found is not None
+    assert HeadScreen.by_copy(found, weight, torch.full((4, WIDTH), torch.nan)) is None
+    huge = Linear(1e36 * torch.randn(100, WIDTH), None, WeightFormat.FP32)
+    assert HeadScreen.by_copy(found, huge, torch.randn(50, WIDTH)) is None
+    head = NativeHead.of(torch.ones(WIDTH), huge, EPS)
     assert head is not None
-    hidden = torch.randn(2, WIDTH)
-    expected = head(hidden, [0, 1])[1]
-    head.screen(torch.full((4, WIDTH), torch.nan))
-    assert head.likeliest(hidden, [0, 1]) == expected
-    huge = NativeHead.of(torch.ones(WIDTH), Linear(weight * 1e36, None, WeightFormat.FP32), EPS)
-    assert huge is not None
-    huge.screen(torch.randn(50, WIDTH))
-    assert huge.likeliest(hidden, [0, 1]) == huge(hidden, [0, 1])[1]
-
-
-def test_weights_of_four_bits_are_not_screened() -> None:
-    levels = torch.arange(32 * WIDTH).view(32, WIDTH) * 7 % 16
-    weight = Linear(levels / 8.0 - 1, None, WeightFormat.INT4)
-    head = NativeHead.of(torch.ones(WIDTH), weight, EPS)
-    assert head is not None
-    assert head.most_screened == 0
     head.screen(torch.randn(50, WIDTH))
-    hidden = torch.randn(1, WIDTH)
-    assert head.likeliest(hidden, [0]) == head(hidden, [0])[1]
+    hidden = torch.randn(2, WIDTH)
+    assert head.likeliest(hidden, [0, 1]) == head(hidden, [0, 1])[1]

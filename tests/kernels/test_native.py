@@ -16,6 +16,8 @@ import torch
 
 from offramp.kernels import native, native_build, weight_formats
 from offramp.kernels import native_structures as structures
+from offramp.kernels.linear import Linear
+from offramp.kernels.lm_head import HeadScreen, NativeHead
 from offramp.kernels.native import library
 from offramp.kernels.native_build import VARIANTS, Variant, compiled
 from offramp.kernels.weight_formats import GROUP, pack
@@ -263,6 +265,13 @@ def test_every_instruction_set_computes_the_same(
     other = native.Library(compiled(compiler(), tmp_path, variant))
     assert other.has_amx == (variant.name == "amx")
     monkeypatch.setattr(weight_formats, "library", lambda: other)
+    for form in MAKE:
+        weight = Linear(weights[form], None, form)
+        head, screen = NativeHead(other, torch.ones(96), weight, 1e-5), HeadScreen.by_inputs(weight)
+        assert screen is not None
+        for rows, states in x.items():
+            found, _ = head.screened(states, range(rows), screen)
+            assert found == head(states, range(rows))[1]
     for (form, rows), right in expected.items():
         got = pack(weights[form], None, form)(x[rows])
         torch.testing.assert_close(got, right, rtol=0, atol=1e-4 * float(right.abs().max()))
