@@ -46,7 +46,8 @@ sanitize: install
 	CFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1 -march=$(MARCH)' \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest tests/kernels/test_decoder.py tests/kernels/test_weight_formats.py \
-	tests/kernels/test_lm_head.py tests/models/test_drafting.py tests/kernels/test_bounds.py \
+	tests/kernels/test_lm_head.py tests/kernels/test_draw_tokens.py tests/models/test_drafting.py \
+	tests/kernels/test_bounds.py \
 	tests/models/test_hostile_config.py $(ARGS)
 
 # Their threads with the thread sanitizer: OpenMP's regions run on plain threads, which it sees, at addresses
@@ -57,7 +58,8 @@ sanitize-threads: install
 	CFLAGS='-fsanitize=thread -g -O1 -march=$(MARCH) -Wl,-Bsymbolic $(CURDIR)/tests/kernels/openmp_by_pthreads.c' \
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
 	setarch -R $(BIN)/python -m pytest -s tests/kernels/test_decoder.py \
-	tests/kernels/test_weight_formats.py tests/kernels/test_lm_head.py tests/models/test_drafting.py $(ARGS)
+	tests/kernels/test_weight_formats.py tests/kernels/test_lm_head.py tests/kernels/test_draw_tokens.py \
+	tests/models/test_drafting.py $(ARGS)
 
 # What nobody should send or load: 11,000 bodies, 2,000 files of weights, 1,500 of heads, from FUZZ_SEED.
 FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))

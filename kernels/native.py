@@ -11,7 +11,7 @@ import functools
 import logging
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
@@ -25,6 +25,7 @@ from offramp.kernels.kv_formats import FORMATS
 from offramp.kernels.native_build import candidates
 from offramp.kernels.native_structures import (
     Batch,
+    Choice,
     DraftCall,
     DraftHeadWeights,
     ExitCheck,
@@ -33,6 +34,7 @@ from offramp.kernels.native_structures import (
     HeadWeights,
     Layer,
     Matrix,
+    Sampling,
     Shape,
     Workspace,
 )
@@ -93,7 +95,7 @@ class Library:
             "screening_floats",
         ):
             self._function(name).restype = c_int64
-        for name in ("run_layers", "head", "matmul", "rows", "draft", "check"):
+        for name in ("run_layers", "head", "sample", "matmul", "rows", "draft", "check"):
             self._function(name).restype = None
         self._function("constant").restype = c_int64
         self._function("timer_name").restype = c_char_p
@@ -104,6 +106,7 @@ class Library:
         self._group = self.constant("GROUP")
         self._layer_phases = self.constant("LAYER_PHASES")
         self._matmul_phases = self.constant("MATMUL_PHASES")
+        self._sampling_phases = self.constant("SAMPLING_PHASES")
         self._draft_phases = self.constant("DRAFT_PHASES")
         self._check_phases = self.constant("CHECK_PHASES")
         self.kv_formats = {dtype: self.constant(name) for dtype, name in FORMATS.items()}
@@ -197,6 +200,18 @@ class Library:
             columns += self._group
         workspace = self._workspace(rows, columns, self._head_phases, normed=columns, wide=wide)
         self._function("head")(ctypes.byref(weights), ctypes.byref(call), ctypes.byref(workspace))
+
+    def sample(self, logits: Tensor, choices: Sequence[Choice]) -> list[int]:
+        """The tokens that ``choices`` draw from rows of ``logits`` [n, vocab]."""
+        rows, vocab = logits.shape
+        check_shape("logits", logits, (rows, vocab))
+        for choice in choices:
+            check_indices("rows", choice.row, choice.row, rows)
+        made = (Choice * len(choices))(*choices)
+        call = Sampling(len(choices), vocab, logits.data_ptr(), ctypes.addressof(made))
+        workspace = self._workspace(1, self._group, self._sampling_phases, attention=vocab)
+        self._function("sample")(ctypes.byref(call), ctypes.byref(workspace))
+        return [choice.token for choice in made]
 
     def draft(self, shape: Shape, head: DraftHeadWeights, batch: Batch, call: DraftCall) -> None:
         """Make the entries of ``call``, and guesses; it lacks its scratch and ``batch``."""

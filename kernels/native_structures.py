@@ -7,7 +7,7 @@ compares their sizes with the source's.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from typing import ClassVar
 
 
@@ -161,6 +161,31 @@ class HeadCall(ctypes.Structure):
         ("logits", c_void_p),
         ("best", c_void_p),
         ("multiplied", c_void_p),
+    ]
+
+
+class Choice(ctypes.Structure):
+    """How the token of a row is drawn, and the token."""
+
+    _fields_: ClassVar = [
+        ("draw", c_double),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("min_p", c_float),
+        ("top_k", c_int32),
+        ("row", c_int32),
+        ("token", c_int32),
+    ]
+
+
+class Sampling(ctypes.Structure):
+    """Choices to make, and the logits they are made from."""
+
+    _fields_: ClassVar = [
+        ("count", c_int32),
+        ("vocab", c_int32),
+        ("logits", c_void_p),
+        ("choices", c_void_p),
     ]
 
 

@@ -6,13 +6,17 @@ bisection; the draw then walks the kept tokens in the order of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from offramp.kernels.active_rows import ActiveRows
 from offramp.kernels.backend import jit, next_power_of_2, tl, uses_triton
+from offramp.kernels.native import library
+from offramp.kernels.native_structures import Choice
 
 _TILE = 8192
 """Tokens a program looks at in one go: a row has one program, which has to read fast."""
@@ -50,6 +54,35 @@ class SamplingTable:
             torch.zeros(seqs, dtype=torch.float32, device=device),
             torch.zeros(seqs, dtype=torch.int64, device=device),
         )
+
+
+class TokenDraw(NamedTuple):
+    """How the token of a row is drawn: see `sample_rows`, and `uniform` for ``draw``."""
+
+    row: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    draw: float
+
+
+def draw_tokens(logits: Tensor, draws: Sequence[TokenDraw], *, native: bool) -> list[int]:
+    """A token of ``logits`` [n, vocab] (fp32) for each of ``draws``.
+
+    ``native``: by the C kernels, which round weights to fp32, where there are any.
+    """
+    found = library() if native else None
+    if found is None:
+        return [
+            draw_token(logits[row], temperature, top_k, top_p, min_p, draw)
+            for row, temperature, top_k, top_p, min_p, draw in draws
+        ]
+    choices = [
+        Choice(draw, temperature, top_p, min_p, top_k, row)
+        for row, temperature, top_k, top_p, min_p, draw in draws
+    ]
+    return found.sample(logits, choices)
 
 
 def uniform(seed: int, index: int) -> float:

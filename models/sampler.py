@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.kernels.sampling import draw_token, uniform
+from offramp.kernels.sampling import TokenDraw, draw_tokens, uniform
 from offramp.models.step import HeadRow, ScoredRow, TokenLogprobs
 
 
 def sample(logits: Tensor, rows: Sequence[HeadRow], best: Sequence[int] | None = None) -> list[int]:
     """Tokens for ``logits`` [n, vocab] (fp32, changed in place where a row adjusts them).
 
-    ``best`` are the places of the largest ones, where they are known.
+    ``best`` are the places of the largest ones, where the C kernels found them.
     """
     adjusted = [index for index, row in enumerate(rows) if row.adjusts_logits]
     for index in adjusted:
@@ -27,12 +27,11 @@ def sample(logits: Tensor, rows: Sequence[HeadRow], best: Sequence[int] | None =
         tokens = list(best)
         for index in adjusted:
             tokens[index : index + 1] = _largest(logits[index : index + 1])
-    for index, row in enumerate(rows):
-        params = row.sampling
-        if params.temperature > 0:
-            draw = uniform(params.seed, row.index)
-            filters = params.top_k, params.top_p, params.min_p
-            tokens[index] = draw_token(logits[index], params.temperature, *filters, draw)
+    draws = [_draw(index, row) for index, row in enumerate(rows) if row.sampling.temperature > 0]
+    if draws:
+        drawn = draw_tokens(logits, draws, native=best is not None)
+        for draw, token in zip(draws, drawn, strict=True):
+            tokens[draw.row] = token
     return tokens
 
 
@@ -80,6 +79,12 @@ def token_logprobs(
             zip(own.squeeze(1).tolist(), ranks, tops, strict=True)
         )
     ]
+
+
+def _draw(index: int, row: HeadRow) -> TokenDraw:
+    params = row.sampling
+    filters = params.top_k, params.top_p, params.min_p
+    return TokenDraw(index, params.temperature, *filters, uniform(params.seed, row.index))
 
 
 def _largest(logits: Tensor) -> list[int]:

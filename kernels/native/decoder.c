@@ -8,6 +8,7 @@
 #include "draft.h"
 #include "layer.h"
 #include "lm_head.h"
+#include "sampling.h"
 #include "structures.h"
 #include "threads.h"
 #include "weight_formats.h"
@@ -81,6 +82,16 @@ void offramp_head(const struct lm_head *h, const struct head_rows *c, const stru
         struct worker worker = start_worker(w);
         run_head(h, c, &worker);
         amx_release();
+    }
+}
+
+/* Tokens by chance. */
+void offramp_sample(const struct sampling *s, const struct workspace *w) {
+    memset(w->phases, 0, sizeof(struct phase) * SAMPLING_PHASES);
+#pragma omp parallel num_threads(w->threads)
+    {
+        struct worker worker = start_worker(w);
+        draw_tokens(s, &worker);
     }
 }
 
@@ -181,6 +192,9 @@ int64_t offramp_constant(const char *name) {
         SIZE_OF(struct screen),
         SIZE_OF(struct lm_head),
         SIZE_OF(struct head_rows),
+        SIZE_OF(struct choice),
+        SIZE_OF(struct sampling),
+        CONSTANT(SAMPLING_PHASES),
         SIZE_OF(struct exit_head),
         SIZE_OF(struct exit_check),
         CONSTANT(CHECK_PHASES),

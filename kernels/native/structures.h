@@ -117,6 +117,20 @@ struct head_rows {
     int32_t *multiplied;         /* [rows] by a screen: sets that were made exactly */
 };
 
+/* How a row's token is drawn (see kernels/sampling.py), and the token. */
+struct choice {
+    double draw; /* in [0, 1) */
+    float temperature, top_p, min_p;
+    int32_t top_k, row, token;
+};
+
+/* Tokens to draw. */
+struct sampling {
+    int32_t count, vocab;
+    const float *logits;    /* [.., vocab] */
+    struct choice *choices; /* [count] */
+};
+
 /* Weights of an exit (see models/exits/head.py); ``layer`` has the adapter's alone. */
 struct exit_head {
     struct layer layer;

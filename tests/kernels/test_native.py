@@ -312,6 +312,8 @@ def test_structures_agree_with_the_source() -> None:
     ):
         assert found.constant(f"struct {kind.__name__.lower()}") == ctypes.sizeof(kind)
     assert found.constant("struct screen") == ctypes.sizeof(structures.Screen)
+    assert found.constant("struct choice") == ctypes.sizeof(structures.Choice)
+    assert found.constant("struct sampling") == ctypes.sizeof(structures.Sampling)
     assert found.constant("struct lm_head") == ctypes.sizeof(structures.HeadWeights)
     assert found.constant("struct head_rows") == ctypes.sizeof(structures.HeadCall)
     assert found.constant("struct draft") == ctypes.sizeof(structures.DraftCall)

@@ -75,13 +75,15 @@ def test_what_the_largest_are_known_to_be_is_found_again_where_logits_change() -
     ],
     ids=str,
 )
-def test_tokens_come_as_often_as_they_should(changes: dict[str, float]) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_tokens_come_as_often_as_they_should(changes: dict[str, float], *, native: bool) -> None:
     """Chi-square over many draws; the bound is passed by chance once in about 10,000 runs."""
     params = replace(PLAIN, seed=11, **changes)  # type: ignore[arg-type]
     expected = distribution(LOGITS, params)
     draws = 4000
     logits = torch.tensor(LOGITS).repeat(draws, 1)
-    tokens = sample(logits, [row(params, index) for index in range(draws)])
+    best = [LOGITS.index(max(LOGITS))] * draws if native else None
+    tokens = sample(logits, [row(params, index) for index in range(draws)], best)
     assert set(tokens) <= expected.keys()
     chi = sum(
         (tokens.count(token) - draws * share) ** 2 / (draws * share)
