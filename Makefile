@@ -21,10 +21,12 @@ serve: install
 
 # Some tests use real weights; they are kept in the cache, so this downloads once.
 # One thread: several wait for each other longer than they compute on tiny tensors.
+# A file's tests go to one of WORKERS processes, each of which takes up to 2 GB.
+WORKERS ?= 2
 test: export OMP_NUM_THREADS ?= 1
 test: install
 	$(BIN)/offramp pull smollm2-135m
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Client libraries and judges against a live server, each in an environment of its own that is kept in
 # .venv-clients. Writes docs/conformance.md; ARGS='--peer llamacpp' puts llama.cpp's server beside it.

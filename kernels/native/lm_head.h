@@ -175,11 +175,10 @@ static int largest_chunk(const struct bounds *b, const float *values, const int3
 static float largest_of_set(const struct matrix *m, const struct operands *exact, int row,
                             int first, int *place, struct worker *worker) {
     struct matrix set = one_set(m, first);
-    float logits[SET];
-    multiply_row(&set, exact, row, logits, worker);
-    int best = largest(logits, set.outs);
+    multiply_row(&set, exact, row, worker);
+    int best = largest(exact->out, set.outs);
     *place = first + best;
-    return logits[best];
+    return exact->out[best];
 }
 
 /* The largest logit of a row in the ``chunk``-th chunk, outputs [out, end), if it may be ``least``
@@ -211,7 +210,7 @@ static void run_screened_head(const struct lm_head *h, const struct head_rows *c
     struct bounds b = find_bounds(outs, rows, worker);
     float *prepared = w->prepared + prepared_floats(rows, w->columns);
     float *logits = b.of_threads + (size_t)worker->number * rows * SET;
-    const struct operands exact = {w->normed, wide, NULL, 0, rows, 0, w->prepared, NULL, 0};
+    const struct operands exact = {w->normed, wide, logits, 0, rows, 0, w->prepared, NULL, 0};
     const struct operands coarse = {w->normed, wide,     logits, SET,      rows,
                                     0,         prepared, NULL,   !s->basis};
     FOR_EACH_CHUNK(worker, r, end, 1, rows)

@@ -60,11 +60,10 @@ static matmul_outputs *const MATMUL[] = {
     [FORMAT_INT4] = matmul_int4,
 };
 
-/* One row of ``t`` times a matrix of one set: logits [outs]. */
-static void multiply_row(const struct matrix *set, const struct operands *t, int row, float *out,
+/* One row of ``t`` times a matrix of one set, to its ``out`` [outs], which has a stride of 0. */
+static void multiply_row(const struct matrix *set, const struct operands *t, int row,
                          struct worker *worker) {
     struct operands one = *t;
-    one.out = out, one.out_stride = 0;
     if (set->format < FORMAT_INT8) {
         one.x += row * t->x_stride, one.rows = 1;
         MATMUL[set->format](set, &one, 0, set->outs, worker);

@@ -25,7 +25,15 @@ from tests.kernels.test_weight_formats import MAKE, NATIVE
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+def unoptimized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries that are compiled in a tenth of the time, to be found or named, not run."""
+    monkeypatch.setenv("CFLAGS", "-O0")
+
+
+@pytest.fixture
+def fresh(
+    unoptimized: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[pytest.MonkeyPatch]:
     """`library` as in a process that has not asked yet, with an empty cache."""
     monkeypatch.setenv("OFFRAMP_CACHE_DIR", str(tmp_path))
     library.cache_clear()
@@ -40,6 +48,7 @@ def compiler() -> list[str]:
     return found
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_a_second_call_takes_what_the_first_made(tmp_path: Path) -> None:
     made = compiled(compiler(), tmp_path)
     before = made.stat().st_mtime_ns
@@ -48,6 +57,7 @@ def test_a_second_call_takes_what_the_first_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [made]
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_another_processor_or_source_gets_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -65,6 +75,7 @@ def test_another_processor_or_source_gets_its_own(
     assert len(made) == 4
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_what_a_killed_compile_left_is_removed_after_a_day(tmp_path: Path) -> None:
     old, new, other = tmp_path / "tmpold", tmp_path / "tmpnew", tmp_path / "kept"
     past = time.time() - 25 * 3600
@@ -111,8 +122,10 @@ def portable_and_avx2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if native_build.ARCHITECTURE != "x86-64":
         pytest.skip("not this kind of processor")
     folder = tmp_path_factory.mktemp("variants")
-    for name in ("portable", "avx2"):
-        compiled(compiler(), folder, named(name)).rename(folder / f"{name}.so")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CFLAGS", "-O0")
+        for name in ("portable", "avx2"):
+            compiled(compiler(), folder, named(name)).rename(folder / f"{name}.so")
     return folder
 
 
