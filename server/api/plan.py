@@ -133,7 +133,8 @@ def _sampling(
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature if body.temperature >= _GREEDY_BELOW and body.top_p else 0.0,
-        top_k=max(int(body.top_k), 0),
+        # More tokens than there are is all of them; samplers count in 32 bits.
+        top_k=min(max(int(body.top_k), 0), info.vocab_size),
         top_p=body.top_p or 1.0,
         min_p=body.min_p,
         presence_penalty=body.presence_penalty,

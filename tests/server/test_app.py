@@ -226,14 +226,16 @@ class TestAnswers:
         assert off.exits.mode == "off"
 
     async def test_parameters_at_their_edges(self) -> None:
-        """-1 is no seed, and a nucleus of nothing is the likeliest token."""
+        """-1 is no seed, a nucleus of nothing is the likeliest token, 2^32 + 1 are all tokens."""
         async with serving() as server:
             await chat(server, seed=-1)
             await chat(server, seed=-1)
             await chat(server, top_p=0, temperature=1)
-        first, second, greedy = server.engine.added
+            await chat(server, extra_body={"top_k": 2**32 + 1})
+        first, second, greedy, whole = server.engine.added
         assert first.sampling.seed != second.sampling.seed
         assert (greedy.sampling.temperature, greedy.sampling.top_p) == (0, 1)
+        assert whole.sampling.top_k == server.engine.info.vocab_size
 
     async def test_a_stop_string_that_is_a_special_token(self) -> None:
         async with serving() as server:
