@@ -130,9 +130,17 @@ class HeadScreen:
     native/lm_head.h says how it is used; ``address`` is that of the structure it takes.
     """
 
-    def __init__(self, weight: Matrix, norms: Tensor, *kept: Tensor) -> None:
-        self._kept = norms, kept
-        self._structure = Screen(weight, norms.data_ptr(), *(each.data_ptr() for each in kept[:3]))
+    def __init__(
+        self,
+        weight: Matrix,
+        norms: Tensor,
+        directions: Sequence[Tensor] = (),
+        data: Tensor | None = None,
+    ) -> None:
+        # ``data`` is what ``weight`` points at, if nobody else keeps it.
+        self._kept = norms, directions, data
+        parts = norms, *directions
+        self._structure = Screen(weight, *(part.data_ptr() for part in parts))
         self.address = ctypes.addressof(self._structure)
 
     @classmethod
@@ -167,7 +175,7 @@ class HeadScreen:
         int4 = found.constant("FORMAT_INT4")
         copy = Matrix(int4, native.outs, columns, data.data_ptr(), native.bias)
         norms, along, across = bounds
-        return cls(copy, norms, basis, along, across, bounds, data)
+        return cls(copy, norms, (basis, along, across), data)
 
 
 def _coarse(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
