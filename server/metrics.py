@@ -154,11 +154,14 @@ class Metrics:
             self._state = output.stats
             self.later(self._observe_step, output.stats)
 
-    def request(self, request: GenerationRequest, n: int) -> RequestObserver:
-        """Follow one sequence; ``n`` is how many its HTTP request asked for."""
+    def request(self, request: GenerationRequest, n: int, submitted_at: float) -> RequestObserver:
+        """Follow one sequence; ``n`` is how many its HTTP request asked for.
+
+        ``submitted_at`` is when the engine was asked, in seconds on the monotonic clock.
+        """
         self.record("vllm:request_params_n", n)
         self.record("vllm:request_params_max_tokens", request.sampling.max_tokens)
-        return RequestObserver(self, request)
+        return RequestObserver(self, request, submitted_at)
 
     def record(self, name: str, value: float) -> None:
         """Add a sample to a histogram."""
@@ -338,13 +341,13 @@ def _refusals(*kinds: type[OfframpError]) -> set[str]:
 class RequestObserver:
     """Turns the events of one sequence into samples; `finish` counts its end exactly once."""
 
-    def __init__(self, metrics: Metrics, request: GenerationRequest) -> None:
+    def __init__(self, metrics: Metrics, request: GenerationRequest, submitted_at: float) -> None:
         self._metrics = metrics
         self._max_tokens = request.sampling.max_tokens
         self._prompt_tokens = len(request.prompt)
-        self._started = time.monotonic()
+        self._submitted = submitted_at
         self._first: float | None = None
-        self._last = self._started
+        self._last = submitted_at
         self._generated = 0
         self._stats: RequestStats | None = None
         self._open = True
@@ -368,7 +371,7 @@ class RequestObserver:
         if self._first is None:
             self._first = now
             self._metrics.prompt(self._prompt_tokens, new.cached_tokens)
-            self._metrics.record("vllm:time_to_first_token_seconds", now - self._started)
+            self._metrics.record("vllm:time_to_first_token_seconds", now - self._submitted)
         else:
             self._metrics.record("vllm:inter_token_latency_seconds", now - self._last)
         self._last = now
@@ -383,7 +386,7 @@ class RequestObserver:
     def _count_end(self, reason: str, now: float) -> None:
         record = self._metrics.record
         self._metrics.finished(reason)
-        record("vllm:e2e_request_latency_seconds", now - self._started)
+        record("vllm:e2e_request_latency_seconds", now - self._submitted)
         record("vllm:request_prompt_tokens", self._prompt_tokens)
         record("vllm:request_generation_tokens", self._generated)
         record("vllm:request_max_num_generation_tokens", self._max_tokens)
@@ -399,6 +402,6 @@ class RequestObserver:
         )
         admitted = self._stats.admitted_at if self._stats is not None else None
         if admitted is not None:
-            record("vllm:request_queue_time_seconds", max(0.0, admitted - self._started))
-            record("vllm:request_prefill_time_seconds", max(0.0, self._first - admitted))
-            record("vllm:request_inference_time_seconds", max(0.0, self._last - admitted))
+            record("vllm:request_queue_time_seconds", admitted - self._submitted)
+            record("vllm:request_prefill_time_seconds", self._first - admitted)
+            record("vllm:request_inference_time_seconds", self._last - admitted)

@@ -84,17 +84,18 @@ class Choice:
         detokenizer: Detokenizer,
         settings: TextSettings,
         observer: RequestObserver,
+        submitted_at: float,
     ) -> None:
         self.index = index
         self.request = request
         self.finish_reason: str | None = None
         self.failed = False
-        self.stats = RequestStats(submitted_at=time.monotonic())
+        self.stats = RequestStats(submitted_at)
         self.completion_tokens = 0
         self.reasoning_tokens = 0
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self.exit_counts: Counter[int] = Counter()
-        self.started_at = self.last_token_at = time.monotonic()
+        self.submitted_at = self.last_token_at = submitted_at
         self.first_token_at: float | None = None
         self._detokenizer = detokenizer
         self._settings = settings
@@ -276,8 +277,8 @@ class Generation:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(timeout, self._events.put_nowait, late)
         self.choices = [
-            _choice(context, body, prepared, index, request)
-            for index, request in enumerate(requests)
+            _choice(context, body, prepared, index, request, stream.submitted_at)
+            for index, (request, stream) in enumerate(zip(requests, self._streams, strict=True))
         ]
 
     async def deltas(self, silence_s: float | None = None) -> AsyncIterator[Delta | None]:
@@ -370,6 +371,7 @@ def _choice(
     prepared: Prepared,
     index: int,
     request: GenerationRequest,
+    submitted_at: float,
 ) -> Choice:
     tokenizer = context.loaded_tokenizer()
     is_chat = prepared.param == "messages"
@@ -388,5 +390,6 @@ def _choice(
             behind=() if is_chat else request.prompt,
         ),
         settings,
-        context.metrics.request(request, body.n),
+        context.metrics.request(request, body.n, submitted_at),
+        submitted_at,
     )

@@ -64,20 +64,20 @@ def _prompt(tokens: int) -> dict[str, int]:
 
 
 def _latency(choices: Sequence[Choice]) -> dict[str, float]:
-    """Seconds, counted from arrival; those of parts that did not come to pass are left out."""
-    started = min(choice.started_at for choice in choices)
-    found = {"gen_ai.latency.e2e": time.monotonic() - started}
+    """Seconds since the engine was asked; those of parts that did not come to pass are left out."""
+    submitted = min(choice.submitted_at for choice in choices)
+    found = {"gen_ai.latency.e2e": time.monotonic() - submitted}
     admitted = [c.stats.admitted_at for c in choices if c.stats.admitted_at is not None]
     firsts = [c.first_token_at for c in choices if c.first_token_at is not None]
     if admitted:
-        found["gen_ai.latency.time_in_queue"] = max(0.0, min(admitted) - started)
+        found["gen_ai.latency.time_in_queue"] = min(admitted) - submitted
     if firsts:
         first, last = min(firsts), max(choice.last_token_at for choice in choices)
-        found["gen_ai.latency.time_to_first_token"] = first - started
+        found["gen_ai.latency.time_to_first_token"] = first - submitted
         found["gen_ai.latency.time_in_model_decode"] = last - first
         if admitted:
-            found["gen_ai.latency.time_in_model_prefill"] = max(0.0, first - min(admitted))
-            found["gen_ai.latency.time_in_model_inference"] = max(0.0, last - min(admitted))
+            found["gen_ai.latency.time_in_model_prefill"] = first - min(admitted)
+            found["gen_ai.latency.time_in_model_inference"] = last - min(admitted)
     return found
 
 

@@ -29,8 +29,8 @@ def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
 
 
 def metrics(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
-    """Timings as vLLM names them, counted from arrival, and ``early_exit``."""
-    started = min(choice.started_at for choice in choices)
+    """Timings as vLLM names them, counted from when the engine was asked, and ``early_exit``."""
+    submitted = min(choice.submitted_at for choice in choices)
     firsts = [choice.first_token_at for choice in choices if choice.first_token_at is not None]
     first = min(firsts, default=None)
     last = max(choice.last_token_at for choice in choices)
@@ -39,11 +39,11 @@ def metrics(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
     gaps = tokens - len(firsts)
     decode = sum(c.last_token_at - c.first_token_at for c in choices if c.first_token_at)
     return {
-        "time_to_first_token_ms": None if first is None else _ms(first - started),
+        "time_to_first_token_ms": None if first is None else _ms(first - submitted),
         "generation_time_ms": None if first is None else _ms(last - first),
-        "queue_time_ms": _ms(min(admitted) - started) if admitted else None,
+        "queue_time_ms": _ms(min(admitted) - submitted) if admitted else None,
         "mean_itl_ms": _ms(decode / gaps) if gaps > 0 else None,
-        "tokens_per_second": round(tokens / (last - started), 3) if last > started else None,
+        "tokens_per_second": round(tokens / (last - submitted), 3) if last > submitted else None,
         "early_exit": early_exit(choices, num_layers),
     }
 
@@ -80,12 +80,12 @@ def summary(request_id: str, choices: Sequence[Choice]) -> str:
     unfinished = "error" if any(choice.failed for choice in choices) else "abort"
     reasons = Counter(choice.finish_reason or unfinished for choice in choices)
     first = min((c.first_token_at for c in choices if c.first_token_at), default=None)
-    started = min(choice.started_at for choice in choices)
+    submitted = min(choice.submitted_at for choice in choices)
     return (
         f"{request_id} finished={','.join(sorted(reasons))} choices={len(choices)} "
         f"prompt_tokens={len(choices[0].request.prompt)} completion_tokens={tokens} "
         f"mean_exit_layer={depth / tokens if tokens else 0:.2f} "
-        f"ttft_ms={_ms(first - started) if first else '-'}"
+        f"ttft_ms={_ms(first - submitted) if first else '-'}"
     )
 
 

@@ -83,6 +83,7 @@ class TokenStream:
         sink: EventSink | None = None,
     ) -> None:
         self.request_id = request_id
+        self.submitted_at = time.monotonic()
         self._abort = abort
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._sink = self._events if sink is None else sink
@@ -203,7 +204,7 @@ class EngineDriver:
         self._streams[request.request_id] = stream
         self._idle.clear()
         assert self._worker is not None
-        self._worker.post((request, time.monotonic()))
+        self._worker.post((request, stream.submitted_at))
         return stream
 
     def _count_unread(self, request: GenerationRequest) -> None:

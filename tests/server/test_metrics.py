@@ -80,7 +80,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def test_a_loaded_server_exports_all_promised_names(metrics: Metrics) -> None:
     metrics.observe(EngineOutput(stats=STATS))
-    metrics.request(request(), n=1).event(event((4,), 4))
+    metrics.request(request(), 1, time.monotonic()).event(event((4,), 4))
     metrics.http(HttpExchange("GET", "/v1/models", 200))
     metrics.server({"ready": True}, 0, 0, 0)
     metrics.refused("queue_full")
@@ -132,7 +132,7 @@ def test_guesses_of_all_sources_are_speculative_decoding(metrics: Metrics) -> No
 
 def test_a_prompt_is_counted_by_where_its_tokens_came_from(metrics: Metrics) -> None:
     stats = RequestStats(0.0, prompt_tokens=3, cached_tokens=2)
-    observer = metrics.request(request(), n=1)
+    observer = metrics.request(request(), 1, time.monotonic())
     observer.event(TokenEvent("a", (9,), (4,), stats))
     name = "vllm:prompt_tokens_by_source_total"
     assert value(metrics, name, source="local_compute") == 1
@@ -179,7 +179,7 @@ async def test_an_event_loop_that_is_held_up_is_seen(metrics: Metrics) -> None:
 
 
 def test_tokens_are_counted_by_depth_and_phase(metrics: Metrics) -> None:
-    observer = metrics.request(request(), n=1)
+    observer = metrics.request(request(), 1, time.monotonic())
     observer.event(event((4,), 4))
     observer.event(event((2, 2), 8, passes=2))
     assert value(metrics, "offramp:passes_total") == 2
@@ -191,12 +191,26 @@ def test_tokens_are_counted_by_depth_and_phase(metrics: Metrics) -> None:
 
 
 def test_a_sequence_ends_once(metrics: Metrics) -> None:
-    observer = metrics.request(request(), n=1)
+    observer = metrics.request(request(), 1, time.monotonic())
     observer.finish("abort")
     observer.finish("stop")
     assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
     assert value(metrics, "vllm:request_success_total", finished_reason="stop") == 0
     assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 1
+
+
+def test_queue_and_prefill_make_up_the_time_to_the_first_token(metrics: Metrics) -> None:
+    """The engine may admit a request before its answer is begun in the process of the server."""
+    submitted = time.monotonic() - 2
+    stats = RequestStats(submitted, admitted_at=submitted + 0.5, prompt_tokens=3)
+    observer = metrics.request(request(), 1, submitted)
+    observer.event(TokenEvent("a", (9,), (4,), stats))
+    observer.finish("stop")
+    assert value(metrics, "vllm:request_queue_time_seconds_sum") == pytest.approx(0.5)
+    prefill = value(metrics, "vllm:request_prefill_time_seconds_sum")
+    first = value(metrics, "vllm:time_to_first_token_seconds_sum")
+    assert prefill is not None
+    assert first == pytest.approx(0.5 + prefill)
 
 
 def test_refusals_are_counted_from_nothing_on(metrics: Metrics) -> None:

@@ -124,9 +124,9 @@ def test_each_request_has_a_span(collector: Collector) -> None:
     assert 2 <= found["offramp.early_exit.mean_exit_layer"] < 4
     assert found["gen_ai.usage.input_tokens"] == found["gen_ai.usage.prompt_tokens"] > 0
     parts = [f"gen_ai.latency.{name}" for name in ("time_in_queue", "time_in_model_prefill")]
-    # On a busy machine the engine may admit a request before its answer is begun here.
+    assert min(found[part] for part in parts) >= 0
     assert sum(found[part] for part in parts) == pytest.approx(
-        found["gen_ai.latency.time_to_first_token"], abs=2e-3
+        found["gen_ai.latency.time_to_first_token"]
     )
     assert found["gen_ai.latency.e2e"] >= found["gen_ai.latency.time_to_first_token"]
     assert _attributes(second)["gen_ai.usage.num_sequences"] == 2
