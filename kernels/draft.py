@@ -5,6 +5,7 @@ The reference is the composition of the other kernels in models/drafting.py.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from array import array
 from collections.abc import Sequence
@@ -26,6 +27,10 @@ from offramp.kernels.decoder import (
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import Batch, DraftCall, DraftHeadWeights, Matrix
+from offramp.kernels.noise import TokenNoise, native_noises
+
+FARTHEST = 8.0
+"""Logits with noise that are so far below the largest have no part in its chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +83,23 @@ class DraftSpan(Protocol):
         """Wanted at most."""
         ...
 
+    @property
+    def noise(self) -> TokenNoise | None:
+        """Of the first guess."""
+        ...
+
+    @property
+    def luck(self) -> float:
+        """How many times as often as their chance guesses are right."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Guesses:
-    """For each sequence its guesses and the draft head's probability of each.
+    """For each sequence its guesses, and the chance of each that it is right.
 
+    The chance is the draft head's probability, or, of a random token, its share of the softmax of
+    logits with noise, without those that are FARTHEST below the largest.
     ``seconds`` are until the first ones were there, and for the others.
     """
 
@@ -104,6 +121,7 @@ class NativeDraft:
         self._library = found
         self._layer = layer
         self._parts = parts
+        self._vocab = parts.vocab.to(torch.int32)
         self._weights = DraftHeadWeights(
             layer.layers[0],
             matrix_of(parts.fuse),
@@ -111,7 +129,7 @@ class NativeDraft:
             embeddings,
             matrix_of(parts.lm_head),
             parts.norm.data_ptr(),
-            parts.vocab.data_ptr(),
+            self._vocab.data_ptr(),
         )
         self._known: tuple[object, ...] = ()
         self._memory = Batch()
@@ -132,9 +150,10 @@ class NativeDraft:
         """Make the entries of ``work``, and guesses of the sequences that ask for them.
 
         An entry's states are in its row of ``states`` [n, F, d] (-1: none). A sequence's guesses
-        end where the product of their probabilities falls below ``bound``. ``pages`` are those of
-        all layers, fp32 or fp16. Raises ValueError for tensors of other shapes, IndexError for
-        tokens, rows, positions and blocks that there are not.
+        end where the product of their chances, times its luck each, falls below ``bound``; those of
+        a random one are made with its noise. ``pages`` are those of all layers, fp32 or fp16.
+        Raises ValueError for tensors of other shapes, IndexError for tokens, rows, positions and
+        blocks that there are not.
         """
         begun = time.perf_counter()
         if not same((pages, states), self._known):
@@ -158,12 +177,16 @@ class NativeDraft:
         count = len(work)
         tokens, chances = array("q", bytes(8 * most * count)), array("f", bytes(4 * most * count))
         made = array("i", bytes(4 * count))
+        noise = native_noises([span.noise for span in work])
+        lucks = array("f", [span.luck for span in work])
         call = DraftCall(
             sequences=count,
             entries=len(ids),
             guesses=most,
             bound=bound,
             spans=address_of(spans),
+            noise=None if noise is None else ctypes.addressof(noise),
+            luck=address_of(lucks),
             tokens=address_of(tokens),
             chances=address_of(chances),
             made=address_of(made),

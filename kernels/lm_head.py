@@ -16,6 +16,8 @@ from offramp.kernels.bounds import check_eps, check_indices, check_shape
 from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import HeadCall, HeadWeights, Matrix, Screen
+from offramp.kernels.noise import TokenNoise, native_noises
+from offramp.kernels.sampling import TokenDraw, draw_tokens
 from offramp.kernels.weight_formats import ARENA, GROUP, round_to_int4
 
 _COLUMNS_MULTIPLE = 16
@@ -69,14 +71,27 @@ class NativeHead:
         logits = torch.empty(len(places), self._kept[1].shape[0])
         return logits, self._run(hidden, places, logits, None)[0]
 
-    def likeliest(self, hidden: Tensor, places: Sequence[int]) -> list[int]:
-        """The tokens of the largest logits of the same rows. Raises the same."""
+    def likeliest(
+        self,
+        hidden: Tensor,
+        places: Sequence[int],
+        noises: Sequence[TokenNoise | None] = (),
+    ) -> list[int]:
+        """The tokens of the largest logits of the same rows, with ``noises`` where there are any.
+
+        Raises the same.
+        """
         screen = self._coarse if 0 < self.fewest_coarse <= len(places) else None
         if len(places) <= self.most_copied:
             screen = self._copy
-        if screen is None:
-            return self(hidden, places)[1]
-        return self.screened(hidden, places, screen)[0]
+        if screen is not None:
+            return self.screened(hidden, places, screen, noises)[0]
+        logits, best = self(hidden, places)
+        pairs = enumerate(noises)
+        draws = [TokenDraw(row, noise, 0, 1.0, 0.0) for row, noise in pairs if noise is not None]
+        for draw, token in zip(draws, draw_tokens(logits, draws, native=True), strict=True):
+            best[draw.row] = token
+        return best
 
     @property
     def can_screen(self) -> bool:
@@ -96,10 +111,14 @@ class NativeHead:
             self._coarse = HeadScreen.by_inputs(weight)
 
     def screened(
-        self, hidden: Tensor, places: Sequence[int], screen: HeadScreen
+        self,
+        hidden: Tensor,
+        places: Sequence[int],
+        screen: HeadScreen,
+        noises: Sequence[TokenNoise | None] = (),
     ) -> tuple[list[int], list[int]]:
         """The same as `likeliest` by a screen, and how many sets of 32 outputs each row took."""
-        return self._run(hidden, places, None, screen)
+        return self._run(hidden, places, None, screen, noises)
 
     def _run(
         self,
@@ -107,15 +126,18 @@ class NativeHead:
         places: Sequence[int],
         logits: Tensor | None,
         screen: HeadScreen | None,
+        noises: Sequence[TokenNoise | None] = (),
     ) -> tuple[list[int], list[int]]:
         check_shape("states", hidden, (hidden.shape[0], self._kept[1].shape[1]))
         check_indices("rows", min(places), max(places), hidden.shape[0])
+        noise = native_noises(noises)
         at, best, multiplied = array("q", places), array("i", places), array("i", places)
         call = HeadCall(
             len(places),
             hidden.data_ptr(),
             at.buffer_info()[0],
             None if screen is None else screen.address,
+            None if noise is None else ctypes.addressof(noise),
             None if logits is None else logits.data_ptr(),
             best.buffer_info()[0],
             multiplied.buffer_info()[0],

@@ -7,7 +7,7 @@ compares their sizes with the source's.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_uint32, c_void_p
 from typing import ClassVar
 
 
@@ -103,6 +103,8 @@ class DraftCall(ctypes.Structure):
         ("bound", c_float),
         ("batch", c_void_p),
         ("spans", c_void_p),
+        ("noise", c_void_p),
+        ("luck", c_void_p),
         ("tokens", c_void_p),
         ("chances", c_void_p),
         ("made", c_void_p),
@@ -150,7 +152,8 @@ class HeadWeights(ctypes.Structure):
 class HeadCall(ctypes.Structure):
     """States behind the last layer whose logits are wanted, and the results.
 
-    With the address of a Screen the places of the largest alone, and ``logits`` is None.
+    With the address of a Screen the places of the largest alone, of logits with ``noise`` if there
+    is any, and ``logits`` is None.
     """
 
     _fields_: ClassVar = [
@@ -158,9 +161,20 @@ class HeadCall(ctypes.Structure):
         ("hidden", c_void_p),
         ("places", c_void_p),
         ("screen", c_void_p),
+        ("noise", c_void_p),
         ("logits", c_void_p),
         ("best", c_void_p),
         ("multiplied", c_void_p),
+    ]
+
+
+class Noise(ctypes.Structure):
+    """Of the logits of a row; of temperature 0 there is none."""
+
+    _fields_: ClassVar = [
+        ("temperature", c_float),
+        ("seed", c_uint32 * 2),
+        ("index", c_uint32),
     ]
 
 
@@ -168,8 +182,7 @@ class Choice(ctypes.Structure):
     """How the token of a row is drawn, and the token."""
 
     _fields_: ClassVar = [
-        ("draw", c_double),
-        ("temperature", c_float),
+        ("noise", Noise),
         ("top_p", c_float),
         ("min_p", c_float),
         ("top_k", c_int32),

@@ -1,11 +1,13 @@
 """Random choice of tokens on the device, each sequence by its own parameters.
 
+A random token is the one of the largest key, its logit over the temperature plus Gumbel noise.
 Nothing is sorted: top_k and top_p come down to one value that logits must reach, which is found by
-bisection; the draw then walks the kept tokens in the order of the vocabulary.
+bisection.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,17 +19,19 @@ from offramp.kernels.active_rows import ActiveRows
 from offramp.kernels.backend import jit, next_power_of_2, tl, uses_triton
 from offramp.kernels.native import library
 from offramp.kernels.native_structures import Choice
+from offramp.kernels.noise import COLDEST, TokenNoise, signed
 
 _TILE = 8192
 """Tokens a program looks at in one go: a row has one program, which has to read fast."""
 _TILE_PER_WARP = 512
 """Tokens of a tile that one warp takes."""
-_COLDEST = 1e-30
-"""Far below it fp32 has no number for a temperature, and all below it are greedy anyway."""
+_SET = 32
+"""Tokens whose noise comes from the same random words, halves of the first and of the second."""
 _SHORTLIST = 512
 """A nucleus almost always lies among the best few hundred tokens; finding those is 20 times cheaper
 than sorting a whole vocabulary, and the rare row that needs more gets it."""
-_MASK64 = (1 << 64) - 1
+_RANGE = 25.5
+"""Noise is between -2.9 and 22.2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,134 +61,160 @@ class SamplingTable:
 
 
 class TokenDraw(NamedTuple):
-    """How the token of a row is drawn: see `sample_rows`, and `uniform` for ``draw``."""
+    """How the token of a row is drawn: see `sample_rows`."""
 
     row: int
-    temperature: float
+    noise: TokenNoise
     top_k: int
     top_p: float
     min_p: float
-    draw: float
 
 
-def draw_tokens(logits: Tensor, draws: Sequence[TokenDraw], *, native: bool) -> list[int]:
-    """A token of ``logits`` [n, vocab] (fp32) for each of ``draws``.
+def draw_tokens(
+    logits: Tensor, draws: Sequence[TokenDraw], ids: Tensor | None = None, *, native: bool
+) -> list[int]:
+    """Places of tokens of ``logits`` [n, vocab] (fp32), one for each of ``draws``.
 
-    ``native``: by the C kernels, which round weights to fp32, where there are any.
+    ``ids`` (int64 [vocab]) are the token ids if the places are not. ``native``: by the C kernels,
+    which round to fp32, where there are any; they know no ids.
     """
-    found = library() if native else None
+    if not draws:
+        return []
+    if uses_triton(logits.device):
+        return _draw_rows(logits, draws, ids)
+    found = library() if native and ids is None else None
     if found is None:
         return [
-            draw_token(logits[row], temperature, top_k, top_p, min_p, draw)
-            for row, temperature, top_k, top_p, min_p, draw in draws
+            draw_token(logits[row], noise, top_k, top_p, min_p, ids)
+            for row, noise, top_k, top_p, min_p in draws
         ]
     choices = [
-        Choice(draw, temperature, top_p, min_p, top_k, row)
-        for row, temperature, top_k, top_p, min_p, draw in draws
+        Choice(noise.native(), top_p, min_p, top_k, row)
+        for row, noise, top_k, top_p, min_p in draws
     ]
     return found.sample(logits, choices)
 
 
-def uniform(seed: int, index: int) -> float:
-    """The ``index``-th draw in [0, 1) of stream ``seed``: SplitMix64, stateless.
-
-    (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.)
-    """
-    x = (seed * 0xD1342543DE82EF95 + (index + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return ((x ^ (x >> 31)) >> 11) / float(1 << 53)
+def _draw_rows(logits: Tensor, draws: Sequence[TokenDraw], ids: Tensor | None) -> list[int]:
+    """By `sample_rows`, all at once."""
+    device, count = logits.device, len(draws)
+    rows = logits[torch.tensor([draw.row for draw in draws], device=device)]
+    every = torch.arange(count, dtype=torch.int32, device=device)
+    temperatures = [max(draw.noise.temperature, COLDEST) for draw in draws]
+    table = SamplingTable(
+        torch.tensor(temperatures, dtype=torch.float32, device=device),
+        torch.tensor([draw.top_k for draw in draws], dtype=torch.int32, device=device),
+        torch.tensor([draw.top_p for draw in draws], dtype=torch.float32, device=device),
+        torch.tensor([draw.min_p for draw in draws], dtype=torch.float32, device=device),
+        torch.tensor([signed(draw.noise.seed, 64) for draw in draws], device=device),
+    )
+    index = torch.tensor([draw.noise.index for draw in draws], device=device)
+    tokens = torch.zeros(count, dtype=torch.int64, device=device)
+    sample_rows(rows, ActiveRows(every, every[-1:] + 1), table, index, tokens, ids)
+    found: list[int] = tokens.tolist()
+    return found
 
 
 def draw_token(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, draw: float
+    logits: Tensor,
+    noise: TokenNoise,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    ids: Tensor | None = None,
 ) -> int:
-    """Token of one row of ``logits`` [vocab] for ``draw`` in [0, 1); see `sample_rows` for filters.
+    """Place of the token of one row of ``logits`` [vocab], its filters as in `sample_rows`.
 
-    The mass of the kept tokens is summed in the order of the vocabulary, so that every sampler here
-    gives the same token for the same draw.
+    ``ids`` (int64 [vocab]) are the token ids if the places are not.
     """
-    ids, weights = kept_weights(logits, temperature, top_k, top_p, min_p)
-    mass = weights.cumsum(dim=0)
-    place = int(torch.searchsorted(mass, mass[-1] * draw, right=True))
-    # Rounded sums may end just short of the draw: then it is the last token with any weight.
-    place = place if place < len(mass) else int(weights.nonzero()[-1])
-    return place if ids is None else int(ids[place])
+    temperature = max(noise.temperature, COLDEST)
+    least = least_logit(logits, temperature, top_k, top_p, min_p)
+    # Noise cannot make up for more than its own range.
+    least = max(least, float(logits.max()) - temperature * _RANGE)
+    places = (logits >= least).nonzero().squeeze(-1)
+    if not len(places):
+        return int(logits.argmax())
+    keys = noise.keys(logits[places], places if ids is None else ids[places])
+    return int(places[keys.argmax()])
 
 
-def kept_weights(
+def least_logit(
     logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
-) -> tuple[Tensor | None, Tensor]:
-    """Ids [n] (ascending; None: all) and float64 weights [n] of what the filters keep.
-
-    The best of ``logits`` [vocab] has weight 1.
-    """
-    ids = None
+) -> float:
+    """What those of ``logits`` [vocab] reach that the filters keep."""
+    least, best = -math.inf, float(logits.max())
     if 0 < top_k < len(logits):
-        ids = (logits >= logits.topk(top_k).values[-1]).nonzero().squeeze(-1)
-        logits = logits[ids]
-    temperature = max(temperature, _COLDEST)
-    # The best weight is 1, so that a tiny temperature makes the others 0, never NaN.
-    weights = ((logits.double() - logits.max()) / temperature).exp()
-    least = min(min_p, 1.0)
+        least = float(logits.topk(top_k).values[-1])
     if top_p < 1:
-        least = max(least, _least_of_nucleus(logits, weights, temperature, top_p))
-    if least > 0:
-        kept = (weights >= least).nonzero().squeeze(-1)
-        ids, weights = kept if ids is None else ids[kept], weights[kept]
-    return ids, weights
+        kept = logits[logits >= least]
+        # The best weight is 1, so that a tiny temperature makes the others 0, never NaN.
+        weights = ((kept.double() - best) / temperature).exp()
+        least = max(least, _least_of_nucleus(kept, weights, temperature, top_p))
+    if min_p > 0:
+        least = max(least, best + temperature * math.log(min(min_p, 1.0)))
+    return least
 
 
 def _least_of_nucleus(logits: Tensor, weights: Tensor, temperature: float, top_p: float) -> float:
-    """The weight of the last token that is needed for ``top_p`` of the mass, best first."""
+    """The logit of the last token that is needed for ``top_p`` of the mass, best first."""
     target = weights.sum() * top_p
     for count in (min(_SHORTLIST, len(weights)), len(weights)):
-        ranked = logits.topk(count).values.double()
-        best = ((ranked - ranked[0]) / temperature).exp()
-        mass = best.cumsum(dim=0)
+        ranked = logits.topk(count).values
+        mass = ((ranked.double() - ranked[0]) / temperature).exp().cumsum(dim=0)
         if mass[-1] >= target:
-            return float(best[torch.searchsorted(mass, target)])
-    return float(best[-1])
+            return float(ranked[torch.searchsorted(mass, target)])
+    return float(ranked[-1])
 
 
 def sample_rows_reference(
-    logits: Tensor, seqs: ActiveRows, table: SamplingTable, index: Tensor, tokens: Tensor
+    logits: Tensor,
+    seqs: ActiveRows,
+    table: SamplingTable,
+    index: Tensor,
+    tokens: Tensor,
+    ids: Tensor | None = None,
 ) -> None:
     """See `sample_rows`; one row after another."""
     for row, seq in enumerate(seqs.chosen.tolist()):
         if float(table.temperature[seq]) > 0:
+            seed, temperature = int(table.seed[seq]), float(table.temperature[seq])
             tokens[row] = draw_token(
                 logits[row],
-                float(table.temperature[seq]),
+                TokenNoise(temperature, seed, int(index[seq])),
                 int(table.top_k[seq]),
                 float(table.top_p[seq]),
                 float(table.min_p[seq]),
-                uniform(int(table.seed[seq]), int(index[seq])),
+                ids,
             )
 
 
 def sample_rows(
-    logits: Tensor, seqs: ActiveRows, table: SamplingTable, index: Tensor, tokens: Tensor
+    logits: Tensor,
+    seqs: ActiveRows,
+    table: SamplingTable,
+    index: Tensor,
+    tokens: Tensor,
+    ids: Tensor | None = None,
 ) -> None:
     """Draw ``tokens`` (int64 [n]) for those rows of ``logits`` (fp32 [n, vocab]) that are random.
 
     Row j, dense and with a finite logit, belongs to sequence ``seqs.rows[j]``; rows behind the
     count and those whose sequence has temperature 0 keep the token that is there. ``index`` (int32
-    or int64 [sequences]) counts the answer's tokens and picks the draw. The filters work one after
-    another on what the one before left: top_k keeps the k best and what equals the last of them,
-    top_p (Holtzman et al. 2020, arXiv 1904.09751) every token for which the mass above it is below
-    top_p, min_p (arXiv 2407.01082) those at least min_p times as likely as the best. The best
-    always stays.
+    or int64 [sequences]) counts the answer's tokens; with the seed and the token ids, which are the
+    places in a row or those of ``ids`` (int64 [vocab]), it picks the noise (see `gumbel`).
+    ``tokens`` are places. The filters work one after another on what the one before left: top_k
+    keeps the k best and what equals the last of them, top_p (Holtzman et al. 2020, arXiv
+    1904.09751) every token for which the mass above it is below top_p, min_p (arXiv 2407.01082)
+    those at least min_p times as likely as the best. The best always stays.
 
     The launch gives every row one program; rows that are not random return at once. It reads the
-    vocabulary three times; top_k and top_p add one time for each step of their bisection, top_p
-    one more.
+    vocabulary twice; top_k and top_p add one time for each step of their bisection, top_p one more.
     """
     if not uses_triton(logits.device):
-        sample_rows_reference(logits, seqs, table, index, tokens)
+        sample_rows_reference(logits, seqs, table, index, tokens, ids)
         return
     rows, vocab = logits.shape
-    tile = min(_TILE, next_power_of_2(vocab))
+    tile = min(_TILE, max(_SET, next_power_of_2(vocab)))
     _sample[(rows,)](
         logits,
         seqs.rows,
@@ -196,9 +226,12 @@ def sample_rows(
         table.seed,
         index,
         tokens,
+        # A pointer that is not followed without ids.
+        tokens if ids is None else ids,
         vocab,
         logits.stride(0),
-        coldest=_COLDEST,
+        coldest=COLDEST,
+        has_ids=ids is not None,
         tile=tile,
         num_warps=max(1, tile // _TILE_PER_WARP),
     )
@@ -216,9 +249,11 @@ def _sample(
     seeds: tl.tensor,
     index: tl.tensor,
     tokens: tl.tensor,
+    ids: tl.tensor,
     vocab: tl.tensor,
     logits_row: tl.tensor,
     coldest: tl.constexpr,
+    has_ids: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
     """One row."""
@@ -244,20 +279,61 @@ def _sample(
     min_p = tl.load(min_ps + seq)
     if min_p > 0.0:
         least = tl.maximum(least, tl.minimum(best, best + temperature * tl.log(min_p)))
-    draw = _uniform(tl.load(seeds + seq), tl.load(index + seq))
-    token = _draw(line, vocab, least, best, temperature, draw, tile=tile)
+    seed, place = tl.load(seeds + seq), tl.load(index + seq)
+    token = _noisiest(line, ids, vocab, least, temperature, seed, place, has_ids=has_ids, tile=tile)
     # Without a finite logit there is nothing to draw.
     tl.store(tokens + row, token.to(tl.int64), mask=token >= 0)
 
 
 @jit
-def _uniform(seed: tl.tensor, index: tl.tensor) -> tl.tensor:
-    """See `uniform`; bit for bit, fp64."""
-    x = seed.to(tl.uint64) * 0xD1342543DE82EF95 + (index.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    # Numbers of 53 bits and their products with a power of two are exact.
-    return ((x ^ (x >> 31)) >> 11).to(tl.float64) * (1.0 / 9007199254740992.0)
+def _words(seed: tl.tensor, index: tl.tensor, counters: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """See `random_words` in kernels/noise.py; uint32."""
+    low = seed.to(tl.uint32)
+    high = (seed.to(tl.uint64) >> 32).to(tl.uint32)
+    third = low ^ high ^ 0x1BD11BDA
+    x = counters.to(tl.uint32) + low
+    y = counters.to(tl.uint32) * 0 + (index.to(tl.uint32) + high)
+    x, y = _four_rounds(x, y, 13, 15, 26, 6)
+    x, y = _four_rounds(x + high, y + (third + 1), 17, 29, 16, 24)
+    x, y = _four_rounds(x + third, y + (low + 2), 13, 15, 26, 6)
+    x, y = _four_rounds(x + low, y + (high + 3), 17, 29, 16, 24)
+    x, y = _four_rounds(x + high, y + (third + 4), 13, 15, 26, 6)
+    return x + third, y + (low + 5)
+
+
+@jit
+def _four_rounds(
+    x: tl.tensor,
+    y: tl.tensor,
+    a: tl.constexpr,
+    b: tl.constexpr,
+    c: tl.constexpr,
+    d: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    x += y
+    y = ((y << a) | (y >> (32 - a))) ^ x
+    x += y
+    y = ((y << b) | (y >> (32 - b))) ^ x
+    x += y
+    y = ((y << c) | (y >> (32 - c))) ^ x
+    x += y
+    y = ((y << d) | (y >> (32 - d))) ^ x
+    return x, y
+
+
+@jit
+def _words_of(seed: tl.tensor, index: tl.tensor, token: tl.tensor) -> tl.tensor:
+    """The random words of any tokens."""
+    first, second = _words(seed, index, token // 32 * 16 + token % 16)
+    return tl.where(token // 16 % 2 == 0, first, second)
+
+
+@jit
+def _gumbel(words: tl.tensor) -> tl.tensor:
+    """Noise of random words; of small numbers log(1 - x) has to be a series."""
+    x = tl.minimum(((words >> 1).to(tl.float32) + 0.5) * (1.0 / 2147483648.0), 1.0 - 2.0**-24)
+    series = x * (1.0 + x * (1.0 / 2.0 + x * (1.0 / 3.0 + x * (1.0 / 4.0))))
+    return -tl.log(tl.where(x < 0.02, series, -tl.log(1.0 - x)))
 
 
 @jit
@@ -356,34 +432,50 @@ def _value(place: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _draw(
+def _noisiest(
     line: tl.tensor,
+    ids: tl.tensor,
     vocab: tl.tensor,
     least: tl.tensor,
-    best: tl.tensor,
     temperature: tl.tensor,
-    draw: tl.tensor,
+    seed: tl.tensor,
+    index: tl.tensor,
+    has_ids: tl.constexpr,
     tile: tl.constexpr,
 ) -> tl.tensor:
-    """The first token with which the mass exceeds ``draw`` times the whole; -1 if there is none."""
-    total = draw * 0.0
-    for start in range(0, vocab, tile):
-        value = _tile_of(line, vocab, start, tile=tile)
-        total += tl.sum(_weights(value, least, best, temperature), axis=0).to(tl.float64)
-    goal = total * draw
-    before = total * 0.0
-    begin = 0
-    weights = _weights(_tile_of(line, vocab, begin, tile=tile), least, best, temperature)
-    mass = tl.sum(weights, axis=0).to(tl.float64)
-    while (before + mass <= goal) & (begin + tile < vocab):
-        before += mass
-        begin += tile
-        weights = _weights(_tile_of(line, vocab, begin, tile=tile), least, best, temperature)
-        mass = tl.sum(weights, axis=0).to(tl.float64)
-    here = begin + tl.arange(0, tile)
-    possible = weights > 0.0
-    passed = possible & (tl.cumsum(weights, axis=0) > (goal - before).to(tl.float32))
-    first = tl.min(tl.where(passed, here, 0x7FFFFFFF), axis=0)
-    # Rounded differently, the running sum may end just short of the goal.
-    last = tl.max(tl.where(possible, here, -1), axis=0)
-    return tl.minimum(first, last)
+    """The place of the largest key of logits that reach ``least``; -1 if there is none."""
+    half = tl.arange(0, tile // 2)
+    top = tl.full([tile // 2], float("-inf"), tl.float32)
+    place = tl.full([tile // 2], 0x7FFFFFFF, tl.int32)
+    step: tl.constexpr = tile // 2 if has_ids else tile
+    for start in range(0, vocab, step):
+        if has_ids:
+            at = start + half
+            words = _words_of(seed, index, tl.load(ids + at, mask=at < vocab, other=0))
+        else:
+            at = start + half // 16 * 32 + half % 16
+            words, second = _words(seed, index, start // 2 + half)
+        key = _keys(line, vocab, at, least, temperature, words)
+        place = tl.where(key > top, at, place)
+        top = tl.maximum(key, top)
+        if not has_ids:
+            key = _keys(line, vocab, at + 16, least, temperature, second)
+            place = tl.where(key > top, at + 16, place)
+            top = tl.maximum(key, top)
+    best = tl.max(top, axis=0)
+    found = tl.min(tl.where(top == best, place, 0x7FFFFFFF), axis=0)
+    return tl.where(best > float("-inf"), found, -1)
+
+
+@jit
+def _keys(
+    line: tl.tensor,
+    vocab: tl.tensor,
+    at: tl.tensor,
+    least: tl.tensor,
+    temperature: tl.tensor,
+    words: tl.tensor,
+) -> tl.tensor:
+    """Keys of the logits ``at`` some places; -inf for those below ``least``."""
+    value = tl.load(line + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+    return tl.where(value >= least, value / temperature + _gumbel(words), float("-inf"))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from offramp.kernels.active_rows import EMPTY, DecodeState
 from offramp.kernels.kv_fill import Projection
+from offramp.kernels.noise import signed
 from offramp.kernels.sampling import SamplingTable
 from offramp.models.costs import CostModel
 from offramp.models.device_pass import DecodeParams, DevicePass
@@ -172,7 +173,7 @@ class DeviceLoop:
         sampling.top_p[rows] = self._reals([each.top_p for each in wanted])
         sampling.min_p[rows] = self._reals([each.min_p for each in wanted])
         sampling.top_k[rows] = self._index([each.top_k for each in wanted]).to(torch.int32)
-        sampling.seed[rows] = self._index([_signed(each.seed) for each in wanted])
+        sampling.seed[rows] = self._index([signed(each.seed, 64) for each in wanted])
         self.params.thresholds[rows] = self._reals([list(each.thresholds) for each in new])
         blocks = {(each.row, i): block for each in new for i, block in enumerate(each.table)}
         self.grow(blocks, {each.row: each.end for each in new})
@@ -275,11 +276,6 @@ def _powers_below(number: int) -> Iterator[int]:
     while power < number:
         yield power
         power *= 2
-
-
-def _signed(seed: int) -> int:
-    """The same 64 bits as a signed number."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def profile_device(loop: DeviceLoop, num_segments: int, rows: int) -> CostModel:

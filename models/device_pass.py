@@ -161,7 +161,9 @@ class DevicePass:
         self._adapt(head, fired, limit)
         x = self._normed(Rows(scratch.state), head.norm, fired.count, limit)
         logits = scratch.exit_logits[:limit]
-        tokens = self._choose(x, self._exit_lm_head, logits, fired.list, scratch.exit_scores)
+        tokens = self._choose(
+            x, self._exit_lm_head, logits, fired.list, scratch.exit_scores, self._vocab
+        )
         if self._vocab is not None:
             tokens = self._vocab[tokens]
         exited = scratch.exited.first(limit)
@@ -212,13 +214,17 @@ class DevicePass:
         logits: Tensor,
         seqs: ActiveRows,
         scores: LogitScores,
+        ids: Tensor | None = None,
     ) -> Tensor:
-        """Tokens [limit] of ``seqs`` as their sampling says, with the scores of the logits."""
+        """Tokens [limit] of ``seqs`` as their sampling says, with the scores of the logits.
+
+        They are places in the logits, whose token ids may be ``ids``.
+        """
         limit = len(logits)
         masked_linear(x, lm_head, Rows(logits), seqs.count, limit=limit)
         score_logits(logits, seqs.count, scores)
         tokens = scores.token[:limit]
-        sample_rows(logits, seqs, self._tables.sampling, self._states.index, tokens)
+        sample_rows(logits, seqs, self._tables.sampling, self._states.index, tokens, ids)
         return tokens
 
 

@@ -6,13 +6,15 @@ import math
 import time
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from offramp.kernels.decoder import Taps
-from offramp.kernels.draft import DraftParts, Guesses, NativeDraft
+from offramp.kernels.draft import FARTHEST, DraftParts, Guesses, NativeDraft
 from offramp.kernels.linear import Linear
+from offramp.kernels.noise import TokenNoise
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rows import HostRows, Span
 from offramp.models.exits.draft_head import MATRICES, VECTORS, DraftHead, rounded
@@ -75,7 +77,9 @@ class Drafter:
     def run(self, work: Sequence[DraftRows], bound: float) -> Guesses:
         """Make the entries of ``work``, and guesses of the sequences that ask for them.
 
-        A sequence's guesses end where the product of their probabilities falls below ``bound``.
+        A sequence's guesses end where the product of their chances, times its luck each, falls
+        below ``bound``. Those of a random one are made with its noise, so that they are right more
+        often.
         """
         begun = time.perf_counter()
         if self._native is not None:
@@ -94,7 +98,8 @@ class Drafter:
         hidden = hidden[ends[going].to(device)]
         step = 0
         while going:
-            for index, token, chance in zip(going, *self._guess(hidden), strict=True):
+            noises = [_later(work[index].noise, step) for index in going]
+            for index, token, chance in zip(going, *self._guess(hidden, noises), strict=True):
                 tokens[index].append(token)
                 chances[index].append(chance)
             step += 1
@@ -102,7 +107,8 @@ class Drafter:
             kept = [
                 place
                 for place, index in enumerate(going)
-                if work[index].guesses > step and math.prod(chances[index]) >= bound
+                if work[index].guesses > step
+                and math.prod(chances[index]) * work[index].luck ** step >= bound
             ]
             going = [going[place] for place in kept]
             if going:
@@ -117,10 +123,16 @@ class Drafter:
     def _embedded(self, ids: Tensor) -> Tensor:
         return rms_norm(self._model.embed(ids), None, self._model.config.rms_norm_eps)
 
-    def _guess(self, hidden: Tensor) -> tuple[list[int], list[float]]:
-        """The likeliest token of each row, and its probability over the draft vocabulary."""
+    def _guess(
+        self, hidden: Tensor, noises: Sequence[TokenNoise | None]
+    ) -> tuple[list[int], list[float]]:
+        """The token of each row's largest logit, and its chance: see Guesses."""
         eps = self._model.config.rms_norm_eps
         logits = self._lm_head(rms_norm(hidden, self._norm, eps)).float()
+        for row, noise in enumerate(noises):
+            if noise is not None:
+                keys = noise.keys(logits[row], self._vocab)
+                logits[row] = keys.masked_fill(keys < keys.max() - FARTHEST, -torch.inf)
         best, places = logits.max(dim=-1)
         chances = (best - logits.logsumexp(dim=-1)).exp()
         return self._vocab[places].tolist(), chances.tolist()
@@ -138,3 +150,8 @@ class Drafter:
             spans.append(Span([p - before for p in own], item.table[item.first_block :]))
             positions += own
         return HostRows(spans, size, self._model.rotary, self._model.device, positions)
+
+
+def _later(noise: TokenNoise | None, step: int) -> TokenNoise | None:
+    """Of the token so many after."""
+    return noise and replace(noise, index=noise.index + step)

@@ -167,8 +167,10 @@ class Runner:
         if step.head:
             place = {row: index for index, row in enumerate(numbers)}
             places = [place[item.row] for item in step.head]
-            greedy = all(row.is_greedy for row in step.head)
-            likeliest = self.model.likeliest(hidden, places) if greedy else None
+            likeliest = None
+            if not any(row.needs_logits for row in step.head):
+                noises = [row.noise for row in step.head]
+                likeliest = self.model.likeliest(hidden, places, noises)
             if likeliest is None:
                 logits, best = self.model.head(hidden, places)
                 tokens, logprobs = sample_with_logprobs(logits, step.head, best)

@@ -9,14 +9,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offramp.kernels.sampling import TokenDraw, draw_tokens, uniform
+from offramp.kernels.sampling import TokenDraw, draw_tokens
 from offramp.models.step import HeadRow, ScoredRow, TokenLogprobs
 
 
-def sample(logits: Tensor, rows: Sequence[HeadRow], best: Sequence[int] | None = None) -> list[int]:
-    """Tokens for ``logits`` [n, vocab] (fp32, changed in place where a row adjusts them).
+def sample(
+    logits: Tensor,
+    rows: Sequence[HeadRow],
+    best: Sequence[int] | None = None,
+    ids: Tensor | None = None,
+) -> list[int]:
+    """Places of tokens in ``logits`` [n, vocab] (fp32, changed in place where a row adjusts them).
 
-    ``best`` are the places of the largest ones, where the C kernels found them.
+    ``best`` are the places of the largest ones, where the C kernels found them; ``ids`` (int64
+    [vocab]) the tokens' ids if the places are not.
     """
     adjusted = [index for index, row in enumerate(rows) if row.adjusts_logits]
     for index in adjusted:
@@ -27,9 +33,14 @@ def sample(logits: Tensor, rows: Sequence[HeadRow], best: Sequence[int] | None =
         tokens = list(best)
         for index in adjusted:
             tokens[index : index + 1] = _largest(logits[index : index + 1])
-    draws = [_draw(index, row) for index, row in enumerate(rows) if row.sampling.temperature > 0]
+    noises = [row.noise for row in rows]
+    draws = [
+        TokenDraw(index, noise, row.sampling.top_k, row.sampling.top_p, row.sampling.min_p)
+        for index, (row, noise) in enumerate(zip(rows, noises, strict=True))
+        if noise is not None
+    ]
     if draws:
-        drawn = draw_tokens(logits, draws, native=best is not None)
+        drawn = draw_tokens(logits, draws, ids, native=best is not None)
         for draw, token in zip(draws, drawn, strict=True):
             tokens[draw.row] = token
     return tokens
@@ -79,12 +90,6 @@ def token_logprobs(
             zip(own.squeeze(1).tolist(), ranks, tops, strict=True)
         )
     ]
-
-
-def _draw(index: int, row: HeadRow) -> TokenDraw:
-    params = row.sampling
-    filters = params.top_k, params.top_p, params.min_p
-    return TokenDraw(index, params.temperature, *filters, uniform(params.seed, row.index))
 
 
 def _largest(logits: Tensor) -> list[int]:

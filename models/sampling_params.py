@@ -125,6 +125,11 @@ class SamplingParams:
             or self.bad_words
         )
 
+    @property
+    def filters_tokens(self) -> bool:
+        """Whether random tokens come from the likelier ones alone."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclass(frozen=True, slots=True)
 class ExitSettings:

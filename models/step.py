@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from offramp.kernels.noise import TokenNoise
 from offramp.models.sampling_params import ExitCriterion, KVFill, SamplingParams
 
 if TYPE_CHECKING:
@@ -52,8 +53,22 @@ class HeadRow:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is all that is wanted."""
-        plain = self.sampling.temperature == 0 and not self.adjusts_logits
-        return plain and self.sampling.logprobs is None
+        return self.sampling.temperature == 0 and not self.needs_logits
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the place of the largest logit, or of the largest with noise, is not enough."""
+        sampling = self.sampling
+        filters = sampling.temperature > 0 and sampling.filters_tokens
+        return self.adjusts_logits or filters or sampling.logprobs is not None
+
+    @property
+    def noise(self) -> TokenNoise | None:
+        """What makes the token random; None if it is not."""
+        sampling = self.sampling
+        if sampling.temperature == 0:
+            return None
+        return TokenNoise(sampling.temperature, sampling.seed, self.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +167,9 @@ class DraftRows:
 
     The entry at each of ``positions`` is made of its token and of the stack's states one position
     before, which are in ``rows`` (-1: there are none). ``table`` lists the sequence's K,V blocks;
-    those before the ``first_block``-th hold no entries.
+    those before the ``first_block``-th hold no entries. ``noise`` is that of the first guess where
+    the sequence's tokens are random; those behind it have the indices behind its. Guesses are right
+    ``luck`` times as often as their chance says.
     """
 
     positions: range
@@ -161,13 +178,16 @@ class DraftRows:
     table: Sequence[int]
     first_block: int = 0
     guesses: int = 0
+    noise: TokenNoise | None = None
+    luck: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
     """Let the draft head guess what follows the last entry of each sequence.
 
-    A sequence's guesses end where the product of their probabilities falls below ``bound``.
+    A sequence's guesses end where the product of their chances, times its luck each, falls below
+    ``bound``.
     """
 
     work: tuple[DraftRows, ...]
@@ -232,9 +252,9 @@ class StepResult:
     ``head_logprobs`` where any are wanted, and ``scored`` those of the step's scored rows;
     ``exit_logprobs`` are those of ``token_ids``.
     ``exit_head_rows`` are rows an exit's LM head was run for. ``guesses`` and ``chances``: for each
-    sequence of a draft its guesses, and the draft head's probability of each; of
-    ``guess_seconds`` the first are until the first guesses, the others for the rest. ``logits``:
-    for each read of a decision those of its candidates, for an embedding its d numbers.
+    sequence of a draft its guesses, and the chance of each; of ``guess_seconds`` the first are
+    until the first guesses, the others for the rest. ``logits``: for each read of a decision those
+    of its candidates, for an embedding its d numbers.
     """
 
     seconds: float

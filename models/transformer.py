@@ -12,6 +12,7 @@ from offramp.kernels.decoder import NativeLayers, Taps, rows_matrix
 from offramp.kernels.kv_fill import Projection
 from offramp.kernels.linear import Linear
 from offramp.kernels.lm_head import NativeHead
+from offramp.kernels.noise import TokenNoise
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable
 from offramp.kernels.rows import HostRows, Span
@@ -186,11 +187,13 @@ class Transformer:
         states = hidden[torch.tensor(places, device=self.device)]
         return self.logits(self.normed(states)), None
 
-    def likeliest(self, hidden: Tensor, places: Sequence[int]) -> list[int] | None:
-        """The tokens of the largest logits of the same rows, where the C kernels find them."""
+    def likeliest(
+        self, hidden: Tensor, places: Sequence[int], noises: Sequence[TokenNoise | None]
+    ) -> list[int] | None:
+        """The tokens of the same rows' largest logits with noise, where the C kernels find them."""
         if self._native_head is None:
             return None
-        return self._native_head.likeliest(hidden, places)
+        return self._native_head.likeliest(hidden, places, noises)
 
     def screen_head(self, cache: KVCache) -> None:
         """Make `likeliest` faster, where that is possible.

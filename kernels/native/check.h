@@ -23,7 +23,7 @@ static float gate_score(const float *inner, const struct exit_head *h) {
 
 /* The place of the largest of ``count`` logits, its probability, and that of the next one. */
 static int two_likeliest(const float *logits, int count, float *top, float *second) {
-    int best = likeliest(logits, count, top);
+    int best = likeliest(logits, count, INFINITY, top);
     float next = -INFINITY;
     for (int i = 0; i < count; i++)
         if (i != best && logits[i] > next) next = logits[i];

@@ -8,6 +8,7 @@
 #define OFFRAMP_DRAFT_H
 
 #include "layer.h"
+#include "noise.h"
 
 /* Phases of ``draft_step``. */
 enum { DRAFT_PHASES = 6 + 2 * MATMUL_PHASES + LAYER_PHASES };
@@ -30,15 +31,44 @@ static void draft_inputs(const struct shape *s, const struct draft_head *h, int6
     }
 }
 
-/* The largest of ``count`` logits and its probability. */
-static int likeliest(const float *logits, int count, float *chance) {
+/* Keys that are so far below the largest have no part in its chance. */
+static const float FARTHEST = 8;
+
+/* Logits [count] of tokens ``vocab`` become keys, or -inf where these are far below the largest.
+ * There is room for whole vectors. */
+static void make_keys(const struct noise *n, const int32_t *vocab, float *logits, int count) {
+    float inverse = inverse_temperature(n), lowest = -INFINITY;
+    int likely = largest(logits, count) / LANES * LANES;
+    for (int i = count; i % LANES; i++) logits[i] = -INFINITY;
+    /* The vector of the largest logit first: what it has is not reached by most. */
+    for (int turn = -LANES; turn < count; turn += LANES) {
+        int i = turn < 0 ? likely : turn;
+        if (turn == likely) continue;
+        floats *at = (floats *)(logits + i), scaled = *at * inverse;
+        *at = broadcast(-INFINITY);
+        if (!any_lane(scaled + MOST_NOISE >= lowest)) continue;
+        ints tokens = {0};
+        memcpy(&tokens, vocab + i, sizeof *vocab * MIN(LANES, count - i));
+        floats x = uniform_of(n, tokens);
+        if (!any_lane(scaled + gumbel_at_most(x) >= lowest)) continue;
+        *at = scaled + gumbel(x);
+        lowest = MAX(lowest, largest_number(*at) - FARTHEST);
+    }
+}
+
+/* The largest of ``count`` logits and its share of the softmax of those at most ``farthest`` below.
+ */
+static int likeliest(const float *logits, int count, float farthest, float *chance) {
     int best = largest(logits, count);
+    float top = logits[best], lowest = top - farthest;
     floats sums = {0};
     int whole = count / LANES * LANES;
-    for (int i = 0; i < whole; i += LANES)
-        sums += vector_exp(*(const floats *)(logits + i) - logits[best]);
+    for (int i = 0; i < whole; i += LANES) {
+        floats x = *(const floats *)(logits + i);
+        sums += (floats)(~(x < lowest) & (ints)vector_exp(x - top));
+    }
     float sum = sum_lanes(sums);
-    for (int i = whole; i < count; i++) sum += expf(logits[i] - logits[best]);
+    for (int i = whole; i < count; i++) sum += logits[i] < lowest ? 0 : expf(logits[i] - top);
     *chance = sum >= 1 ? 1 / sum : 0; /* 0 also for what is no number */
     return best;
 }
@@ -103,7 +133,7 @@ static void end_step(const struct shape *s, const struct draft_head *h, struct d
         d->tokens[at] = h->vocab[d->best[i]];
         d->chances[at] = d->chance[i];
         d->made[sequence] = step + 1;
-        d->product[sequence] *= d->chance[i];
+        d->product[sequence] *= d->chance[i] * d->luck[sequence];
         int wanted = step + 1 < d->spans[sequence].guesses;
         if (!wanted || !(d->product[sequence] >= d->bound)) continue;
         d->alive[going] = sequence;
@@ -157,8 +187,14 @@ static void draft_step(const struct shape *s, const struct draft_head *h, struct
     matmul(&h->lm_head, &to_logits, worker);
     size = chunk_size(asked->rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, asked->rows)
-        for (; r < end; r++)
-            d->best[r] = likeliest(d->logits + (size_t)r * stride, outs, d->chance + r);
+        for (; r < end; r++) {
+            float *logits = d->logits + (size_t)r * stride;
+            struct noise noise = d->noise ? d->noise[d->alive[r]] : (struct noise){0};
+            noise.index += step;
+            int random = noise.temperature > 0;
+            if (random) make_keys(&noise, h->vocab, logits, outs);
+            d->best[r] = likeliest(logits, outs, random ? FARTHEST : INFINITY, d->chance + r);
+        }
     ONE_THREAD(worker) end_step(s, h, d, step, w);
 }
 

@@ -4,6 +4,7 @@
 
 #include "elementwise.h"
 #include "layer.h"
+#include "noise.h"
 
 /* Phases of ``run_head``. */
 enum { HEAD_PHASES = 5 };
@@ -39,7 +40,10 @@ static void run_whole_head(const struct lm_head *h, const struct head_rows *c,
  *
  * Whatever U is, this holds; the better it fits, the closer it is. So the set of outputs that holds
  * the largest logit for certain, or nearly, is multiplied exactly, and then those sets that may
- * hold a larger one. All others are certainly smaller. */
+ * hold a larger one. All others are certainly smaller.
+ *
+ * A row that is random has keys in the place of logits, these over the temperature plus noise. The
+ * noise is exact from the start. */
 
 /* What rounding may add to a logit, of the norms of state and row: inputs in fixed point (9e-5),
  * and sums in fp32. */
@@ -51,14 +55,14 @@ struct reach {
     float along, across, rest;
 };
 
-/* What is known of logits, of each row in turn. */
+/* What is known of logits, or keys, of each row in turn. */
 struct bounds {
     int chunks;
     struct reach *reach; /* [rows] */
     float *highest;      /* [sets, rows] what the largest of a set is at most */
     float *certain;      /* [chunks, rows] what the largest of a chunk is at least, and */
     int32_t *sets;       /* [chunks, rows] the set where it is */
-    float *logits;       /* [chunks, rows] the largest that was made exactly, and */
+    float *values;       /* [chunks, rows] the largest that was made exactly, and */
     int32_t *places;     /* [chunks, rows] its place, or -1 */
     float *of_threads;   /* [threads, rows, SET] */
 };
@@ -116,28 +120,64 @@ INLINE struct matrix one_set(const struct matrix *m, int first) {
                            m->bias ? m->bias + first : NULL};
 }
 
-/* What the largest of a whole set of coarse logits, that from ``first`` on, is at most; ``least``
- * becomes what it is at least. */
-INLINE float bound_set(const struct screen *s, const float *logits, int first, struct reach reach,
-                       float *least) {
-    floats high = broadcast(-INFINITY), low = high;
-    for (int i = 0; i < SET; i += LANES) {
-        floats x = *(const floats *)(logits + i);
-        floats off = *(const floats *)(s->norms + first + i) * reach.rest;
-        if (s->basis)
-            off += *(const floats *)(s->along + first + i) * reach.along +
-                   *(const floats *)(s->across + first + i) * reach.across;
-        floats most = x + off;
-        high = larger(select_lanes(most == most, most, broadcast(INFINITY)), high);
-        low = larger(x - off, low);
+/* What the largest key of a set is at most, if its logits lie between ``low`` and ``high``, or -inf
+ * if that is less than ``known``; else ``least`` becomes what it is at least. */
+INLINE float bound_keys(const struct noise *n, int first, const floats low[SET_VECTORS],
+                        const floats high[SET_VECTORS], float known, float *least) {
+    float inverse = inverse_temperature(n);
+    floats noise[SET_VECTORS], most = high[0], certain = broadcast(-INFINITY);
+    for (int i = 1; i < SET_VECTORS; i++) most = larger(high[i], most);
+    if (!any_lane(most * inverse + MOST_NOISE >= known)) return -INFINITY;
+    uniform_set(n, first, noise);
+    ints may = {0};
+    for (int i = 0; i < SET_VECTORS; i++)
+        may |= high[i] * inverse + gumbel_at_most(noise[i]) >= known;
+    if (!any_lane(may)) return -INFINITY;
+    most = certain;
+    for (int i = 0; i < SET_VECTORS; i++) {
+        floats own = gumbel(noise[i]);
+        most = larger(high[i] * inverse + own, most);
+        certain = larger(low[i] * inverse + own, certain);
     }
-    *least = largest_number(low);
-    return largest_number(high);
+    *least = largest_number(certain);
+    return largest_number(most);
+}
+
+/* What the largest of a whole set of coarse logits, that from ``first`` on, or of their keys, is at
+ * most, or -inf if that is certainly less than ``known``; ``least`` becomes what it is at least. */
+INLINE float bound_set(const struct screen *s, const float *logits, int first, struct reach reach,
+                       const struct noise *n, float known, float *least) {
+    floats high[SET_VECTORS], low[SET_VECTORS];
+    for (int i = 0; i < SET_VECTORS; i++) {
+        int out = first + i * LANES;
+        floats x = *(const floats *)(logits + i * LANES);
+        floats off = *(const floats *)(s->norms + out) * reach.rest;
+        if (s->basis)
+            off += *(const floats *)(s->along + out) * reach.along +
+                   *(const floats *)(s->across + out) * reach.across;
+        floats most = x + off;
+        high[i] = select_lanes(most == most, most, broadcast(INFINITY));
+        low[i] = x - off;
+    }
+    *least = -INFINITY;
+    if (n) return bound_keys(n, first, low, high, known, least);
+    for (int i = 1; i < SET_VECTORS; i++) {
+        high[0] = larger(high[i], high[0]);
+        low[0] = larger(low[i], low[0]);
+    }
+    *least = largest_number(low[0]);
+    return largest_number(high[0]);
+}
+
+/* The noise of a row; NULL if it is not random. */
+INLINE const struct noise *noise_of(const struct head_rows *c, int row) {
+    return c->noise && c->noise[row].temperature > 0 ? c->noise + row : NULL;
 }
 
 /* Coarse logits of outputs [out, end), the ``chunk``-th chunk, and what they tell. */
-static void bound_chunk(const struct screen *s, const struct bounds *b, struct operands coarse,
+static void bound_chunk(const struct head_rows *c, const struct bounds *b, struct operands coarse,
                         int chunk, int out, int end, struct worker *worker) {
+    const struct screen *s = c->screen;
     int rows = coarse.rows;
     float *certain = b->certain + chunk * rows;
     int32_t *sets = b->sets + chunk * rows;
@@ -150,7 +190,8 @@ static void bound_chunk(const struct screen *s, const struct bounds *b, struct o
         for (int r = 0; r < rows; r++) {
             highest[r] = INFINITY;
             if (set.outs < SET) continue;
-            highest[r] = bound_set(s, coarse.out + r * SET, first, b->reach[r], &least);
+            highest[r] = bound_set(s, coarse.out + r * SET, first, b->reach[r], noise_of(c, r),
+                                   certain[r], &least);
             if (least > certain[r]) certain[r] = least, sets[r] = first;
         }
     }
@@ -171,35 +212,38 @@ static int largest_chunk(const struct bounds *b, const float *values, const int3
     return best;
 }
 
-/* The largest of a row's exact logits of the set from ``first`` on; ``place`` becomes its place. */
-static float largest_of_set(const struct matrix *m, const struct operands *exact, int row,
-                            int first, int *place, struct worker *worker) {
+/* The largest of a row's exact logits, or keys, of the set from ``first`` on; ``place`` becomes its
+ * place. */
+static float largest_of_set(const struct matrix *m, const struct operands *exact,
+                            const struct noise *n, int row, int first, int *place,
+                            struct worker *worker) {
     struct matrix set = one_set(m, first);
     multiply_row(&set, exact, row, worker);
+    if (n) add_noise(n, first, exact->out);
     int best = largest(exact->out, set.outs);
     *place = first + best;
     return exact->out[best];
 }
 
-/* The largest logit of a row in the ``chunk``-th chunk, outputs [out, end), if it may be ``least``
- * or more; how many sets were multiplied. */
+/* The largest logit, or key, of a row in the ``chunk``-th chunk, outputs [out, end), if it may be
+ * ``least`` or more; how many sets were multiplied. */
 static int find_largest(const struct matrix *m, const struct bounds *b,
-                        const struct operands *exact, int row, float least, int chunk, int out,
-                        int end, struct worker *worker) {
+                        const struct operands *exact, const struct noise *n, int row, float least,
+                        int chunk, int out, int end, struct worker *worker) {
     int rows = exact->rows, multiplied = 0, found;
-    float *best = b->logits + chunk * rows + row;
+    float *best = b->values + chunk * rows + row;
     int32_t *place = b->places + chunk * rows + row;
     *place = -1;
     for (int first = out; first < end; first += SET) {
         if (b->highest[(size_t)(first / SET) * rows + row] < least) continue;
-        float logit = largest_of_set(m, exact, row, first, &found, worker);
-        if (*place < 0 || is_larger(logit, *best)) *best = logit, *place = found;
+        float value = largest_of_set(m, exact, n, row, first, &found, worker);
+        if (*place < 0 || is_larger(value, *best)) *best = value, *place = found;
         multiplied++;
     }
     return multiplied;
 }
 
-/* The places of the largest logits alone. */
+/* The places of the largest logits, or keys, alone. */
 static void run_screened_head(const struct lm_head *h, const struct head_rows *c,
                               struct worker *worker) {
     const struct workspace *w = worker->shared;
@@ -222,24 +266,24 @@ static void run_screened_head(const struct lm_head *h, const struct head_rows *c
             prepare_columns(&s->weight, &coarse, r, inputs, 0, wide);
         }
     FOR_EACH_CHUNK(worker, out, end, size, outs)
-        bound_chunk(s, &b, coarse, out / size, out, end, worker);
+        bound_chunk(c, &b, coarse, out / size, out, end, worker);
     float *least = b.certain; /* [rows], of the first chunk's */
     FOR_EACH_CHUNK(worker, r, end, 1, rows)
         for (; r < end; r++) {
             int chunk = largest_chunk(&b, b.certain, b.sets, r, rows), place;
             struct reach reach = b.reach[r];
-            least[r] = largest_of_set(m, &exact, r, b.sets[chunk], &place, worker);
+            least[r] = largest_of_set(m, &exact, noise_of(c, r), r, b.sets[chunk], &place, worker);
             if (!isfinite(least[r] + reach.along + reach.across + reach.rest)) least[r] = -INFINITY;
             c->multiplied[r] = 1;
         }
     FOR_EACH_CHUNK(worker, out, end, size, outs)
         for (int r = 0; r < rows; r++)
-            __atomic_fetch_add(
-                &c->multiplied[r],
-                find_largest(m, &b, &exact, r, least[r], out / size, out, end, worker),
-                __ATOMIC_RELAXED);
+            __atomic_fetch_add(&c->multiplied[r],
+                               find_largest(m, &b, &exact, noise_of(c, r), r, least[r], out / size,
+                                            out, end, worker),
+                               __ATOMIC_RELAXED);
     FOR_EACH_CHUNK(worker, r, end, 1, rows)
-        for (; r < end; r++) c->best[r] = b.places[largest_chunk(&b, b.logits, b.places, r, rows)];
+        for (; r < end; r++) c->best[r] = b.places[largest_chunk(&b, b.values, b.places, r, rows)];
 }
 
 static void run_head(const struct lm_head *h, const struct head_rows *c, struct worker *worker) {

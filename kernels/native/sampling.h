@@ -4,14 +4,12 @@
 #ifndef OFFRAMP_SAMPLING_H
 #define OFFRAMP_SAMPLING_H
 
-#include "elementwise.h"
+#include "noise.h"
 
 /* Phases of a call. */
 enum { SAMPLING_PHASES = 1 };
 /* Numbers are added up in blocks of so many, each in fp32, the blocks in fp64. */
 enum { MASS_BLOCK = 512 };
-/* Far below it fp32 has no number for a temperature, and all below it are greedy anyway. */
-static const float COLDEST = 1e-30f;
 
 /* What numbers reach a value: how many they are, and what they add up to. */
 struct reached {
@@ -80,7 +78,7 @@ static float find_least(const float *x, int size, float low, float best, int cou
 static void weigh(const float *x, int vocab, float best, float least, float temperature,
                   float *weights) {
     const float farthest = -87; /* of which exp is next to nothing */
-    float inverse = 1 / MAX(temperature, COLDEST);
+    float inverse = 1 / temperature;
     int i = 0;
     for (; i + LANES <= vocab; i += LANES) {
         floats v = *(const floats *)(x + i), far = (v - best) * inverse;
@@ -93,41 +91,76 @@ static void weigh(const float *x, int vocab, float best, float least, float temp
     }
 }
 
-/* The first place with which weights of ``least`` and more, added up in order, exceed ``goal``.
- * Sums that are rounded differently may end just short of it: then the last with any weight. */
-static int walk_weights(const float *weights, int size, float least, double goal) {
-    double before = 0, mass = 0;
-    int begin = 0, end = 0, last = 0;
-    for (; begin < size; begin = end) {
-        end = MIN(begin + MASS_BLOCK, size);
-        mass = reach_least(weights + begin, end - begin, least).mass;
-        if (before + mass > goal) break;
-        before += mass;
+/* ``count`` numbers, fewer than a vector has; -inf behind them. */
+static floats load_some(const float *x, int count) {
+    floats v = broadcast(-INFINITY);
+    for (int i = 0; i < count; i++) v[i] = x[i];
+    return v;
+}
+
+/* The token of the largest key, logit over temperature plus noise, of those logits x [vocab] that
+ * reach ``least``; ``token`` has the largest logit. Few sets may hold it. */
+static int noisiest(const float *x, int vocab, float least, int token, const struct noise *n) {
+    float inverse = inverse_temperature(n), best = -INFINITY, known = best, lowest = least;
+    int sets = (vocab + SET - 1) / SET, found = token;
+    /* The set of the largest logit first: what it has is not reached by most. */
+    for (int turn = -1; turn < sets; turn++) {
+        int first = turn < 0 ? token / SET * SET : turn * SET, count = MIN(SET, vocab - first);
+        floats logits[SET_VECTORS], noise[SET_VECTORS], high = broadcast(-INFINITY);
+        for (int i = 0; i < SET; i += LANES)
+            logits[i / LANES] = i + LANES <= count ? *(const floats *)(x + first + i)
+                                                   : load_some(x + first + i, count - i);
+        for (int i = 0; i < SET_VECTORS; i++) high = larger(logits[i], high);
+        if (!any_lane(high >= lowest)) continue;
+        uniform_set(n, first, noise);
+        ints may = {0};
+        for (int i = 0; i < SET_VECTORS; i++)
+            may |= logits[i] * inverse + gumbel_at_most(noise[i]) >= known;
+        if (!any_lane(may)) continue;
+        for (int i = 0; i < SET_VECTORS; i++) {
+            floats key = logits[i] * inverse + gumbel(noise[i]);
+            logits[i] = select_lanes(logits[i] >= least, key, broadcast(-INFINITY));
+        }
+        int at = largest((const float *)logits, SET);
+        float key = ((const float *)logits)[at];
+        known = MAX(known, key);
+        /* What needs more noise than there is. */
+        lowest = MAX(least, (known - MOST_NOISE) / inverse);
+        if (turn >= 0 && key > best) best = key, found = first + at;
     }
-    for (int i = begin < size ? begin : 0; i < end; i++) {
-        if (weights[i] < least || weights[i] == 0) continue;
-        before += weights[last = i];
-        if (begin < size && before > goal) break;
+    return found;
+}
+
+/* The least of logits x [vocab] whose weights reach ``least``. */
+static float least_logit(const float *x, const float *weights, int vocab, float least) {
+    floats low = broadcast(INFINITY);
+    int i = 0;
+    for (; i + LANES <= vocab; i += LANES) {
+        ints kept = *(const floats *)(weights + i) >= least;
+        low = -larger(-select_lanes(kept, *(const floats *)(x + i), low), -low);
     }
-    return last;
+    float lowest = -largest_number(-low);
+    for (; i < vocab; i++)
+        if (weights[i] >= least) lowest = MIN(lowest, x[i]);
+    return lowest;
 }
 
 /* A token of logits x [vocab]; ``weights`` [vocab] is scratch memory. */
 static int draw_token(const float *x, int vocab, const struct choice *c, float *weights) {
     int token = largest(x, vocab);
-    float best = x[token], least = -INFINITY;
+    float best = x[token], least = -INFINITY, temperature = MAX(c->noise.temperature, COLDEST);
     if (!isfinite(best)) return token;
     if (0 < c->top_k && c->top_k < vocab) least = find_least(x, vocab, least, best, c->top_k, 0);
-    weigh(x, vocab, best, least, c->temperature, weights);
-    least = 0;
     if (c->top_p < 1) {
+        weigh(x, vocab, best, least, temperature, weights);
         double mass = reach_least(weights, vocab, 0).mass;
         /* Those below this one come to less than what top_p leaves out. */
-        least = mass * (1 - c->top_p) / vocab;
-        least = find_least(weights, vocab, least, 1, 0, mass * c->top_p);
+        float low = mass * (1 - c->top_p) / vocab;
+        low = find_least(weights, vocab, low, 1, 0, mass * c->top_p);
+        least = MAX(least, least_logit(x, weights, vocab, low));
     }
-    least = MAX(least, MIN(c->min_p, 1));
-    return walk_weights(weights, vocab, least, reach_least(weights, vocab, least).mass * c->draw);
+    if (c->min_p > 0) least = MAX(least, best + temperature * logf(MIN(c->min_p, 1)));
+    return noisiest(x, vocab, least, token, &c->noise);
 }
 
 /* A token for each choice. */

@@ -57,7 +57,13 @@ struct draft_head {
     struct layer layer;
     struct matrix fuse, feedback, embeddings, lm_head;
     const float *norm;    /* [width] */
-    const int64_t *vocab; /* [lm_head.outs] token ids */
+    const int32_t *vocab; /* [lm_head.outs] token ids */
+};
+
+/* Of a row's tokens (noise.h); of temperature 0 there is none. */
+struct noise {
+    float temperature;
+    uint32_t seed[2], index;
 };
 
 /* Entries of one sequence, at consecutive positions. */
@@ -71,9 +77,11 @@ struct draft_span {
 /* Entries to make, and sequences whose next tokens are to be guessed. */
 struct draft {
     int32_t sequences, entries, guesses; /* spans, their entries, and most guesses of one */
-    float bound; /* of the product of a sequence's chances, below which it asks for no more */
+    float bound; /* of a sequence's chances, times its luck each, below which it asks for no more */
     const struct batch *batch; /* pages, blocks and the states of all entries, but no rows yet */
     const struct draft_span *spans; /* [sequences] */
+    const struct noise *noise;      /* [sequences] of the first guess, or NULL */
+    const float *luck;              /* [sequences] */
     int64_t *tokens;                /* [sequences, guesses] results */
     float *chances;                 /* likewise */
     int32_t *made;                  /* [sequences] how many of them there are */
@@ -111,7 +119,8 @@ struct head_rows {
     int32_t rows;
     const float *hidden;         /* [.., width] */
     const int64_t *places;       /* [rows]: where each row's state is in ``hidden`` */
-    const struct screen *screen; /* if any, the places of the largest alone are wanted */
+    const struct screen *screen; /* if any, the places of the largest alone are wanted: */
+    const struct noise *noise;   /* [rows] of the logits with noise, where there is any, or NULL */
     float *logits;               /* [rows, outs] results, or NULL */
     int32_t *best;               /* [rows] the place of the largest */
     int32_t *multiplied;         /* [rows] by a screen: sets that were made exactly */
@@ -119,8 +128,8 @@ struct head_rows {
 
 /* How a row's token is drawn (see kernels/sampling.py), and the token. */
 struct choice {
-    double draw; /* in [0, 1) */
-    float temperature, top_p, min_p;
+    struct noise noise;
+    float top_p, min_p;
     int32_t top_k, row, token;
 };
 

@@ -81,6 +81,19 @@ INLINE float largest_number(floats v) {
 #endif
 }
 
+/* Whether a lane of a comparison holds. */
+INLINE int any_lane(ints mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX__)
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+    int32_t all = 0;
+    for (int i = 0; i < LANES; i++) all |= mask[i];
+    return all != 0;
+#endif
+}
+
 /* ``v``, which several instructions use: keeps the compiler from loading it for each of them. */
 INLINE floats in_register(floats v) {
 #if defined(__AVX__)

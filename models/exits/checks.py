@@ -13,7 +13,7 @@ from offramp.kernels.exit_gate import fused_score
 from offramp.kernels.linear import Linear
 from offramp.models.exits.criteria import CRITERIA, ExitView, Trail
 from offramp.models.exits.head import ExitHead, PackedHead
-from offramp.models.sampler import sample_with_logprobs
+from offramp.models.sampler import sample, sample_with_logprobs
 from offramp.models.sampling_params import DEFAULT_CRITERION, ExitCriterion
 from offramp.models.step import HeadRow, SequenceRows, TokenLogprobs
 from offramp.models.transformer import Transformer
@@ -216,6 +216,6 @@ def _choose(
     # Biases, penalties, masks and log-probabilities are of the whole vocabulary.
     if any(head.adjusts_logits or head.sampling.logprobs is not None for head in heads):
         return sample_with_logprobs(exits.all_logits(point, view.hidden[at]), heads)
-    places, _ = sample_with_logprobs(view.logits(at).clone(), heads)
+    places = sample(view.logits(at).clone(), heads, ids=exits.vocab)
     chosen: list[int] = exits.vocab[torch.tensor(places, device=at.device)].tolist()
     return chosen, ()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, abc
 from typing import Any
 
+from offramp.kernels.noise import TokenNoise
 from offramp.models.sampling_params import DraftSource
 from offramp.models.step import Draft, DraftRows, SequenceRows, StepRunner
 from offramp.server.engine.blocks import SequenceMemory
@@ -30,6 +31,14 @@ def draft_room(sequence: Sequence, info: EngineInfo) -> int:
     answer = len(sequence.tokens) - sequence.num_prompt
     room = sequence.request.sampling.max_tokens - answer
     return max(0, min(room, info.max_model_len - len(sequence.tokens)) - 1)
+
+
+def _noise(sequence: Sequence, index: int) -> TokenNoise | None:
+    """What guesses of the sequence's tokens from the ``index``-th on are made with."""
+    sampling = sequence.request.sampling
+    if sampling.temperature == 0:
+        return None
+    return TokenNoise(sampling.temperature, sampling.seed, index - sequence.num_prompt)
 
 
 class Drafting:
@@ -248,6 +257,8 @@ class Drafting:
             sequence.table,
             sequence.first_entry // self._info.block_size,
             most,
+            _noise(sequence, end),
+            sequence.luck,
         )
 
     def _force(self, sequence: Sequence) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from offramp.kernels.linear import Linear
 from offramp.kernels.lm_head import HeadScreen, NativeHead
 from offramp.kernels.native import library
+from offramp.kernels.noise import TokenNoise
 from offramp.kernels.rms_norm import rms_norm
+from offramp.kernels.sampling import TokenDraw, draw_tokens
 from offramp.kernels.weight_formats import WeightFormat, round_to_int4
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C kernels")
@@ -131,6 +134,66 @@ def test_screened_tokens_are_the_likeliest(
             logits, best = head(hidden, places)
             assert head.screened(hidden, places, screen)[0] == best
             assert best == logits.argmax(dim=-1).tolist()
+
+
+def noises_of(rows: int, temperature: float) -> list[TokenNoise | None]:
+    """Every third row is greedy."""
+    return [TokenNoise(temperature, 9 - row, row) if row % 3 else None for row in range(rows)]
+
+
+def drawn(
+    head: NativeHead, hidden: Tensor, places: Sequence[int], noises: Sequence[TokenNoise | None]
+) -> list[int]:
+    """Of all logits."""
+    logits, best = head(hidden, places)
+    pairs = enumerate(noises)
+    draws = [TokenDraw(row, noise, 0, 1.0, 0.0) for row, noise in pairs if noise is not None]
+    for draw, token in zip(draws, draw_tokens(logits, draws, native=True), strict=True):
+        best[draw.row] = token
+    return best
+
+
+@pytest.mark.parametrize(("kind", "form"), SCREENS)
+@pytest.mark.parametrize("outs", [5, 200, 1024, 5003])
+@pytest.mark.parametrize("temperature", [1e-12, 0.3, 1.0, 30.0])
+def test_screened_random_tokens_are_those_of_the_largest_keys(
+    kind: str, form: WeightFormat, outs: int, temperature: float
+) -> None:
+    torch.manual_seed(outs)
+    head, screen = screened(kind, form, torch.randn(outs, WIDTH), in_few_directions(100))
+    hidden = in_few_directions(100) + 0.3 * torch.randn(100, WIDTH)
+    for rows in (2, 3, 6) if kind == "copy" else (2, 4, 5, 33, 97):
+        for first in range(0, 101 - rows, rows):
+            places, noises = range(first, first + rows), noises_of(rows, temperature)
+            expected = drawn(head, hidden, places, noises)
+            assert head.screened(hidden, places, screen, noises)[0] == expected
+
+
+@pytest.mark.parametrize("form", [*COPIED, WeightFormat.INT4], ids=str)
+def test_random_tokens_are_the_same_screened_or_not(form: WeightFormat) -> None:
+    torch.manual_seed(8)
+    head, _ = screened("copy", form, torch.randn(700, WIDTH), torch.randn(50, WIDTH))
+    hidden = torch.randn(9, WIDTH)
+    before = [head.likeliest(hidden, range(rows), noises_of(rows, 1.0)) for rows in range(1, 10)]
+    head.screen(torch.randn(50, WIDTH))
+    for rows, expected in enumerate(before, 1):
+        assert head.likeliest(hidden, range(rows), noises_of(rows, 1.0)) == expected
+        assert drawn(head, hidden, range(rows), noises_of(rows, 1.0)) == expected
+
+
+@pytest.mark.parametrize(("kind", "form"), SCREENS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38, 0.0, 1e-38])
+def test_a_screen_with_noise_is_not_misled_by_states_that_are_hardly_numbers(
+    kind: str, form: WeightFormat, value: float
+) -> None:
+    torch.manual_seed(300)
+    head, screen = screened(kind, form, torch.randn(300, WIDTH), in_few_directions(100))
+    hidden = torch.randn(3, WIDTH)
+    hidden[1, 7] = value
+    hidden[2] = value
+    places = [0, 1, 2]
+    noises = [TokenNoise(0.8, 1, index) for index in range(3)]
+    assert head.screened(hidden, places, screen, noises)[0] == drawn(head, hidden, places, noises)
 
 
 @pytest.mark.parametrize("form", [*COPIED, WeightFormat.INT4], ids=str)

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from offramp.kernels.draft import Guesses
+from offramp.kernels.draft import FARTHEST, Guesses
 from offramp.kernels.native import library
+from offramp.kernels.noise import TokenNoise
 from offramp.kernels.weight_formats import WeightFormat
 from offramp.models.drafting import Drafter
 from offramp.models.exits.draft_head import (
@@ -131,6 +133,75 @@ def run(made: Drafter, work: Sequence[DraftRows], bound: float = 0.0) -> Guesses
 def is_close(one: Guesses, other: Guesses) -> bool:
     mine, theirs = (torch.tensor(list(chain(*each.chances))) for each in (one, other))
     return one.tokens == other.tokens and torch.allclose(mine, theirs, atol=2e-3)
+
+
+RANDOM = tuple(
+    replace(item, noise=TokenNoise(temperature, seed, 5 + seed) if temperature else None)
+    for seed, (item, temperature) in enumerate(zip(MIXED, (0.8, 0, 2.0, 1e-40, 1.0), strict=True))
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_kernels_agree_with_the_reference_on_random_guesses(
+    tmp_path: Path, form: WeightFormat, threads: int
+) -> None:
+    one = drafter(tmp_path / "a", "tied", form, native=True)
+    other = drafter(tmp_path / "b", "tied", form, native=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found, expected, plain = run(one, RANDOM), run(other, RANDOM), run(one, MIXED)
+    finally:
+        torch.set_num_threads(before)
+    assert is_close(found, expected)
+    differ = [own != other for own, other in zip(found.tokens, plain.tokens, strict=True)]
+    # Without noise, and with next to none, nothing changes.
+    assert differ == [True, False, False, False, True]
+
+
+@needs_kernels
+def test_guesses_are_those_of_the_largest_logit_with_noise(tmp_path: Path) -> None:
+    """Far more often than its share, one who knows the logits nearly and the noise is right."""
+    made = drafter(tmp_path, "tied", WeightFormat.FP32, native=True)
+    logits: list[Tensor] = []
+    reference = drafter(tmp_path / "b", "tied", WeightFormat.FP32, native=False)
+    head = reference._lm_head
+
+    def keep(states: Tensor) -> Tensor:
+        logits.append(head(states))
+        return logits[-1].clone()
+
+    with patch.object(reference, "_lm_head", side_effect=keep):
+        run(reference, [replace(MIXED[0], guesses=1)])
+    for index in range(30):
+        noise = TokenNoise(0.9, 77, index)
+        found = run(made, [replace(MIXED[0], guesses=1, noise=noise)])
+        keys = noise.keys(logits[0][0], made._vocab)
+        assert found.tokens[0] == (int(made._vocab[keys.argmax()]),)
+        near = keys[keys > keys.max() - FARTHEST]
+        assert found.chances[0][0] == pytest.approx(float(near.softmax(0).max()), abs=1e-3)
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_kernels), False])
+def test_a_sequence_with_little_luck_stops_sooner(
+    tmp_path: Path,
+    native: bool,  # noqa: FBT001
+) -> None:
+    made = drafter(tmp_path, "tied", WeightFormat.FP32, native=native)
+    item = replace(MIXED[3], guesses=4)
+    chances = torch.tensor(run(made, [item]).chances[0])
+    bound = float(chances[:3].prod()) * 0.9
+    lengths = []
+    for luck in (1.0, 0.9, 0.1):
+        found = run(made, [replace(item, luck=luck)], bound)
+        products = chances.cumprod(0) * luck ** torch.arange(1, 5)
+        likely = int((products >= bound).cumprod(0).sum())
+        lengths.append(len(found.tokens[0]))
+        assert lengths[-1] == min(4, likely + 1)
+    assert lengths[0] == 4
+    assert lengths[-1] < lengths[0]
 
 
 @needs_kernels

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.kernels import sampling
-from offramp.kernels.sampling import uniform
 from offramp.models.sampler import sample, sample_with_logprobs
 from offramp.models.sampling_params import SamplingParams
 from offramp.models.step import HeadRow
@@ -103,12 +102,36 @@ def test_the_draw_depends_on_seed_and_index_alone() -> None:
     assert together == alone == backwards[::-1]
 
 
-def test_streams_are_uniform_and_differ() -> None:
-    draws = [uniform(seed, index) for seed in (0, 1, 2**64 - 1, -5) for index in range(2500)]
-    assert len(set(draws)) == len(draws)
-    assert all(0.0 <= draw < 1.0 for draw in draws)
-    counts = [sum(int(draw * 10) == bin_ for draw in draws) for bin_ in range(10)]
-    assert sum((count - 1000) ** 2 / 1000 for count in counts) < 34
+def test_of_a_part_of_the_vocabulary_comes_what_comes_of_the_whole() -> None:
+    """Exits that tell a part of the tokens apart guess with the noise of full depth."""
+    ids = torch.randperm(500)[:90].sort().values
+    logits = torch.full((20, 500), -torch.inf)
+    logits[:, ids] = torch.randn(20, 90)
+    rows = [row(PLAIN, index) for index in range(20)]
+    places = sample(logits[:, ids].contiguous(), rows, ids=ids)
+    assert ids[places].tolist() == sample(logits, rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({}, False),
+        ({"temperature": 0.0, "top_p": 0.5}, False),
+        ({"top_p": 0.5}, True),
+        ({"top_k": 5}, True),
+        ({"min_p": 0.1}, True),
+        ({"temperature": 0.0, "logprobs": 0}, True),
+        ({"logit_bias": ((5, 1.0),)}, True),
+    ],
+    ids=str,
+)
+def test_logits_are_needed_where_the_largest_key_is_not_enough(
+    changes: dict[str, Any], *, needed: bool
+) -> None:
+    item = row(replace(PLAIN, seed=3, **changes), 7)
+    assert item.needs_logits is needed
+    assert (item.noise is None) == (item.sampling.temperature == 0)
+    assert item.noise is None or (item.noise.seed, item.noise.index) == (3, 7)
 
 
 def test_bias_is_added() -> None:
@@ -189,14 +212,12 @@ def test_the_shortlist_gives_what_a_full_sort_gives(
     for spread in (0.1, 1.0, 4.0):
         logits = normal * spread / params.temperature
         filters = params.top_k, params.top_p, params.min_p
-        short = sampling.kept_weights(logits, 1.0, *filters)[0]
+        least = sampling.least_logit(logits, 1.0, *filters)
         with monkeypatch.context() as patch:
             patch.setattr(sampling, "_SHORTLIST", len(logits))
-            whole = sampling.kept_weights(logits, 1.0, *filters)[0]
-        assert short is not None
-        assert whole is not None
-        assert short.tolist() == whole.tolist()
-        assert short.tolist() == sorted(_by_sorting(logits, params))
+            assert sampling.least_logit(logits, 1.0, *filters) == least
+        kept = (logits >= least).nonzero().squeeze(-1)
+        assert kept.tolist() == sorted(_by_sorting(logits, params))
 
 
 def _by_sorting(logits: Tensor, params: SamplingParams) -> list[int]:

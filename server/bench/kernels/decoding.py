@@ -266,8 +266,8 @@ def sample_rows_cases(setup: Setup, rows: int, count: int) -> Iterator[Case]:
             op="sample_rows",
             what=what,
             rows=rows,
-            # Of each logit its distance, an exponential and a sum.
-            work=Work(count * row + SHORT, count * LONG, 3 * count * vocab),
+            # Of each logit its scaling, two logarithms and a sum; random words are of integers.
+            work=Work(count * row + SHORT, count * LONG, 4 * count * vocab),
             launches=[partial(sample_rows, values, *given) for (values,) in logits],
             reference=partial(sample_rows_reference, logits[0][0], *given),
             results=partial(dict, tokens=tokens),
