@@ -50,7 +50,8 @@ class NativeHead:
         form, divides = self._weights.weight.format, weight.shape[1] % GROUP == 0
         formats = {found.constant(name): most for name, most in _MOST_COPIED.items()}
         self.most_copied = formats.get(form, 0) if divides else 0
-        """Rows up to which a coarse copy of the weight makes `likeliest` faster."""
+        """Rows up to which a coarse copy of the weight makes `likeliest` faster; one more counts
+        where some are random."""
         fixed = form in map(found.constant, _FIXED_POINT)
         self.fewest_coarse = found.constant("FEWEST_COARSE") if fixed else 0
         """Rows from which on coarse inputs make `likeliest` faster; 0: never."""
@@ -81,8 +82,10 @@ class NativeHead:
 
         Raises the same.
         """
-        screen = self._coarse if 0 < self.fewest_coarse <= len(places) else None
-        if len(places) <= self.most_copied:
+        # Of random rows each takes longer, which favours fewer exact products.
+        count = len(places) + any(noise is not None for noise in noises)
+        screen = self._coarse if 0 < self.fewest_coarse <= count else None
+        if count <= self.most_copied:
             screen = self._copy
         if screen is not None:
             return self.screened(hidden, places, screen, noises)[0]

@@ -296,7 +296,7 @@ INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point i
 /* From this number of rows on, products of coarse inputs are worth making in place of others: where
  * low bytes are left out; 0: never. */
 #ifdef HAS_BLOCKS
-enum { FEWEST_COARSE = 5 };
+enum { FEWEST_COARSE = 4 };
 #else
 enum { FEWEST_COARSE = 0 };
 #endif

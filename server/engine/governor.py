@@ -84,7 +84,7 @@ _TRY = HeadPlan(1, 1.0, (-1.0,))
 
 
 # Of sampled answers at first (temperature 0.8), and how much a guess moves it.
-_SAMPLED_LUCK, _LUCK_RENEWAL = 0.6, 0.005
+_SAMPLED_LUCK, _LUCK_RENEWAL = 0.7, 0.005
 
 
 class ExitGovernor:
