@@ -189,6 +189,20 @@ async def test_a_stuck_engine_is_killed_and_built_anew(
         assert gone(first)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc")
+@pytest.mark.parametrize("own", [None, "77"])
+async def test_threads_of_the_engine_spin_for_a_short_time_unless_told(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if own is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    async with driving() as driver:
+        process = await answering(driver)
+        found = await asyncio.to_thread(Path(f"/proc/{process}/environ").read_bytes)
+    assert f"GOMP_SPINCOUNT={own or 10000}".encode() in found.split(b"\0")
+
+
 async def test_an_idle_engine_that_is_stopped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver_module, "_FIRST_WAIT_S", 0.01)
     async with driving(restarts=1, step_timeout=1.0) as driver:
