@@ -17,7 +17,6 @@ from offramp.kernels.linear import Linear
 from offramp.kernels.native import Library, library
 from offramp.kernels.native_structures import HeadCall, HeadWeights, Matrix, Screen
 from offramp.kernels.noise import TokenNoise, native_noises
-from offramp.kernels.sampling import TokenDraw, draw_tokens
 from offramp.kernels.weight_formats import ARENA, GROUP, round_to_int4
 
 _COLUMNS_MULTIPLE = 16
@@ -77,24 +76,17 @@ class NativeHead:
         hidden: Tensor,
         places: Sequence[int],
         noises: Sequence[TokenNoise | None] = (),
-    ) -> list[int]:
+    ) -> list[int] | None:
         """The tokens of the largest logits of the same rows, with ``noises`` where there are any.
 
-        Raises the same.
+        None where a screen would not find them faster than all logits do. Raises the same.
         """
         # Of random rows each takes longer, which favours fewer exact products.
         count = len(places) + any(noise is not None for noise in noises)
         screen = self._coarse if 0 < self.fewest_coarse <= count else None
         if count <= self.most_copied:
             screen = self._copy
-        if screen is not None:
-            return self.screened(hidden, places, screen, noises)[0]
-        logits, best = self(hidden, places)
-        pairs = enumerate(noises)
-        draws = [TokenDraw(row, noise, 0, 1.0, 0.0) for row, noise in pairs if noise is not None]
-        for draw, token in zip(draws, draw_tokens(logits, draws, native=True), strict=True):
-            best[draw.row] = token
-        return best
+        return None if screen is None else self.screened(hidden, places, screen, noises)[0]
 
     @property
     def can_screen(self) -> bool:

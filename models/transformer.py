@@ -190,7 +190,7 @@ class Transformer:
     def likeliest(
         self, hidden: Tensor, places: Sequence[int], noises: Sequence[TokenNoise | None]
     ) -> list[int] | None:
-        """The tokens of the same rows' largest logits with noise, where the C kernels find them."""
+        """The tokens of the same rows' largest logits with noise; None if `head` is as fast."""
         if self._native_head is None:
             return None
         return self._native_head.likeliest(hidden, places, noises)

@@ -1,4 +1,4 @@
-/* Noise that makes the token of the largest logit a random one: see kernels/sampling.py, which
+/* Noise that makes the token of the largest logit a random one: see kernels/noise.py, which
  * defines it. Tokens come in sets of 32, [16] with the first random word of a counter and [16] with
  * its second. */
 #ifndef OFFRAMP_NOISE_H

@@ -5,7 +5,8 @@ Heads have random weights, so that guesses vary with everything they are made of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -130,6 +131,16 @@ def run(made: Drafter, work: Sequence[DraftRows], bound: float = 0.0) -> Guesses
     return made.run(work, bound)
 
 
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def is_close(one: Guesses, other: Guesses) -> bool:
     mine, theirs = (torch.tensor(list(chain(*each.chances))) for each in (one, other))
     return one.tokens == other.tokens and torch.allclose(mine, theirs, atol=2e-3)
@@ -149,12 +160,8 @@ def test_the_kernels_agree_with_the_reference_on_random_guesses(
 ) -> None:
     one = drafter(tmp_path / "a", "tied", form, native=True)
     other = drafter(tmp_path / "b", "tied", form, native=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         found, expected, plain = run(one, RANDOM), run(other, RANDOM), run(one, MIXED)
-    finally:
-        torch.set_num_threads(before)
     assert is_close(found, expected)
     differ = [own != other for own, other in zip(found.tokens, plain.tokens, strict=True)]
     # Without noise, and with next to none, nothing changes.
@@ -213,12 +220,8 @@ def test_the_kernels_agree_with_the_reference(
 ) -> None:
     one = drafter(tmp_path / "a", kind, form, native=True)
     other = drafter(tmp_path / "b", kind, form, native=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         found, expected = run(one, MIXED), run(other, MIXED)
-    finally:
-        torch.set_num_threads(before)
     assert is_close(found, expected)
     assert [len(own) for own in found.tokens] == [3, 1, 0, 4, 4]
     for mine, theirs in zip(one._cache.layers[-1], other._cache.layers[-1], strict=True):
