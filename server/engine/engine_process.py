@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 from offramp.server import logs
@@ -77,7 +78,8 @@ class EngineProcess:
             self._send(output_frame(report))
 
     def _send(self, data: bytes) -> None:
-        with self._sending:
+        """Write a frame; where the server is gone, `_read` sees that and ends this process."""
+        with self._sending, suppress(ConnectionError):
             self._connection.sendall(data)
 
     def _beat(self) -> None:
@@ -121,9 +123,10 @@ def main(descriptor: int) -> int:
     """Run on the socket of ``descriptor``; returns the exit status."""
     _follow_server()
     faulthandler.enable()
-    with socket.socket(fileno=descriptor) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-        return EngineProcess(connection).run()
+    # Open until this process ends, as its threads use it until then.
+    connection = socket.socket(fileno=descriptor)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+    return EngineProcess(connection).run()
 
 
 if __name__ == "__main__":

@@ -125,7 +125,9 @@ class ThreadWorker:
         self._send(_End(error))
 
     def _send(self, report: Report | _End) -> None:
-        if self._events is not None and not self._events.is_closed():
+        assert self._events is not None
+        # An event loop that is closed, maybe this moment, refuses: nobody is left to tell.
+        with suppress(RuntimeError):
             self._events.call_soon_threadsafe(self._reports.put_nowait, report)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ import pytest
 from offramp.models.sampling_params import SamplingParams
 from offramp.server.engine import driver as driver_module
 from offramp.server.engine.driver import EngineDriver, EngineState, TokenStream
+from offramp.server.engine.frames import frame
 from offramp.server.engine.loop import EngineProtocol
 from offramp.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from offramp.server.engine.workers import ProcessWorker
@@ -302,3 +305,39 @@ def test_the_engine_ends_with_a_killed_server(*, stopped: bool) -> None:
         server.kill()
     while not gone(engine):
         time.sleep(0.01)
+
+
+_BEATING = """
+import os, sys, time
+from offramp.server.engine import engine_process
+
+engine_process._BEAT_S = 0.001
+status = engine_process.main(int(sys.argv[1]))
+time.sleep(0.1)
+os._exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("build", "deaf", "status"),
+    [(faulty.refuse, False, 1), (faulty.refuse, True, 1), (faulty.build, True, 0)],
+)
+def test_an_ending_process_beats_without_a_traceback(
+    build: Callable[[], EngineProtocol], status: int, *, deaf: bool
+) -> None:
+    """Until it is gone, also while nobody reads what it sends."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(frame((build, logging.INFO)) + frame(None))
+        if deaf:
+            ours.shutdown(socket.SHUT_RD)
+        with subprocess.Popen(
+            [sys.executable, "-c", _BEATING, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        ) as process:
+            _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == status
+    assert told == ""
