@@ -295,4 +295,5 @@ def rows_matrix(weight: Linear | Tensor) -> Matrix | None:
         return None
     if weight.shape[1] % found.constant("GROUP"):
         return None
-    return Matrix(found.constant("FORMAT_FP32"), *weight.shape, weight.data_ptr(), None)
+    form, inputs = found.constant("FORMAT_FP32"), found.constant("INPUTS_FINE")
+    return Matrix(form, *weight.shape, inputs, weight.data_ptr(), None)

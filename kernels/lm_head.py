@@ -103,7 +103,7 @@ class NativeHead:
         if self.most_copied:
             self._copy = HeadScreen.by_copy(self._library, weight, states)
         if self.fewest_coarse:
-            self._coarse = HeadScreen.by_inputs(weight)
+            self._coarse = HeadScreen.by_inputs(self._library, weight)
 
     def screened(
         self,
@@ -161,15 +161,18 @@ class HeadScreen:
         self.address = ctypes.addressof(self._structure)
 
     @classmethod
-    def by_inputs(cls, weight: Linear) -> HeadScreen | None:
-        """A screen that reads all of ``weight``, in fixed point, and a half of the inputs.
+    def by_inputs(cls, found: Library, weight: Linear) -> HeadScreen | None:
+        """A screen that reads all of ``weight``, in fixed point, and 8 bits of the inputs.
 
         None for weights that have no bounds.
         """
         blocks = torch.arange(weight.shape[0]).split(_ROWS_AT_ONCE)
         norms = torch.cat([weight.rows(ids).norm(dim=1) for ids in blocks]) * (1 + _ROUNDING)
-        native = weight.native
-        return None if native is None or not bool(norms.isfinite().all()) else cls(native, norms)
+        if weight.native is None or not bool(norms.isfinite().all()):
+            return None
+        coarse = Matrix.from_buffer_copy(weight.native)
+        coarse.inputs = found.constant("INPUTS_COARSE")
+        return cls(coarse, norms)
 
     @classmethod
     def by_copy(cls, found: Library, weight: Linear, states: Tensor) -> HeadScreen | None:
@@ -190,7 +193,7 @@ class HeadScreen:
         data = ARENA.copy(torch.cat([part for part, _ in parts]))
         columns = native.columns + GROUP
         int4 = found.constant("FORMAT_INT4")
-        copy = Matrix(int4, native.outs, columns, data.data_ptr(), native.bias)
+        copy = Matrix(int4, native.outs, columns, native.inputs, data.data_ptr(), native.bias)
         norms, along, across = bounds
         return cls(copy, norms, (basis, along, across), data)
 

@@ -12,12 +12,16 @@ from typing import ClassVar
 
 
 class Matrix(ctypes.Structure):
-    """A weight [outs, columns] in a format of the source, with its bias or NULL."""
+    """A weight [outs, columns] in a format of the source, with its bias or NULL.
+
+    ``inputs`` is one of the source's kinds, by which products in 8 and 4 bits round theirs.
+    """
 
     _fields_: ClassVar = [
         ("format", c_int32),
         ("outs", c_int32),
         ("columns", c_int32),
+        ("inputs", c_int32),
         ("data", c_void_p),
         ("bias", c_void_p),
     ]

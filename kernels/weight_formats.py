@@ -65,6 +65,8 @@ _NATIVE = {
 }
 """Formats of the C kernels, with the names of their constants there."""
 
+INTEGERS = (WeightFormat.INT4, WeightFormat.INT8)
+"""Formats whose products add up integers, the smaller one first."""
 
 ARENA = Arena()
 """Where weights lie."""
@@ -87,11 +89,13 @@ class PackError(ValueError):
 class NativeWeight:
     """A format of the C kernels; ``matrix`` is the structure they take.
 
-    Raises PackError without the C kernels, on another device than a CPU, and if the format cannot
-    hold the weight.
+    ``coarse`` products of the integer formats take inputs of 8 bits. Raises PackError without the C
+    kernels, on another device than a CPU, and if the format cannot hold the weight.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, form: WeightFormat) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, form: WeightFormat, *, coarse: bool = False
+    ) -> None:
         found = library()
         if found is None or weight.device.type != "cpu":
             raise PackError(f"{form} needs the C kernels, and they a CPU")
@@ -109,6 +113,7 @@ class NativeWeight:
         self.matrix = Matrix(
             found.constant(_NATIVE[form]),
             *weight.shape,
+            found.constant("INPUTS_MIXED" if coarse else "INPUTS_FINE"),
             self._data.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
         )
@@ -164,8 +169,13 @@ class PlainWeight:
         return F.linear(x, self.weight, self._bias)
 
 
-def pack(weight: Tensor, bias: Tensor | None, form: WeightFormat) -> PackedWeight:
-    """``weight`` [out, in] with ``bias`` [out] in ``form``; raises PackError if it cannot be."""
+def pack(
+    weight: Tensor, bias: Tensor | None, form: WeightFormat, *, coarse: bool = False
+) -> PackedWeight:
+    """``weight`` [out, in] with ``bias`` [out] in ``form``; raises PackError if it cannot be.
+
+    With ``coarse`` products in the integer formats take inputs of 8 bits.
+    """
     match form:
         case WeightFormat.PLAIN:
             return PlainWeight(weight, bias)
@@ -176,7 +186,7 @@ def pack(weight: Tensor, bias: Tensor | None, form: WeightFormat) -> PackedWeigh
         case WeightFormat.FBGEMM_FP16:
             return _FBGEMMWeight(weight, bias)
         case _:
-            return NativeWeight(weight, bias, form)
+            return NativeWeight(weight, bias, form, coarse=coarse)
 
 
 @functools.cache

@@ -36,7 +36,7 @@ static void run_gates(const struct exit_head *h, const struct exit_check *c,
                       struct worker *worker) {
     const struct workspace *w = worker->shared;
     int width = h->router_up.columns, inner = h->router_up.outs, rows = c->rows;
-    const struct operands up = {w->normed, width, w->wide, inner, rows, 0, w->prepared, NULL, 0};
+    const struct operands up = {w->normed, width, w->wide, inner, rows, 0, w->prepared, NULL};
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {
@@ -64,11 +64,11 @@ static void run_exit_head(const struct exit_head *h, const struct exit_check *c,
     int width = h->layer.gate_up.columns, wide = h->layer.gate_up.outs;
     int outs = h->lm_head.outs, stride = (outs + LANES - 1) / LANES * LANES;
     float *next = w->prepared + prepared_floats(rows, w->columns);
-    const struct operands to_gate_up = {w->normed, width,       w->wide, wide, rows,
-                                        0,         w->prepared, NULL,    0};
-    const struct operands to_down = {w->wide, wide, c->states, width, rows, 1, next, NULL, 0};
-    const struct operands to_logits = {w->normed, width,       c->logits, stride, rows,
-                                       0,         w->prepared, NULL,      0};
+    const struct operands to_gate_up = {w->normed, width, w->wide,     wide,
+                                        rows,      0,     w->prepared, NULL};
+    const struct operands to_down = {w->wide, wide, c->states, width, rows, 1, next, NULL};
+    const struct operands to_logits = {w->normed, width, c->logits,   stride,
+                                       rows,      0,     w->prepared, NULL};
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {

@@ -63,7 +63,7 @@ void offramp_run_layers(const struct shape *s, const struct layer *layers, int32
 /* x [rows, columns] times the matrix transposed, plus its bias, into out [rows, outs]. */
 void offramp_matmul(const struct matrix *m, const float *x, float *out, int32_t rows,
                     const struct workspace *w) {
-    const struct operands t = {x, m->columns, out, m->outs, rows, 0, w->prepared, NULL, 0};
+    const struct operands t = {x, m->columns, out, m->outs, rows, 0, w->prepared, NULL};
     memset(w->phases, 0, sizeof(struct phase) * MATMUL_PHASES);
 #pragma omp parallel num_threads(w->threads)
     {
@@ -164,6 +164,9 @@ int64_t offramp_constant(const char *name) {
         const char *name;
         int64_t value;
     } constants[] = {
+        CONSTANT(INPUTS_FINE),
+        CONSTANT(INPUTS_COARSE),
+        CONSTANT(INPUTS_MIXED),
         CONSTANT(FORMAT_FP32),
         CONSTANT(FORMAT_FP16),
         CONSTANT(FORMAT_INT8),

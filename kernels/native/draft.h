@@ -153,8 +153,8 @@ static void draft_step(const struct shape *s, const struct draft_head *h, struct
     const struct batch *asked = d->steps + 1 + step, *b = step ? asked : d->steps;
     const struct matrix *m = step ? &h->feedback : &h->fuse;
     int rows = b->rows, width = s->width, parts = m->columns / width - 1;
-    const struct operands to_hidden = {d->inputs, m->columns,  d->hidden, width, rows,
-                                       0,         w->prepared, NULL,      0};
+    const struct operands to_hidden = {d->inputs, m->columns, d->hidden,   width,
+                                       rows,      0,          w->prepared, NULL};
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {
@@ -181,8 +181,8 @@ static void draft_step(const struct shape *s, const struct draft_head *h, struct
         }
     attend_and_transform(s, &h->layer, &h->lm_head, asked, asked->rows, d->hidden, worker);
     int outs = h->lm_head.outs, stride = (outs + LANES - 1) / LANES * LANES;
-    const struct operands to_logits = {w->normed, width,       d->logits, stride, asked->rows,
-                                       0,         w->prepared, NULL,      0};
+    const struct operands to_logits = {w->normed,   width, d->logits,   stride,
+                                       asked->rows, 0,     w->prepared, NULL};
     norm_inputs(d->hidden, h->norm, s->eps, &h->lm_head, &to_logits, worker);
     matmul(&h->lm_head, &to_logits, worker);
     size = chunk_size(asked->rows, worker);

@@ -30,6 +30,7 @@ struct fixed_point {
     float *scales;    /* [rows, numbers]: of each group; likewise: */
     float *sums;      /* the scale times the sum of the columns */
     int32_t *totals;  /* the sum of the columns */
+    int32_t *wide;    /* whether a column has more than its high byte */
 };
 
 /* Rows from ``row`` on, in group ``g``. */
@@ -39,12 +40,28 @@ INLINE struct fixed_point at_group(struct fixed_point all, int g, int row) {
     all.scales += i;
     all.sums += i;
     all.totals += i;
+    all.wide += i;
     return all;
+}
+
+/* Whether a column of ROWS rows of a group has more than its high byte. */
+INLINE int any_wide(struct fixed_point inputs, const int ROWS) {
+    int32_t any = 0;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) any |= inputs.wide[r * inputs.numbers];
+    return any != 0;
 }
 
 /* The order in which a word of INT8, and two words of INT4, have eight columns. */
 #define ORDER_INT8 0, 2, 1, 3, 4, 6, 5, 7
 #define ORDER_INT4 0, 4, 1, 5, 2, 6, 3, 7
+
+/* Whether products add up low bytes apart, which inputs that have none then spare. */
+#if defined(__ARM_FEATURE_DOTPROD) || defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+enum { ADDS_BYTES = 1 };
+#else
+enum { ADDS_BYTES = 0 };
+#endif
 
 #if defined(__ARM_FEATURE_DOTPROD)
 
@@ -70,9 +87,11 @@ INLINE void unpack_quads(int format, const uint8_t *levels, int8x16_t quads[8]) 
         }
 }
 
-/* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. */
+/* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs; without WIDE all
+ * low bytes are zero. */
 INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point inputs,
-                         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS) {
+                         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS,
+                         const int WIDE) {
     int8x16_t quads[INTEGER_WIDTH][8];
 #pragma GCC unroll 2
     for (int v = 0; v < INTEGER_WIDTH; v++)
@@ -90,7 +109,7 @@ INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point i
             for (int v = 0; v < INTEGER_WIDTH; v++) {
 #define ADD_QUADS(LANE)                                                                            \
     high[v] = vdotq_laneq_s32(high[v], quads[v][4 * i + LANE], h, LANE);                           \
-    low[v] = vdotq_laneq_s32(low[v], quads[v][4 * i + LANE], l, LANE);
+    if (WIDE) low[v] = vdotq_laneq_s32(low[v], quads[v][4 * i + LANE], l, LANE);
                 ADD_QUADS(0)
                 ADD_QUADS(1)
                 ADD_QUADS(2)
@@ -164,12 +183,12 @@ INLINE void add_up_bytes(const int8_t *bytes, part_ints quads[INTEGER_WIDTH][8],
 }
 
 /* A group of ROWS inputs, at most BLOCK_STEP, times its levels ``quads``: one sum takes high bytes,
- * then low ones. Of COARSE inputs the low ones are zero, and the sums are left in 256ths. */
+ * then low ones, if there are any. Sums of coarse INPUTS are left in 256ths. */
 INLINE void add_up_block(int format, part_ints quads[INTEGER_WIDTH][8], struct fixed_point inputs,
                          part_ints dots[BLOCK_STEP][INTEGER_WIDTH], const int ROWS,
-                         const int COARSE) {
+                         const int INPUTS) {
     const int8_t *bytes = (const int8_t *)inputs.columns;
-    if (COARSE) {
+    if (INPUTS == INPUTS_COARSE) {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             int32_t first = format == FORMAT_INT8 ? -(inputs.totals[r * inputs.numbers] / 2) : 0;
@@ -188,7 +207,13 @@ INLINE void add_up_block(int format, part_ints quads[INTEGER_WIDTH][8], struct f
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) dots[r][v] <<= 8;
-    add_up_bytes(bytes + GROUP, quads, dots, ROWS);
+    if (INPUTS == INPUTS_FINE)
+        add_up_bytes(bytes + GROUP, quads, dots, ROWS);
+    else
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+            if (inputs.wide[r * inputs.numbers])
+                add_up_bytes(bytes + 2 * GROUP * r + GROUP, quads, dots + r, 1);
     if (format == FORMAT_INT8)
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
@@ -197,9 +222,11 @@ INLINE void add_up_block(int format, part_ints quads[INTEGER_WIDTH][8], struct f
                 dots[r][v] -= (int32_t)(128u * inputs.totals[r * inputs.numbers]);
 }
 
-/* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. */
+/* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs; without WIDE all
+ * low bytes are zero. */
 INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point inputs,
-                         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS) {
+                         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS,
+                         const int WIDE) {
     const int QUADS = word_columns(format) / 4, WORDS = GROUP / word_columns(format);
     part_ints low[INTEGER_ROWS][INTEGER_WIDTH];
 #pragma GCC unroll 8
@@ -230,7 +257,7 @@ INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point i
 #pragma GCC unroll 2
                 for (int v = 0; v < INTEGER_WIDTH; v++) {
                     dots[r][v] = add_quads(dots[r][v], quads[v][q], high_quad);
-                    low[r][v] = add_quads(low[r][v], quads[v][q], low_quad);
+                    if (WIDE) low[r][v] = add_quads(low[r][v], quads[v][q], low_quad);
                 }
             }
     }
@@ -266,7 +293,9 @@ INLINE void unpack_pairs(int format, const uint8_t *at, part_ints pairs[4]) {
 
 /* A group of ROWS inputs times the levels of INTEGER_WIDTH vectors of outputs. */
 INLINE void add_up_group(int format, const uint8_t *levels, struct fixed_point inputs,
-                         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS) {
+                         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH], const int ROWS,
+                         const int WIDE) {
+    (void)WIDE;
     const int PAIRS = word_columns(format) / 2, WORDS = GROUP / word_columns(format);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)

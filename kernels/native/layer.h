@@ -58,7 +58,7 @@ static void make_keys_values(const struct shape *s, const struct layer *l, const
                              const float *hidden, struct worker *worker) {
     const struct workspace *w = worker->shared;
     int rows = b->rows, width = s->width, qkv = l->qkv.outs;
-    const struct operands to_qkv = {w->normed, width, w->wide, qkv, rows, 0, w->prepared, NULL, 0};
+    const struct operands to_qkv = {w->normed, width, w->wide, qkv, rows, 0, w->prepared, NULL};
     norm_inputs(hidden, l->attn_norm, s->eps, &l->qkv, &to_qkv, worker);
     add_time(worker, TIME_NORMS);
     fetch_ahead(&l->o, worker);
@@ -79,10 +79,10 @@ static void attend_and_transform(const struct shape *s, const struct layer *l,
     int rows = b->rows, width = s->width, queries = s->heads * s->head_dim;
     int qkv = l->qkv.outs, wide = 2 * s->inner;
     float *prepared = w->prepared + prepared_floats(rows, w->columns);
-    const struct operands to_o = {w->normed, queries, hidden, width, rows, 1, prepared, NULL, 0};
-    const struct operands to_gate_up = {w->normed, width,       w->wide, wide, rows,
-                                        0,         w->prepared, NULL,    0};
-    const struct operands to_down = {w->wide, wide, hidden, width, rows, 1, prepared, NULL, 0};
+    const struct operands to_o = {w->normed, queries, hidden, width, rows, 1, prepared, NULL};
+    const struct operands to_gate_up = {w->normed, width, w->wide,     wide,
+                                        rows,      0,     w->prepared, NULL};
+    const struct operands to_down = {w->wide, wide, hidden, width, rows, 1, prepared, NULL};
     attention(s, l, b, runs, w->wide, qkv, w->normed, queries, worker);
     add_time(worker, TIME_ATTENTION);
     prepare_rows(&l->o, &to_o, worker);

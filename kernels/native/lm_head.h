@@ -14,8 +14,8 @@ static void run_whole_head(const struct lm_head *h, const struct head_rows *c,
                            struct worker *worker) {
     const struct workspace *w = worker->shared;
     int width = h->weight.columns, outs = h->weight.outs, rows = c->rows;
-    const struct operands to_logits = {w->normed, width,       c->logits, outs, rows,
-                                       0,         w->prepared, NULL,      0};
+    const struct operands to_logits = {w->normed, width, c->logits,   outs,
+                                       rows,      0,     w->prepared, NULL};
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {
@@ -116,8 +116,11 @@ static struct reach measure_reach(const struct screen *s, float *x, int width) {
 
 /* One set of outputs, from ``first`` on, as a matrix. */
 INLINE struct matrix one_set(const struct matrix *m, int first) {
-    return (struct matrix){m->format, MIN(SET, m->outs - first), m->columns, weight_rows(m, first),
-                           m->bias ? m->bias + first : NULL};
+    struct matrix set = *m;
+    set.outs = MIN(SET, m->outs - first);
+    set.data = weight_rows(m, first);
+    if (m->bias) set.bias += first;
+    return set;
 }
 
 /* What the largest key of a set is at most, if its logits lie between ``low`` and ``high``, or -inf
@@ -254,9 +257,8 @@ static void run_screened_head(const struct lm_head *h, const struct head_rows *c
     struct bounds b = find_bounds(outs, rows, worker);
     float *prepared = w->prepared + prepared_floats(rows, w->columns);
     float *logits = b.of_threads + (size_t)worker->number * rows * SET;
-    const struct operands exact = {w->normed, wide, logits, 0, rows, 0, w->prepared, NULL, 0};
-    const struct operands coarse = {w->normed, wide,     logits, SET,      rows,
-                                    0,         prepared, NULL,   !s->basis};
+    const struct operands exact = {w->normed, wide, logits, 0, rows, 0, w->prepared, NULL};
+    const struct operands coarse = {w->normed, wide, logits, SET, rows, 0, prepared, NULL};
     FOR_EACH_CHUNK(worker, r, end, 1, rows)
         for (; r < end; r++) {
             float *inputs = w->normed + (size_t)r * wide;

@@ -9,6 +9,9 @@
  * are always added in order of columns, so a row's result depends neither on the rows beside it nor
  * on the number of threads. Rounding the inputs leaves an error of 1e-4 of an output's typical
  * size.
+ *
+ * Coarse inputs have 8 bits, q being a multiple of 256: half of the products, and an error of 1e-2.
+ * A group whose largest input is far above its others loses most; mixed inputs keep 16 bits there.
  */
 #ifndef OFFRAMP_MATMUL_INTEGER_H
 #define OFFRAMP_MATMUL_INTEGER_H
@@ -17,13 +20,16 @@
 #include "matmul_vector.h"
 
 enum { LARGEST_INPUT = 32512 };
-/* Of coarse inputs q is a multiple of this: 8 bits. */
-enum { COARSE_STEP = 256 };
+/* Of coarse inputs q is a multiple of this. */
+enum { COARSE_STEP = 256, LARGEST_COARSE = LARGEST_INPUT / COARSE_STEP };
+/* A group of mixed inputs keeps 16 bits if its largest is more than four times their root mean
+ * square: its levels' squares then add up to less than this. */
+static const float LEAST_SQUARES = LARGEST_COARSE * LARGEST_COARSE * GROUP / (4.0f * 4.0f);
 
-/* Numbers of a row beside its columns, three a group: whole cache lines. */
+/* Numbers of a row beside its columns, four a group: whole cache lines. */
 INLINE int fixed_point_numbers(int columns) {
     enum { CACHE_LINE = 16 };
-    return (3 * (columns / GROUP) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    return (4 * (columns / GROUP) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
 }
 
 /* Floats that inputs take in fixed point. */
@@ -36,24 +42,56 @@ INLINE struct fixed_point fixed_point(const struct operands *t, int columns) {
     int groups = columns / GROUP, stride = t->rows | 1, numbers = fixed_point_numbers(columns);
     int16_t *all = (int16_t *)t->prepared;
     float *scales = (float *)(all + (size_t)stride * columns);
-    return (struct fixed_point){stride, numbers,         all,
-                                scales, scales + groups, (int32_t *)scales + 2 * groups};
+    return (struct fixed_point){stride,
+                                numbers,
+                                all,
+                                scales,
+                                scales + groups,
+                                (int32_t *)scales + 2 * groups,
+                                (int32_t *)scales + 3 * groups};
 }
 
-/* One group of a row of inputs, in multiples of ``step``. */
-INLINE void quantize_group(int format, const float *x, struct fixed_point to, int step) {
-    const floats *values = (const floats *)x;
-    float inverse, scale = fixed_point_scale(x, GROUP, LARGEST_INPUT / step, &inverse) / step;
+/* A group of inputs, x = scale * levels, with levels up to ``most``; the scale. */
+INLINE float to_levels(const float *x, int most, ints levels[VECTORS]) {
+    float inverse, scale = fixed_point_scale(x, GROUP, most, &inverse);
+    for (int i = 0; i < VECTORS; i++)
+        levels[i] = to_fixed_point(*(const floats *)(x + i * LANES), inverse);
+    return scale;
+}
+
+/* Whether the largest of coarse levels is far above the others. */
+INLINE int has_peak(const ints levels[VECTORS]) {
+    floats squares = {0};
+    for (int i = 0; i < VECTORS; i++) {
+        floats level = __builtin_convertvector(levels[i], floats);
+        squares += level * level;
+    }
+    /* Integers that floats hold exactly, so any machine finds the same. */
+    return sum_lanes(squares) < LEAST_SQUARES;
+}
+
+/* One group of a row of inputs. */
+INLINE void quantize_group(int format, const float *x, struct fixed_point to, int inputs) {
+    ints fixed[VECTORS];
+    int wide = inputs == INPUTS_FINE, step = COARSE_STEP;
+    float scale = to_levels(x, wide ? LARGEST_INPUT : LARGEST_COARSE, fixed);
+    if (inputs == INPUTS_MIXED && has_peak(fixed)) {
+        wide = 1;
+        scale = to_levels(x, LARGEST_INPUT, fixed);
+    }
+    if (wide) step = 1;
     uints sum = {0};
     for (int i = 0; i < VECTORS; i++) {
-        ints fixed = (ints)((uints)to_fixed_point(values[i], inverse) * (uint32_t)step);
-        sum += (uints)fixed;
-        store_inputs(format, to_shorts(fixed), i * LANES, to.columns);
+        fixed[i] = (ints)((uints)fixed[i] * (uint32_t)step);
+        sum += (uints)fixed[i];
+        store_inputs(format, to_shorts(fixed[i]), i * LANES, to.columns);
     }
     uint32_t total = add_lanes(sum); /* of inputs that are no numbers, any */
+    scale /= step;
     *to.scales = scale;
     *to.sums = scale * (int32_t)total;
     *to.totals = total;
+    *to.wide = wide;
 }
 
 /* Columns [first, end) of one row of inputs, x [columns]. */
@@ -61,20 +99,21 @@ static void quantize_inputs(const struct matrix *m, const struct operands *t, in
                             const float *x, int first, int end) {
     struct fixed_point to = fixed_point(t, m->columns);
     for (int g = first / GROUP; g < end / GROUP; g++)
-        if (t->coarse)
-            quantize_group(m->format, x + g * GROUP, at_group(to, g, row), COARSE_STEP);
+        if (m->inputs == INPUTS_FINE)
+            quantize_group(m->format, x + g * GROUP, at_group(to, g, row), INPUTS_FINE);
         else
-            quantize_group(m->format, x + g * GROUP, at_group(to, g, row), 1);
+            quantize_group(m->format, x + g * GROUP, at_group(to, g, row), m->inputs);
 }
 
 /* What coarse inputs leave out of one group of a row, x [GROUP], squared and added up. */
 INLINE float coarse_loss(const float *x) {
+    ints levels[VECTORS];
+    float scale = to_levels(x, LARGEST_COARSE, levels);
     floats squares = {0};
-    float inverse, scale = fixed_point_scale(x, GROUP, LARGEST_INPUT / COARSE_STEP, &inverse);
-    for (int i = 0; i < GROUP; i += LANES) {
-        floats values = *(const floats *)(x + i);
-        floats kept = __builtin_convertvector(to_fixed_point(values, inverse), floats) * scale;
-        squares += (values - kept) * (values - kept);
+    for (int i = 0; i < VECTORS; i++) {
+        floats kept = __builtin_convertvector(levels[i], floats) * scale;
+        floats lost = *(const floats *)(x + i * LANES) - kept;
+        squares += lost * lost;
     }
     return sum_lanes(squares);
 }
@@ -152,7 +191,11 @@ INLINE void multiply_lanes(int format, const uint8_t *set, const uint8_t *next, 
         struct fixed_point inputs = at_group(all, g, row);
         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH];
         if (lane == 0) fetch_next_set(format, next, g, tile, tiles);
-        add_up_group(format, set + SET * SCALE_BYTES[format] + 4 * lane, inputs, dots, ROWS);
+        const uint8_t *levels = set + SET * SCALE_BYTES[format] + 4 * lane;
+        if (!ADDS_BYTES || m->inputs == INPUTS_FINE || any_wide(inputs, ROWS))
+            add_up_group(format, levels, inputs, dots, ROWS, 1);
+        else
+            add_up_group(format, levels, inputs, dots, ROWS, 0);
 #pragma GCC unroll 2
         for (int v = 0; v < INTEGER_WIDTH; v++) {
             part_floats scale = load_fp16_part(set + 2 * (lane + PART_LANES * v));
@@ -176,9 +219,9 @@ INLINE void multiply_lanes(int format, const uint8_t *set, const uint8_t *next, 
 /* ROWS rows of a block, at most BLOCK_STEP, times one group: what it adds to their ``sums``. */
 INLINE void add_block_rows(int format, part_ints quads[INTEGER_WIDTH][8], const part_floats *scales,
                            const part_floats *minima, struct fixed_point inputs,
-                           part_floats (*sums)[INTEGER_WIDTH], const int ROWS, const int COARSE) {
+                           part_floats (*sums)[INTEGER_WIDTH], const int ROWS, const int INPUTS) {
     part_ints dots[BLOCK_STEP][INTEGER_WIDTH];
-    add_up_block(format, quads, inputs, dots, ROWS, COARSE);
+    add_up_block(format, quads, inputs, dots, ROWS, INPUTS);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
@@ -193,14 +236,14 @@ INLINE void add_block_rows(int format, part_ints quads[INTEGER_WIDTH][8], const 
 #define ADD_BLOCK_ROWS(ROWS)                                                                       \
     case ROWS:                                                                                     \
         add_block_rows(format, quads, scales, minima, at_group(all, g, row + r), sums + r, ROWS,   \
-                       COARSE);                                                                    \
+                       INPUTS);                                                                    \
         break;
 
 /* The same as multiply_lanes for a block of ``rows``, up to BLOCK_ROWS, group by group. */
 INLINE void multiply_row_block(int format, const uint8_t *set, const uint8_t *next, int lane,
                                int block, int blocks, const struct matrix *m,
                                const struct operands *t, int row, int rows, int out, int begin,
-                               int end, const int COARSE) {
+                               int end, const int INPUTS) {
     int groups = m->columns / GROUP;
     struct fixed_point all = fixed_point(t, m->columns);
     part_floats sums[BLOCK_ROWS][INTEGER_WIDTH];
@@ -216,14 +259,15 @@ INLINE void multiply_row_block(int format, const uint8_t *set, const uint8_t *ne
             const uint8_t *levels = set + SET * SCALE_BYTES[format] + 4 * first;
 #pragma GCC unroll 8
             for (int q = 0; q < 8; q++) quads[v][q] = unpack_quad(format, levels, q);
-            scales[v] = load_fp16_part(set + 2 * first) * (float)(COARSE ? COARSE_STEP : 1);
+            scales[v] =
+                load_fp16_part(set + 2 * first) * (INPUTS == INPUTS_COARSE ? COARSE_STEP : 1.0f);
             minima[v] = (part_floats){0};
             if (format == FORMAT_INT4) minima[v] = load_fp16_part(set + 2 * (SET + first));
         }
         int r = 0;
         for (; r + BLOCK_STEP <= rows; r += BLOCK_STEP)
             add_block_rows(format, quads, scales, minima, at_group(all, g, row + r), sums + r,
-                           BLOCK_STEP, COARSE);
+                           BLOCK_STEP, INPUTS);
         switch (rows - r) {
             ADD_BLOCK_ROWS(1)
             ADD_BLOCK_ROWS(2)
@@ -242,12 +286,12 @@ INLINE void multiply_row_block(int format, const uint8_t *set, const uint8_t *ne
 /* All rows in blocks, about as many in each. */
 INLINE void multiply_row_blocks(int format, const uint8_t *set, const uint8_t *next, int lane,
                                 const struct matrix *m, const struct operands *t, int out,
-                                int begin, int end, const int COARSE) {
+                                int begin, int end, const int INPUTS) {
     int blocks = (t->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     for (int row = 0, block = 0, rows; row < t->rows; row += rows, block++) {
         rows = (t->rows - row + blocks - block - 1) / (blocks - block);
         multiply_row_block(format, set, next, lane, block, blocks, m, t, row, rows, out, begin, end,
-                           COARSE);
+                           INPUTS);
     }
 }
 
@@ -264,12 +308,13 @@ INLINE void multiply_all_rows(int format, const uint8_t *set, const uint8_t *nex
                               const struct matrix *m, const struct operands *t, int out, int begin,
                               int end) {
 #ifdef HAS_BLOCKS
-    if (t->coarse) {
-        multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, 1);
-        return;
-    }
-    if (t->rows >= FEWEST_BLOCKED) {
-        multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, 0);
+    if (t->rows >= FEWEST_BLOCKED || m->inputs == INPUTS_COARSE) {
+        if (m->inputs == INPUTS_FINE)
+            multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, INPUTS_FINE);
+        else if (m->inputs == INPUTS_MIXED)
+            multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, INPUTS_MIXED);
+        else
+            multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, INPUTS_COARSE);
         return;
     }
 #endif

@@ -32,7 +32,6 @@ struct operands {
     int add;             /* add to what is in ``out``, instead of replacing it */
     float *prepared;     /* x as integer products (matmul_integer.h) or AMX take it */
     const uint8_t *next; /* weights that are used after the last ones; NULL: those behind them */
-    int coarse;          /* ``prepared`` has 8 bits of each number, in integer products alone */
 };
 
 /* OUTS x ROWS dot products. */

@@ -4,9 +4,14 @@
 
 #include <stdint.h>
 
+/* Inputs of integer products (matmul_integer.h): of 16 bits, of 8 bits, and of 8 bits but for
+ * groups that would lose much. */
+enum inputs { INPUTS_FINE, INPUTS_COARSE, INPUTS_MIXED };
+
 /* A weight [outs, columns]. */
 struct matrix {
     int32_t format, outs, columns; /* format: see weight_formats.h */
+    int32_t inputs;
     const uint8_t *data;
     const float *bias; /* [outs] or NULL */
 };

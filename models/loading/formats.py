@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.kernels.weight_formats import WeightFormat, available, can_hold
+from offramp.kernels.weight_formats import INTEGERS, WeightFormat, available, can_hold
 from offramp.models.config import Weights
 from offramp.models.errors import ModelError
 
@@ -17,7 +17,6 @@ Forms = Callable[[Tensor], WeightFormat]
 """The format to store a matrix [out, in] in."""
 
 
-_INTEGERS = (WeightFormat.INT4, WeightFormat.INT8)
 _FIRST_LAYER = tuple(f"layers.0.{name}" for name in ("qkv", "o", "gate_up", "down"))
 
 
@@ -27,12 +26,16 @@ class WeightFormatError(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Recipes:
-    """Formats of the layers' matrices, of the LM head's, of the exits' and of the draft head's."""
+    """Formats of the layers' matrices, of the LM head's, of the exits' and of the draft head's.
+
+    With ``coarse`` the layers' products in 4 and 8 bits take inputs of 8 bits, not of 16.
+    """
 
     layers: Forms
     head: Forms
     exits: Forms
     drafts: Forms
+    coarse: bool = False
 
 
 def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True) -> Recipes:
@@ -52,7 +55,7 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
     spare = _first(WeightFormat.ONEDNN_FP32, WeightFormat.PLAIN)
     exact = WeightFormat.FP32 if native else spare
     half = _first(WeightFormat.FP16 if native else WeightFormat.FBGEMM_FP16, exact)
-    integers = _INTEGERS if native else ()
+    integers = INTEGERS if native else ()
     _refuse(wish, weights, native=native)
     whole = functools.partial(_nearest, (exact, spare))
     nearest = functools.partial(_nearest, (half, exact, spare))
@@ -76,16 +79,21 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
 
 def keeps_integers(recipes: Recipes, weights: Mapping[str, Tensor]) -> bool:
     """Whether the first layer's matrices are kept in integers."""
-    return all(recipes.layers(weights[name]) in _INTEGERS for name in _FIRST_LAYER)
+    return all(recipes.layers(weights[name]) in INTEGERS for name in _FIRST_LAYER)
 
 
 def as_they_are() -> Recipes:
     """Plain tensors, which the kernels of GPUs read."""
-    return _all(WeightFormat.PLAIN)
+    return all_in(WeightFormat.PLAIN)
 
 
-def _all(form: WeightFormat) -> Recipes:
-    return Recipes(*[lambda _: form] * 4)
+def all_in(form: WeightFormat) -> Recipes:
+    """The same format for all matrices."""
+
+    def forms(_: Tensor) -> WeightFormat:
+        return form
+
+    return Recipes(forms, forms, forms, forms)
 
 
 def _first(form: WeightFormat, other: WeightFormat) -> WeightFormat:

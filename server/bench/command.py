@@ -149,6 +149,12 @@ def _add_offramp(add: Callable[..., Any]) -> None:
         default="auto",
         help="number format of K,V [auto: int16 beside weights of 4 and 8 bits, else as --dtype]",
     )
+    add(
+        "--activation-dtype",
+        choices=("auto", "int8"),
+        default="auto",
+        help="inputs of products with weights of 4 and 8 bits [auto: int16]",
+    )
     add("--exits", default="auto", help='exit file, "auto" or "none"')
     add("--draft-head", default="auto", help='draft head, "auto" or "none"')
     add("--exit-threshold", type=float, help="score instead of the calibrated one")

@@ -203,6 +203,7 @@ def _serve_words(args: argparse.Namespace, capacity: Capacity) -> list[str]:
     words += ["--exits", args.exits, "--draft-head", args.draft_head, "--exit-audit-rate", "0"]
     words += ["--device", args.device, "--dtype", args.dtype, "--weights", _weights(args)]
     words += ["--kv-cache-dtype", args.kv_cache_dtype]
+    words += ["--activation-dtype", args.activation_dtype]
     if args.exit_quality is not None:
         words += ["--exit-quality", str(args.exit_quality)]
     if not capacity.keep_prompts:
@@ -225,6 +226,7 @@ def engine_config(args: argparse.Namespace, capacity: Capacity) -> EngineConfig:
         # A peer in this process has its weights, and K,V as large, on the same GPU.
         gpu_memory_utilization=0.45 if args.peer == "transformers-batching" else 0.9,
         kv_cache_dtype=args.kv_cache_dtype,
+        activation_dtype=args.activation_dtype,
         weights=_weights(args),
         enable_prefix_caching=capacity.keep_prompts,
     )

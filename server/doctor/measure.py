@@ -41,7 +41,8 @@ def measure(config: EngineConfig, folder: Path) -> Iterator[Finding]:
         recipes = choose(config.weights, stored, native=native_kernels(config))
         head = recipes.head(stored.get("lm_head", stored["embed"]))
         forms = f"{recipes.layers(stored['layers.0.gate_up'])} in the layers, {head} in the head"
-        yield Finding("weights in use", forms)
+        inputs = ", inputs in 8 bits" if config.activation_dtype == "int8" else ""
+        yield Finding("weights in use", f"{forms}{inputs}")
     modes = [ExitMode.OFF, *([ExitMode.LOSSLESS] if engine.info.draft_head else [])]
     speeds = _speeds(engine, _prompts(folder, engine), modes)
     off = speeds[ExitMode.OFF]

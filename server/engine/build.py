@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ from offramp.server.engine.device import (
     kv_cache_dtype,
     native_kernels,
     placement,
+    takes_coarse_inputs,
 )
 from offramp.server.engine.device_decoder import DeviceDecoder
 from offramp.server.engine.engine import Engine
@@ -246,6 +248,7 @@ def _load(
     recipes = choose(config.weights, weights, native=native_kernels(config))
     recipes = as_they_are() if on_device else recipes
     integers = keeps_integers(recipes, weights)
+    recipes = replace(recipes, coarse=takes_coarse_inputs(config, integers=integers))
     cache_dtype = kv_cache_dtype(config, shape, dtype, device, integers=integers)
     blocks = num_blocks or blocks_that_fit(
         shape, config, heads, max_len, dtype, cache_dtype, device, extra

@@ -73,6 +73,19 @@ def context_length(shape: ModelConfig, config: EngineConfig) -> int:
     return config.max_model_len
 
 
+def takes_coarse_inputs(config: EngineConfig, *, integers: bool) -> bool:
+    """Whether products with the layers' weights, which may be ``integers``, take 8 bits.
+
+    Raises EngineConfigError where others are asked to.
+    """
+    coarse = config.activation_dtype == "int8"
+    if coarse and not integers:
+        raise EngineConfigError(
+            "--activation-dtype int8 is for weights that C kernels keep in 4 or 8 bits; use auto"
+        )
+    return coarse
+
+
 def kv_cache_dtype(
     config: EngineConfig,
     shape: ModelConfig,

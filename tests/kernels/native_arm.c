@@ -45,7 +45,8 @@ static void put_half(uint8_t *to, float number) {
 static struct matrix random_matrix(int format, int outs, int columns, int biased) {
     int sets = (outs + SET - 1) / SET, groups = columns / GROUP;
     uint8_t *data = memory((size_t)sets * SET * row_bytes(format, columns));
-    struct matrix made = {format, outs, columns, data, biased ? random_numbers(outs) : NULL};
+    struct matrix made = {format,      outs, columns,
+                          INPUTS_FINE, data, biased ? random_numbers(outs) : NULL};
     if (format < FORMAT_INT8) {
         for (size_t i = 0; i < (size_t)outs * columns; i++) {
             float number = random_number() / 8;

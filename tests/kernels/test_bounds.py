@@ -25,7 +25,7 @@ from offramp.kernels.rotary import RotaryTable
 from offramp.kernels.rows import HostRows, Span
 from offramp.kernels.weight_formats import NativeWeight, WeightFormat, pack
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.formats import Recipes
+from offramp.models.loading.formats import all_in
 from offramp.models.transformer import Transformer
 from tests.kernels.test_decoder import BLOCK, CPU, POSITIONS, config, weights
 from tests.models.test_drafting import MIXED, drafter
@@ -38,7 +38,7 @@ BLOCKS = 8
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     shape = config()
-    recipes = Recipes(*[lambda _: WeightFormat.FP32] * 4)
+    recipes = all_in(WeightFormat.FP32)
     return Transformer(shape, weights(shape, WeightFormat.FP32), (), POSITIONS, recipes)
 
 

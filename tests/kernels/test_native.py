@@ -270,9 +270,12 @@ def test_every_instruction_set_computes_the_same(
     weights = {form: MAKE.get(form, torch.randn)(77, 96).half().float() for form in NATIVE}
     weights |= {form: make(77, 96) for form, make in MAKE.items()}
     x = {rows: torch.randn(rows, 96) for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 40, 141)}
+    for states in x.values():
+        states[::3, 7] *= 20
     expected = {
-        (form, rows): pack(weight, None, form)(x[rows])
+        (form, coarse, rows): pack(weight, None, form, coarse=coarse)(x[rows])
         for form, weight in weights.items()
+        for coarse in (False, True)
         for rows in x
     }
     other = native.Library(compiled(compiler(), tmp_path, variant))
@@ -280,13 +283,14 @@ def test_every_instruction_set_computes_the_same(
     monkeypatch.setattr(weight_formats, "library", lambda: other)
     for form in MAKE:
         weight = Linear(weights[form], None, form)
-        head, screen = NativeHead(other, torch.ones(96), weight, 1e-5), HeadScreen.by_inputs(weight)
+        head = NativeHead(other, torch.ones(96), weight, 1e-5)
+        screen = HeadScreen.by_inputs(other, weight)
         assert screen is not None
         for rows, states in x.items():
             found, _ = head.screened(states, range(rows), screen)
             assert found == head(states, range(rows))[1]
-    for (form, rows), right in expected.items():
-        got = pack(weights[form], None, form)(x[rows])
+    for (form, coarse, rows), right in expected.items():
+        got = pack(weights[form], None, form, coarse=coarse)(x[rows])
         torch.testing.assert_close(got, right, rtol=0, atol=1e-4 * float(right.abs().max()))
         if form in MAKE and fused:
             assert got.equal(right)
@@ -297,7 +301,7 @@ def test_every_instruction_set_computes_the_same(
 def test_inputs_in_fixed_point_fit_their_scratch_memory(rows: int, columns: int) -> None:
     found = library()
     assert found is not None
-    numbers = -(-3 * (columns // 32) // 16) * 16
+    numbers = -(-4 * (columns // 32) // 16) * 16
     needed = (rows | 1) * columns // 2 + rows * numbers
     assert found._function("prepared_floats")(rows, columns) >= needed
 

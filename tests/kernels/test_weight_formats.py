@@ -72,13 +72,41 @@ def test_rows_can_be_read_back(form: WeightFormat) -> None:
     assert product.rows(ids).equal(product.weight[ids])
 
 
+def mixed(x: Tensor) -> Tensor:
+    """``x`` [n, columns] in 8 bits, but for groups whose largest is above four times their rms."""
+    groups = x.double().unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(dim=-1, keepdim=True) / 127
+    levels = (groups / scale).round()
+    peaked = levels.square().sum(dim=-1, keepdim=True) < 127**2 * GROUP / 4**2
+    return torch.where(peaked, groups, levels * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("form", MAKE)
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 33])
+def test_coarse_products_round_all_groups_but_those_with_a_peak(
+    form: WeightFormat, rows: int
+) -> None:
+    if not available(form):
+        pytest.skip("no C kernels on this machine")
+    weight, bias, x = MAKE[form](77, 96), torch.randn(77), torch.randn(rows, 96)
+    # Of some rows, so that others beside them have no low bytes.
+    x[::2, 40] *= 30
+    got = pack(weight, bias, form, coarse=True)(x).double() - bias
+    exact, expected = (each.double() @ weight.double().t() for each in (x, mixed(x)))
+    # An input halfway between two levels may become either.
+    assert (got - expected).norm() < 4e-4 * expected.norm()
+    assert (got - exact).norm() > 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["fine", "coarse"])
 @pytest.mark.parametrize("form", NATIVE)
-def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightFormat) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightFormat, *, coarse: bool) -> None:
     """Bit for bit; fp16, for which a matrix unit may serve many rows, among few and among many."""
     if not available(form):
         pytest.skip("no C kernels on this machine")
-    product = pack(MAKE.get(form, torch.randn)(77, 96), torch.randn(77), form)
-    x = torch.randn(130, 96)
+    weight, bias, x = MAKE.get(form, torch.randn)(77, 96), torch.randn(77), torch.randn(130, 96)
+    x[::3, 7] *= 20
+    product = pack(weight, bias, form, coarse=coarse)
     whole = product(x)
     alone = torch.cat([product(row.unsqueeze(0)) for row in x])
     if form is not WeightFormat.FP16:

@@ -32,7 +32,7 @@ from offramp.models.exits.decision_heads import (
     read_decision_metadata,
 )
 from offramp.models.exits.points import DecisionPoint
-from offramp.models.loading.formats import Recipes
+from offramp.models.loading.formats import all_in
 from offramp.models.sampling_params import NEVER
 from offramp.models.step import AnswerRead, Decide, Pooling, PromptRows, Step, StepResult
 from offramp.models.transformer import Transformer
@@ -93,7 +93,7 @@ TASKS = {
 def both(folder: Path, *, native: bool) -> tuple[Any, Transformer]:
     """Transformers' model and ours."""
     form = WeightFormat.FP32 if native else WeightFormat.PLAIN
-    recipes = Recipes(*[lambda _: form] * 4)
+    recipes = all_in(form)
     theirs, model = make(LlamaConfig(**SHAPE), folder, recipes)
     assert model.segments[0].is_native is native
     return theirs, model

@@ -160,6 +160,15 @@ def test_formats_of_keys_and_values_that_cannot_be(
         build(tiny_dir, **{"max_model_len": 64, "kv_cache_dtype": "float16", **options})
 
 
+@pytest.mark.parametrize("options", [{}, {"weights": Weights.FP16}, {"kernels": "torch"}])
+def test_inputs_of_8_bits_are_for_weights_in_integers(
+    tiny_dir: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    folder = in_eight_bits(tiny_dir, tmp_path) if options else tiny_dir
+    with pytest.raises(EngineConfigError, match="--activation-dtype int8 is for weights"):
+        build(folder, max_model_len=64, activation_dtype="int8", **options)
+
+
 def test_kernels_that_must_and_cannot_be_compiled_are_refused(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
