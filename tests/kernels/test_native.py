@@ -34,8 +34,9 @@ def unoptimized(monkeypatch: pytest.MonkeyPatch) -> None:
 def fresh(
     unoptimized: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[pytest.MonkeyPatch]:
-    """`library` as in a process that has not asked yet, with an empty cache."""
+    """`library` as in a process that has not asked yet, with an empty cache and no wish."""
     monkeypatch.setenv("OFFRAMP_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("OFFRAMP_SIMD", raising=False)
     library.cache_clear()
     yield monkeypatch
     library.cache_clear()
