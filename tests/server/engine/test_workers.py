@@ -340,4 +340,4 @@ def test_an_ending_process_beats_without_a_traceback(
         ) as process:
             _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == status
-    assert told == ""
+    assert "Traceback" not in told
