@@ -93,7 +93,7 @@ static struct workspace make_workspace(const struct shape *s, const struct batch
     };
 }
 
-static void products(int format) {
+static void products(int format, int inputs) {
     static const int sizes[][2] = {{64, 32}, {77, 96}, {OUTS, WIDEST}};
     static const int rows[] = {1, 2, 3, 4, 5, 6, 7, 16, ROWS};
     struct workspace w = make_workspace(NULL, NULL);
@@ -101,9 +101,11 @@ static void products(int format) {
     for (int i = 0; i < 3; i++) {
         int outs = sizes[i][0], columns = sizes[i][1];
         struct matrix m = random_matrix(format, outs, columns, i == 1);
+        m.inputs = inputs;
         for (int j = 0; j < (int)(sizeof rows / sizeof *rows); j++) {
             float *x = random_numbers((size_t)rows[j] * columns);
             if (i && j == 1) memset(x, 0, sizeof *x * GROUP); /* a scale of 0 */
+            for (int r = 0; r < rows[j]; r += 3) x[r * columns + GROUP / 2] *= 30; /* a peak */
             offramp_matmul(&m, x, out, rows[j], &w);
             put_numbers(out, (size_t)rows[j] * outs);
         }
@@ -171,7 +173,8 @@ static void layer(int format, int kv_format) {
 int main(void) {
     offramp_initialize();
     for (int format = FORMAT_FP32; format <= FORMAT_INT4; format++) {
-        products(format);
+        products(format, INPUTS_FINE);
+        if (format >= FORMAT_INT8) products(format, INPUTS_MIXED);
         layer(format, KV_FP32);
         layer(format, KV_FP16);
         layer(format, KV_INT16);
