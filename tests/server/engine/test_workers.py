@@ -313,6 +313,7 @@ from offramp.server.engine import engine_process
 
 engine_process._BEAT_S = 0.001
 status = engine_process.main(int(sys.argv[1]))
+# A hundred beats that nobody waits for.
 time.sleep(0.1)
 os._exit(status)
 """
