@@ -170,6 +170,7 @@ class NativeLayers:
         batch.places, batch.positions = address_of(rows.places), address_of(rows.positions)
         batch.first_blocks, batch.blocks = address_of(rows.first_blocks), address_of(rows.blocks)
         batch.angles = address_of(rows.angles)
+        batch.coarse = None if rows.coarse is None else address_of(rows.coarse)
         if taps is not None:
             batch.state_rows = address_of(taps.rows)
         return batch
@@ -295,5 +296,4 @@ def rows_matrix(weight: Linear | Tensor) -> Matrix | None:
         return None
     if weight.shape[1] % found.constant("GROUP"):
         return None
-    form, inputs = found.constant("FORMAT_FP32"), found.constant("INPUTS_FINE")
-    return Matrix(form, *weight.shape, inputs, weight.data_ptr(), None)
+    return Matrix(found.constant("FORMAT_FP32"), *weight.shape, weight.data_ptr(), None)

@@ -20,22 +20,16 @@ class Linear:
     """A weight [out, in] with its bias [out], stored for products alone.
 
     Without a ``form`` no value changes: in oneDNN's layout where that exists, else the tensor
-    itself. With ``coarse`` products in the integer formats take inputs of 8 bits. Raises PackError
-    if the weight cannot be stored in that format.
+    itself. Raises PackError if the weight cannot be stored in that format.
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        form: WeightFormat | None = None,
-        *,
-        coarse: bool = False,
+        self, weight: Tensor, bias: Tensor | None = None, form: WeightFormat | None = None
     ) -> None:
         self.shape = weight.shape
         self.bias = bias
         self._like = weight.new_empty(0)
-        self._packed = pack(weight, bias, form or _exact(weight), coarse=coarse)
+        self._packed = pack(weight, bias, form or _exact(weight))
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n, in] to [n, out]."""

@@ -103,7 +103,7 @@ class NativeHead:
         if self.most_copied:
             self._copy = HeadScreen.by_copy(self._library, weight, states)
         if self.fewest_coarse:
-            self._coarse = HeadScreen.by_inputs(self._library, weight)
+            self._coarse = HeadScreen.by_inputs(weight)
 
     def screened(
         self,
@@ -161,7 +161,7 @@ class HeadScreen:
         self.address = ctypes.addressof(self._structure)
 
     @classmethod
-    def by_inputs(cls, found: Library, weight: Linear) -> HeadScreen | None:
+    def by_inputs(cls, weight: Linear) -> HeadScreen | None:
         """A screen that reads all of ``weight``, in fixed point, and 8 bits of the inputs.
 
         None for weights that have no bounds.
@@ -170,9 +170,7 @@ class HeadScreen:
         norms = torch.cat([weight.rows(ids).norm(dim=1) for ids in blocks]) * (1 + _ROUNDING)
         if weight.native is None or not bool(norms.isfinite().all()):
             return None
-        coarse = Matrix.from_buffer_copy(weight.native)
-        coarse.inputs = found.constant("INPUTS_COARSE")
-        return cls(coarse, norms)
+        return cls(weight.native, norms)
 
     @classmethod
     def by_copy(cls, found: Library, weight: Linear, states: Tensor) -> HeadScreen | None:
@@ -193,7 +191,7 @@ class HeadScreen:
         data = ARENA.copy(torch.cat([part for part, _ in parts]))
         columns = native.columns + GROUP
         int4 = found.constant("FORMAT_INT4")
-        copy = Matrix(int4, native.outs, columns, native.inputs, data.data_ptr(), native.bias)
+        copy = Matrix(int4, native.outs, columns, data.data_ptr(), native.bias)
         norms, along, across = bounds
         return cls(copy, norms, (basis, along, across), data)
 

@@ -135,10 +135,15 @@ class Library:
             spent.update(zip(self.timers, (self._time / 1e9).tolist(), strict=True))
             self._time = None
 
-    def matmul(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """``x`` [n, columns] times the matrix transposed, plus its bias: [n, outs]."""
+    def matmul(self, matrix: Matrix, x: Tensor, coarse: Tensor | None = None) -> Tensor:
+        """``x`` [n, columns] times the matrix transposed, plus its bias: [n, outs].
+
+        Weights in 8 and 4 bits take 8 bits of the rows that are ``coarse`` [n] (bool).
+        """
         rows, columns = x.shape[0], matrix.columns
         check_shape("inputs", x, (rows, columns))
+        if coarse is not None:
+            check_shape("coarse rows", coarse, (rows,), torch.bool)
         out = torch.empty(rows, matrix.outs)
         workspace = self._workspace(rows, columns, self._matmul_phases)
         self._function("matmul")(
@@ -146,6 +151,7 @@ class Library:
             c_void_p(x.data_ptr()),
             c_void_p(out.data_ptr()),
             rows,
+            None if coarse is None else c_void_p(coarse.data_ptr()),
             ctypes.byref(workspace),
         )
         return out

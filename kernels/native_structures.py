@@ -12,16 +12,12 @@ from typing import ClassVar
 
 
 class Matrix(ctypes.Structure):
-    """A weight [outs, columns] in a format of the source, with its bias or NULL.
-
-    ``inputs`` is one of the source's kinds, by which products in 8 and 4 bits round theirs.
-    """
+    """A weight [outs, columns] in a format of the source, with its bias or NULL."""
 
     _fields_: ClassVar = [
         ("format", c_int32),
         ("outs", c_int32),
         ("columns", c_int32),
-        ("inputs", c_int32),
         ("data", c_void_p),
         ("bias", c_void_p),
     ]
@@ -76,6 +72,7 @@ class Batch(ctypes.Structure):
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("angles", c_void_p),
+        ("coarse", c_void_p),
         ("states", c_void_p),
         ("state_stride", c_int64),
         ("state_rows", c_void_p),

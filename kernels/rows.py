@@ -16,10 +16,14 @@ from offramp.kernels.rotary import RotaryTable
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Ascending positions of one sequence under its block table, on the host."""
+    """Ascending positions of one sequence under its block table, on the host.
+
+    Products of the C kernels take inputs of 8 bits where it is ``coarse`` (matmul_integer.h).
+    """
 
     positions: Sequence[int]
     table: Sequence[int]
+    coarse: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -51,8 +55,8 @@ class HostRows:
     """The rows of ``spans``, one after another: as numbers on the host, and as tensors.
 
     ``angles`` are the rows' positions for the rotary embedding where these are not those of the
-    spans. Raises IndexError for negative blocks, and for positions that a table or ``rotary``
-    lacks.
+    spans; ``coarse`` says of each row whether its span is (None: none is). Raises IndexError for
+    negative blocks, and for positions that a table or ``rotary`` lacks.
     """
 
     def __init__(
@@ -66,11 +70,16 @@ class HostRows:
         # As the C kernels read them.
         self.places, self.positions, self.first_blocks = array("q"), array("q"), array("q")
         self.blocks = array("q")
+        self.coarse: array[int] | None = None
         for span in spans:
             self.places.extend(flat_places(span.table, span.positions, block_size))
             self.positions.extend(span.positions)
             self.first_blocks.extend([len(self.blocks)] * len(span.positions))
             self.blocks.extend(span.table)
+        if any(span.coarse for span in spans):
+            self.coarse = array("B")
+            for span in spans:
+                self.coarse.extend([span.coarse] * len(span.positions))
         self.angles = self.positions if angles is None else array("q", angles)
         self.spans = spans
         self.block_size = block_size

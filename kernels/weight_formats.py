@@ -89,13 +89,11 @@ class PackError(ValueError):
 class NativeWeight:
     """A format of the C kernels; ``matrix`` is the structure they take.
 
-    ``coarse`` products of the integer formats take inputs of 8 bits. Raises PackError without the C
-    kernels, on another device than a CPU, and if the format cannot hold the weight.
+    Raises PackError without the C kernels, on another device than a CPU, and if the format cannot
+    hold the weight.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, form: WeightFormat, *, coarse: bool = False
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, form: WeightFormat) -> None:
         found = library()
         if found is None or weight.device.type != "cpu":
             raise PackError(f"{form} needs the C kernels, and they a CPU")
@@ -113,14 +111,16 @@ class NativeWeight:
         self.matrix = Matrix(
             found.constant(_NATIVE[form]),
             *weight.shape,
-            found.constant("INPUTS_MIXED" if coarse else "INPUTS_FINE"),
             self._data.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x`` [n, in] fp32 to [n, out] fp32."""
-        return self._library.matmul(self.matrix, x.contiguous())
+    def __call__(self, x: Tensor, coarse: Tensor | None = None) -> Tensor:
+        """``x`` [n, in] fp32 to [n, out] fp32.
+
+        Integer formats take 8 bits of the inputs of rows that are ``coarse`` [n] (bool).
+        """
+        return self._library.matmul(self.matrix, x.contiguous(), coarse)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` [n] of the weight, [n, in]."""
@@ -169,13 +169,8 @@ class PlainWeight:
         return F.linear(x, self.weight, self._bias)
 
 
-def pack(
-    weight: Tensor, bias: Tensor | None, form: WeightFormat, *, coarse: bool = False
-) -> PackedWeight:
-    """``weight`` [out, in] with ``bias`` [out] in ``form``; raises PackError if it cannot be.
-
-    With ``coarse`` products in the integer formats take inputs of 8 bits.
-    """
+def pack(weight: Tensor, bias: Tensor | None, form: WeightFormat) -> PackedWeight:
+    """``weight`` [out, in] with ``bias`` [out] in ``form``; raises PackError if it cannot be."""
     match form:
         case WeightFormat.PLAIN:
             return PlainWeight(weight, bias)
@@ -186,7 +181,7 @@ def pack(
         case WeightFormat.FBGEMM_FP16:
             return _FBGEMMWeight(weight, bias)
         case _:
-            return NativeWeight(weight, bias, form, coarse=coarse)
+            return NativeWeight(weight, bias, form)
 
 
 @functools.cache

@@ -128,7 +128,8 @@ class CostModel:
     ``checks[i]`` are the exit checks after segment i, apart from ``segments[i]``; ``fill`` makes
     K,V of skipped layers by projection. ``first_guess`` is the draft head's first guess of each
     sequence, ``next_guess`` one more. ``host`` is what planning and committing a pass through the
-    whole stack take, drafts included: with guesses there is more to do.
+    whole stack take, drafts included: with guesses there is more to do. With inputs of 8 bits all
+    layers are ``coarse_gain`` times as fast, at the most rows that were measured.
     """
 
     segments: list[StepCost]
@@ -138,6 +139,7 @@ class CostModel:
     first_guess: StepCost = field(default_factory=StepCost)
     next_guess: StepCost = field(default_factory=StepCost)
     host: StepCost = field(default_factory=StepCost)
+    coarse_gain: float = 1.0
 
     @classmethod
     def of(cls, num_segments: int) -> CostModel:
@@ -168,20 +170,27 @@ class CostModel:
 
 
 def profile_costs(
-    runner: StepRunner, num_segments: int, most_rows: int, *, drafts: bool = False
+    runner: StepRunner,
+    num_segments: int,
+    most_rows: int,
+    *,
+    drafts: bool = False,
+    coarse: bool = False,
 ) -> CostModel:
     """Run every kind of step at a few row counts up to ``most_rows``, each four times.
 
     The fastest run but the first counts: others may use the machine meanwhile.
 
     Each row is a sequence of one token in a block of its own, so no request may hold blocks yet.
-    ``drafts`` says that there is a draft head. Nothing is measured where there is neither that nor
-    an exit: then there is nothing to decide.
+    ``drafts`` says that there is a draft head, ``coarse`` that layers can take inputs of 8 bits.
+    Nothing is measured where there is neither a draft head nor an exit: then there is nothing to
+    decide.
     """
     costs = CostModel.of(num_segments)
     if num_segments == 1 and not drafts:
         return costs
-    for count in [rows for rows in _PROFILED_ROWS if rows <= most_rows]:
+    counts = [rows for rows in _PROFILED_ROWS if rows <= most_rows]
+    for count in counts:
         steps = _profiled_steps(count, num_segments)
         if drafts:
             steps.append(_profiled_draft(count))
@@ -195,7 +204,22 @@ def profile_costs(
             costs.fill.add(count, min(run[num_segments].seconds for run in runs))
         if drafts:
             costs.learn_draft(count, min((run[-1] for run in runs), key=lambda each: each.seconds))
+    if coarse:
+        costs.coarse_gain = _coarse_gain(runner, num_segments, counts[-1])
     return costs
+
+
+def _coarse_gain(runner: StepRunner, num_segments: int, count: int) -> float:
+    """How many times as fast ``count`` rows go up the stack with inputs of 8 bits."""
+    passes = []
+    for coarse in (False, True):
+        work = tuple(
+            SequenceRows((0,), (row,), (row,), (0,), coarse=coarse) for row in range(count)
+        )
+        passes.append(RunSegments(0, num_segments - 1, work))
+    runs = [[runner.run(step) for step in passes] for _ in range(_PROFILED_RUNS)][1:]
+    fine, rounded = (min(sum(run[i].segment_seconds) for run in runs) for i in range(2))
+    return fine / rounded
 
 
 def _profiled_steps(count: int, num_segments: int) -> list[Step]:

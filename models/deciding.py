@@ -58,7 +58,7 @@ class Decider:
 
         A position's state after the segment takes the place of the one before it.
         """
-        spans = [Span(item.positions, item.table) for item in step.work]
+        spans = [Span(item.positions, item.table, item.coarse) for item in step.work]
         device, size = self._model.device, self._cache.block_size
         rows = HostRows(spans, size, self._model.rotary, device)
         if step.segment == 0:

@@ -23,8 +23,7 @@ from offramp.models.loading.formats import Forms
 class DecoderLayer:
     """Attention and gated MLP with pre-norms, weights under the loader's canonical names.
 
-    ``forms`` says in which form each matrix is kept (None: exactly); with ``coarse`` products of
-    the integer ones take inputs of 8 bits.
+    ``forms`` says in which form each matrix is kept (None: exactly).
     """
 
     def __init__(
@@ -33,8 +32,6 @@ class DecoderLayer:
         index: int,
         weights: Mapping[str, Tensor],
         forms: Forms | None = None,
-        *,
-        coarse: bool = False,
     ) -> None:
         self.config = config
         self.index = index
@@ -43,8 +40,7 @@ class DecoderLayer:
 
         def product(name: str) -> Linear:
             weight = own[name]
-            form = forms and forms(weight)
-            return Linear(weight, own.get(f"{name}_bias"), form, coarse=coarse)
+            return Linear(weight, own.get(f"{name}_bias"), forms and forms(weight))
 
         self.attn_norm, self.mlp_norm = own["attn_norm"], own["mlp_norm"]
         self.qkv, self.o = product("qkv"), product("o")

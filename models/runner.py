@@ -218,7 +218,7 @@ class Runner:
         """
         running = [(item.positions, item.rows) for item in work]
         if self._rows is None or segment == 0 or running != self._running:
-            spans = [Span(item.positions, item.table) for item in work]
+            spans = [Span(item.positions, item.table, item.coarse) for item in work]
             device, size = self.hidden.device, self.cache.block_size
             self._rows = HostRows(spans, size, self.model.rotary, device)
             self._running = running

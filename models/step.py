@@ -113,7 +113,8 @@ class SequenceRows:
 
     ``table`` lists the sequence's K,V blocks in order of position. ``token_ids`` (first segment
     only) are the tokens to embed. ``check`` concerns the last row. ``prompt_threshold`` is the gate
-    score at which any of the first ``prompt_rows`` rows, all of the prompt, leave.
+    score at which any of the first ``prompt_rows`` rows, all of the prompt, leave. Layers take
+    inputs of 8 bits of ``coarse`` rows.
     """
 
     positions: Sequence[int]
@@ -123,6 +124,7 @@ class SequenceRows:
     check: ExitCheck | None = None
     prompt_threshold: float | None = None
     prompt_rows: int = 0
+    coarse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +198,15 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Ascending positions of a prompt; ``token_ids`` are theirs (first segment only)."""
+    """Ascending positions of a prompt; ``token_ids`` are theirs (first segment only).
+
+    Layers take inputs of 8 bits of ``coarse`` ones.
+    """
 
     positions: Sequence[int]
     table: Sequence[int]
     token_ids: tuple[int, ...] = ()
+    coarse: bool = False
 
 
 @dataclass(frozen=True, slots=True)

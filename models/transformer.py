@@ -75,7 +75,7 @@ class Transformer:
     """A model cut into segments at ``exit_layers`` (ascending, each in 1 .. num_layers - 1).
 
     ``weights`` are the loader's canonical tensors, all of one dtype on one device; ``recipes`` say
-    in which form their matrices are kept, and what products take (None: exactly).
+    in which form their matrices are kept (None: exactly).
     """
 
     def __init__(
@@ -100,11 +100,8 @@ class Transformer:
         del embed, head
         self.exit_forms = recipes.exits if recipes else None
         self.draft_forms = recipes.drafts if recipes else None
-        own, coarse = (recipes.layers, recipes.coarse) if recipes else (None, False)
-        layers = [
-            DecoderLayer(config, index, weights, own, coarse=coarse)
-            for index in range(config.num_layers)
-        ]
+        own = recipes.layers if recipes else None
+        layers = [DecoderLayer(config, index, weights, own) for index in range(config.num_layers)]
         bounds = [0, *exit_layers, config.num_layers]
         self.segments = [Segment(layers[begin:end]) for begin, end in pairwise(bounds)]
         self._joined: dict[tuple[int, int], Segment] = {}

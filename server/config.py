@@ -59,12 +59,12 @@ class EngineConfig(_Options):
         "Form of weights on a CPU: fp32 (exact), fp16, bf16, int4 (models published in Q4_1), or "
         "auto: for each matrix the smallest that loses nothing, else fp16.",
     )
-    activation_dtype: Literal["auto", "int8"] = _option(
+    activation_dtype: Literal["auto", "int8", "int16"] = _option(
         "Model",
         "auto",
-        "Inputs of the layers' products with weights of 4 and 8 bits: auto is int16, which keeps "
-        "the tokens of fp32. int8 changes one in a hundred, and is faster where a step has many "
-        "rows (docs/kernels.md).",
+        "Inputs of the layers' products with weights of 4 and 8 bits: int16 keeps the tokens of "
+        "fp32; int8 changes one in a hundred, and is faster where a step has many rows. auto is "
+        "int16, and int8 for adaptive requests whose quality allows it, where that is faster.",
     )
     max_model_len: int | None = _option(
         "Model",
@@ -156,7 +156,11 @@ class EngineConfig(_Options):
         lt=1,
     )
     exit_audit_rate: float = _option(
-        "Early exit", 0.02, "Share of early-exited answers read again at full depth.", ge=0, le=1
+        "Early exit",
+        0.02,
+        "Share of answers with early exits, or inputs of 8 bits, read again at full depth.",
+        ge=0,
+        le=1,
     )
     exit_prefill_threshold: float | None = _option(
         "Early exit",

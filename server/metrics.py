@@ -368,6 +368,8 @@ class RequestObserver:
         first = event.exit_layers[: 1 if self._first is None else 0]
         self._metrics.tokens(first, "prefill")
         self._metrics.tokens(event.exit_layers[len(first) :], "decode")
+        if new.coarse:
+            self._metrics.count("offramp:int8_tokens", len(event.token_ids))
         if self._first is None:
             self._first = now
             self._metrics.prompt(self._prompt_tokens, new.cached_tokens)

@@ -36,7 +36,8 @@ static void run_gates(const struct exit_head *h, const struct exit_check *c,
                       struct worker *worker) {
     const struct workspace *w = worker->shared;
     int width = h->router_up.columns, inner = h->router_up.outs, rows = c->rows;
-    const struct operands up = {w->normed, width, w->wide, inner, rows, 0, w->prepared, NULL};
+    const struct operands up = {w->normed, width, w->wide,     inner,
+                                rows,      0,     w->prepared, .next = NULL};
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {
@@ -65,10 +66,10 @@ static void run_exit_head(const struct exit_head *h, const struct exit_check *c,
     int outs = h->lm_head.outs, stride = (outs + LANES - 1) / LANES * LANES;
     float *next = w->prepared + prepared_floats(rows, w->columns);
     const struct operands to_gate_up = {w->normed, width, w->wide,     wide,
-                                        rows,      0,     w->prepared, NULL};
-    const struct operands to_down = {w->wide, wide, c->states, width, rows, 1, next, NULL};
+                                        rows,      0,     w->prepared, .next = NULL};
+    const struct operands to_down = {w->wide, wide, c->states, width, rows, 1, next, .next = NULL};
     const struct operands to_logits = {w->normed, width, c->logits,   stride,
-                                       rows,      0,     w->prepared, NULL};
+                                       rows,      0,     w->prepared, .next = NULL};
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {

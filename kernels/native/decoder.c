@@ -60,10 +60,12 @@ void offramp_run_layers(const struct shape *s, const struct layer *layers, int32
     }
 }
 
-/* x [rows, columns] times the matrix transposed, plus its bias, into out [rows, outs]. */
+/* x [rows, columns] times the matrix transposed, plus its bias, into out [rows, outs]; ``coarse``
+ * [rows] are rounded to 8 bits, where weights are in 8 or 4; NULL: none. */
 void offramp_matmul(const struct matrix *m, const float *x, float *out, int32_t rows,
-                    const struct workspace *w) {
-    const struct operands t = {x, m->columns, out, m->outs, rows, 0, w->prepared, NULL};
+                    const uint8_t *coarse, const struct workspace *w) {
+    struct operands t = {x, m->columns, out, m->outs, rows, 0, w->prepared, .next = NULL};
+    if (coarse) t.inputs = INPUTS_MIXED, t.coarse = coarse;
     memset(w->phases, 0, sizeof(struct phase) * MATMUL_PHASES);
 #pragma omp parallel num_threads(w->threads)
     {
@@ -164,9 +166,6 @@ int64_t offramp_constant(const char *name) {
         const char *name;
         int64_t value;
     } constants[] = {
-        CONSTANT(INPUTS_FINE),
-        CONSTANT(INPUTS_COARSE),
-        CONSTANT(INPUTS_MIXED),
         CONSTANT(FORMAT_FP32),
         CONSTANT(FORMAT_FP16),
         CONSTANT(FORMAT_INT8),

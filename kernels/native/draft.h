@@ -154,7 +154,7 @@ static void draft_step(const struct shape *s, const struct draft_head *h, struct
     const struct matrix *m = step ? &h->feedback : &h->fuse;
     int rows = b->rows, width = s->width, parts = m->columns / width - 1;
     const struct operands to_hidden = {d->inputs, m->columns, d->hidden,   width,
-                                       rows,      0,          w->prepared, NULL};
+                                       rows,      0,          w->prepared, .next = NULL};
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {
@@ -182,7 +182,7 @@ static void draft_step(const struct shape *s, const struct draft_head *h, struct
     attend_and_transform(s, &h->layer, &h->lm_head, asked, asked->rows, d->hidden, worker);
     int outs = h->lm_head.outs, stride = (outs + LANES - 1) / LANES * LANES;
     const struct operands to_logits = {w->normed,   width, d->logits,   stride,
-                                       asked->rows, 0,     w->prepared, NULL};
+                                       asked->rows, 0,     w->prepared, .next = NULL};
     norm_inputs(d->hidden, h->norm, s->eps, &h->lm_head, &to_logits, worker);
     matmul(&h->lm_head, &to_logits, worker);
     size = chunk_size(asked->rows, worker);

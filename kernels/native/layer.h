@@ -8,6 +8,14 @@
 
 /* Phases of ``run_layer``. */
 enum { LAYER_PHASES = 6 + 4 * MATMUL_PHASES };
+
+/* The operands ``t`` of a product for the rows of a batch, some of which may be coarse. */
+static struct operands of_batch(const struct batch *b, struct operands t) {
+    t.inputs = b->coarse ? INPUTS_MIXED : INPUTS_FINE;
+    t.coarse = b->coarse;
+    return t;
+}
+
 /* RMSNorm of the rows of x [rows, m->columns] into the inputs of products with ``m``, one phase. */
 static void norm_inputs(const float *x, const float *weight, float eps, const struct matrix *m,
                         const struct operands *t, struct worker *worker) {
@@ -58,7 +66,8 @@ static void make_keys_values(const struct shape *s, const struct layer *l, const
                              const float *hidden, struct worker *worker) {
     const struct workspace *w = worker->shared;
     int rows = b->rows, width = s->width, qkv = l->qkv.outs;
-    const struct operands to_qkv = {w->normed, width, w->wide, qkv, rows, 0, w->prepared, NULL};
+    const struct operands to_qkv = of_batch(
+        b, (struct operands){w->normed, width, w->wide, qkv, rows, 0, w->prepared, .next = NULL});
     norm_inputs(hidden, l->attn_norm, s->eps, &l->qkv, &to_qkv, worker);
     add_time(worker, TIME_NORMS);
     fetch_ahead(&l->o, worker);
@@ -79,10 +88,12 @@ static void attend_and_transform(const struct shape *s, const struct layer *l,
     int rows = b->rows, width = s->width, queries = s->heads * s->head_dim;
     int qkv = l->qkv.outs, wide = 2 * s->inner;
     float *prepared = w->prepared + prepared_floats(rows, w->columns);
-    const struct operands to_o = {w->normed, queries, hidden, width, rows, 1, prepared, NULL};
-    const struct operands to_gate_up = {w->normed, width, w->wide,     wide,
-                                        rows,      0,     w->prepared, NULL};
-    const struct operands to_down = {w->wide, wide, hidden, width, rows, 1, prepared, NULL};
+    const struct operands to_o = of_batch(
+        b, (struct operands){w->normed, queries, hidden, width, rows, 1, prepared, .next = NULL});
+    const struct operands to_gate_up = of_batch(
+        b, (struct operands){w->normed, width, w->wide, wide, rows, 0, w->prepared, .next = NULL});
+    const struct operands to_down = of_batch(
+        b, (struct operands){w->wide, wide, hidden, width, rows, 1, prepared, .next = NULL});
     attention(s, l, b, runs, w->wide, qkv, w->normed, queries, worker);
     add_time(worker, TIME_ATTENTION);
     prepare_rows(&l->o, &to_o, worker);

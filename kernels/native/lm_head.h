@@ -15,7 +15,7 @@ static void run_whole_head(const struct lm_head *h, const struct head_rows *c,
     const struct workspace *w = worker->shared;
     int width = h->weight.columns, outs = h->weight.outs, rows = c->rows;
     const struct operands to_logits = {w->normed, width, c->logits,   outs,
-                                       rows,      0,     w->prepared, NULL};
+                                       rows,      0,     w->prepared, .next = NULL};
     int size = chunk_size(rows, worker);
     FOR_EACH_CHUNK(worker, r, end, size, rows)
         for (; r < end; r++) {
@@ -257,8 +257,10 @@ static void run_screened_head(const struct lm_head *h, const struct head_rows *c
     struct bounds b = find_bounds(outs, rows, worker);
     float *prepared = w->prepared + prepared_floats(rows, w->columns);
     float *logits = b.of_threads + (size_t)worker->number * rows * SET;
-    const struct operands exact = {w->normed, wide, logits, 0, rows, 0, w->prepared, NULL};
-    const struct operands coarse = {w->normed, wide, logits, SET, rows, 0, prepared, NULL};
+    const struct operands exact = {w->normed, wide, logits, 0, rows, 0, w->prepared, .next = NULL};
+    struct operands coarse = {w->normed, wide, logits, SET, rows, 0, prepared, .next = NULL};
+    /* Without a copy of the weight it is the inputs that make logits coarse. */
+    coarse.inputs = s->basis ? INPUTS_FINE : INPUTS_COARSE;
     FOR_EACH_CHUNK(worker, r, end, 1, rows)
         for (; r < end; r++) {
             float *inputs = w->normed + (size_t)r * wide;

@@ -39,7 +39,7 @@ static void matmul_fp16(const struct matrix *m, const struct operands *t, int ou
 
 static void matmul_int8(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    if (uses_amx(m, t->rows) && m->inputs == INPUTS_FINE)
+    if (uses_amx(m, t->rows) && t->inputs == INPUTS_FINE)
         multiply_integer_amx(FORMAT_INT8, m, t, out, count, worker);
     else
         multiply_integer(FORMAT_INT8, m, t, out, count);
@@ -47,7 +47,7 @@ static void matmul_int8(const struct matrix *m, const struct operands *t, int ou
 
 static void matmul_int4(const struct matrix *m, const struct operands *t, int out, int count,
                         struct worker *worker) {
-    if (uses_amx(m, t->rows) && m->inputs == INPUTS_FINE)
+    if (uses_amx(m, t->rows) && t->inputs == INPUTS_FINE)
         multiply_integer_amx(FORMAT_INT4, m, t, out, count, worker);
     else
         multiply_integer(FORMAT_INT4, m, t, out, count);

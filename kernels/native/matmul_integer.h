@@ -11,7 +11,8 @@
  * size.
  *
  * Coarse inputs have 8 bits, q being a multiple of 256: half of the products, and an error of 1e-2.
- * A group whose largest input is far above its others loses most; mixed inputs keep 16 bits there.
+ * A group whose largest input is far above its others loses most. Mixed inputs keep 16 bits there,
+ * and in all groups of rows that are not to be rounded.
  */
 #ifndef OFFRAMP_MATMUL_INTEGER_H
 #define OFFRAMP_MATMUL_INTEGER_H
@@ -22,8 +23,8 @@
 enum { LARGEST_INPUT = 32512 };
 /* Of coarse inputs q is a multiple of this. */
 enum { COARSE_STEP = 256, LARGEST_COARSE = LARGEST_INPUT / COARSE_STEP };
-/* A group of mixed inputs keeps 16 bits if its largest is more than four times their root mean
- * square: its levels' squares then add up to less than this. */
+/* A group of a coarse row of mixed inputs keeps 16 bits if its largest is more than four times
+ * their root mean square: its levels' squares then add up to less than this. */
 static const float LEAST_SQUARES = LARGEST_COARSE * LARGEST_COARSE * GROUP / (4.0f * 4.0f);
 
 /* Numbers of a row beside its columns, four a group: whole cache lines. */
@@ -70,7 +71,7 @@ INLINE int has_peak(const ints levels[VECTORS]) {
     return sum_lanes(squares) < LEAST_SQUARES;
 }
 
-/* One group of a row of inputs. */
+/* One group of a row of inputs; of mixed ones, a coarse row's. */
 INLINE void quantize_group(int format, const float *x, struct fixed_point to, int inputs) {
     ints fixed[VECTORS];
     int wide = inputs == INPUTS_FINE, step = COARSE_STEP;
@@ -98,11 +99,12 @@ INLINE void quantize_group(int format, const float *x, struct fixed_point to, in
 static void quantize_inputs(const struct matrix *m, const struct operands *t, int row,
                             const float *x, int first, int end) {
     struct fixed_point to = fixed_point(t, m->columns);
+    int fine = t->inputs == INPUTS_FINE || (t->inputs == INPUTS_MIXED && !t->coarse[row]);
     for (int g = first / GROUP; g < end / GROUP; g++)
-        if (m->inputs == INPUTS_FINE)
+        if (fine)
             quantize_group(m->format, x + g * GROUP, at_group(to, g, row), INPUTS_FINE);
         else
-            quantize_group(m->format, x + g * GROUP, at_group(to, g, row), m->inputs);
+            quantize_group(m->format, x + g * GROUP, at_group(to, g, row), t->inputs);
 }
 
 /* What coarse inputs leave out of one group of a row, x [GROUP], squared and added up. */
@@ -192,7 +194,7 @@ INLINE void multiply_lanes(int format, const uint8_t *set, const uint8_t *next, 
         part_ints dots[INTEGER_ROWS][INTEGER_WIDTH];
         if (lane == 0) fetch_next_set(format, next, g, tile, tiles);
         const uint8_t *levels = set + SET * SCALE_BYTES[format] + 4 * lane;
-        if (!ADDS_BYTES || m->inputs == INPUTS_FINE || any_wide(inputs, ROWS))
+        if (!ADDS_BYTES || t->inputs == INPUTS_FINE || any_wide(inputs, ROWS))
             add_up_group(format, levels, inputs, dots, ROWS, 1);
         else
             add_up_group(format, levels, inputs, dots, ROWS, 0);
@@ -308,10 +310,10 @@ INLINE void multiply_all_rows(int format, const uint8_t *set, const uint8_t *nex
                               const struct matrix *m, const struct operands *t, int out, int begin,
                               int end) {
 #ifdef HAS_BLOCKS
-    if (t->rows >= FEWEST_BLOCKED || m->inputs == INPUTS_COARSE) {
-        if (m->inputs == INPUTS_FINE)
+    if (t->rows >= FEWEST_BLOCKED || t->inputs == INPUTS_COARSE) {
+        if (t->inputs == INPUTS_FINE)
             multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, INPUTS_FINE);
-        else if (m->inputs == INPUTS_MIXED)
+        else if (t->inputs == INPUTS_MIXED)
             multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, INPUTS_MIXED);
         else
             multiply_row_blocks(format, set, next, lane, m, t, out, begin, end, INPUTS_COARSE);

@@ -22,6 +22,9 @@ enum { PANEL_OUTS = 8, PANEL_INPUTS = 96 };
 /* Rows of weights between the one in use and the one that is prefetched. */
 enum { PREFETCH_ROWS = 8 };
 
+/* Inputs of integer products (matmul_integer.h): of 16 bits, of 8 bits, or of either. */
+enum inputs { INPUTS_FINE, INPUTS_COARSE, INPUTS_MIXED };
+
 /* Inputs and outputs: x [rows, columns] with x_stride, out [rows, outs] with out_stride. */
 struct operands {
     const float *x;
@@ -32,6 +35,8 @@ struct operands {
     int add;             /* add to what is in ``out``, instead of replacing it */
     float *prepared;     /* x as integer products (matmul_integer.h) or AMX take it */
     const uint8_t *next; /* weights that are used after the last ones; NULL: those behind them */
+    int inputs;
+    const uint8_t *coarse; /* [rows], of mixed inputs: whether the row's are rounded to 8 bits */
 };
 
 /* OUTS x ROWS dot products. */

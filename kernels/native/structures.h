@@ -4,14 +4,9 @@
 
 #include <stdint.h>
 
-/* Inputs of integer products (matmul_integer.h): of 16 bits, of 8 bits, and of 8 bits but for
- * groups that would lose much. */
-enum inputs { INPUTS_FINE, INPUTS_COARSE, INPUTS_MIXED };
-
 /* A weight [outs, columns]. */
 struct matrix {
     int32_t format, outs, columns; /* format: see weight_formats.h */
-    int32_t inputs;
     const uint8_t *data;
     const float *bias; /* [outs] or NULL */
 };
@@ -49,6 +44,7 @@ struct batch {
     const int64_t *blocks;
     const float *cos, *sin; /* [.., head_dim], the sine negative in the first half */
     const int64_t *angles;  /* [rows]: which of these are the row's; NULL for one after another */
+    const uint8_t *coarse;  /* [rows]: which ones' inputs are rounded to 8 bits; NULL: none's */
     /* Where states are kept on the way, or NULL: row r after layer i in slot ``state_slots[i]``, if
      * that is not negative, of the states of row ``state_rows[r]``. */
     float *states;              /* [.., slots, width] */

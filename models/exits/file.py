@@ -2,7 +2,8 @@
 
 Metadata (strings): ``format`` = offramp-exits-2, ``fingerprint`` of the model, ``exit_layers``,
 ``thresholds`` and ``floors`` (JSON lists), ``operating_points`` (JSON list, see OperatingPoint),
-``metrics`` and ``data`` (JSON objects: how good they are, what they were trained on). Tensors are
+``metrics`` and ``data`` (JSON objects: how good they are, what they were trained on), and maybe
+``coarse_inputs`` (a JSON object, see CoarsePoint). Tensors are
 named ``{layer}.{field}`` after the fields of ExitHead, and ``vocab`` lists the token ids that the
 exits tell apart (all of them if it is missing).
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from itertools import combinations
 from pathlib import Path
@@ -26,12 +27,13 @@ from torch import Tensor
 from offramp.models.config import ModelConfig
 from offramp.models.errors import ModelError
 from offramp.models.exits.head import PREDICTOR, ExitHead
-from offramp.models.exits.points import OperatingPoint
+from offramp.models.exits.points import CoarsePoint, OperatingPoint
 from offramp.models.files import check_safetensors, is_number, is_whole, parse_json
 from offramp.models.finite import check_finite
 
 FORMAT = "offramp-exits-2"
 _JSON = ("exit_layers", "thresholds", "floors", "operating_points", "metrics", "data")
+_COARSE = "coarse_inputs"
 _OPTIONAL = ("fuse", *PREDICTOR, "kv_map", "kv_bias")
 _NUMBERS = ("layer", "threshold", "floor")
 _TENSORS = tuple(f.name for f in fields(ExitHead) if f.name not in (*_NUMBERS, *_OPTIONAL))
@@ -65,7 +67,10 @@ class ExitFileError(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class ExitFile:
-    """Exit heads with where they came from, bottom up; ``points`` by rising quality."""
+    """Exit heads with where they came from, bottom up; ``points`` by rising quality.
+
+    ``coarse`` is what inputs of 8 bits keep without an exit, where that was calibrated.
+    """
 
     fingerprint: str
     heads: tuple[ExitHead, ...]
@@ -73,6 +78,7 @@ class ExitFile:
     data: dict[str, Any]
     vocab: Tensor | None = None
     points: tuple[OperatingPoint, ...] = ()
+    coarse: CoarsePoint | None = None
 
     def save(self, path: Path) -> None:
         """Write atomically, tensors in fp16; equal exits give equal bytes."""
@@ -94,6 +100,8 @@ class ExitFile:
             "metrics": json.dumps(self.metrics),
             "data": json.dumps(self.data),
         }
+        if self.coarse is not None:
+            metadata[_COARSE] = json.dumps(asdict(self.coarse))
         save_safetensors(path, tensors, metadata)
 
 
@@ -107,10 +115,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise ExitFileError(f"{path} lacks metadata: {', '.join(sorted(missing))}")
     try:
         found: dict[str, Any] = {
-            key: parse_json(value, finite=False) if key in _JSON else value
+            key: parse_json(value, finite=False) if key in (*_JSON, _COARSE) else value
             for key, value in raw.items()
         }
         _check_metadata(found)
+        coarse_of(found)
     except ValueError as error:
         raise ExitFileError(f"{path} has broken metadata: {error}") from error
     points_of(path, found["operating_points"], len(found["exit_layers"]))
@@ -157,6 +166,7 @@ def load_exits(
         metadata["data"],
         None if vocab is None else vocab.to(device, torch.long),
         points_of(path, metadata["operating_points"], len(heads)),
+        coarse_of(metadata),
     )
 
 
@@ -182,6 +192,11 @@ def points_of(path: Path, rows: Sequence[dict[str, Any]], exits: int) -> tuple[O
                 f"than quality {loose.quality}"
             )
     return tuple(points)
+
+
+def coarse_of(metadata: Mapping[str, Any]) -> CoarsePoint | None:
+    """What a file says of inputs of 8 bits, if anything; raises ValueError for what is nothing."""
+    return CoarsePoint.from_json(metadata[_COARSE]) if _COARSE in metadata else None
 
 
 def shipped_exits(fingerprint: str) -> Path | None:

@@ -77,6 +77,34 @@ class OperatingPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class CoarsePoint:
+    """What inputs of 8 bits in all layers keep (kernels/native/matmul_integer.h).
+
+    With ``confidence``, at least ``quality`` of all emitted tokens are in their context the choice
+    of full depth with 16 bits, on prompts like those of the calibration. ``agreement`` was measured
+    on ``tokens`` tokens of ``prompts`` free-running answers.
+    """
+
+    quality: float
+    confidence: float
+    agreement: float
+    prompts: int
+    tokens: int
+
+    @classmethod
+    def from_json(cls, row: object) -> CoarsePoint:
+        """Back from ``asdict``; raises ValueError for missing, unknown or impossible values."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(row, dict) or set(row) != known:
+            raise ValueError(f"coarse inputs are no object of {', '.join(sorted(known))}")
+        if not all(map(is_number, row.values())):
+            raise ValueError("coarse inputs have values that are not numbers")
+        if not 0 < row["quality"] <= 1 or not 0 < row["confidence"] < 1:
+            raise ValueError("quality and confidence of coarse inputs lie between 0 and 1")
+        return cls(**row)
+
+
+@dataclass(frozen=True, slots=True)
 class DecisionPoint:
     """A calibrated operating point: the probability at which an answer leaves at each layer.
 

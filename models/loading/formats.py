@@ -26,16 +26,12 @@ class WeightFormatError(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Recipes:
-    """Formats of the layers' matrices, of the LM head's, of the exits' and of the draft head's.
-
-    With ``coarse`` the layers' products in 4 and 8 bits take inputs of 8 bits, not of 16.
-    """
+    """Formats of the layers' matrices, of the LM head's, of the exits' and of the draft head's."""
 
     layers: Forms
     head: Forms
     exits: Forms
     drafts: Forms
-    coarse: bool = False
 
 
 def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True) -> Recipes:

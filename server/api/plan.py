@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from offramp.models.exits.points import OperatingPoint, point_for, points_under
 from offramp.models.sampling_params import (
     DEFAULT_CRITERION,
+    NEVER,
     ExitCriterion,
     ExitMode,
     ExitSettings,
@@ -246,6 +247,8 @@ def _thresholds(
     if wish.deadline_ms is not None:
         return _deadline(config, wish, info, points, criterion)
     if wish.quality is not None:
+        if points and _inputs_alone_keep(info, points, criterion, wish.quality):
+            return (NEVER,) * count, None
         return _point(info, points, criterion, wish.quality).thresholds, None
     threshold = config.exit_threshold if wish.threshold is None else wish.threshold
     if threshold is not None:
@@ -258,6 +261,17 @@ def _thresholds(
     strictest = max(points, key=lambda point: point.quality, default=None)
     own = criterion is not DEFAULT_CRITERION and strictest is not None
     return (strictest.thresholds if own and strictest else None), None
+
+
+def _inputs_alone_keep(
+    info: EngineInfo, points: Sequence[OperatingPoint], criterion: ExitCriterion, quality: float
+) -> bool:
+    """Whether no exit keeps the quality but inputs of 8 bits do.
+
+    Where these do not pay, full depth keeps it.
+    """
+    kept = info.coarse_quality if criterion is DEFAULT_CRITERION else None
+    return kept is not None and point_for(points, quality) is None and quality <= kept
 
 
 def _deadline(
@@ -284,6 +298,8 @@ def _point(
     if point is None:
         best = max((point.quality for point in points), default=None)
         reach = _uncalibrated(info, criterion) if best is None else f"reach {best:g} at best"
+        if info.coarse_quality is not None:
+            reach += f", inputs of 8 bits {info.coarse_quality:g}"
         raise refused("quality", f"{quality:g} is out of reach; the loaded exits {reach}")
     return point
 

@@ -49,13 +49,17 @@ def metrics(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
 
 
 def early_exit(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
-    """Depth of all tokens of the choices; layers are counted as run by the engine."""
+    """Depth of all tokens of the choices; layers are counted as run by the engine.
+
+    ``activation_dtype`` is there where layers took inputs of 8 bits.
+    """
     histogram = _histogram(choices)
     tokens = histogram.total()
     # The engine may be a token ahead of a stop string; its two counts belong together.
     executed = sum(choice.stats.layers_executed for choice in choices)
     possible = num_layers * sum(choice.stats.generated_tokens for choice in choices)
     depth = sum(layer * count for layer, count in histogram.items())
+    coarse = any(choice.stats.coarse for choice in choices)
     return {
         "mode": choices[0].request.exits.mode.value,
         "layers_total": num_layers,
@@ -69,6 +73,7 @@ def early_exit(choices: Sequence[Choice], num_layers: int) -> dict[str, Any]:
         "accepted_tokens": sum(choice.stats.accepted for choice in choices),
         "drafts": _drafts(choices),
         "prompt_layers_skipped": sum(choice.stats.prompt_layers_skipped for choice in choices),
+        **({"activation_dtype": "int8"} if coarse else {}),
     }
 
 

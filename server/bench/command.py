@@ -151,9 +151,10 @@ def _add_offramp(add: Callable[..., Any]) -> None:
     )
     add(
         "--activation-dtype",
-        choices=("auto", "int8"),
+        choices=("auto", "int8", "int16"),
         default="auto",
-        help="inputs of products with weights of 4 and 8 bits [auto: int16]",
+        help="inputs of products with weights of 4 and 8 bits [auto: int16, and int8 for adaptive "
+        "requests whose quality allows it, where that is faster]",
     )
     add("--exits", default="auto", help='exit file, "auto" or "none"')
     add("--draft-head", default="auto", help='draft head, "auto" or "none"')

@@ -69,6 +69,7 @@ class OpenAI:
         if early_exit:
             trace.layers_executed = early_exit["layers_executed"]
             trace.passes = early_exit["passes"]
+            trace.coarse = early_exit.get("activation_dtype") == "int8"
             drafts = early_exit["drafts"].items()
             trace.drafts = {source: (own["drafted"], own["accepted"]) for source, own in drafts}
 

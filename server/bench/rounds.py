@@ -169,6 +169,7 @@ def _row(result: Result, off: Result | None, num_layers: int) -> dict[str, Any]:
         tokens = sum(len(trace.token_ids) for trace in result.traces)
         row["passes_per_token"] = round(sum(passes) / tokens, 4)
         row["drafts"] = _drafts(result.traces)
+        row["int8_inputs"] = round(sum(t.coarse for t in result.traces) / len(result.traces), 4)
     if off is None or off is result or result.entry.is_peer:
         return row
     pairs = zip(result.rounds, off.rounds, strict=True)

@@ -39,6 +39,7 @@ class Trace:
 
     ``layers_executed`` is summed over tokens, None where the target does not report it; ``passes``
     through the whole stack made them, and ``drafts`` are drafted and accepted tokens by source.
+    Layers took inputs of 8 bits of a ``coarse`` one.
     """
 
     prompt: Prompt
@@ -48,6 +49,7 @@ class Trace:
     layers_executed: int | None = None
     passes: int | None = None
     drafts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    coarse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class InProcess(Target):
                     stats.layers_executed,
                     stats.passes,
                     {source.value: counts for source, counts in stats.drafts.items()},
+                    stats.coarse,
                 )
             )
         return traces

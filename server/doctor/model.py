@@ -83,7 +83,7 @@ def model(config: EngineConfig, folder: Path) -> Iterator[Finding]:
     extra = 0 if drafts is None else 1
     recipes = choose(config.weights, weights, native=native_kernels(config))
     integers = keeps_integers(recipes, weights)
-    takes_coarse_inputs(config, integers=integers)
+    takes_coarse_inputs(config, shape, integers=integers)
     cache_dtype = kv_cache_dtype(config, shape, dtype, device, integers=integers)
     blocks = blocks_that_fit(shape, config, exits.heads, longest, dtype, cache_dtype, device, extra)
     size = bytes_per_block(shape, config.block_size, cache_dtype, extra)

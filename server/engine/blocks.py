@@ -17,18 +17,22 @@ def block_hashes(
     block_size: int,
     known: abc.Sequence[bytes] = (),
     salt: str = "",
+    *,
+    coarse: bool = False,
 ) -> list[bytes]:
     """Chained hashes of the full blocks of ``tokens``; ``known`` are those of its first blocks.
 
     SHA-256, so that no client can craft a prompt that collides with another's. Texts of another
-    ``salt`` have other hashes.
+    ``salt`` have other hashes, and so have those whose K,V are of ``coarse`` inputs.
     """
     root = hashlib.sha256(salt.encode()).digest() if salt else b""
+    # Behind whole tokens, so that it makes no other text.
+    mark = b"\1" if coarse else b""
     hashes = list(known)
     for index in range(len(hashes), len(tokens) // block_size):
         chunk = array("q", tokens[index * block_size : (index + 1) * block_size])
         parent = hashes[-1] if hashes else root
-        hashes.append(hashlib.sha256(parent + chunk.tobytes()).digest())
+        hashes.append(hashlib.sha256(parent + chunk.tobytes() + mark).digest())
     return hashes
 
 
@@ -177,8 +181,7 @@ class SequenceMemory:
         cached = 0
         # What is found in the cache does not run, so it has no log-probabilities.
         if self.prefix_caching and not sequence.unscored:
-            salt = sequence.request.cache_salt
-            sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes, salt)
+            self._hash(sequence, sequence.tokens)
             wanted = sequence.num_prompt if sequence.audit else len(sequence.tokens)
             last = 0 if wanted == sequence.num_prompt else 1
             shared = self.blocks.share(sequence.hashes[: (wanted - last) // size])
@@ -237,11 +240,15 @@ class SequenceMemory:
         if sequence.exact is not None:
             whole = min(whole, sequence.exact)
         if whole // size > len(sequence.hashes):
-            known, salt = sequence.tokens[: whole // size * size], sequence.request.cache_salt
-            sequence.hashes = block_hashes(known, size, sequence.hashes, salt)
+            self._hash(sequence, sequence.tokens[: whole // size * size])
         for index in range(sequence.published, whole // size):
             self.blocks.register(sequence.table[index], sequence.hashes[index])
         sequence.published = max(sequence.published, whole // size)
+
+    def _hash(self, sequence: Sequence, known: abc.Sequence[int]) -> None:
+        """Hash the blocks of ``known``, the sequence's first tokens."""
+        salt, size = sequence.request.cache_salt, self.blocks.block_size
+        sequence.hashes = block_hashes(known, size, sequence.hashes, salt, coarse=sequence.coarse)
 
     def _find_entries(self, sequence: Sequence, shared: list[int]) -> None:
         """Which of the sequence's first blocks hold entries of the draft head."""

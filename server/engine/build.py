@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -148,7 +147,10 @@ def assemble(
     admission = Admission(info, memory)
     max_hold = config.exit_max_hold_ms / 1000
     most = min(info.max_num_seqs, info.num_blocks)
-    costs = profile_costs(runner, info.num_segments, most, drafts=info.draft_head)
+    coarse = info.coarse_quality is not None and not every_exit
+    costs = profile_costs(runner, info.num_segments, most, drafts=info.draft_head, coarse=coarse)
+    if info.coarse_quality is not None:
+        thresholds.allow_coarse(info.coarse_quality, costs.coarse_gain)
     governor = ExitGovernor(
         costs, thresholds, max_hold, every_exit=every_exit, head_chances=info.head_chances
     )
@@ -248,7 +250,7 @@ def _load(
     recipes = choose(config.weights, weights, native=native_kernels(config))
     recipes = as_they_are() if on_device else recipes
     integers = keeps_integers(recipes, weights)
-    recipes = replace(recipes, coarse=takes_coarse_inputs(config, integers=integers))
+    takes_coarse = takes_coarse_inputs(config, shape, integers=integers)
     cache_dtype = kv_cache_dtype(config, shape, dtype, device, integers=integers)
     blocks = num_blocks or blocks_that_fit(
         shape, config, heads, max_len, dtype, cache_dtype, device, extra
@@ -259,15 +261,7 @@ def _load(
     model = Transformer(shape, weights, layers, max_len, recipes)
     del weights
     return_freed_memory()
-    is_native = all(each.is_native for each in model.segments)
-    if cache_dtype is not dtype and not is_native:
-        raise EngineConfigError(
-            f"--kv-cache-dtype {config.kv_cache_dtype} needs the C kernels; use auto"
-        )
-    size = config.block_size
-    cache = KVCache(shape, blocks, size, cache_dtype, device, extra, by_block=is_native)
-    model.screen_head(cache)
-    return_freed_memory()
+    cache = _pages(config, model, blocks, cache_dtype, extra)
     info = EngineInfo(
         model_name=model_name,
         num_layers=shape.num_layers,
@@ -291,11 +285,29 @@ def _load(
         decision_tasks={name: _decision_info(task) for name, task in tasks.items()},
         sampling_defaults=sampling_defaults(folder) if config.generation_config == "auto" else {},
         hidden_size=shape.hidden_size,
+        coarse=config.activation_dtype == "int8",
+        coarse_quality=_coarse_quality(config, exits) if takes_coarse else None,
     )
     rows = hidden_rows(info)
     drafter = None if drafts is None else Drafter(model, drafts.head, cache, rows)
     decider = Decider(model, cache, cuts, tasks)
     return Runner(model, heads, cache, rows, exits.vocab, drafter, decider), info
+
+
+def _pages(
+    config: EngineConfig, model: Transformer, blocks: int, dtype: torch.dtype, extra_layers: int
+) -> KVCache:
+    """K,V of the model; they are used at once, to make its LM head faster."""
+    is_native = all(each.is_native for each in model.segments)
+    if dtype is not model.dtype and not is_native:
+        raise EngineConfigError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs the C kernels; use auto"
+        )
+    size, device = config.block_size, model.device
+    cache = KVCache(model.config, blocks, size, dtype, device, extra_layers, by_block=is_native)
+    model.screen_head(cache)
+    return_freed_memory()
+    return cache
 
 
 def _decides_on_device(device: torch.device, *, on_device: bool | None) -> bool:
@@ -313,6 +325,13 @@ def _prompt_threshold(config: EngineConfig, exits: ExitFile) -> float | None:
         return config.exit_prefill_threshold
     found = [p.prefill_threshold for p in exits.points if p.prefill_threshold is not None]
     return max(found, default=None)
+
+
+def _coarse_quality(config: EngineConfig, exits: ExitFile) -> float | None:
+    """What inputs of 8 bits promise, where requests may have them."""
+    if config.activation_dtype != "auto" or exits.coarse is None:
+        return None
+    return exits.coarse.quality
 
 
 def tuned_weights(

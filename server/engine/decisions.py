@@ -329,7 +329,7 @@ class Decisions:
             elif start is not None:
                 end = min(begin, len(tokens))
                 own = tuple(tokens[start:end]) if call.segment == 0 else ()
-                call.work.append(PromptRows(range(start, end), table, own))
+                call.work.append(PromptRows(range(start, end), table, own, self._info.coarse))
                 start = None
             if pending and not fits:
                 return False

@@ -73,17 +73,17 @@ def context_length(shape: ModelConfig, config: EngineConfig) -> int:
     return config.max_model_len
 
 
-def takes_coarse_inputs(config: EngineConfig, *, integers: bool) -> bool:
-    """Whether products with the layers' weights, which may be ``integers``, take 8 bits.
+def takes_coarse_inputs(config: EngineConfig, shape: ModelConfig, *, integers: bool) -> bool:
+    """Whether layers, whose weights may be ``integers``, can take inputs of 8 bits.
 
-    Raises EngineConfigError where others are asked to.
+    Raises EngineConfigError where they have to and cannot.
     """
-    coarse = config.activation_dtype == "int8"
-    if coarse and not integers:
+    takes = integers and _fits_c_kernels(shape)
+    if config.activation_dtype == "int8" and not takes:
         raise EngineConfigError(
             "--activation-dtype int8 is for weights that C kernels keep in 4 or 8 bits; use auto"
         )
-    return coarse
+    return takes
 
 
 def kv_cache_dtype(

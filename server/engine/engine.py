@@ -216,7 +216,9 @@ class Engine:
         return None
 
     def _new_sequence(self, request: GenerationRequest, submitted_at: float) -> Sequence:
-        return Sequence(next(self._ids), request, submitted_at, self.info.num_segments)
+        instead = not self.info.coarse and self.thresholds.takes_coarse(request.exits)
+        coarse, segments = instead or self.info.coarse, self.info.num_segments
+        return Sequence(next(self._ids), request, submitted_at, segments, coarse, instead)
 
     def _emit(
         self,

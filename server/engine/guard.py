@@ -1,9 +1,9 @@
 """The live guard: audits of finished answers, and what follows when the promise is broken.
 
-A sampled share of the answers whose tokens left early is read again at full depth when the engine
-has room, which costs a prefill and gives the full-depth model's choice at every token with exact
-K,V. Its agreement is the promised quantity itself, K,V error included (Apparate's continual
-feedback, arXiv 2312.05385, without running every input to its end).
+A sampled share of the answers whose tokens left early, or whose inputs had 8 bits instead, is read
+again at full depth when the engine has room, which costs a prefill and gives the full-depth model's
+choice at every token with exact K,V. Its agreement is the promised quantity itself, K,V error
+included (Apparate's continual feedback, arXiv 2312.05385, without running every input to its end).
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class LiveGuard:
 
     def wants(self, sequence: Sequence, pending: int) -> bool:
         """Whether a finished answer is to be audited; ``pending`` audits wait already."""
-        if sequence.request.exits.mode is not ExitMode.ADAPTIVE or not sequence.left_early:
+        if sequence.request.exits.mode is not ExitMode.ADAPTIVE:
+            return False
+        if not (sequence.left_early or sequence.exits_closed):
             return False
         # Where a grammar allows other tokens than the model's own choice, nothing can be compared.
         if pending >= _MAX_PENDING or sequence.grammar is not None:
@@ -79,4 +81,6 @@ class LiveGuard:
     def _log(self) -> None:
         level = self.thresholds.guard_level
         action = "early exits are off" if level >= GUARD_OFF else "thresholds were tightened"
+        if level == 1:
+            action += ", inputs have 16 bits"
         logger.warning("answers agree with full depth less than promised; %s (%d)", action, level)

@@ -259,6 +259,7 @@ class HostDecoder:
             check,
             self._exits.prompt_threshold(sequence, last),
             self._exits.prompt_rows(sequence),
+            sequence.coarse,
         )
 
     def _commit_segments(

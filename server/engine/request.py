@@ -94,7 +94,7 @@ class RequestStats(NamedTuple):
     ``prompt_layers_skipped`` are layers prompt tokens did not run. The answer's tokens came of
     ``passes`` through the top of the stack. ``drafts`` says by source how many tokens were guessed
     and how many of them full depth accepted; it ``rejected`` others, and those
-    behind a rejected one are neither.
+    behind a rejected one are neither. Layers took inputs of 8 bits of a ``coarse`` request.
     """
 
     submitted_at: float
@@ -111,6 +111,7 @@ class RequestStats(NamedTuple):
     drafts: Mapping[DraftSource, tuple[int, int]] = {}
     rejected: int = 0
     preemptions: int = 0
+    coarse: bool = False
 
     @property
     def drafted(self) -> int:
@@ -230,6 +231,8 @@ class EngineInfo:
     positions that one sequence may owe. ``head_chances`` are those of the draft head's file, empty
     without a draft head. ``decision_layers`` cut the stack for decisions; ``decision_tasks`` are
     those that heads were trained for, by name. ``hidden_size`` is the length of an embedding.
+    Layers take inputs of 8 bits of all requests if it is ``coarse``, else of those that are content
+    with a quality of ``coarse_quality``, where that pays (None: of none).
     """
 
     model_name: str
@@ -254,6 +257,8 @@ class EngineInfo:
     decision_tasks: Mapping[str, DecisionInfo] = field(default_factory=dict)
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     hidden_size: int = 0
+    coarse: bool = False
+    coarse_quality: float | None = None
 
     @property
     def draft_head(self) -> bool:

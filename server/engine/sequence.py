@@ -38,7 +38,9 @@ class Sequence:
     of positions ``first_entry`` to ``next_entry`` (exclusive), noted of the first ``entry_blocks``
     blocks; the stack's states at ``state_positions`` are in ``state_rows`` for the next ones. An
     ``audit`` reads a finished answer again at full depth; all of the answer counts as drafts.
-    One that is ``aged`` has waited so long that it goes before all others.
+    One that is ``aged`` has waited so long that it goes before all others. Layers take inputs of 8
+    bits of a ``coarse`` one; with ``exits_closed`` its quality is spent on these, and no token may
+    leave.
     ``grammar`` is where the answer is in its form, ``prompt_logprobs`` are those known so far.
     """
 
@@ -46,6 +48,8 @@ class Sequence:
     request: GenerationRequest
     submitted_at: float
     num_segments: int
+    coarse: bool = False
+    exits_closed: bool = False
     tokens: list[int] = field(init=False)
     lossless: bool = field(init=False)
     computed: list[int] = field(init=False)
@@ -152,7 +156,8 @@ class Sequence:
     @property
     def exits_on(self) -> bool:
         """Whether this request's tokens may leave early at all."""
-        return self.request.exits.mode is not ExitMode.OFF and not self.audit
+        closed = self.audit or self.exits_closed
+        return self.request.exits.mode is not ExitMode.OFF and not closed
 
     @property
     def fill(self) -> KVFill:
@@ -176,6 +181,7 @@ class Sequence:
     def make_audit(self, tokens: list[int]) -> None:
         """Make this an audit of ``tokens``: the same prompt with its finished answer."""
         self.audit = True
+        self.coarse = self.coarse and not self.exits_closed
         self.tokens = list(tokens)
         self.drafts = len(tokens) - self.num_prompt
 
@@ -224,6 +230,7 @@ class Sequence:
             drafts={each: (n, self.accepted[each]) for each, n in self.drafted.items() if n},
             rejected=self.rejected,
             preemptions=self.preemptions,
+            coarse=self.coarse,
         )
 
 

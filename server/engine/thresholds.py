@@ -1,4 +1,7 @@
-"""Which exit thresholds are in force: operating points, load, deadlines and the guard's verdict."""
+"""Which exit thresholds are in force: operating points, load, deadlines and the guard's verdict.
+
+A quality below 1 may be spent on exits, or on inputs of 8 bits: on what spares more.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ from collections.abc import Sequence
 
 from offramp.models.exits.calibration import OnlineThresholds
 from offramp.models.exits.points import OperatingPoint, point_for
-from offramp.models.sampling_params import NEVER, ExitSettings
+from offramp.models.sampling_params import DEFAULT_CRITERION, NEVER, ExitMode, ExitSettings
 
 # Steps with a waiting line before quality falls a point, and without one before it rises again:
 # a burst that is admitted at once costs no quality, and the level does not flutter.
 _BUSY_STEPS = 16
 _CALM_STEPS = 64
 GUARD_OFF = 3
+# Gains below this are noise of so short a measurement.
+_LEAST_GAIN = 1.05
 
 
 class ExitThresholds:
@@ -33,6 +38,9 @@ class ExitThresholds:
         online: OnlineThresholds | None = None,
     ) -> None:
         chosen = None if quality is None else point_for(points, quality)
+        self._points = points
+        self._coarse_quality = 0.0
+        self._coarse_saving = 0.0
         self._default = default if chosen is None else chosen.thresholds
         self._strict = None if chosen is None else chosen.quality
         self._ladder: list[OperatingPoint] = []
@@ -60,6 +68,29 @@ class ExitThresholds:
         """Scores in force for a request; ``late`` if it would miss its deadline."""
         wished = exits.late_thresholds if late and exits.late_thresholds else exits.thresholds
         return self.thresholds if wished is None else self._guarded(wished)
+
+    def allow_coarse(self, quality: float, gain: float) -> None:
+        """Inputs of 8 bits keep ``quality`` and make layers ``gain`` times as fast."""
+        if gain >= _LEAST_GAIN:
+            self._coarse_quality, self._coarse_saving = quality, 1 - 1 / gain
+
+    def takes_coarse(self, exits: ExitSettings) -> bool:
+        """Whether a request's quality is spent on inputs of 8 bits instead of exits.
+
+        Only where it leaves the choice of means open, and exits would skip a smaller share of the
+        layers than is spared so.
+        """
+        if exits.mode is not ExitMode.ADAPTIVE or exits.criterion is not DEFAULT_CRITERION:
+            return False
+        if exits.always or exits.prefill_threshold is not None or exits.late_thresholds is not None:
+            return False
+        promise = exits.quality
+        if promise is None and exits.thresholds is None:
+            promise = self.quality
+        if promise is None or promise > self._coarse_quality or self.guard_level:
+            return False
+        point = point_for(self._points, promise)
+        return point is None or point.layers_skipped < self._coarse_saving
 
     def observe_load(self, waiting: int) -> None:
         """Called once a step with the number of requests that wait for admission."""

@@ -1,16 +1,18 @@
 """``offramp exits calibrate``: thresholds that keep a promised agreement, into the exit file.
 
 Half of the prompts draw up candidates (full-depth answers, teacher-forced), the other half tries
-them on free-running answers, careful ones first, and judges each answer at full depth.
+them on free-running answers, careful ones first, and judges each answer at full depth. With
+``--activation-dtype int8`` it is found instead what inputs of 8 bits keep without any exit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,8 @@ _FILLS = (KVFill.PROJECT, KVFill.COPY, KVFill.RECOMPUTE)
 _HIGHEST_RISK = 0.08
 # A budget may be worth any quality, so its candidates go on for longer.
 _HIGHEST_RISK_FOR_DEPTH = 0.4
+# A promise of inputs is one of so many below 1.
+_QUALITY_STEPS = 1000
 _COST = (
     "seconds per token: the run's own steps, each at the median time of equal steps over all runs"
 )
@@ -74,6 +78,11 @@ def add_parser(commands: Commands) -> None:
         help="how K,V of skipped layers are made [project]",
     )
     add("--candidates", type=positive, default=9, help="thresholds to try at most [9]")
+    add(
+        "--activation-dtype",
+        choices=("int8",),
+        help="find instead what inputs of 8 bits keep, in all layers",
+    )
     add("--out", type=Path, help="exit file to write; in place if unset")
     parser.set_defaults(command=guarded("calibrate", calibrate))
 
@@ -88,6 +97,8 @@ def calibrate(args: argparse.Namespace) -> int:
     from offramp.server.lab.runs import StepLog, priced  # noqa: PLC0415
     from offramp.server.lab.workbench import open_workbench  # noqa: PLC0415
 
+    if args.activation_dtype:
+        return _calibrate_inputs(args)
     if not args.quality and not args.mean_depth:
         raise LabError("name a --quality or a --mean-depth to calibrate for")
     # A promise must not lean on exits that did not pay here and were not taken.
@@ -137,6 +148,35 @@ def calibrate(args: argparse.Namespace) -> int:
     if missed:
         # What was reached took long to show; it is kept.
         raise LabError("; ".join([*missed, "the points that were reached are written"]))
+    return 0
+
+
+def _calibrate_inputs(args: argparse.Namespace) -> int:
+    """Judge answers of 8-bit inputs at full depth with 16 bits, and note what they keep."""
+    from offramp.models.exits.calibration import upper_bound  # noqa: PLC0415
+    from offramp.models.exits.points import CoarsePoint  # noqa: PLC0415
+    from offramp.server.lab.workbench import (  # noqa: PLC0415
+        open_workbench,
+        read_exact,
+        write_beside_deltas,
+    )
+
+    if args.quality or args.mean_depth:
+        raise LabError("--activation-dtype has one quality, which is measured: name none")
+    bench = open_workbench(args, every_exit=False, activation_dtype=args.activation_dtype)
+    prompts = bench.prompts(args.prompts, args.limit, args.seed)
+    judged = bench.run(prompts, ExitSettings()).judgement
+    bound = 1 - upper_bound(judged.losses, args.confidence)
+    # Downwards, so that the promise holds.
+    quality = math.floor(bound * _QUALITY_STEPS) / _QUALITY_STEPS
+    if quality <= 0:
+        raise LabError("so few answers show no quality at all")
+    point = CoarsePoint(
+        quality, args.confidence, judged.agreement, len(prompts), sum(judged.tokens)
+    )
+    changed = replace(read_exact(bench, args.exits), coarse=point)
+    write_beside_deltas(changed, args.exits, args.out or args.exits)
+    sys.stdout.write(json.dumps(asdict(point)) + "\n")
     return 0
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -111,11 +112,17 @@ class Workbench:
         return fitting
 
 
-def open_workbench(args: argparse.Namespace, *, every_exit: bool) -> Workbench:
+def open_workbench(
+    args: argparse.Namespace,
+    *,
+    every_exit: bool,
+    activation_dtype: Literal["int8", "int16"] = "int16",
+) -> Workbench:
     """Load what ``args`` name (see options.add_options).
 
     With ``every_exit`` tokens leave wherever their score allows it, else only where it also pays:
-    what calibration promises must not lean on exits that this machine happened to refuse.
+    what calibration promises must not lean on exits that this machine happened to refuse. Answers
+    are made with inputs of ``activation_dtype``, and judged with 16 bits.
 
     Raises ModelError (also for exits of another model) and EngineConfigError.
     """
@@ -129,6 +136,7 @@ def open_workbench(args: argparse.Namespace, *, every_exit: bool) -> Workbench:
         device=args.device,
         dtype=args.dtype,
         threads=args.threads,
+        activation_dtype=activation_dtype,
         # Every run would find more prompts in the cache than the one before.
         enable_prefix_caching=False,
         # Answers are judged here already.

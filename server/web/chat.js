@@ -2,7 +2,7 @@
 
 import { announce, byId, grows, h, number, sendsOnEnter } from "./dom.js";
 import { model } from "./depth.js";
-import { generate, rateOf, summary } from "./generation.js";
+import { generate, rateOf, summary, whyNoneLeft } from "./generation.js";
 import { live } from "./live.js";
 import { earlyExit, sampling, systemMessages } from "./settings.js";
 import { TokenView } from "./tokens.js";
@@ -139,7 +139,7 @@ function adviseAdaptive(foot, settings, metrics) {
     return answer({ ...settings, early_exit: earlyExit("adaptive") });
   };
   foot.append(
-    h("span", { className: "advice" }, "No token left early: by measured cost that saves no time here."),
+    h("span", { className: "advice" }, whyNoneLeft(metrics)),
     h("button", { type: "button", className: "quiet small", on: { click: show } }, "Let them leave anyway"),
   );
 }

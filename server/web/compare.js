@@ -2,7 +2,7 @@
 
 import { announce, byId, h, number, sendsOnEnter } from "./dom.js";
 import { model } from "./depth.js";
-import { costs, generate, rateOf, summary } from "./generation.js";
+import { costs, generate, rateOf, summary, whyNoneLeft } from "./generation.js";
 import { earlyExit, sampling, systemMessages } from "./settings.js";
 import { TokenView } from "./tokens.js";
 
@@ -133,7 +133,7 @@ function verdict({ view, body, metrics }, { view: off }) {
   const stays = mode === "adaptive" && when === "pays" && metrics.early_exit.mean_exit_layer === model.layers;
   return [
     h("p", { className: `verdict ${same ? "same" : "other"}` }, words),
-    stays && h("p", { className: "note" }, "No token left early: by measured cost that saves no time here. With “always” above they do."),
+    stays && h("p", { className: "note" }, `${whyNoneLeft(metrics)} With “always” above they do.`),
   ].filter(Boolean);
 }
 

@@ -48,6 +48,7 @@ export function costs(metrics) {
     found[1].push(`${depth.accepted_tokens} of ${depth.drafted_tokens} guesses`);
   }
   if (depth.stayed) found.push(["stayed", String(depth.stayed)]);
+  if (depth.activation_dtype) found.push(["inputs", depth.activation_dtype]);
   return found;
 }
 
@@ -64,4 +65,12 @@ export function summary(metrics, finish) {
   }
   if (finish === "length") parts.push("cut off at the most tokens");
   return parts.join(" · ");
+}
+
+/** Why no token left early: what was done in its place. */
+export function whyNoneLeft(metrics) {
+  const instead = metrics.early_exit.activation_dtype
+    ? "the quality was spent on inputs of 8 bits, which saves more time here."
+    : "by measured cost that saves no time here.";
+  return `No token left early: ${instead}`;
 }

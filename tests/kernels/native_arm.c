@@ -45,8 +45,7 @@ static void put_half(uint8_t *to, float number) {
 static struct matrix random_matrix(int format, int outs, int columns, int biased) {
     int sets = (outs + SET - 1) / SET, groups = columns / GROUP;
     uint8_t *data = memory((size_t)sets * SET * row_bytes(format, columns));
-    struct matrix made = {format,      outs, columns,
-                          INPUTS_FINE, data, biased ? random_numbers(outs) : NULL};
+    struct matrix made = {format, outs, columns, data, biased ? random_numbers(outs) : NULL};
     if (format < FORMAT_INT8) {
         for (size_t i = 0; i < (size_t)outs * columns; i++) {
             float number = random_number() / 8;
@@ -93,20 +92,22 @@ static struct workspace make_workspace(const struct shape *s, const struct batch
     };
 }
 
-static void products(int format, int inputs) {
+/* Of ``mixed`` inputs most rows are coarse. */
+static void products(int format, int mixed) {
     static const int sizes[][2] = {{64, 32}, {77, 96}, {OUTS, WIDEST}};
     static const int rows[] = {1, 2, 3, 4, 5, 6, 7, 16, ROWS};
     struct workspace w = make_workspace(NULL, NULL);
     static float out[ROWS * OUTS];
+    static uint8_t coarse[ROWS];
+    for (int r = 0; r < ROWS; r++) coarse[r] = r % 4 != 1;
     for (int i = 0; i < 3; i++) {
         int outs = sizes[i][0], columns = sizes[i][1];
         struct matrix m = random_matrix(format, outs, columns, i == 1);
-        m.inputs = inputs;
         for (int j = 0; j < (int)(sizeof rows / sizeof *rows); j++) {
             float *x = random_numbers((size_t)rows[j] * columns);
             if (i && j == 1) memset(x, 0, sizeof *x * GROUP); /* a scale of 0 */
             for (int r = 0; r < rows[j]; r += 3) x[r * columns + GROUP / 2] *= 30; /* a peak */
-            offramp_matmul(&m, x, out, rows[j], &w);
+            offramp_matmul(&m, x, out, rows[j], mixed ? coarse : NULL, &w);
             put_numbers(out, (size_t)rows[j] * outs);
         }
         const int64_t ids[] = {0, outs - 1, 33};
@@ -173,8 +174,8 @@ static void layer(int format, int kv_format) {
 int main(void) {
     offramp_initialize();
     for (int format = FORMAT_FP32; format <= FORMAT_INT4; format++) {
-        products(format, INPUTS_FINE);
-        if (format >= FORMAT_INT8) products(format, INPUTS_MIXED);
+        products(format, 0);
+        if (format >= FORMAT_INT8) products(format, 1);
         layer(format, KV_FP32);
         layer(format, KV_FP16);
         layer(format, KV_INT16);

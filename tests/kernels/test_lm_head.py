@@ -97,10 +97,7 @@ def screened(
     assert head is not None
     assert found is not None
     by_copy = kind == "copy"
-    if by_copy:
-        made = HeadScreen.by_copy(found, packed, states)
-    else:
-        made = HeadScreen.by_inputs(found, packed)
+    made = HeadScreen.by_copy(found, packed, states) if by_copy else HeadScreen.by_inputs(packed)
     assert made is not None
     return head, made
 

@@ -20,7 +20,7 @@ from offramp.kernels.linear import Linear
 from offramp.kernels.lm_head import HeadScreen, NativeHead
 from offramp.kernels.native import library
 from offramp.kernels.native_build import VARIANTS, Variant, compiled
-from offramp.kernels.weight_formats import GROUP, pack
+from offramp.kernels.weight_formats import GROUP, NativeWeight
 from tests.kernels.test_weight_formats import MAKE, NATIVE
 
 
@@ -273,10 +273,14 @@ def test_every_instruction_set_computes_the_same(
     x = {rows: torch.randn(rows, 96) for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 40, 141)}
     for states in x.values():
         states[::3, 7] *= 20
+    # Of mixed inputs most rows are coarse.
+    some = {rows: torch.arange(rows) % 4 != 1 for rows in x}
     expected = {
-        (form, coarse, rows): pack(weight, None, form, coarse=coarse)(x[rows])
+        (form, mixed, rows): NativeWeight(weight, None, form)(
+            x[rows], some[rows] if mixed else None
+        )
         for form, weight in weights.items()
-        for coarse in (False, True)
+        for mixed in (False, True)
         for rows in x
     }
     other = native.Library(compiled(compiler(), tmp_path, variant))
@@ -285,13 +289,13 @@ def test_every_instruction_set_computes_the_same(
     for form in MAKE:
         weight = Linear(weights[form], None, form)
         head = NativeHead(other, torch.ones(96), weight, 1e-5)
-        screen = HeadScreen.by_inputs(other, weight)
+        screen = HeadScreen.by_inputs(weight)
         assert screen is not None
         for rows, states in x.items():
             found, _ = head.screened(states, range(rows), screen)
             assert found == head(states, range(rows))[1]
-    for (form, coarse, rows), right in expected.items():
-        got = pack(weights[form], None, form, coarse=coarse)(x[rows])
+    for (form, mixed, rows), right in expected.items():
+        got = NativeWeight(weights[form], None, form)(x[rows], some[rows] if mixed else None)
         torch.testing.assert_close(got, right, rtol=0, atol=1e-4 * float(right.abs().max()))
         if form in MAKE and fused:
             assert got.equal(right)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from offramp.kernels.linear import Linear
-from offramp.kernels.weight_formats import GROUP, PackError, WeightFormat, available, can_hold, pack
+from offramp.kernels.weight_formats import (
+    GROUP,
+    NativeWeight,
+    PackError,
+    WeightFormat,
+    available,
+    can_hold,
+    pack,
+)
 
 TOLERANCE = dict.fromkeys(WeightFormat, 1e-5) | {
     WeightFormat.FP16: 1e-3,
@@ -83,30 +91,47 @@ def mixed(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("form", MAKE)
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 33])
-def test_coarse_products_round_all_groups_but_those_with_a_peak(
-    form: WeightFormat, rows: int
-) -> None:
+def test_coarse_rows_round_all_groups_but_those_with_a_peak(form: WeightFormat, rows: int) -> None:
+    """And rows beside them that are not coarse round nothing, bit for bit."""
     if not available(form):
         pytest.skip("no C kernels on this machine")
     weight, bias, x = MAKE[form](77, 96), torch.randn(77), torch.randn(rows, 96)
     # Of some rows, so that others beside them have no low bytes.
     x[::2, 40] *= 30
-    got = pack(weight, bias, form, coarse=True)(x).double() - bias
-    exact, expected = (each.double() @ weight.double().t() for each in (x, mixed(x)))
+    product, coarse = NativeWeight(weight, bias, form), torch.arange(rows) % 5 != 2
+    got = product(x, coarse)
+    assert got[~coarse].equal(product(x)[~coarse])
+    got, own = got[coarse].double() - bias, x[coarse]
+    exact, expected = (each.double() @ weight.double().t() for each in (own, mixed(own)))
     # An input halfway between two levels may become either.
     assert (got - expected).norm() < 4e-4 * expected.norm()
     assert (got - exact).norm() > 1e-3 * exact.norm()
 
 
-@pytest.mark.parametrize("coarse", [False, True], ids=["fine", "coarse"])
+@pytest.mark.parametrize("form", MAKE)
+def test_a_coarse_row_does_not_depend_on_the_rows_beside_it(form: WeightFormat) -> None:
+    """Bit for bit, whichever of them are coarse."""
+    if not available(form):
+        pytest.skip("no C kernels on this machine")
+    x = torch.randn(130, 96)
+    x[::3, 7] *= 20
+    product = NativeWeight(MAKE[form](77, 96), None, form)
+    coarse = torch.arange(130) % 7 < 4
+    whole = product(x, coarse)
+    for first, count in ((0, 1), (3, 2), (4, 7), (5, 16), (17, 113)):
+        some = slice(first, first + count)
+        assert product(x[some], coarse[some]).equal(whole[some])
+    assert product(x, torch.ones(130, dtype=torch.bool))[coarse].equal(whole[coarse])
+
+
 @pytest.mark.parametrize("form", NATIVE)
-def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightFormat, *, coarse: bool) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(form: WeightFormat) -> None:
     """Bit for bit; fp16, for which a matrix unit may serve many rows, among few and among many."""
     if not available(form):
         pytest.skip("no C kernels on this machine")
     weight, bias, x = MAKE.get(form, torch.randn)(77, 96), torch.randn(77), torch.randn(130, 96)
     x[::3, 7] *= 20
-    product = pack(weight, bias, form, coarse=coarse)
+    product = pack(weight, bias, form)
     whole = product(x)
     alone = torch.cat([product(row.unsqueeze(0)) for row in x])
     if form is not WeightFormat.FP16:

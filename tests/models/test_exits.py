@@ -22,7 +22,7 @@ from offramp.models.exits.file import (
     shipped_exits,
 )
 from offramp.models.exits.head import ExitHead
-from offramp.models.exits.points import OperatingPoint
+from offramp.models.exits.points import CoarsePoint, OperatingPoint
 from offramp.models.exits.training.data import Answer, States, collect
 from offramp.models.exits.training.pipeline import Judged, judge, split_answers, train_exits
 from offramp.models.exits.training.second_key import Draft
@@ -228,6 +228,15 @@ def test_operating_points_survive_by_rising_quality(trained: ExitFile, tmp_path:
     assert load(path).points == (points[1], exact, points[0])
 
 
+def test_what_coarse_inputs_keep_survives(trained: ExitFile, tmp_path: Path) -> None:
+    path = tmp_path / "exits.safetensors"
+    trained.save(path)
+    assert load(path).coarse is None
+    coarse = CoarsePoint(0.98, 0.95, 0.99, 100, 6400)
+    replace(trained, coarse=coarse).save(path)
+    assert load(path).coarse == coarse
+
+
 @pytest.mark.parametrize(
     ("points", "said"),
     [
@@ -267,6 +276,11 @@ def test_damaged_tensors_are_refused(trained: ExitFile, tmp_path: Path) -> None:
         load(path)
 
 
+COARSE = json.dumps(
+    {"quality": 0.98, "confidence": 0.95, "agreement": 0.99, "prompts": 100, "tokens": 6400}
+)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
@@ -279,6 +293,10 @@ def test_damaged_tensors_are_refused(trained: ExitFile, tmp_path: Path) -> None:
         ("thresholds", "[0.9, NaN]", "thresholds is no list of numbers"),
         ("floors", "[0.9, null]", "floors is no list of numbers"),
         ("metrics", "[]", "metrics is no object"),
+        ("coarse_inputs", "[]", "coarse inputs are no object"),
+        ("coarse_inputs", '{"quality": 0.9}', "coarse inputs are no object of agreement, conf"),
+        ("coarse_inputs", COARSE.replace("0.98", '"high"'), "coarse inputs have values that are"),
+        ("coarse_inputs", COARSE.replace("0.98", "1.5"), "of coarse inputs lie between 0 and 1"),
     ],
 )
 def test_wrong_metadata_is_refused_by_name(

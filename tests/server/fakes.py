@@ -95,6 +95,7 @@ class FakeEngine:
     permits: int | None = None
     fail_at: int | None = None
     context: int = CONTEXT
+    coarse: bool = False
     info: EngineInfo = field(init=False)
     aborted: list[str] = field(default_factory=list)
     added: list[GenerationRequest] = field(default_factory=list)
@@ -134,7 +135,12 @@ class FakeEngine:
         assert isinstance(request, GenerationRequest)
         self.added.append(request)
         now = time.monotonic()
-        stats = RequestStats(submitted_at, admitted_at=now, prompt_tokens=len(request.prompt))
+        stats = RequestStats(
+            submitted_at,
+            admitted_at=now,
+            prompt_tokens=len(request.prompt),
+            coarse=self.coarse,
+        )
         self._slots[request.request_id] = _Slot(request, stats)
         self._arrived.release()
 

@@ -373,6 +373,12 @@ class TestOtherRoutes:
                     assert "x-request-id" in response.headers
                     assert (response.text == "") == (method == "HEAD")
 
+    @pytest.mark.parametrize("coarse", [False, True])
+    async def test_inputs_of_8_bits_are_named(self, coarse: bool) -> None:  # noqa: FBT001 (parametrised)
+        async with serving(FakeEngine(coarse=coarse)) as server:
+            found = (await chat(server)).metrics["early_exit"]
+        assert found.get("activation_dtype") == ("int8" if coarse else None)
+
     async def test_metrics_count_tokens_depth_and_ends(self) -> None:
         async with serving() as server:
             await chat(server, max_tokens=4)

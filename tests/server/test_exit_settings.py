@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offramp.models.exits.points import OperatingPoint
-from offramp.models.sampling_params import ExitCriterion, ExitMode, KVFill
+from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, KVFill
 from offramp.server.api.plan import default_fault, exit_settings
 from offramp.server.api.schemas import EarlyExit
 from offramp.server.config import EngineConfig, ServerConfig
@@ -82,6 +82,19 @@ def test_a_wish_about_exits_is_a_wish_to_exit() -> None:
 def test_quality_takes_the_loosest_point_that_promises_it() -> None:
     assert settings({"quality": 0.9}).thresholds == (0.95, 0.95)
     assert settings({"quality": 0.96}).thresholds == (0.98, 0.98)
+
+
+def test_inputs_of_8_bits_may_keep_more_than_exits() -> None:
+    info = replace(INFO, coarse_quality=0.985)
+    found = settings({"quality": 0.985}, info)
+    assert found.quality == 0.985
+    assert set(found.thresholds) == {NEVER}
+    assert settings({"quality": 0.98}, info) == settings({"quality": 0.98})
+    with pytest.raises(InvalidRequest, match=r"0\.98 at best, inputs of 8 bits 0\.985"):
+        settings({"quality": 0.99}, info)
+    # Who names how K,V are made wants exits, and these have no promise.
+    with pytest.raises(InvalidRequest, match="'project'"):
+        settings({"quality": 0.9, "kv_fill": "copy"}, info)
 
 
 def test_points_hold_for_the_fill_they_were_calibrated_with() -> None:

@@ -169,6 +169,13 @@ def test_gauges_show_the_last_step(metrics: Metrics) -> None:
     assert value(metrics, "offramp:engine_steps_total") == 3
 
 
+def test_tokens_of_8_bit_inputs_are_counted(metrics: Metrics) -> None:
+    observer = metrics.request(request(), 1, time.monotonic())
+    made = event((4, 4), 8)
+    observer.event(made._replace(stats=made.stats._replace(coarse=True)))
+    assert value(metrics, "offramp:int8_tokens_total") == 2
+
+
 async def test_an_event_loop_that_is_held_up_is_seen(metrics: Metrics) -> None:
     watch = asyncio.create_task(metrics.watch_lag())
     await asyncio.sleep(0)
@@ -183,6 +190,7 @@ def test_tokens_are_counted_by_depth_and_phase(metrics: Metrics) -> None:
     observer.event(event((4,), 4))
     observer.event(event((2, 2), 8, passes=2))
     assert value(metrics, "offramp:passes_total") == 2
+    assert value(metrics, "offramp:int8_tokens_total") == 0
     assert value(metrics, "offramp:exit_layer_sum", phase="prefill") == 4
     assert value(metrics, "offramp:exit_layer_sum", phase="decode") == 4
     assert value(metrics, "offramp:layers_executed_total") == 8

@@ -132,10 +132,11 @@ class FakeGrammar(Grammar):
 
 @dataclass(frozen=True)
 class Cell:
-    """K,V of one position in one segment, or a hidden state."""
+    """K,V of one position in one segment, or a hidden state; ``coarse`` inputs made it."""
 
     content: bytes
     exact: bool
+    coarse: bool = False
 
 
 class FakeRunner:
@@ -214,11 +215,12 @@ class FakeRunner:
             earlier = [self.pages[segment, self._place(item.table, p)] for p in range(position)]
             if segment == 0:
                 previous = earlier[-1].content if earlier else b""
-                cell = Cell(link(previous, item.token_ids[index]), exact=True)
+                cell = Cell(link(previous, item.token_ids[index]), exact=True, coarse=item.coarse)
             else:
                 cell = self.rows[row]
+            assert {item.coarse} == {other.coarse for other in (cell, *earlier)}
             exact = cell.exact and all(other.exact for other in earlier)
-            self.rows[row] = Cell(cell.content, exact)
+            self.rows[row] = Cell(cell.content, exact, item.coarse)
             self.pages[segment, self._place(item.table, position)] = self.rows[row]
 
     def _check(self, item: SequenceRows) -> int | None:

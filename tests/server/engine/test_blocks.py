@@ -92,6 +92,7 @@ def test_a_hash_names_all_tokens_up_to_its_block(
     hashes = block_hashes(tokens, SIZE)
     assert len(hashes) == len(tokens) // SIZE
     assert block_hashes(tokens, SIZE, hashes[:known]) == hashes
+    assert not set(hashes) & set(block_hashes(tokens, SIZE, coarse=True))
     if changed < len(tokens):
         other = [*tokens[:changed], tokens[changed] + 1, *tokens[changed + 1 :]]
         same = [a == b for a, b in zip(hashes, block_hashes(other, SIZE), strict=True)]

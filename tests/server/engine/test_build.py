@@ -169,6 +169,28 @@ def test_inputs_of_8_bits_are_for_weights_in_integers(
         build(folder, max_model_len=64, activation_dtype="int8", **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({}, True),
+        ({"activation_dtype": "int16"}, False),
+        ({"activation_dtype": "int8"}, False),
+        ({"weights": Weights.FP16}, False),
+        ({"exits": "none"}, False),
+    ],
+    ids=str,
+)
+def test_who_may_choose_inputs_of_8_bits(
+    smollm2_dir: Path, options: dict[str, Any], *, allowed: bool
+) -> None:
+    """Requests, where the weights are in integers and it was calibrated what that keeps."""
+    if library() is None:
+        pytest.skip("no C kernels on this machine")
+    info = build(smollm2_dir, max_model_len=64, kv_cache_memory=0.1, **options).info
+    assert (info.coarse_quality is not None) == allowed
+    assert info.coarse == (options.get("activation_dtype") == "int8")
+
+
 def test_kernels_that_must_and_cannot_be_compiled_are_refused(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

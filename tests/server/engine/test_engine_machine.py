@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from offramp.models.costs import CostModel, StepCost
+from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import (
     ExitCriterion,
     ExitMode,
@@ -179,6 +180,25 @@ def request(
     return GenerationRequest(name, tuple(prompt), sampling, exits, grammar)
 
 
+def content_with_coarse(exits: int) -> ExitThresholds:
+    """Thresholds by which requests that name nothing take inputs of 8 bits."""
+    point = OperatingPoint(
+        quality=0.9,
+        confidence=0.95,
+        criterion=ExitCriterion.TWO_KEY,
+        kv_fill=KVFill.PROJECT,
+        thresholds=(0.5,) * exits,
+        agreement=0.95,
+        layers_skipped=0.1,
+        mean_depth=9.0,
+        prompts=10,
+        tokens=100,
+    )
+    thresholds = ExitThresholds((0.5,) * exits, [point], 0.9)
+    thresholds.allow_coarse(0.9, 1.25)
+    return thresholds
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Adds, steps and aborts in any order; every answer must be the only right one."""
 
@@ -193,6 +213,7 @@ class EngineMachine(RuleBasedStateMachine):
         audit_rate=st.sampled_from([0.0, 0.5, 1.0]),
         on_device=st.booleans(),
         drafts=st.booleans(),
+        coarse=st.booleans(),
         seed=st.integers(0, 5),
     )
     def build(
@@ -207,9 +228,13 @@ class EngineMachine(RuleBasedStateMachine):
         audit_rate: float,
         on_device: bool,  # noqa: FBT001 (drawn by hypothesis)
         drafts: bool,  # noqa: FBT001 (drawn by hypothesis)
+        coarse: bool,  # noqa: FBT001 (drawn by hypothesis)
         seed: int,
     ) -> None:
-        """An engine of arbitrary sizes."""
+        """An engine of arbitrary sizes; some requests are content with ``coarse`` inputs."""
+        # Kernels of GPUs take no such inputs.
+        self.coarse = coarse and not on_device
+        thresholds = content_with_coarse(len(exits)) if self.coarse else None
         self.engine, self.runner = fake_engine(
             exit_layers=exits,
             num_blocks=num_blocks,
@@ -222,6 +247,7 @@ class EngineMachine(RuleBasedStateMachine):
             on_device=on_device,
             drafts=drafts,
             seed=seed,
+            thresholds=thresholds,
         )
         self.requests: dict[str, GenerationRequest] = {}
         self.events: dict[str, list[TokenEvent]] = {}
@@ -317,6 +343,10 @@ class EngineMachine(RuleBasedStateMachine):
         layers = [layer for event in events for layer in event.exit_layers]
         assert len(layers) == len(tokens)
         assert tokens == expected_answer(item.prompt, len(tokens))
+        coarse = events[-1].stats.coarse
+        assert coarse <= (self.coarse and item.exits.mode is ExitMode.ADAPTIVE)
+        if coarse:
+            assert set(layers) <= {LAYERS}
         if item.exits.mode is not ExitMode.ADAPTIVE:
             assert set(layers) <= {LAYERS}
         if item.sampling.logprobs is not None and tokens:

@@ -62,7 +62,13 @@ def exits(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def build(
-    folder: Path, exits: str, num_blocks: int, *, on_device: bool = False, coarse: bool = False
+    folder: Path,
+    exits: str,
+    num_blocks: int,
+    *,
+    on_device: bool = False,
+    weights: Weights = Weights.FP32,
+    coarse: bool = False,
 ) -> Engine:
     """An engine that checks its invariants after every step.
 
@@ -72,7 +78,7 @@ def build(
     on_gpu = on_device and torch.cuda.is_available()
     config = EngineConfig(
         exits=exits,
-        weights=Weights.AUTO if on_gpu or coarse else Weights.FP32,
+        weights=Weights.AUTO if on_gpu or coarse else weights,
         activation_dtype="int8" if coarse else "auto",
         dtype="float32",
         device="cuda" if on_gpu else "cpu",
@@ -179,3 +185,24 @@ def test_inputs_of_8_bits(
     assert 0.6 * len(same) < sum(same) < len(same)
     assert answers(engine, prompts[::5], 1, [ExitMode.LOSSLESS])[0] == together[::5]
     assert answers(engine, prompts, 16, [ExitMode.LOSSLESS, ExitMode.OFF])[0] == together
+
+
+def test_inputs_of_8_bits_for_those_who_allow_them(
+    smollm2_dir: Path, prompts: list[tuple[int, ...]]
+) -> None:
+    """In one batch with others, whose tokens and cached prompts stay those of 16 bits."""
+    if library() is None:
+        pytest.skip("no C kernels on this machine")
+    prompts = prompts[::2]
+    coarse, _ = answers(build(smollm2_dir, "auto", 320, coarse=True), prompts, 16)
+    engine = build(smollm2_dir, "auto", 320, weights=Weights.AUTO)
+    fine, _ = answers(engine, prompts, 16)
+    assert engine.info.coarse_quality is not None
+    engine.thresholds.allow_coarse(1.0, 1.2)
+    modes = [ExitMode.ADAPTIVE, ExitMode.LOSSLESS, ExitMode.ADAPTIVE, ExitMode.OFF]
+    for _ in range(2):
+        found, done = answers(engine, prompts, 16, modes)
+        for index, (tokens, item) in enumerate(zip(found, done, strict=True)):
+            assert item.stats is not None
+            assert item.stats.coarse == (index % 2 == 0)
+            assert tokens == (fine if index % 2 else coarse)[index]

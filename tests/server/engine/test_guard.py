@@ -28,6 +28,8 @@ from .fake_runner import VOCAB, FakeRunner
 from .test_engine_machine import LAYERS, fake_engine
 
 PROMISE = 0.9
+SAMPLING = SamplingParams(max_tokens=12, temperature=0.0)
+ADAPTIVE = ExitSettings(ExitMode.ADAPTIVE)
 
 
 def point(quality: float) -> OperatingPoint:
@@ -78,9 +80,8 @@ def engine_with(wrong: float, rate: float = 1.0, *, every_exit: bool = False) ->
 
 def serve(engine: Engine, prompts: Iterable[int], mode: ExitMode = ExitMode.ADAPTIVE) -> list[int]:
     """Depths of all answers; audits that wait are run as well."""
-    sampling = SamplingParams(max_tokens=12, temperature=0.0)
     requests = [
-        GenerationRequest(f"{mode}{n}", (n, n + 1), sampling, ExitSettings(mode)) for n in prompts
+        GenerationRequest(f"{mode}{n}", (n, n + 1), SAMPLING, ExitSettings(mode)) for n in prompts
     ]
     done = run_all(engine, requests, concurrency=3)
     while engine.has_work:
@@ -123,6 +124,22 @@ def test_disagreements_are_counted_exactly() -> None:
     depths = serve(engine, range(6))
     assert engine.guard.audited == len(depths)
     assert engine.guard.disagreements == sum(layer < LAYERS for layer in depths)
+
+
+def test_answers_with_inputs_of_8_bits_are_audited(caplog: pytest.LogCaptureFixture) -> None:
+    """With 16; a broken promise ends them."""
+    engine = engine_with(wrong=0.0)
+    engine.thresholds.allow_coarse(PROMISE, 1.5)
+    assert set(serve(engine, range(20))) == {LAYERS}
+    assert engine.guard.audited == 20 * 12
+    assert engine.guard.disagreements == 0
+    for _ in range(20):
+        done = Sequence(0, GenerationRequest("x", (1,), SAMPLING, ADAPTIVE), 0.0, 3, True, True)
+        done.tokens += [0] * 10
+        engine.guard.record(done, 5)
+    assert engine.thresholds.guard_level > 0
+    assert "inputs have 16 bits" in caplog.text
+    assert min(serve(engine, range(20, 25))) < LAYERS
 
 
 def test_what_is_never_audited() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import NEVER, ExitCriterion, ExitMode, ExitSettings, KVFill
 from offramp.server.engine.thresholds import GUARD_OFF, ExitThresholds
@@ -82,3 +86,49 @@ def test_the_guard_tightens_everything_and_then_closes() -> None:
     assert thresholds.guard_level == GUARD_OFF
     assert thresholds.thresholds == (NEVER, NEVER)
     assert thresholds.of(ExitSettings(thresholds=(0.5, 0.0)), late=False) == (NEVER, NEVER)
+
+
+def test_a_quality_is_spent_on_what_spares_more() -> None:
+    """The points skip a tenth of the layers, and inputs of 8 bits may spare more or less time."""
+    thresholds = ExitThresholds(DEFAULT, POINTS, 0.98)
+    assert not thresholds.takes_coarse(ANY)
+    thresholds.allow_coarse(0.98, 1.04)
+    assert not thresholds.takes_coarse(replace(ANY, quality=0.9))
+    thresholds.allow_coarse(0.98, 1.1)
+    assert not thresholds.takes_coarse(ANY)
+    thresholds.allow_coarse(0.98, 1.2)
+    assert thresholds.takes_coarse(ANY)
+    assert thresholds.takes_coarse(replace(ANY, quality=0.9))
+    thresholds.tighten()
+    assert not thresholds.takes_coarse(ANY)
+
+
+def test_no_more_is_promised_of_inputs_than_was_calibrated() -> None:
+    thresholds = ExitThresholds(DEFAULT, POINTS, 0.98)
+    thresholds.allow_coarse(0.95, 1.2)
+    assert not thresholds.takes_coarse(ANY)
+    assert thresholds.takes_coarse(replace(ANY, quality=0.95))
+    assert not thresholds.takes_coarse(replace(ANY, quality=0.96))
+    # Without a promise nobody said what may differ.
+    unpromised = ExitThresholds(DEFAULT)
+    unpromised.allow_coarse(0.98, 1.2)
+    assert not unpromised.takes_coarse(ANY)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"mode": ExitMode.OFF},
+        {"mode": ExitMode.LOSSLESS},
+        {"criterion": ExitCriterion.MAX_PROB},
+        {"always": True},
+        {"prefill_threshold": 0.5},
+        {"late_thresholds": DEFAULT},
+        {"thresholds": DEFAULT},
+    ],
+    ids=str,
+)
+def test_who_names_exits_gets_exits(named: dict[str, object]) -> None:
+    thresholds = ExitThresholds(DEFAULT, POINTS, 0.98)
+    thresholds.allow_coarse(0.98, 1.2)
+    assert not thresholds.takes_coarse(replace(ANY, **named))  # type: ignore[arg-type]

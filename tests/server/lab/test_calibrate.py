@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from offramp.kernels.native import library
 from offramp.models.exits.calibration import Candidate
 from offramp.models.exits.file import ExitFile, load_exits, read_metadata
 from offramp.models.exits.points import OperatingPoint
@@ -19,6 +21,7 @@ from offramp.models.sampling_params import ExitCriterion, KVFill
 from offramp.server.lab import calibrate, candidates, selection
 
 Words = list[str]
+SHIPPED = Path(str(resources.files("offramp") / "models" / "exits"))
 
 
 def call(words: Words) -> int:
@@ -163,6 +166,40 @@ def test_a_budget_states_the_quality_it_keeps(words: Words, exits: Path) -> None
     assert found.mean_depth <= 3.2
     assert 0.5 < found.quality < found.agreement
     assert call([*words, "--mean-depth", "1.5"]) == 1
+
+
+def test_what_inputs_of_8_bits_keep_is_noted_beside_the_points(
+    smollm2_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing else changes."""
+    if library() is None:
+        pytest.skip("no C kernels on this machine")
+    source, out = SHIPPED / "smollm2-135m.safetensors", tmp_path / "out.safetensors"
+    words = ["--model", str(smollm2_dir), "--exits", str(source), "--prompts", str(prompts)]
+    words += ["--limit", "24", "--max-tokens", "8", "--activation-dtype", "int8"]
+    assert call([*words, "--out", str(out)]) == 0
+    noted = json.loads(capsys.readouterr().out)
+    assert 0.5 < noted["quality"] < noted["agreement"] <= 1
+    assert (noted["prompts"], noted["confidence"]) == (24, 0.95)
+    before, after = read_metadata(source), read_metadata(out)
+    assert after.pop("coarse_inputs") == noted
+    del before["coarse_inputs"]
+    assert after == before
+    old, new = load_file(source), load_file(out)
+    assert old.keys() == new.keys()
+    assert all(old[name].equal(new[name]) for name in old)
+
+
+def test_inputs_of_8_bits_that_cannot_be_calibrated(
+    words: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A quality is not asked for but measured, and weights have to be in integers."""
+    words = [*words, "--activation-dtype", "int8"]
+    assert call([*words, "--quality", "0.9"]) == 1
+    assert call(words) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "name none" in lines[0]
+    assert "4 or 8 bits" in lines[1]
 
 
 @pytest.mark.parametrize("criterion", ["patience", "fixed"])
