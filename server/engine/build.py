@@ -149,8 +149,11 @@ def assemble(
     most = min(info.max_num_seqs, info.num_blocks)
     coarse = info.coarse_quality is not None and not every_exit
     costs = profile_costs(runner, info.num_segments, most, drafts=info.draft_head, coarse=coarse)
-    if info.coarse_quality is not None:
-        thresholds.allow_coarse(info.coarse_quality, costs.coarse_gain)
+    if coarse and info.coarse_quality is not None:
+        pays = thresholds.allow_coarse(info.coarse_quality, costs.coarse_gain)
+        who = f"adaptive requests up to {info.coarse_quality:g}" if pays else "no request"
+        gain = costs.coarse_gain
+        logger.info("inputs of 8 bits make layers %.2f times as fast; %s will take them", gain, who)
     governor = ExitGovernor(
         costs, thresholds, max_hold, every_exit=every_exit, head_chances=info.head_chances
     )

@@ -69,10 +69,15 @@ class ExitThresholds:
         wished = exits.late_thresholds if late and exits.late_thresholds else exits.thresholds
         return self.thresholds if wished is None else self._guarded(wished)
 
-    def allow_coarse(self, quality: float, gain: float) -> None:
-        """Inputs of 8 bits keep ``quality`` and make layers ``gain`` times as fast."""
-        if gain >= _LEAST_GAIN:
-            self._coarse_quality, self._coarse_saving = quality, 1 - 1 / gain
+    def allow_coarse(self, quality: float, gain: float) -> bool:
+        """Inputs of 8 bits keep ``quality`` and make layers ``gain`` times as fast.
+
+        Returns whether that is enough for anyone to take them.
+        """
+        if gain < _LEAST_GAIN:
+            return False
+        self._coarse_quality, self._coarse_saving = quality, 1 - 1 / gain
+        return True
 
     def takes_coarse(self, exits: ExitSettings) -> bool:
         """Whether a request's quality is spent on inputs of 8 bits instead of exits.
