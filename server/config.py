@@ -80,7 +80,13 @@ class EngineConfig(_Options):
     )
     seed: int = _option("Model", 0, "Seed of random weights and of requests without one.", ge=0)
     max_num_seqs: int = _option("Scheduling", 64, "Sequences in the engine at once.", ge=1)
-    max_num_batched_tokens: int = _option("Scheduling", 512, "Token rows in one step.", ge=1)
+    max_num_batched_tokens: int = _option(
+        "Scheduling",
+        512,
+        "Token rows in one step. Beside rows of answers there are at most 16 of prompts for each, "
+        "or 64.",
+        ge=1,
+    )
     threads: int = _option("Scheduling", 0, "CPU threads of the engine; 0 takes all cores.", ge=0)
     step_timeout: float = _option(
         "Scheduling",

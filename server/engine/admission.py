@@ -15,6 +15,11 @@ from offramp.server.engine.sequence import Sequence
 
 # Prompt rows an audit may add to a step beside other requests.
 _AUDIT_ROWS = 32
+# Rows of prompts beside each row of an answer, and the fewest beside any: they bound how long a new
+# prompt keeps answers waiting for their next tokens. Prompts take no longer in small chunks; what
+# they wait for is the answers' rows among theirs.
+_PROMPT_ROWS_BESIDE = 16
+_FEWEST_PROMPT_ROWS = 64
 # Seconds after which a request's priority no longer keeps it waiting.
 _LONGEST_WAIT_S = 60.0
 
@@ -57,16 +62,25 @@ class Admission:
         """Sequences for the next step of the first segment, each with a chunk in the cache.
 
         Of those ``ready`` there, decode tokens come first, then chunks of prompts; then waiting
-        sequences are admitted. The step's token budget and the hidden rows bound all together.
+        sequences are admitted. The step's token budget and the hidden rows bound all together;
+        beside decode tokens there is less room for prompts (stall-free batching, Sarathi-Serve,
+        arXiv 2403.02310, here in proportion to those tokens).
         Sequences that are preempted for blocks leave their decoder. Without ``preempt`` those for
         which there are none are left out instead.
         """
         chosen: list[Sequence] = []
         budget = self._info.max_num_batched_tokens
-        # False sorts first: decode tokens before chunks of prompts, otherwise in order of arrival.
-        for sequence in sorted(ready, key=lambda each: not each.decoding):
-            preempted = sequence.decoder is None
-            if not preempted and self._start_chunk(sequence, budget, chosen, preempt=preempt):
+        prompts: list[Sequence] = []
+        for sequence in ready:
+            if not sequence.decoding:
+                prompts.append(sequence)
+            elif self._resume(sequence, budget, chosen, preempt=preempt):
+                budget -= len(sequence.chunk)
+        rows = self._info.max_num_batched_tokens - budget
+        if rows:
+            budget = min(budget, max(_FEWEST_PROMPT_ROWS, _PROMPT_ROWS_BESIDE * rows))
+        for sequence in prompts:
+            if self._resume(sequence, budget, chosen, preempt=preempt):
                 budget -= len(sequence.chunk)
         while budget and self._memory.rows.num_free:
             admitted = self._admit(now)
@@ -92,6 +106,13 @@ class Admission:
             if not preempt or self._preempt(spared) is sequence:
                 return False
         return True
+
+    def _resume(
+        self, sequence: Sequence, budget: int, chosen: list[Sequence], *, preempt: bool
+    ) -> bool:
+        """Start a chunk of a sequence that was ready, unless another's preempted it meanwhile."""
+        preempted = sequence.decoder is None
+        return not preempted and self._start_chunk(sequence, budget, chosen, preempt=preempt)
 
     def _start_chunk(
         self, sequence: Sequence, budget: int, chosen: list[Sequence], *, preempt: bool = True

@@ -10,7 +10,7 @@ import pytest
 
 from offramp.models.sampling_params import ExitMode, KVFill, TokenSource
 from offramp.models.step import Draft, Step, StepResult
-from offramp.server.engine import draft_trials
+from offramp.server.engine import admission, draft_trials
 from offramp.server.engine import sequence as sequences
 from offramp.server.engine.engine import Engine
 from offramp.server.engine.governor import HeadPlan
@@ -68,6 +68,27 @@ def test_other_salts_share_no_blocks() -> None:
         assert done[0].token_ids == expected_answer(prompt, 6)
         cached.append(done[0].stats.cached_tokens)
     assert cached == [0, 0, 0, 11, 11]
+
+
+def test_a_long_prompt_leaves_answers_their_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside answers its chunks are small, without them as large as a step."""
+    monkeypatch.setattr(admission, "_FEWEST_PROMPT_ROWS", 5)
+    monkeypatch.setattr(admission, "_PROMPT_ROWS_BESIDE", 2)
+    engine, _ = fake_engine(exit_layers=(), num_blocks=60, max_num_seqs=8, max_batched=32)
+    for name in "abcd":
+        engine.add(request(name, [ord(name)], 8), time.monotonic())
+    engine.step()
+    engine.add(request("long", list(range(36)), 1), time.monotonic())
+    chunks = []
+    while engine.has_work:
+        stats = engine.step().stats
+        if stats is not None and stats.prefill_rows:
+            chunks.append((stats.prefill_rows, stats.decode_rows))
+    assert chunks == [(8, 4)] * 4 + [(4, 4)]
+    done, steps = run(engine, [request("one", [1], 9), request("other", list(range(1, 37)), 1)], 2)
+    assert done[1].token_ids == expected_answer(range(1, 37), 1)
+    # Both prompts at once, then five rows beside the one answer.
+    assert [each.prefill_rows for each in steps if each.prefill_rows] == [32, 5]
 
 
 def test_the_lowest_priority_runs_first() -> None:
