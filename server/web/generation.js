@@ -48,7 +48,7 @@ export function costs(metrics) {
     found[1].push(`${depth.accepted_tokens} of ${depth.drafted_tokens} guesses`);
   }
   if (depth.stayed) found.push(["stayed", String(depth.stayed)]);
-  if (depth.activation_dtype) found.push(["inputs", depth.activation_dtype]);
+  if (depth.activation_dtype) found[3].push(`${depth.activation_dtype} inputs`);
   return found;
 }
 
