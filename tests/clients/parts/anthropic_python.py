@@ -33,6 +33,8 @@ FORCED = {
     "model": MODEL,
     "messages": TOOL_MESSAGES,
     "max_tokens": FORCED_TOKENS,
+    # A sampled argument may be longer than the answer.
+    "extra_body": {"temperature": 0},
     "tools": [TOOL],
     "tool_choice": {"type": "any"},
 }

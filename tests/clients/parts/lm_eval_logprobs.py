@@ -13,8 +13,9 @@ import yaml
 
 from tests.clients.parts.checks import BASE_URL, MODEL, MODEL_FOLDER, PYTHON, WORK, check, run
 
-# Of each token: differences add up over an answer.
-TOLERANCE = 1e-3
+# Of each token: differences add up over an answer. Keys, values and inputs of products have 16
+# bits, of which keys and values alone make up to 1e-3.
+TOLERANCE = 3e-3
 DOCUMENTS = [
     ("The capital of France is", [" Paris", " London", " Berlin"]),
     ("Water freezes at a temperature of", [" zero degrees", " one hundred degrees"]),
