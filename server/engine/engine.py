@@ -216,9 +216,10 @@ class Engine:
         return None
 
     def _new_sequence(self, request: GenerationRequest, submitted_at: float) -> Sequence:
-        instead = not self.info.coarse and self.thresholds.takes_coarse(request.exits)
-        coarse, segments = instead or self.info.coarse, self.info.num_segments
-        return Sequence(next(self._ids), request, submitted_at, segments, coarse, instead)
+        made = Sequence(next(self._ids), request, submitted_at, self.info.num_segments)
+        made.exits_closed = not self.info.coarse and self.thresholds.takes_coarse(request.exits)
+        made.coarse = self.info.coarse or made.exits_closed
+        return made
 
     def _emit(
         self,

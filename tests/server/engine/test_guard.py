@@ -134,7 +134,9 @@ def test_answers_with_inputs_of_8_bits_are_audited(caplog: pytest.LogCaptureFixt
     assert engine.guard.audited == 20 * 12
     assert engine.guard.disagreements == 0
     for _ in range(20):
-        done = Sequence(0, GenerationRequest("x", (1,), SAMPLING, ADAPTIVE), 0.0, 3, True, True)
+        done = Sequence(
+            0, GenerationRequest("x", (1,), SAMPLING, ADAPTIVE), 0.0, 3, exits_closed=True
+        )
         done.tokens += [0] * 10
         engine.guard.record(done, 5)
     assert engine.thresholds.guard_level > 0
