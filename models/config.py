@@ -53,4 +53,5 @@ class Weights(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
     INT4 = "int4"

@@ -56,8 +56,8 @@ class EngineConfig(_Options):
     weights: Weights = _option(
         "Model",
         Weights.AUTO,
-        "Form of weights on a CPU: fp32 (exact), fp16, bf16, int4 (models published in Q4_1), or "
-        "auto: for each matrix the smallest that loses nothing, else fp16.",
+        "Form of weights on a CPU: fp32 (exact), fp16, bf16, int8 or int4 (finer ones are rounded "
+        "to it), or auto: for each matrix the smallest that loses nothing, else fp16.",
     )
     activation_dtype: Literal["auto", "int8", "int16"] = _option(
         "Model",

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from offramp.kernels.weight_formats import INTEGERS, WeightFormat, available, can_hold
+from offramp.kernels.weight_formats import (
+    INTEGERS,
+    PackError,
+    WeightFormat,
+    available,
+    can_hold,
+    nearest,
+)
 from offramp.models.config import Weights
 from offramp.models.errors import ModelError
 
@@ -17,6 +24,7 @@ Forms = Callable[[Tensor], WeightFormat]
 """The format to store a matrix [out, in] in."""
 
 
+_MATRIX = 2
 _FIRST_LAYER = tuple(f"layers.0.{name}" for name in ("qkv", "o", "gate_up", "down"))
 
 
@@ -34,13 +42,71 @@ class Recipes:
     drafts: Forms
 
 
+class RoundedWeights(Mapping[str, Tensor]):
+    """``weights`` in fp32 whose matrices are rounded when they are asked for.
+
+    Layers to ``form``, embeddings and LM head to 8 bits: among logits of 4 bits there are ties.
+    ``changed`` are the names of those that had to move, ``error`` is the first one's, relative to
+    its norm.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], form: WeightFormat) -> None:
+        self._weights = weights
+        self._form = form
+        self.changed: set[str] = set()
+        self.error = 0.0
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        if weight.dim() < _MATRIX or weight.dtype is not torch.float32:
+            return weight
+        form = self._form if name.startswith("layers.") else WeightFormat.INT8
+        try:
+            # What was published in 4 bits does not get finer by 8.
+            if can_hold(WeightFormat.INT4, weight):
+                return weight
+            rounded = nearest(form, weight)
+        except PackError as error:
+            raise WeightFormatError(
+                f"--weights {self._form}: {name}: {error}; use --weights auto"
+            ) from error
+        if rounded is not weight:
+            if not self.changed:
+                self.error = float((rounded - weight).norm() / weight.norm())
+            self.changed.add(name)
+        return rounded
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def rounded(wish: Weights, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``weights`` on the grids of INT8 and INT4, where these are wished for; `choose` finds them.
+
+    Either leaves alone what 4 or its own bits hold as it is.
+    """
+    match wish:
+        case Weights.INT4:
+            return RoundedWeights(weights, WeightFormat.INT4)
+        case Weights.INT8:
+            return RoundedWeights(weights, WeightFormat.INT8)
+        case _:
+            return weights
+
+
 def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True) -> Recipes:
-    """Formats for the loader's canonical ``weights``.
+    """Formats for the loader's canonical ``weights``, which `rounded` has seen.
 
     Formats are for fp32 models on a CPU; elsewhere only AUTO is possible, and weights stay plain.
-    AUTO stores each matrix in the smallest format that loses nothing, 4 or 8 bits where the model
-    was published in them, else in fp16. ``native`` False forbids the C kernels: then there are no
-    integer formats, and fp16 and fp32 are torch's. Raises WeightFormatError.
+    Each matrix is stored in the smallest format that loses nothing, 4 or 8 bits where the model
+    was published in them or rounded to them, else in fp16. ``native`` False forbids the C kernels:
+    then there are no integer formats, and fp16 and fp32 are torch's. Raises WeightFormatError.
     """
     embed = weights["embed"]
     if embed.device.type != "cpu" or embed.dtype is not torch.float32:
@@ -52,25 +118,20 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
     exact = WeightFormat.FP32 if native else spare
     half = _first(WeightFormat.FP16 if native else WeightFormat.FBGEMM_FP16, exact)
     integers = INTEGERS if native else ()
-    _refuse(wish, weights, native=native)
-    whole = functools.partial(_nearest, (exact, spare))
-    nearest = functools.partial(_nearest, (half, exact, spare))
-    smallest = functools.partial(_nearest, (*integers, half, exact, spare))
+    _refuse(wish, native=native)
+    whole = functools.partial(_first_that_holds, (exact, spare))
+    halves = functools.partial(_first_that_holds, (half, exact, spare))
+    smallest = functools.partial(_first_that_holds, (*integers, half, exact, spare))
     layers: dict[Weights, Forms] = {
-        Weights.AUTO: smallest,
         Weights.FP32: whole,
         Weights.BF16: lambda _: WeightFormat.ONEDNN_BF16,
-        Weights.INT4: lambda _: WeightFormat.INT4,
+        Weights.FP16: halves,
     }
-    # Logits rounded to bf16 or 4 bits have ties, so a head goes below fp16 only if stored so.
-    head: dict[Weights, Forms] = {
-        Weights.AUTO: smallest,
-        Weights.FP32: whole,
-        Weights.INT4: functools.partial(_nearest, (WeightFormat.INT8, half, exact, spare)),
-    }
+    # Logits rounded to bf16 have ties, so a head goes below fp16 only if stored so.
+    head = layers | {Weights.BF16: halves}
     # Rows of an LM head that was published in 8 bits, among others.
-    exits = smallest if wish in (Weights.AUTO, Weights.INT4) else nearest
-    return Recipes(layers.get(wish, nearest), head.get(wish, nearest), exits, smallest)
+    exits = halves if wish in (Weights.FP32, Weights.FP16, Weights.BF16) else smallest
+    return Recipes(layers.get(wish, smallest), head.get(wish, smallest), exits, smallest)
 
 
 def keeps_integers(recipes: Recipes, weights: Mapping[str, Tensor]) -> bool:
@@ -96,15 +157,16 @@ def _first(form: WeightFormat, other: WeightFormat) -> WeightFormat:
     return form if available(form) else other
 
 
-def _nearest(forms: Sequence[WeightFormat], weight: Tensor) -> WeightFormat:
+def _first_that_holds(forms: Sequence[WeightFormat], weight: Tensor) -> WeightFormat:
     """The first of ``forms`` that can store ``weight``; the last, which must, is not asked."""
     return next((form for form in forms[:-1] if can_hold(form, weight)), forms[-1])
 
 
-def _refuse(wish: Weights, weights: Mapping[str, Tensor], *, native: bool) -> None:
-    """Raise WeightFormatError if the machine or the model has no such format."""
-    if wish is Weights.INT4:
-        _refuse_int4(weights, native=native)
+def _refuse(wish: Weights, *, native: bool) -> None:
+    """Raise WeightFormatError if the machine has no such format."""
+    if wish in {Weights.INT4, Weights.INT8}:
+        if not native:
+            raise WeightFormatError(f"--weights {wish} needs the C kernels; use --weights auto")
         return
     needed = {
         Weights.BF16: WeightFormat.ONEDNN_BF16,
@@ -112,15 +174,3 @@ def _refuse(wish: Weights, weights: Mapping[str, Tensor], *, native: bool) -> No
     }
     if wish in needed and not available(needed[wish]):
         raise WeightFormatError(f"--weights {wish}: no such products on this machine; use auto")
-
-
-def _refuse_int4(weights: Mapping[str, Tensor], *, native: bool) -> None:
-    if not native:
-        raise WeightFormatError("--weights int4 needs the C kernels; use --weights auto")
-    for name, weight in weights.items():
-        matrix = name.startswith("layers.") and weight.dim() > 1
-        if matrix and not can_hold(WeightFormat.INT4, weight):
-            raise WeightFormatError(
-                f"--weights int4 keeps the 4-bit weights of a model published in Q4_1; {name} "
-                "of this model is finer; use fp16"
-            )

@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.models.config import Weights
 from offramp.server.bench.common import BenchError, Refused, Report, Say, UsageError
 
 Bench = Callable[[argparse.Namespace, str, Say], Report]
@@ -132,7 +133,7 @@ def _add_offramp(add: Callable[..., Any]) -> None:
     add("--model", default="smollm2-135m", help="embedded name, folder or hub id")
     add(
         "--weights",
-        choices=("fp32", "fp16", "bf16", "int4", "auto"),
+        choices=tuple(map(str, Weights)),
         default="fp32",
         help="number format of a CPU's weights; for --url, the one that server was given [fp32]",
     )
@@ -292,9 +293,7 @@ def decisions_parser() -> argparse.ArgumentParser:
     add("--concurrency", type=_numbers, default=(1, 8), help="requests in flight [1,8]")
     add("--model", default="smollm2-135m", help="embedded name, folder or hub id")
     add("--decision-heads", default="auto", help='file, "auto" or "none"')
-    add(
-        "--weights", choices=("fp32", "fp16", "bf16", "int4", "auto"), default="auto", help="[auto]"
-    )
+    add("--weights", choices=tuple(map(str, Weights)), default="auto", help="[auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0 is torch's choice")
     add("--url", help="measure the server there; one of its own if unset")
     add("--api-key", help="key of that server")
@@ -313,9 +312,7 @@ def forms_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="offramp bench forms", allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="embedded name, folder or hub id")
-    add(
-        "--weights", choices=("fp32", "fp16", "bf16", "int4", "auto"), default="auto", help="[auto]"
-    )
+    add("--weights", choices=tuple(map(str, Weights)), default="auto", help="[auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0 takes all cores")
     add("--modes", type=_modes, default=("off", "lossless"), help="[off,lossless]")
     add("--concurrency", type=_numbers, default=(1, 16), help="streams [1,16]")

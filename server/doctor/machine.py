@@ -110,7 +110,7 @@ def _loaded(path: Path, config: ServerConfig) -> Iterator[Finding]:
     yield Finding("kernels", f"C, {kind}{', with AMX' if library.has_amx else ''}")
     forms = [form for form in WeightFormat if form is not WeightFormat.PLAIN and available(form)]
     text = f"{', '.join(forms)}; --weights {config.engine.weights}"
-    if config.engine.weights in {Weights.AUTO, Weights.INT4}:
+    if config.engine.weights in {Weights.AUTO, Weights.INT8, Weights.INT4}:
         yield Finding("weights", text)
     else:
         advice = "--weights auto is as exact as the model allows, and the fastest of these"

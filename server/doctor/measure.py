@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from offramp.models.loading.formats import choose
+from offramp.models.loading.formats import choose, rounded
 from offramp.models.loading.safetensors import StoredWeights
 from offramp.models.sampling_params import ExitMode, ExitSettings, SamplingParams
 from offramp.server.bench.device import bandwidth
@@ -37,7 +37,8 @@ def measure(config: EngineConfig, folder: Path) -> Iterator[Finding]:
     text = f"{read / 1e9:.1f} GB/s read, {copied / 1e9:.1f} copied"
     yield Finding("memory bandwidth", text)
     if device.type == "cpu":
-        stored = StoredWeights(folder, runner.model.config, dtype=runner.model.dtype)
+        found = StoredWeights(folder, runner.model.config, dtype=runner.model.dtype)
+        stored = rounded(config.weights, found)
         recipes = choose(config.weights, stored, native=native_kernels(config))
         head = recipes.head(stored.get("lm_head", stored["embed"]))
         forms = f"{recipes.layers(stored['layers.0.gate_up'])} in the layers, {head} in the head"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offramp.models.families import config_from_hf
 from offramp.models.kv_cache import bytes_per_block
-from offramp.models.loading.formats import choose, keeps_integers
+from offramp.models.loading.formats import choose, keeps_integers, rounded
 from offramp.models.loading.safetensors import StoredWeights
 from offramp.models.loading.sources import ALIASES, CARRIERS, TINY
 from offramp.paths import cache_folder
@@ -81,6 +81,8 @@ def model(config: EngineConfig, folder: Path) -> Iterator[Finding]:
     yield Finding("early exit", ", ".join(found))
     longest = context_length(shape, config)
     extra = 0 if drafts is None else 1
+    if device.type == "cpu":
+        weights = rounded(config.weights, weights)
     recipes = choose(config.weights, weights, native=native_kernels(config))
     integers = keeps_integers(recipes, weights)
     takes_coarse_inputs(config, shape, integers=integers)

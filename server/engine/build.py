@@ -46,7 +46,13 @@ from offramp.models.exits.head import shared_heads
 from offramp.models.exits.points import points_under
 from offramp.models.families import config_from_hf, sampling_defaults
 from offramp.models.kv_cache import KVCache
-from offramp.models.loading.formats import as_they_are, choose, keeps_integers
+from offramp.models.loading.formats import (
+    RoundedWeights,
+    as_they_are,
+    choose,
+    keeps_integers,
+    rounded,
+)
 from offramp.models.loading.safetensors import StoredWeights, fingerprint
 from offramp.models.runner import Runner
 from offramp.models.sampling_params import DEFAULT_CRITERION, KVFill
@@ -240,7 +246,9 @@ def _load(
     check_shape(shape, device)
     stored = StoredWeights(folder, shape, dtype=dtype, progress=progress)
     weights, own = tuned_weights(config.exits, stored)
-    if device.type != "cpu":
+    if device.type == "cpu":
+        weights = rounded(config.weights, weights)
+    else:
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
     exits = exit_file(config.exits, own, weights, shape, dtype, device)
     heads, max_len = exits.heads, context_length(shape, config)
@@ -262,6 +270,10 @@ def _load(
         raise EngineConfigError("--exit-hold throughput is for GPUs; use --exit-hold latency")
     layers = tuple(head.layer for head in heads)
     model = Transformer(shape, weights, layers, max_len, recipes)
+    if isinstance(weights, RoundedWeights) and weights.changed:
+        told = "%d matrices are rounded to at most %s, the first by %.2g of its norm%s"
+        spoilt = "; what exits promise was calibrated without that" if exits.points else ""
+        logger.warning(told, len(weights.changed), config.weights, weights.error, spoilt)
     del weights
     return_freed_memory()
     cache = _pages(config, model, blocks, cache_dtype, extra)

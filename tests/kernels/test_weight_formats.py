@@ -14,6 +14,7 @@ from offramp.kernels.weight_formats import (
     WeightFormat,
     available,
     can_hold,
+    nearest,
     pack,
 )
 
@@ -195,3 +196,20 @@ def test_inputs_without_a_scale_of_their_own(form: WeightFormat) -> None:
     assert got[1].equal(bias)
     assert got[2].isnan().all()
     assert got[3].equal(expected[3])
+
+
+@pytest.mark.parametrize("form", [WeightFormat.INT8, WeightFormat.INT4])
+@pytest.mark.parametrize("size", [1e4, 1.0, 1e-2, 1e-4])
+def test_rounded_weights_are_held_exactly(form: WeightFormat, size: float) -> None:
+    """Also where scales are so small that fp16 holds few bits of them."""
+    weight = torch.randn(70, 96).clamp(-4, 4) * size
+    weight[5], weight[6, :GROUP] = 0, size
+    found = nearest(form, weight)
+    assert can_hold(form, found)
+    assert torch.equal(nearest(form, found), found)
+    # fp16 has two digits left of the smallest of these scales.
+    bound = 0.09 if form is WeightFormat.INT4 else 0.007 if size > 1e-3 else 0.03
+    assert (found - weight).norm() / weight.norm() < bound
+    if available(form):
+        kept = NativeWeight(found, None, form).rows(torch.arange(70))
+        assert (kept - found).abs().max() <= 1e-6 * found.abs().max() + 1e-7

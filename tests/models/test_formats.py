@@ -9,7 +9,7 @@ from torch import Tensor
 from offramp.kernels.weight_formats import WeightFormat, available
 from offramp.models.config import Weights
 from offramp.models.loading import formats
-from offramp.models.loading.formats import WeightFormatError, choose
+from offramp.models.loading.formats import RoundedWeights, WeightFormatError, choose, rounded
 from tests.kernels.test_weight_formats import eight_bit, four_bit
 
 
@@ -91,10 +91,10 @@ def test_without_packed_products_weights_stay_plain(monkeypatch: pytest.MonkeyPa
 def test_four_bits_are_for_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties between logits would choose tokens, so the head stays finer."""
     everywhere(monkeypatch, *WeightFormat)
-    found = weights() | {"embed": four_bit(40, 64)}
+    found = rounded(Weights.INT4, weights(four=False))
     recipes = choose(Weights.INT4, found)
     assert recipes.layers(found["layers.0.down"]) is WeightFormat.INT4
-    assert recipes.head(found["embed"]) is WeightFormat.FP16
+    assert recipes.head(found["embed"]) is WeightFormat.INT8
 
 
 def test_what_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +104,35 @@ def test_what_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
             choose(wish, weights())
 
 
-def test_four_bits_are_for_models_published_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wish", [Weights.INT8, Weights.INT4])
+def test_finer_weights_are_rounded(monkeypatch: pytest.MonkeyPatch, wish: Weights) -> None:
     everywhere(monkeypatch, *WeightFormat)
-    with pytest.raises(WeightFormatError, match=r"layers\.0\.gate_up of this model is finer"):
-        choose(Weights.INT4, weights(four=False))
+    own = weights(four=False) | {"layers.0.o": four_bit(64, 64)}
+    found = rounded(wish, own)
+    assert isinstance(found, RoundedWeights)
+    recipes = choose(wish, found)
+    form = WeightFormat(wish)
+    assert recipes.layers(found["layers.0.down"]) is form
+    assert recipes.head(found["embed"]) is WeightFormat.INT8
+    # Published in 4 bits, which 8 would not make finer; and vectors are no matrices.
+    assert torch.equal(found["layers.0.o"], own["layers.0.o"])
+    assert torch.equal(found["layers.0.attn_norm"], own["layers.0.attn_norm"])
+    for name, bound in (("layers.0.down", 0.01 if wish is Weights.INT8 else 0.09), ("embed", 0.01)):
+        assert 0 < (found[name] - own[name]).norm() / own[name].norm() < bound
+    assert found.changed == {"layers.0.down", "embed"}
+    assert 0 < found.error < 0.09
+
+
+def test_other_wishes_round_nothing() -> None:
+    own = weights(four=False)
+    assert rounded(Weights.AUTO, own) is own
+    assert rounded(Weights.FP32, own) is own
+
+
+def test_columns_that_no_group_divides_are_refused() -> None:
+    own = weights() | {"layers.0.down": torch.randn(64, 40)}
+    with pytest.raises(WeightFormatError, match=r"--weights int8: layers\.0\.down: groups have 32"):
+        rounded(Weights.INT8, own)["layers.0.down"]
 
 
 def test_other_dtypes_are_left_alone() -> None:
