@@ -46,8 +46,8 @@ class RoundedWeights(Mapping[str, Tensor]):
     """``weights`` in fp32 whose matrices are rounded when they are asked for.
 
     Layers to ``form``, embeddings and LM head to 8 bits: among logits of 4 bits there are ties.
-    ``changed`` are the names of those that had to move, ``error`` is the first one's, relative to
-    its norm.
+    ``changed`` are the names of those that had to move, ``error`` is the largest move, relative to
+    the matrix's norm.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], form: WeightFormat) -> None:
@@ -66,13 +66,13 @@ class RoundedWeights(Mapping[str, Tensor]):
             if can_hold(WeightFormat.INT4, weight):
                 return weight
             rounded = nearest(form, weight)
-        except PackError as error:
+        except PackError as reason:
             raise WeightFormatError(
-                f"--weights {self._form}: {name}: {error}; use --weights auto"
-            ) from error
+                f"--weights {self._form}: {name}: {reason}; use --weights auto"
+            ) from reason
         if rounded is not weight:
-            if not self.changed:
-                self.error = float((rounded - weight).norm() / weight.norm())
+            error = float((rounded - weight).norm() / weight.norm())
+            self.error = max(self.error, error)
             self.changed.add(name)
         return rounded
 

@@ -271,7 +271,7 @@ def _load(
     layers = tuple(head.layer for head in heads)
     model = Transformer(shape, weights, layers, max_len, recipes)
     if isinstance(weights, RoundedWeights) and weights.changed:
-        told = "%d matrices are rounded to at most %s, the first by %.2g of its norm%s"
+        told = "%d matrices are rounded to at most %s, by up to %.2g of their norm%s"
         spoilt = "; what exits promise was calibrated without that" if exits.points else ""
         logger.warning(told, len(weights.changed), config.weights, weights.error, spoilt)
     del weights
