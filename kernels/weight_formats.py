@@ -231,8 +231,10 @@ def nearest(form: WeightFormat, weight: Tensor) -> Tensor:
     _check_fp16_range(weight)
     if can_hold(form, weight):
         return weight
-    convert = _nearest_int8 if form is WeightFormat.INT8 else _nearest_int4
-    return torch.cat([convert(block) for block in weight.split(_BLOCK_ROWS)])
+    parts = weight.split(_BLOCK_ROWS)
+    if form is WeightFormat.INT8:
+        return torch.cat([_round_to_int8(part) for part in parts])
+    return torch.cat([round_to_int4(part)[1] for part in parts])
 
 
 def _encode(weight: Tensor, form: WeightFormat) -> Tensor:
@@ -275,29 +277,13 @@ def _encode_int8(weight: Tensor) -> Tensor:
     return _sets(levels.to(torch.int8).unflatten(-1, (-1, 4))[..., _INT8_ORDER], scale)
 
 
-def _nearest_int8(weight: Tensor) -> Tensor:
+def _round_to_int8(weight: Tensor) -> Tensor:
     groups = _groups(weight)
     largest = groups.abs().amax(dim=-1, keepdim=True)
     # The largest value gets level 127 whatever its scale is rounded to, as the encoding expects.
     levels = (groups * (_LARGEST_BYTE / largest).nan_to_num(0.0, posinf=0.0)).round_()
     scale = (largest / _LARGEST_BYTE).half()
     return levels.mul_(scale.float()).view(weight.shape)
-
-
-def _nearest_int4(weight: Tensor) -> Tensor:
-    """Levels between a group's ends, then the line through them that fits its values best.
-
-    The fit takes a fifth off the error of scales from end to end.
-    """
-    groups = _groups(weight)
-    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    levels = ((groups - low) * (_LEVELS / (high - low)).nan_to_num(0.0, posinf=0.0)).round_()
-    middle, mean = levels.mean(dim=-1, keepdim=True), groups.mean(dim=-1, keepdim=True)
-    off = levels - middle
-    variance = off.square().sum(dim=-1, keepdim=True)
-    scale = ((off * groups).sum(dim=-1, keepdim=True) / variance).nan_to_num(0.0)
-    lowest = (mean - scale * middle).half().float()
-    return torch.addcmul(lowest, levels, scale.half().float()).view(weight.shape)
 
 
 def _encode_int4(weight: Tensor) -> Tensor:
@@ -314,14 +300,19 @@ def _int4_sets(levels: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 def round_to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` [out, in] in fp32 rounded to 4 bits: as the C kernels store it, and its values.
 
-    Values beyond what fp16 holds become infinite.
+    Levels lie between a group's ends, scale and lowest value on the line through them that fits
+    best (least squares). Values beyond what fp16 holds become infinite, or NaN.
     """
     groups = _groups(weight)
-    low, most = groups.amin(dim=-1, keepdim=True).half(), groups.amax(dim=-1, keepdim=True)
-    scale = ((most - low.float()) / _LEVELS).half()
-    levels = ((groups - low.float()) / _divisor(scale)).round().clamp_(0, _LEVELS)
-    values = (levels * scale.float() + low.float()).view(weight.shape)
-    return _int4_sets(levels, scale, low).flatten(), values
+    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    levels = ((groups - low) * (_LEVELS / (high - low)).nan_to_num(0.0, posinf=0.0)).round_()
+    middle, mean = levels.mean(dim=-1, keepdim=True), groups.mean(dim=-1, keepdim=True)
+    off = levels - middle
+    variance = off.square().sum(dim=-1, keepdim=True)
+    slope = ((off * groups).sum(dim=-1, keepdim=True) / variance).nan_to_num(0.0)
+    scale, lowest = slope.half(), (mean - slope * middle).half()
+    values = torch.addcmul(lowest.float(), levels, scale.float()).view(weight.shape)
+    return _int4_sets(levels, scale, lowest).flatten(), values
 
 
 def int4_grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

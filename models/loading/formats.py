@@ -25,6 +25,7 @@ Forms = Callable[[Tensor], WeightFormat]
 
 
 _MATRIX = 2
+_ROUNDED = (Weights.INT8, Weights.INT4)
 _FIRST_LAYER = tuple(f"layers.0.{name}" for name in ("qkv", "o", "gate_up", "down"))
 
 
@@ -63,7 +64,7 @@ class RoundedWeights(Mapping[str, Tensor]):
         form = self._form if name.startswith("layers.") else WeightFormat.INT8
         try:
             # What was published in 4 bits does not get finer by 8.
-            if can_hold(WeightFormat.INT4, weight):
+            if form is WeightFormat.INT8 and can_hold(WeightFormat.INT4, weight):
                 return weight
             rounded = nearest(form, weight)
         except PackError as reason:
@@ -91,13 +92,9 @@ def rounded(wish: Weights, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor
 
     Either leaves alone what 4 or its own bits hold as it is.
     """
-    match wish:
-        case Weights.INT4:
-            return RoundedWeights(weights, WeightFormat.INT4)
-        case Weights.INT8:
-            return RoundedWeights(weights, WeightFormat.INT8)
-        case _:
-            return weights
+    if wish in _ROUNDED:
+        return RoundedWeights(weights, WeightFormat(wish))
+    return weights
 
 
 def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True) -> Recipes:
@@ -164,10 +161,8 @@ def _first_that_holds(forms: Sequence[WeightFormat], weight: Tensor) -> WeightFo
 
 def _refuse(wish: Weights, *, native: bool) -> None:
     """Raise WeightFormatError if the machine has no such format."""
-    if wish in {Weights.INT4, Weights.INT8}:
-        if not native:
-            raise WeightFormatError(f"--weights {wish} needs the C kernels; use --weights auto")
-        return
+    if wish in _ROUNDED and not native:
+        raise WeightFormatError(f"--weights {wish} needs the C kernels; use --weights auto")
     needed = {
         Weights.BF16: WeightFormat.ONEDNN_BF16,
         Weights.FP16: WeightFormat.FP16 if native else WeightFormat.FBGEMM_FP16,

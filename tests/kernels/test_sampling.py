@@ -13,13 +13,13 @@ from torch import Tensor
 
 from offramp.kernels.active_rows import ActiveRows
 from offramp.kernels.backend import INTERPRETED, jit, rehearsal, tl, triton
+from offramp.kernels.device_noise import gumbel as device_gumbel
+from offramp.kernels.device_noise import random_words as device_words
+from offramp.kernels.device_noise import words_of
 from offramp.kernels.noise import TokenNoise, gumbel, random_words
 from offramp.kernels.sampling import (
     SamplingTable,
     TokenDraw,
-    _gumbel,
-    _words,
-    _words_of,
     draw_tokens,
     sample_rows,
 )
@@ -184,10 +184,10 @@ def _some_words(
 ) -> None:
     at = tl.program_id(0)
     seed, index, places = tl.load(seeds + at), tl.load(indices + at), tl.arange(0, 32)
-    a, b = _words(seed, index, places + 5)
+    a, b = device_words(seed, index, places + 5)
     tl.store(first + at * 32 + places, a.to(tl.int64))
     tl.store(second + at * 32 + places, b.to(tl.int64))
-    tl.store(any_of + at * 32 + places, _words_of(seed, index, places * 97).to(tl.int64))
+    tl.store(any_of + at * 32 + places, words_of(seed, index, places * 97).to(tl.int64))
 
 
 @interpreted
@@ -211,7 +211,7 @@ def test_the_kernels_words_are_the_references_bit_for_bit(dtype: torch.dtype) ->
 @jit
 def _some_noise(words: tl.tensor, out: tl.tensor) -> None:
     at = tl.program_id(0) * 32 + tl.arange(0, 32)
-    tl.store(out + at, _gumbel(tl.load(words + at).to(tl.uint32)))
+    tl.store(out + at, device_gumbel(tl.load(words + at).to(tl.uint32)))
 
 
 @interpreted
