@@ -37,6 +37,10 @@ GROUP = 32
 """Columns that share a scale in the 8-bit and 4-bit formats (ggml's Q8_0 and Q4_1)."""
 _LEVELS = 15
 _LARGEST_BYTE = 127
+# What rounding a scale and a lowest value to fp16 moves the values of a 4-bit group by at most,
+# relative to its largest: half a unit in the last place of each end of the levels, and of the low.
+_FP16_ENDS = 3 * 2.0**-11
+_SAMPLE_ROWS = 8
 _BLOCK_ROWS = 2048
 _SET = 32
 # Columns of one word of levels, in the order of its bytes; of 4 bits the low halves, then the high.
@@ -209,7 +213,11 @@ def available(form: WeightFormat) -> bool:
 
 
 def can_hold(form: WeightFormat, weight: Tensor) -> bool:
-    """Whether ``form`` can store ``weight`` [out, in]; the integer formats must do so exactly."""
+    """Whether ``form`` can store ``weight`` [out, in].
+
+    INT8 must do so exactly, INT4 but for fp16's rounding of scales and lowest values, which moves
+    no weight by more than 3 * 2**-11 of its group's largest (ggml's Q4_K has 17 bits of scale).
+    """
     try:
         if form in _NATIVE:
             _encode(weight.float(), form)
@@ -223,8 +231,8 @@ def can_hold(form: WeightFormat, weight: Tensor) -> bool:
 def nearest(form: WeightFormat, weight: Tensor) -> Tensor:
     """``weight`` [out, in] in fp32 rounded to values that INT8 or INT4 store exactly.
 
-    Itself if they do so already. Raises PackError for columns that are no multiple of 32, and for
-    values that fp16 scales do not reach.
+    Itself if they can hold it already. Raises PackError for columns that are no multiple of 32, and
+    for values that fp16 scales do not reach.
     """
     if weight.shape[1] % GROUP:
         raise PackError(f"groups have {GROUP} columns, the weight {weight.shape[1]}")
@@ -288,7 +296,49 @@ def _round_to_int8(weight: Tensor) -> Tensor:
 
 def _encode_int4(weight: Tensor) -> Tensor:
     """Q4_1: fp16 scales, fp16 minima, then 32 half bytes a group."""
-    return _int4_sets(*int4_grid(weight))
+    groups = _groups(weight)
+    # Weights that lie on no grid are most; a few rows show it.
+    if weight.shape[0] > _SAMPLE_ROWS:
+        _near_grid(groups[:_SAMPLE_ROWS])
+    return _int4_sets(*_near_grid(groups))
+
+
+def _near_grid(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, scales and lowest values as of `int4_grid`, of groups that need not have them all.
+
+    Where the highest level of a group is not 15, as in ggml's Q4_0 and Q4_K, it is searched for.
+    Raises PackError if a group is no nearer to a grid than scales in fp16 allow.
+    """
+    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    bound = _FP16_ENDS * torch.maximum(low.abs(), high.abs()) + 1e-7
+    levels, scale = _levels(groups, low, high, _LEVELS)
+    far = _distance(groups, levels, scale, low) > bound
+    for top in range(_LEVELS - 1, 0, -1):
+        at = far.flatten().nonzero().squeeze(1)
+        if not len(at):
+            break
+        own, first, last, most = (part.flatten(0, 1)[at] for part in (groups, low, high, bound))
+        found, step = _levels(own, first, last, top)
+        near = (_distance(own, found, step, first) <= most).flatten()
+        levels.view(-1, GROUP)[at[near]] = found[near]
+        scale.view(-1, 1)[at[near]] = step[near]
+        far.view(-1)[at[near]] = False
+    if far.any():
+        raise PackError("the weights do not lie on a 4-bit grid")
+    return levels, scale, low.half()
+
+
+def _levels(groups: Tensor, low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The levels of groups [..., 32] whose highest is ``top``, and their scales [..., 1]."""
+    # The file's scale was fp16, so rounding the quotient to fp16 recovers it.
+    scale = ((high - low) / top).half()
+    return ((groups - low) / _divisor(scale)).round_().clamp_max_(top), scale
+
+
+def _distance(groups: Tensor, levels: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+    """By how much what is stored is off at most in each group."""
+    stored = torch.addcmul(low.half().float(), levels, scale.float())
+    return (stored - groups).abs_().amax(dim=-1, keepdim=True)
 
 
 def _int4_sets(levels: Tensor, scale: Tensor, low: Tensor) -> Tensor:
@@ -324,10 +374,8 @@ def int4_grid(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if weight.shape[1] % GROUP:
         raise PackError(f"groups have {GROUP} columns, the weight {weight.shape[1]}")
     groups = _groups(weight)
-    low = groups.amin(dim=-1, keepdim=True)
-    # The file's scale was fp16, so rounding the quotient to fp16 recovers it.
-    scale = ((groups.amax(dim=-1, keepdim=True) - low) / _LEVELS).half()
-    levels = ((groups - low) / _divisor(scale)).round().clamp_max_(_LEVELS)
+    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    levels, scale = _levels(groups, low, high, _LEVELS)
     _check_grid(levels * scale.float() + low.half().float(), groups, 4)
     return levels, scale, low.half()
 

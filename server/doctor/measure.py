@@ -38,8 +38,9 @@ def measure(config: EngineConfig, folder: Path) -> Iterator[Finding]:
     yield Finding("memory bandwidth", text)
     if device.type == "cpu":
         found = StoredWeights(folder, runner.model.config, dtype=runner.model.dtype)
-        stored = rounded(config.weights, found)
-        recipes = choose(config.weights, stored, native=native_kernels(config))
+        native = native_kernels(config)
+        stored = rounded(config.weights, found, quantized=found.quantized, native=native)
+        recipes = choose(config.weights, stored, native=native)
         head = recipes.head(stored.get("lm_head", stored["embed"]))
         forms = f"{recipes.layers(stored['layers.0.gate_up'])} in the layers, {head} in the head"
         inputs = ", inputs in 8 bits" if config.activation_dtype == "int8" else ""

@@ -59,7 +59,9 @@ def model(config: EngineConfig, folder: Path) -> Iterator[Finding]:
     shape = config_from_hf(folder)
     check_shape(shape, device)
     stored = StoredWeights(folder, shape, dtype=dtype)
-    # The fingerprint reads every tensor, which checks that its values are numbers.
+    for name in stored:
+        # Reading a tensor checks that its values are numbers.
+        stored[name]
     weights, own = tuned_weights(config.exits, stored)
     count = stored.count
     yield Finding(
@@ -82,7 +84,8 @@ def model(config: EngineConfig, folder: Path) -> Iterator[Finding]:
     longest = context_length(shape, config)
     extra = 0 if drafts is None else 1
     if device.type == "cpu":
-        weights = rounded(config.weights, weights)
+        native = native_kernels(config)
+        weights = rounded(config.weights, weights, quantized=stored.quantized, native=native)
     recipes = choose(config.weights, weights, native=native_kernels(config))
     integers = keeps_integers(recipes, weights)
     takes_coarse_inputs(config, shape, integers=integers)

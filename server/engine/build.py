@@ -247,7 +247,8 @@ def _load(
     stored = StoredWeights(folder, shape, dtype=dtype, progress=progress)
     weights, own = tuned_weights(config.exits, stored)
     if device.type == "cpu":
-        weights = rounded(config.weights, weights)
+        native, quantized = native_kernels(config), stored.quantized
+        weights = rounded(config.weights, weights, quantized=quantized, native=native)
     else:
         weights = {name: tensor.to(device) for name, tensor in weights.items()}
     exits = exit_file(config.exits, own, weights, shape, dtype, device)
@@ -273,7 +274,7 @@ def _load(
     if isinstance(weights, RoundedWeights) and weights.changed:
         told = "%d matrices are rounded to at most %s, by up to %.2g of their norm%s"
         spoilt = "; what exits promise was calibrated without that" if exits.points else ""
-        logger.warning(told, len(weights.changed), config.weights, weights.error, spoilt)
+        logger.warning(told, len(weights.changed), weights.form, weights.error, spoilt)
     del weights
     return_freed_memory()
     cache = _pages(config, model, blocks, cache_dtype, extra)

@@ -207,15 +207,15 @@ def test_mutated_weights_are_refused_or_served(process: Loader, folder: Path) ->
 
 
 def test_a_gguf_file_is_no_weight_file(process: Loader, folder: Path) -> None:
-    """The server reads none: that of the embedded model is read once, of a known hash."""
+    """By its own name it may be one, if there is more in it than its first letters."""
     chance = random.Random(2)
     for count in (0, 8, 24, 4096):
         content = b"GGUF" + bytes(chance.randrange(256) for _ in range(count))
         (folder / WEIGHTS).write_bytes(content)
         assert "is damaged" in process.refusal(folder)
         (folder / "model.gguf").write_bytes(content)
-        with pytest.raises(ModelNotAvailable, match="is a GGUF file"):
-            resolve(str(folder / "model.gguf"))
+        with pytest.raises(CheckpointError, match="is no GGUF file that can be read"):
+            resolve(str(folder / "model.gguf"), cache=folder / "cache")
 
 
 def heads(folder: Path) -> dict[str, Path]:

@@ -97,9 +97,9 @@ def test_tiny_generates_varied_text_in_transformers(tmp_path: Path) -> None:
     assert tokenizer.decode(ids).startswith("<|im_start|>user\nHi é 12<|im_end|>\n")
 
 
-def test_a_gguf_file_is_named_as_such() -> None:
+def test_an_absent_gguf_file_is_not_sought_on_the_hub() -> None:
     for model in ("here/model.gguf", "/models/model.Q4.GGUF"):
-        with pytest.raises(ModelNotAvailable, match="is a GGUF file"):
+        with pytest.raises(ModelNotAvailable, match="there is no file"):
             resolve(model)
 
 
