@@ -81,6 +81,13 @@ class Taps:
             self.states[rows, slot] = hidden.float()
 
 
+def slots_of(layers: Sequence[int], count: int) -> Tensor:
+    """`Taps.slots` of a stack of ``count`` layers, for the states after ``layers`` (from 1 on)."""
+    slots = torch.full((count,), -1, dtype=torch.int32)
+    slots[torch.tensor(layers) - 1] = torch.arange(len(layers), dtype=torch.int32)
+    return slots
+
+
 class NativeLayers:
     """Consecutive decoder layers, all of whose matrices the C kernels hold.
 

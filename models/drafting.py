@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from offramp.kernels.decoder import Taps
+from offramp.kernels.decoder import Taps, slots_of
 from offramp.kernels.draft import FARTHEST, DraftParts, Guesses, NativeDraft
 from offramp.kernels.linear import Linear
 from offramp.kernels.noise import TokenNoise
@@ -64,9 +64,7 @@ class Drafter:
             model.rotary.angles,
         )
         self._native = NativeDraft.of(self._layer.native, parts)
-        slots = torch.full((config.num_layers,), -1, dtype=torch.int32)
-        slots[torch.tensor(head.layers) - 1] = torch.arange(len(head.layers), dtype=torch.int32)
-        self._slots = slots
+        self._slots = slots_of(head.layers, config.num_layers)
         shape = (num_rows + 1, len(head.layers), config.hidden_size)
         self.states = row_buffer(shape, torch.float32, model.device)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from offramp.models.config import Weights
 from offramp.server.bench.command import answer_values
 from offramp.server.lab import calibrate, evaluate
 from offramp.server.lab.options import LabError
@@ -111,6 +112,13 @@ def _add_training(train: argparse.ArgumentParser) -> None:
 
 def _add_drafting(train: argparse.ArgumentParser) -> None:
     """Options on the draft head and how it learns."""
+    train.add_argument(
+        "--weights",
+        type=Weights,
+        choices=(Weights.AUTO, Weights.INT8, Weights.INT4),
+        default=Weights.AUTO,
+        help="as the server's: answers, and states along them, are those of rounded weights [auto]",
+    )
     train.add_argument(
         "--start",
         type=Path,

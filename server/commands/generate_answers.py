@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from offramp.models.config import Weights
 from offramp.models.exits.training.data import Answer, AnswerLog
 from offramp.models.kv_cache import bytes_per_block
 from offramp.models.sampling_params import SamplingParams
@@ -22,7 +23,7 @@ _CONTEXT = 2048
 _CACHE_GIB = 1.0
 
 
-def generate(job: Job) -> list[Answer]:
+def generate(job: Job, weights: Weights) -> list[Answer]:
     """Greedy full-depth answers of the model itself, by the engine; those kept are not repeated."""
     args = job.args
     log = AnswerLog(job.work.path("answers.jsonl"))
@@ -30,7 +31,7 @@ def generate(job: Job) -> list[Answer]:
     requests = _requests(job, texts)
     if not requests:
         return []
-    engine = build_engine(_engine(job, requests), job.folder, model_name=args.model)
+    engine = build_engine(_engine(job, requests, weights), job.folder, model_name=args.model)
     progress = job.bar("answers", len(requests))
     prompts = {request.request_id: request.prompt for request in requests}
     tokens: dict[str, list[int]] = {name: [] for name in prompts}
@@ -48,12 +49,13 @@ def generate(job: Job) -> list[Answer]:
     return [answer for _, answer in sorted(log.answers.items()) if answer.answer]
 
 
-def _engine(job: Job, requests: Sequence[GenerationRequest]) -> EngineConfig:
+def _engine(job: Job, requests: Sequence[GenerationRequest], weights: Weights) -> EngineConfig:
     """An engine that holds as many answers as are to be in flight, and no more memory."""
     args = job.args
     sizes = sorted(len(request.prompt) + args.max_tokens for request in requests)
     config = EngineConfig(
         exits="none",
+        weights=weights,
         device=args.device,
         max_num_seqs=args.concurrency,
         max_num_batched_tokens=max(512, 8 * args.concurrency),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from offramp.models.config import ModelConfig
+from offramp.models.config import ModelConfig, Weights
 from offramp.models.errors import ModelError
 from offramp.models.exits.training.data import (
     Answer,
@@ -37,7 +37,7 @@ class Job:
     args: argparse.Namespace
     folder: Path
     config: ModelConfig
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     work: Work
     show: Show
 
@@ -63,8 +63,11 @@ def digest(path: Path) -> str:
         raise TrainingError(f"{path}: {error.strerror}") from error
 
 
-def own_answers(job: Job) -> list[Answer]:
-    """The answers to train on; raises TrainingError if they are too few."""
+def own_answers(job: Job, weights: Weights = Weights.AUTO) -> list[Answer]:
+    """The answers to train on, or made by an engine with ``weights``.
+
+    Raises TrainingError if they are too few.
+    """
     args = job.args
     if args.answers:
         answers = read_answers(args.answers, job.config)
@@ -72,7 +75,7 @@ def own_answers(job: Job) -> list[Answer]:
         # An engine, and its configuration, where the answers are not there yet.
         from offramp.server.commands.generate_answers import generate  # noqa: PLC0415
 
-        answers = generate(job)
+        answers = generate(job, weights)
     if len(answers) < _FEWEST_ANSWERS:
         raise TrainingError(f"{len(answers)} answers; at least {_FEWEST_ANSWERS} are needed")
     if args.save_answers is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from offramp.models.config import Weights
 from offramp.models.exits.training import draft_data as module
 from offramp.models.exits.training.data import Answer
 from offramp.models.exits.training.draft_data import (
@@ -17,7 +18,9 @@ from offramp.models.exits.training.draft_data import (
 from offramp.models.exits.training.pipeline import Work
 from offramp.models.exits.training.training_model import DenseModel
 from offramp.models.families import config_from_hf
+from offramp.models.loading.formats import choose
 from offramp.models.loading.safetensors import load_weights
+from offramp.models.transformer import Transformer
 
 LAYERS = (1, 2, 4)
 CPU = torch.device("cpu")
@@ -50,6 +53,24 @@ def test_states_made_on_the_spot_are_those_of_files(
     some = computed.select([2, 0])
     assert some.answers == [ANSWERS[2], ANSWERS[0]]
     torch.testing.assert_close(some.states([1]), stored.states([0]), rtol=0.02, atol=0.02)
+
+
+def test_states_of_the_served_model_are_the_same(
+    model: DenseModel, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Of each answer in any company, but for the sixteen bits that the other computes in."""
+    weights = load_weights(tiny_dir, model.config, dtype=torch.float32)
+    served = Transformer(model.config, weights, (), 64, choose(Weights.FP32, weights))
+    answers = [*ANSWERS, Answer(tuple(range(20, 60)), (3, 4)), *ANSWERS] * 40
+    (tmp_path / "theirs").mkdir()
+    theirs = collect_features(model, answers, LAYERS, Work(tmp_path / "theirs"), lambda _: None)
+    (tmp_path / "ours").mkdir()
+    ours = collect_features(served, answers, LAYERS, Work(tmp_path / "ours"), lambda _: None)
+    every = range(len(answers))
+    found, wanted = ours.states(every).float(), theirs.states(every).float()
+    assert found.shape == wanted.shape
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+    assert torch.equal(ours.states([0]), ours.states([4]))
 
 
 def test_chains_of_guesses(model: DenseModel) -> None:

@@ -87,6 +87,37 @@ def test_the_head_learns_and_says_how_well_it_guesses(tiny_dir: Path, head: Path
     assert torch.equal(found.fuse, rounded(found.fuse))
 
 
+@pytest.mark.skipif(library() is None, reason="needs the C kernels")
+@pytest.mark.parametrize(("weights", "moved"), [("int8", (0, 0.02)), ("int4", (0.02, 1))])
+def test_a_head_for_rounded_weights(
+    tiny_dir: Path, answers: Path, head: Path, tmp_path: Path, weights: str, moved: Any
+) -> None:
+    """States are those of the rounded model; the head is the model's own all the same."""
+    out = tmp_path / "r.draft.safetensors"
+    assert train(tiny_dir, answers, out, "--weights", weights) == 0
+    config = config_from_hf(tiny_dir)
+    own = fingerprint(load_weights(tiny_dir, config, dtype=torch.float32))
+    assert load_draft_head(out, fingerprint=own, config=config).head.layers == (1, 2, 4)
+    metadata, plain = (read_draft_metadata(path)["metrics"] for path in (out, head))
+    assert moved[0] < abs(metadata["curve"][0]["loss"] - plain["curve"][0]["loss"]) < moved[1]
+    assert metadata["curve"][-1]["loss"] < metadata["curve"][0]["loss"]
+
+
+@pytest.mark.skipif(library() is None, reason="needs the C kernels")
+def test_answers_of_rounded_weights(tiny_dir: Path, tmp_path: Path) -> None:
+    """They are made by an engine with the weights that the states are made with."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"tell me about {number}" for number in range(60)))
+    found = {}
+    for weights in ("auto", "int4"):
+        kept, out = tmp_path / f"{weights}.jsonl", tmp_path / f"{weights}.draft.safetensors"
+        words = ["--prompts", str(prompts), "--save-answers", str(kept), "--max-tokens", "12"]
+        words = ["--model", str(tiny_dir), "--out", str(out), *words, "--weights", weights]
+        assert main(["train-draft", *words, *SIZES]) == 0
+        found[weights] = kept.read_text()
+    assert found["auto"] != found["int4"]
+
+
 class Interruption(Exception):
     pass
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,9 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from offramp.models.exits.training.data import Answer
+from offramp.kernels.decoder import Taps, slots_of
+from offramp.models.exits.training.data import Answer, batches, lay_out
 from offramp.models.exits.training.pipeline import Part, Work
 from offramp.models.exits.training.training_model import DenseModel
+from offramp.models.kv_cache import row_buffer
+from offramp.models.transformer import Transformer
 
 _SHARD = 256
 _COLLECT_TOKENS = 4096
@@ -103,7 +107,7 @@ def _free_memory(device: torch.device) -> int:
 
 
 def collect_features(
-    model: DenseModel,
+    model: DenseModel | Transformer,
     answers: Sequence[Answer],
     layers: Sequence[int],
     work: Work,
@@ -111,10 +115,11 @@ def collect_features(
 ) -> DraftFeatures:
     """States after ``layers`` at every position of prompts and answers, teacher-forced.
 
-    On a CPU ``work`` keeps them, which it needs a folder for: 2 bytes * d * layers a position, in
-    shards of 256 answers. ``progress`` is called with the number of answers done.
+    On a CPU they may be those of the model as it is served, and ``work`` keeps them, which it needs
+    a folder for: 2 bytes * d * layers a position, in shards of 256 answers. ``progress`` is called
+    with the number of answers done.
     """
-    if model.embed.device.type != "cpu":
+    if isinstance(model, DenseModel) and model.embed.device.type != "cpu":
         return ComputedFeatures(model, answers, layers)
     places: list[tuple[Any, int]] = []
     for first in range(0, len(answers), _SHARD):
@@ -132,8 +137,15 @@ def collect_features(
     return StoredFeatures(answers, places)
 
 
-def _shard(model: DenseModel, answers: Sequence[Answer], layers: Sequence[int]) -> Part:
+def _shard(
+    model: DenseModel | Transformer, answers: Sequence[Answer], layers: Sequence[int]
+) -> Part:
     found: dict[int, Tensor] = {}
+    if isinstance(model, Transformer):
+        for group in batches(answers, range(len(answers))):
+            own = [answers[index] for index in group]
+            found |= zip(group, _served_states(model, own, layers), strict=True)
+        return {"states": torch.cat([found[index] for index in range(len(answers))])}, {}
     order = sorted(range(len(answers)), key=lambda index: _length(answers[index]))
     while order:
         count = max(1, _COLLECT_TOKENS // _length(answers[order[-1]]))
@@ -155,6 +167,19 @@ def _states(model: DenseModel, answers: Sequence[Answer], layers: Sequence[int])
     with torch.autocast(device.type, torch.bfloat16):
         seen = model(ids.to(device), layers)
     return torch.stack([seen.at[layer] for layer in layers], dim=2).half()
+
+
+@torch.inference_mode()
+def _served_states(
+    model: Transformer, answers: Sequence[Answer], layers: Sequence[int]
+) -> list[Tensor]:
+    """States [N, F, d] fp16 of each answer."""
+    layout, config = lay_out(model, list(enumerate(answers))), model.config
+    count = len(layout.hidden)
+    states = row_buffer((count, len(layers), config.hidden_size), torch.float32, model.device)
+    taps = Taps(states, array("q", range(count)), slots_of(layers, config.num_layers))
+    model.run((0, len(model.segments) - 1), layout.hidden, layout.at, layout.cache, taps)
+    return [part.half() for part in states.split([_length(item) for item in answers])]
 
 
 def _length(item: Answer) -> int:
