@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,24 +14,27 @@ from offramp.kernels.weight_formats import (
     PlainWeight,
     WeightFormat,
     available,
-    pack,
+    pack_first,
 )
 
 
 class Linear:
     """A weight [out, in] with its bias [out], stored for products alone.
 
-    Without a ``form`` no value changes: in oneDNN's layout where that exists, else the tensor
-    itself. Raises PackError if the weight cannot be stored in that format.
+    In the first of ``forms`` that can store it; without any no value changes: in oneDNN's layout
+    where that exists, else the tensor itself. Raises PackError if none can.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, form: WeightFormat | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        forms: Sequence[WeightFormat] | None = None,
     ) -> None:
         self.shape = weight.shape
         self.bias = bias
         self._like = weight.new_empty(0)
-        self._packed = pack(weight, bias, form or _exact(weight))
+        self._packed = pack_first(weight, bias, forms or (_exact(weight),))
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n, in] to [n, out]."""

@@ -20,7 +20,8 @@ FBGEMM's and oneDNN's are not part of torch's documented interface, so `availabl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from typing import Protocol
 
@@ -188,6 +189,17 @@ def pack(weight: Tensor, bias: Tensor | None, form: WeightFormat) -> PackedWeigh
             return NativeWeight(weight, bias, form)
 
 
+def pack_first(weight: Tensor, bias: Tensor | None, forms: Sequence[WeightFormat]) -> PackedWeight:
+    """``weight`` [out, in] with ``bias`` [out] in the first of ``forms`` that can store it.
+
+    Raises PackError if none can.
+    """
+    for form in forms[:-1]:
+        with suppress(PackError):
+            return pack(weight, bias, form)
+    return pack(weight, bias, forms[-1])
+
+
 @functools.cache
 def available(form: WeightFormat) -> bool:
     """Whether products in ``form`` exist on this machine and are right.
@@ -219,13 +231,21 @@ def can_hold(form: WeightFormat, weight: Tensor) -> bool:
     no weight by more than 3 * 2**-11 of its group's largest (ggml's Q4_K has 17 bits of scale).
     """
     try:
-        if form in _NATIVE:
+        if form is WeightFormat.INT4:
+            _check_columns(weight)
+            _near_grid(_groups(weight.float()))
+        elif form in _NATIVE:
             _encode(weight.float(), form)
         elif form is WeightFormat.FBGEMM_FP16:
             _check_fp16_range(weight)
     except PackError:
         return False
     return True
+
+
+def first_to_hold(forms: Sequence[WeightFormat], weight: Tensor) -> WeightFormat:
+    """The first of ``forms`` that can store ``weight``; the last, which must, is not asked."""
+    return next((form for form in forms[:-1] if can_hold(form, weight)), forms[-1])
 
 
 def nearest(form: WeightFormat, weight: Tensor) -> Tensor:
@@ -247,8 +267,7 @@ def nearest(form: WeightFormat, weight: Tensor) -> Tensor:
 
 def _encode(weight: Tensor, form: WeightFormat) -> Tensor:
     """``weight`` [out, in] as native/weight_formats.h describes it; raises PackError."""
-    if weight.shape[1] % GROUP:
-        raise PackError(f"the C kernels take columns in {GROUP}s")
+    _check_columns(weight)
     match form:
         case WeightFormat.FP32:
             return weight.contiguous()
@@ -259,6 +278,11 @@ def _encode(weight: Tensor, form: WeightFormat) -> Tensor:
             return _in_blocks(_encode_int8, weight)
         case _:
             return _in_blocks(_encode_int4, weight)
+
+
+def _check_columns(weight: Tensor) -> None:
+    if weight.shape[1] % GROUP:
+        raise PackError(f"the C kernels take columns in {GROUP}s")
 
 
 def _in_blocks(convert: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
@@ -296,11 +320,7 @@ def _round_to_int8(weight: Tensor) -> Tensor:
 
 def _encode_int4(weight: Tensor) -> Tensor:
     """Q4_1: fp16 scales, fp16 minima, then 32 half bytes a group."""
-    groups = _groups(weight)
-    # Weights that lie on no grid are most; a few rows show it.
-    if weight.shape[0] > _SAMPLE_ROWS:
-        _near_grid(groups[:_SAMPLE_ROWS])
-    return _int4_sets(*_near_grid(groups))
+    return _int4_sets(*_near_grid(_groups(weight)))
 
 
 def _near_grid(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,6 +329,9 @@ def _near_grid(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Where the highest level of a group is not 15, as in ggml's Q4_0 and Q4_K, it is searched for.
     Raises PackError if a group is no nearer to a grid than scales in fp16 allow.
     """
+    # Weights that lie on no grid are most; a few rows show it.
+    if len(groups) > _SAMPLE_ROWS:
+        _near_grid(groups[:_SAMPLE_ROWS])
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
     bound = _FP16_ENDS * torch.maximum(low.abs(), high.abs()) + 1e-7
     levels, scale = _levels(groups, low, high, _LEVELS)

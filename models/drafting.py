@@ -41,7 +41,7 @@ class Drafter:
         }
 
         def product(weight: Tensor) -> Linear:
-            return Linear(weight, None, forms and forms(weight))
+            return Linear(weight, None, forms)
 
         self._fuse, self._feedback = product(own["fuse"]), product(own["feedback"])
         self._norm = own["norm"]

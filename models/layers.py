@@ -23,7 +23,7 @@ from offramp.models.loading.formats import Forms
 class DecoderLayer:
     """Attention and gated MLP with pre-norms, weights under the loader's canonical names.
 
-    ``forms`` says in which form each matrix is kept (None: exactly).
+    ``forms`` are the formats that matrices are kept in (None: exactly).
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class DecoderLayer:
 
         def product(name: str) -> Linear:
             weight = own[name]
-            return Linear(weight, own.get(f"{name}_bias"), forms and forms(weight))
+            return Linear(weight, own.get(f"{name}_bias"), forms)
 
         self.attn_norm, self.mlp_norm = own["attn_norm"], own["mlp_norm"]
         self.qkv, self.o = product("qkv"), product("o")

@@ -274,5 +274,5 @@ class Runner:
 
     def _projection(self, head: ExitHead) -> _Projection:
         made, forms = kv_projection(self.model, head), self.model.exit_forms
-        packed = Linear(made.weight, made.bias, forms and forms(made.weight))
+        packed = Linear(made.weight, made.bias, forms)
         return _Projection(packed, made.k_norm)

@@ -94,7 +94,7 @@ class Transformer:
         self.final_norm = weights["final_norm"]
         self._tied = "lm_head" not in weights
         head = embed if self._tied else weights["lm_head"]
-        self.lm_head = Linear(head, None, recipes.head(head) if recipes else None)
+        self.lm_head = Linear(head, None, recipes.head if recipes else None)
         # What can be read row by row is kept as small as for products; a tied head not twice.
         rows = self.lm_head if self._tied else _rows(embed, recipes)
         self._embed = embed if rows.native is None else rows
@@ -239,8 +239,7 @@ def identity_projection(model: Transformer, first: int) -> tuple[Tensor, Tensor 
 
 def _rows(embed: Tensor, recipes: Recipes | None) -> Linear:
     """Embeddings that are not the LM head's, in the format that would be best for such a head."""
-    form = recipes.head(embed) if recipes else WeightFormat.PLAIN
-    return Linear(embed, None, form)
+    return Linear(embed, None, recipes.head if recipes else (WeightFormat.PLAIN,))
 
 
 def kv_projection(model: Transformer, head: ExitHead) -> Projection:

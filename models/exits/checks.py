@@ -37,7 +37,7 @@ class Exits:
         self.lm_head = model.lm_head
         if vocab is not None:
             rows = model.head_rows(vocab)
-            self.lm_head = Linear(rows, None, model.exit_forms and model.exit_forms(rows))
+            self.lm_head = Linear(rows, None, model.exit_forms)
         self._natives = tuple(
             NativeCheck.of(head, CheckMatrices(**head.products, lm_head=self.lm_head), self.eps)
             for head in self.heads

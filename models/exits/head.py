@@ -91,10 +91,10 @@ class PackedHead(ExitHead):
 
     @classmethod
     def of(cls, head: ExitHead, forms: Forms | None) -> PackedHead:
-        """``head`` with its matrices in the forms that ``forms`` says (None: exactly)."""
+        """``head`` with its matrices in the first of ``forms`` that holds each (None: exactly)."""
         own = {field.name: getattr(head, field.name) for field in fields(head)}
         names = ("gate_up", "down", "router_up")
-        products = {name: Linear(own[name], None, forms and forms(own[name])) for name in names}
+        products = {name: Linear(own[name], None, forms) for name in names}
         spare = dict.fromkeys(names, head.scale.new_empty(0))
         return cls(**{**own, **spare, "kv_map": None}, products=products)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +14,14 @@ from offramp.kernels.weight_formats import (
     WeightFormat,
     available,
     can_hold,
+    first_to_hold,
     nearest,
 )
 from offramp.models.config import Weights
 from offramp.models.errors import ModelError
 
-Forms = Callable[[Tensor], WeightFormat]
-"""The format to store a matrix [out, in] in."""
+Forms = tuple[WeightFormat, ...]
+"""Formats to store a matrix in: the first that holds it, and the last holds any."""
 
 
 _MATRIX = 2
@@ -122,12 +122,11 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
     half = _first(WeightFormat.FP16 if native else WeightFormat.FBGEMM_FP16, exact)
     integers = INTEGERS if native else ()
     _refuse(wish, native=native)
-    whole = functools.partial(_first_that_holds, (exact, spare))
-    halves = functools.partial(_first_that_holds, (half, exact, spare))
-    smallest = functools.partial(_first_that_holds, (*integers, half, exact, spare))
+    whole, halves = (exact, spare), (half, exact, spare)
+    smallest = (*integers, *halves)
     layers: dict[Weights, Forms] = {
         Weights.FP32: whole,
-        Weights.BF16: lambda _: WeightFormat.ONEDNN_BF16,
+        Weights.BF16: (WeightFormat.ONEDNN_BF16,),
         Weights.FP16: halves,
     }
     # Logits rounded to bf16 have ties, so a head goes below fp16 only if stored so.
@@ -139,7 +138,7 @@ def choose(wish: Weights, weights: Mapping[str, Tensor], *, native: bool = True)
 
 def keeps_integers(recipes: Recipes, weights: Mapping[str, Tensor]) -> bool:
     """Whether the first layer's matrices are kept in integers."""
-    return all(recipes.layers(weights[name]) in INTEGERS for name in _FIRST_LAYER)
+    return all(first_to_hold(recipes.layers, weights[name]) in INTEGERS for name in _FIRST_LAYER)
 
 
 def as_they_are() -> Recipes:
@@ -149,20 +148,11 @@ def as_they_are() -> Recipes:
 
 def all_in(form: WeightFormat) -> Recipes:
     """The same format for all matrices."""
-
-    def forms(_: Tensor) -> WeightFormat:
-        return form
-
-    return Recipes(forms, forms, forms, forms)
+    return Recipes((form,), (form,), (form,), (form,))
 
 
 def _first(form: WeightFormat, other: WeightFormat) -> WeightFormat:
     return form if available(form) else other
-
-
-def _first_that_holds(forms: Sequence[WeightFormat], weight: Tensor) -> WeightFormat:
-    """The first of ``forms`` that can store ``weight``; the last, which must, is not asked."""
-    return next((form for form in forms[:-1] if can_hold(form, weight)), forms[-1])
 
 
 def _refuse(wish: Weights, *, native: bool) -> None:

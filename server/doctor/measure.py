@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from offramp.kernels.weight_formats import first_to_hold
 from offramp.models.loading.formats import choose, rounded
 from offramp.models.loading.safetensors import StoredWeights
 from offramp.models.sampling_params import ExitMode, ExitSettings, SamplingParams
@@ -41,8 +42,9 @@ def measure(config: EngineConfig, folder: Path) -> Iterator[Finding]:
         native = native_kernels(config)
         stored = rounded(config.weights, found, quantized=found.quantized, native=native)
         recipes = choose(config.weights, stored, native=native)
-        head = recipes.head(stored.get("lm_head", stored["embed"]))
-        forms = f"{recipes.layers(stored['layers.0.gate_up'])} in the layers, {head} in the head"
+        head = first_to_hold(recipes.head, stored["lm_head" if "lm_head" in stored else "embed"])
+        layers = first_to_hold(recipes.layers, stored["layers.0.gate_up"])
+        forms = f"{layers} in the layers, {head} in the head"
         inputs = ", inputs in 8 bits" if config.activation_dtype == "int8" else ""
         yield Finding("weights in use", f"{forms}{inputs}")
     modes = [ExitMode.OFF, *([ExitMode.LOSSLESS] if engine.info.draft_head else [])]

@@ -89,7 +89,7 @@ def weights(shape: ModelConfig, form: WeightFormat) -> dict[str, Tensor]:
 
 
 def build(shape: ModelConfig, found: dict[str, Tensor], form: WeightFormat) -> Transformer:
-    recipes = Recipes(lambda _: form, lambda _: WeightFormat.PLAIN, lambda _: form, lambda _: form)
+    recipes = Recipes((form,), (WeightFormat.PLAIN,), (form,), (form,))
     return Transformer(shape, found, (1,), POSITIONS, recipes)
 
 

@@ -52,7 +52,7 @@ def made(outs: int = 200, floor: float = 0.5) -> tuple[Parts, dict[str, Tensor]]
 
 
 def packed(weights: dict[str, Tensor], form: WeightFormat) -> CheckMatrices:
-    return CheckMatrices(**{name: Linear(each, None, form) for name, each in weights.items()})
+    return CheckMatrices(**{name: Linear(each, None, (form,)) for name, each in weights.items()})
 
 
 def reference(parts: Parts, matrices: CheckMatrices, hidden: Tensor) -> tuple[Tensor, Tensor]:

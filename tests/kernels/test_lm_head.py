@@ -26,7 +26,7 @@ FORMS = [WeightFormat.FP32, WeightFormat.FP16]
 
 def made(outs: int, form: WeightFormat) -> tuple[NativeHead, Tensor, Linear]:
     torch.manual_seed(outs)
-    norm, weight = torch.rand(WIDTH), Linear(torch.randn(outs, WIDTH).half().float(), None, form)
+    norm, weight = torch.rand(WIDTH), Linear(torch.randn(outs, WIDTH).half().float(), None, (form,))
     head = NativeHead.of(norm, weight, EPS)
     assert head is not None
     return head, norm, weight
@@ -59,7 +59,7 @@ def test_a_row_does_not_depend_on_those_beside_it() -> None:
 def test_of_equal_logits_the_first_is_taken(twins: tuple[int, int]) -> None:
     weight = torch.zeros(300, WIDTH)
     weight[twins, :] = 1
-    head = NativeHead.of(torch.ones(WIDTH), Linear(weight, None, WeightFormat.FP32), EPS)
+    head = NativeHead.of(torch.ones(WIDTH), Linear(weight, None, (WeightFormat.FP32,)), EPS)
     assert head is not None
     assert head(torch.ones(1, WIDTH), [0])[1] == [twins[0]]
     assert head(-torch.ones(1, WIDTH), [0])[1] == [2 if twins == (0, 1) else int(0 in twins)]
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for place in (-1, 3):
         with pytest.raises(IndexError, match="rows"):
             head(torch.randn(3, WIDTH), [0, place])
-    plain = Linear(torch.randn(200, WIDTH), None, WeightFormat.PLAIN)
+    plain = Linear(torch.randn(200, WIDTH), None, (WeightFormat.PLAIN,))
     assert NativeHead.of(norm, plain, EPS) is None
 
 
@@ -92,7 +92,7 @@ def screened(
     if norm is None:
         norm = torch.rand(WIDTH) + 0.5
     weight = on_the_grid(weight, form)
-    packed, found = Linear(weight, None, form), library()
+    packed, found = Linear(weight, None, (form,)), library()
     head = NativeHead.of(norm, packed, EPS)
     assert head is not None
     assert found is not None
@@ -269,10 +269,10 @@ def test_a_screen_holds_with_weights_that_few_bits_hardly_hold(
 
 
 def test_where_there_are_no_bounds_nothing_is_screened() -> None:
-    weight, found = Linear(torch.randn(100, WIDTH), None, WeightFormat.FP32), library()
+    weight, found = Linear(torch.randn(100, WIDTH), None, (WeightFormat.FP32,)), library()
     assert found is not None
     assert HeadScreen.by_copy(found, weight, torch.full((4, WIDTH), torch.nan)) is None
-    huge = Linear(1e36 * torch.randn(100, WIDTH), None, WeightFormat.FP32)
+    huge = Linear(1e36 * torch.randn(100, WIDTH), None, (WeightFormat.FP32,))
     assert HeadScreen.by_copy(found, huge, torch.randn(50, WIDTH)) is None
     head = NativeHead.of(torch.ones(WIDTH), huge, EPS)
     assert head is not None

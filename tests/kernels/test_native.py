@@ -287,7 +287,7 @@ def test_every_instruction_set_computes_the_same(
     assert other.has_amx == (variant.name == "amx")
     monkeypatch.setattr(weight_formats, "library", lambda: other)
     for form in MAKE:
-        weight = Linear(weights[form], None, form)
+        weight = Linear(weights[form], None, (form,))
         head = NativeHead(other, torch.ones(96), weight, 1e-5)
         screen = HeadScreen.by_inputs(weight)
         assert screen is not None

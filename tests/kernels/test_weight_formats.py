@@ -75,7 +75,7 @@ def test_rows_can_be_read_back(form: WeightFormat) -> None:
     weight = MAKE.get(form, torch.randn)(48, 64)
     if form in {WeightFormat.FP16, WeightFormat.FBGEMM_FP16}:
         weight = weight.half().float()
-    product = Linear(weight, torch.zeros(48), form)
+    product = Linear(weight, torch.zeros(48), (form,))
     torch.testing.assert_close(product.weight, weight, rtol=1e-6, atol=1e-7)
     ids = torch.tensor([47, 0, 5, 5])
     assert product.rows(ids).equal(product.weight[ids])
@@ -162,7 +162,7 @@ def test_a_group_of_equal_weights_is_on_the_grid(form: WeightFormat) -> None:
     weight[4, GROUP:] = 0.0
     if form is WeightFormat.INT4:
         weight[3, :GROUP] = 0.25
-    kept = Linear(weight, None, form).weight
+    kept = Linear(weight, None, (form,)).weight
     torch.testing.assert_close(kept, weight, rtol=1e-6, atol=1e-7)
     assert kept[4, GROUP:].eq(0.0).all()
 

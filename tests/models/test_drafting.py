@@ -81,15 +81,9 @@ def drafter(
     folder: Path, kind: str, form: WeightFormat, *, native: bool, layers: Sequence[int] = READ
 ) -> Drafter:
     """A drafter with the states of all rows in place; the same for ``native`` and not."""
-
-    def forms(weight: Tensor) -> WeightFormat:
-        if not native:
-            return WeightFormat.PLAIN
-        # Its rows are in 4 bits whatever the model's are.
-        return WeightFormat.INT4 if weight.shape[0] == VOCAB // 2 else form
-
-    plain = WeightFormat.FP32 if native else WeightFormat.PLAIN
-    recipes = Recipes(lambda _: plain, lambda _: plain, lambda _: plain, forms)
+    plain = (WeightFormat.FP32 if native else WeightFormat.PLAIN,)
+    # Its rows are in 4 bits whatever the model's are.
+    recipes = Recipes(plain, plain, plain, (WeightFormat.INT4, form) if native else plain)
     _, model = make(MODELS[kind], folder, recipes)
     torch.manual_seed(5)
     head = new_head(layers, form)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offramp.kernels.weight_formats import WeightFormat, available
+from offramp.kernels.weight_formats import WeightFormat, available, first_to_hold
 from offramp.models.config import Weights
 from offramp.models.loading import formats
 from offramp.models.loading.formats import RoundedWeights, WeightFormatError, choose, rounded
@@ -28,7 +28,9 @@ def everywhere(monkeypatch: pytest.MonkeyPatch, *forms: WeightFormat) -> None:
 
 
 def forms_of(forms: formats.Forms, found: dict[str, Tensor]) -> dict[str, WeightFormat]:
-    return {name: forms(weight) for name, weight in found.items() if weight.dim() > 1}
+    return {
+        name: first_to_hold(forms, weight) for name, weight in found.items() if weight.dim() > 1
+    }
 
 
 def test_auto_keeps_each_matrix_in_the_smallest_form_that_loses_nothing(
@@ -49,8 +51,8 @@ def test_auto_keeps_each_matrix_in_the_smallest_form_that_loses_nothing(
         "layers.0.o": WeightFormat.FP32,
     }
     # Rows of the LM head lie on its grid, what was trained here on none.
-    assert recipes.exits(four_bit(32, 64)) is WeightFormat.INT4
-    assert recipes.exits(torch.randn(32, 64)) is WeightFormat.FP16
+    assert first_to_hold(recipes.exits, four_bit(32, 64)) is WeightFormat.INT4
+    assert first_to_hold(recipes.exits, torch.randn(32, 64)) is WeightFormat.FP16
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,9 @@ def test_without_the_c_kernels_auto_takes_the_smallest_of_torch(
     forms = {form for form in WeightFormat if "-" in form or not native}
     everywhere(monkeypatch, *(forms if has_fp16 else forms - {WeightFormat.FBGEMM_FP16}))
     found = weights()
-    assert choose(Weights.AUTO, found, native=native).layers(found["embed"]) is expected
+    assert (
+        first_to_hold(choose(Weights.AUTO, found, native=native).layers, found["embed"]) is expected
+    )
     with pytest.raises(WeightFormatError, match="int4 needs the C kernels"):
         choose(Weights.INT4, found, native=native)
 
@@ -78,14 +82,14 @@ def test_without_the_c_kernels_auto_keeps_what_fp16_cannot_hold_in_fp32(
 ) -> None:
     everywhere(monkeypatch, WeightFormat.ONEDNN_FP32, WeightFormat.FBGEMM_FP16)
     layers = choose(Weights.AUTO, weights()).layers
-    assert layers(torch.full((64, 64), 1e6)) is WeightFormat.ONEDNN_FP32
+    assert first_to_hold(layers, torch.full((64, 64), 1e6)) is WeightFormat.ONEDNN_FP32
 
 
 def test_without_packed_products_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     everywhere(monkeypatch)
     for wish in (Weights.AUTO, Weights.FP32):
         found = weights()
-        assert choose(wish, found).layers(found["embed"]) is WeightFormat.PLAIN
+        assert first_to_hold(choose(wish, found).layers, found["embed"]) is WeightFormat.PLAIN
 
 
 def test_four_bits_are_for_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +97,8 @@ def test_four_bits_are_for_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     everywhere(monkeypatch, *WeightFormat)
     found = rounded(Weights.INT4, weights(four=False))
     recipes = choose(Weights.INT4, found)
-    assert recipes.layers(found["layers.0.down"]) is WeightFormat.INT4
-    assert recipes.head(found["embed"]) is WeightFormat.INT8
+    assert first_to_hold(recipes.layers, found["layers.0.down"]) is WeightFormat.INT4
+    assert first_to_hold(recipes.head, found["embed"]) is WeightFormat.INT8
 
 
 def test_what_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +116,8 @@ def test_finer_weights_are_rounded(monkeypatch: pytest.MonkeyPatch, wish: Weight
     assert isinstance(found, RoundedWeights)
     recipes = choose(wish, found)
     form = WeightFormat(wish)
-    assert recipes.layers(found["layers.0.down"]) is form
-    assert recipes.head(found["embed"]) is WeightFormat.INT8
+    assert first_to_hold(recipes.layers, found["layers.0.down"]) is form
+    assert first_to_hold(recipes.head, found["embed"]) is WeightFormat.INT8
     # Published in 4 bits, which 8 would not make finer; and vectors are no matrices.
     assert torch.equal(found["layers.0.o"], own["layers.0.o"])
     assert torch.equal(found["layers.0.attn_norm"], own["layers.0.attn_norm"])
@@ -137,12 +141,12 @@ def test_columns_that_no_group_divides_are_refused() -> None:
 
 def test_other_dtypes_are_left_alone() -> None:
     half = weights(dtype=torch.bfloat16)
-    assert choose(Weights.AUTO, half).layers(half["embed"]) is WeightFormat.PLAIN
+    assert first_to_hold(choose(Weights.AUTO, half).layers, half["embed"]) is WeightFormat.PLAIN
     with pytest.raises(WeightFormatError, match="for fp32 on a CPU"):
         choose(Weights.FP16, half)
 
 
 def test_the_choice_exists_on_this_machine() -> None:
-    found = choose(Weights.AUTO, weights(), native=False).layers(torch.zeros(1, 1))
+    found = first_to_hold(choose(Weights.AUTO, weights(), native=False).layers, torch.zeros(1, 1))
     assert found in {WeightFormat.PLAIN, WeightFormat.ONEDNN_FP32, WeightFormat.FBGEMM_FP16}
     assert available(found)

@@ -17,7 +17,7 @@ import xllamacpp
 from gguf.quants import dequantize
 from safetensors.numpy import save_file
 
-from offramp.kernels.weight_formats import WeightFormat, can_hold
+from offramp.kernels.weight_formats import WeightFormat, can_hold, first_to_hold
 from offramp.models.config import ModelConfig, Weights
 from offramp.models.errors import CheckpointError, ModelNotAvailable, UnsupportedModel
 from offramp.models.families import config_from_hf
@@ -117,7 +117,7 @@ class TestFormats:
         weights = rounded(Weights.AUTO, stored, quantized=stored.quantized)
         recipes = choose(Weights.AUTO, weights)
         for name in ("layers.0.qkv", "layers.1.down"):
-            assert recipes.layers(weights[name]) is WeightFormat(form)
+            assert first_to_hold(recipes.layers, weights[name]) is WeightFormat(form)
         assert not (isinstance(weights, RoundedWeights) and weights.changed)
 
     def test_five_bits_are_rounded_to_eight(self, tmp_path: Path) -> None:
@@ -127,7 +127,10 @@ class TestFormats:
         )
         weights = rounded(Weights.AUTO, stored, quantized=stored.quantized)
         assert isinstance(weights, RoundedWeights)
-        assert choose(Weights.AUTO, weights).layers(weights["layers.0.o"]) is WeightFormat.INT8
+        assert (
+            first_to_hold(choose(Weights.AUTO, weights).layers, weights["layers.0.o"])
+            is WeightFormat.INT8
+        )
         assert "layers.0.o" in weights.changed
         assert 0 < weights.error < 0.01
         for plain in (
