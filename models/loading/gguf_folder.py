@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import redirect_stderr
@@ -49,16 +48,12 @@ _SAMPLE = 1 << 20
 def folder_of(path: Path, cache: Path) -> Path:
     """The folder of the GGUF file ``path`` under ``cache``, made if need be.
 
-    It is named by the file's name, size and first megabytes. Raises CheckpointError for a file that
+    It is named by the file's path, size and first megabytes. Raises CheckpointError for a file that
     is damaged or none, UnsupportedModel for what is not implemented.
     """
     folder = cache / f"{path.stem}-{_digest(path)}"
     if (folder / INDEX).exists():
-        if json.loads((folder / INDEX).read_text(encoding="utf-8")).get("path") == str(
-            path.resolve()
-        ):
-            return folder
-        shutil.rmtree(folder)
+        return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=cache) as scratch:
         made = Path(scratch) / "folder"
@@ -76,7 +71,7 @@ def folder_of(path: Path, cache: Path) -> Path:
 def _digest(path: Path) -> str:
     try:
         check_plain(path)
-        found = hashlib.sha256(f"{_VERSION} {path.stat().st_size}".encode())
+        found = hashlib.sha256(f"{_VERSION} {path.stat().st_size} {path.resolve()}".encode())
         with path.open("rb") as file:
             # Metadata comes first; of the tensors the table that follows it decides.
             for _ in range(16):
@@ -183,7 +178,7 @@ def _config(metadata: _Metadata, tensors: Mapping[str, Any]) -> tuple[dict[str, 
         for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
         if kind == _CONTROL and token in _ENDS
     ]
-    return config, sorted({each for each in (*named, *known) if each is not None})
+    return config, sorted({each for each in (*named, *known) if type(each) is int})
 
 
 def _rope(metadata: _Metadata, tensors: Mapping[str, Any], head_dim: int) -> dict[str, Any]:

@@ -339,7 +339,6 @@ class TestFolder:
         with pytest.raises(CheckpointError, match="cannot be read"):
             StoredWeights(first, CONFIG, dtype=torch.float32)
         again = folder_of(tmp_path / "elsewhere" / "m.gguf", tmp_path / "cache")
-        assert again == first
         StoredWeights(again, CONFIG, dtype=torch.float32)
 
     def test_another_file_under_the_same_name_is_another_model(self, tmp_path: Path) -> None:
