@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from offramp.models.loading.sources import resolve
 from offramp.server.bench.common import (
@@ -33,6 +32,7 @@ from offramp.server.bench.device import machine_facts
 from offramp.server.bench.over_http import JsonClient
 from offramp.server.bench.process import SERVE_LLAMACPP, SERVE_OFFRAMP, serving
 from offramp.server.bench.systems import gguf
+from offramp.server.bench.targets import transformers_model
 from offramp.server.text.labelled import LabelledTexts, read_labelled
 from offramp.server.text.tokenizer import Tokenizer
 
@@ -278,9 +278,7 @@ class _Transformers(_Peer):
 
     def __init__(self, args: argparse.Namespace, ours: _Server) -> None:
         super().__init__(args, ours)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(args.model), dtype=torch.float32, trust_remote_code=False
-        ).eval()
+        self._model = transformers_model(resolve(args.model), torch.float32).eval()
         if args.threads:
             torch.set_num_threads(args.threads)
 

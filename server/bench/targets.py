@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
+from offramp.models.loading import gguf_weights
 from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
 from offramp.server.bench.common import BenchError
 from offramp.server.engine.engine import Engine
@@ -144,6 +146,23 @@ class InProcess(Target):
         return traces
 
 
+def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Transformers' own model of ``folder``; that of a GGUF file with weights as read here."""
+    index = folder / gguf_weights.INDEX
+    if not index.exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    file = gguf_weights.GgufFile(index)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(
+        None,
+        config=config,
+        state_dict={name: file.get_tensor(name) for name in file.names},
+        dtype=dtype,
+    )
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
 class Transformers(Target):
     """transformers' generate for the model in ``folder``, fp32, on the CPU.
 
@@ -151,9 +170,7 @@ class Transformers(Target):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        ).eval()
+        self._model = transformers_model(folder, torch.float32).eval()
         ends = self._model.generation_config.eos_token_id
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
 
@@ -225,7 +242,7 @@ class Batching(Target):
     ) -> None:
         model = cast(
             "Any",
-            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False),
+            transformers_model(folder, dtype),
         )
         self._model = model.to(device).eval()
         self._blocks = -(-context // _PAGE) + 1

@@ -27,6 +27,8 @@ from offramp.models.loading.gguf_folder import folder_of
 from offramp.models.loading.safetensors import StoredWeights, fingerprint, load_weights
 from offramp.models.loading.sources import find, resolve
 from offramp.models.rope import plain_inv_freq
+from offramp.server.bench.reference import agreement, load_judge
+from offramp.server.bench.targets import Transformers
 from offramp.server.text.tokenizer import Tokenizer
 
 from .gguf_files import TOKENS, Array, Wish, random_weights, write_gguf
@@ -90,6 +92,17 @@ def test_families_are_read_as_they_were_written(name: str, tmp_path: Path) -> No
     assert not ours.quantized
     assert fingerprint(ours) == fingerprint(theirs)
     assert find(str(tmp_path / "m.gguf"), cache=tmp_path) == folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_transformers(name: str, tmp_path: Path) -> None:
+    """Of the configuration and weights as they were read, by its own model of the family."""
+    arch, changes, values = FAMILIES[name]
+    write(tmp_path / "m.gguf", Wish(arch=arch, values=values), config_of(**changes))
+    folder = resolve(str(tmp_path / "m.gguf"), cache=tmp_path)
+    prompts = [(5, 6, 7, 8), (9, 10)]
+    answers = Transformers(folder).run(prompts, mode="off", concurrency=1, max_tokens=40)
+    assert agreement(load_judge(folder, 100), answers) == 1
 
 
 def test_some_rows_of_a_fused_matrix_are_those_of_the_whole(tmp_path: Path) -> None:
