@@ -115,6 +115,12 @@ class GgufTensor:
         return whole[order[first - heads.start * size : end - heads.start * size]]
 
     def _read(self, first: int, end: int) -> Tensor:
+        try:
+            return self._unpacked(first, end)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self._path}: {error}") from error
+
+    def _unpacked(self, first: int, end: int) -> Tensor:
         from gguf import GGMLQuantizationType  # noqa: PLC0415 (few models are such files)
         from gguf.quants import dequantize  # noqa: PLC0415
 

@@ -130,7 +130,7 @@ def _add_load(add: Callable[..., Any]) -> None:
 
 
 def _add_offramp(add: Callable[..., Any]) -> None:
-    add("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    add("--model", default="smollm2-135m", help="embedded name, folder, GGUF file or hub id")
     add(
         "--weights",
         choices=tuple(map(str, Weights)),
@@ -291,7 +291,7 @@ def decisions_parser() -> argparse.ArgumentParser:
     add("--permutations", type=_at_least(1), default=1, help="orders of the options [1]")
     add("--questions", type=_numbers, default=(1,), help="questions about an input at once [1]")
     add("--concurrency", type=_numbers, default=(1, 8), help="requests in flight [1,8]")
-    add("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    add("--model", default="smollm2-135m", help="embedded name, folder, GGUF file or hub id")
     add("--decision-heads", default="auto", help='file, "auto" or "none"')
     add("--weights", choices=tuple(map(str, Weights)), default="auto", help="[auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0 is torch's choice")
@@ -311,7 +311,7 @@ def forms_parser() -> argparse.ArgumentParser:
     """Options of ``offramp bench forms``."""
     parser = argparse.ArgumentParser(prog="offramp bench forms", allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    add("--model", default="smollm2-135m", help="embedded name, folder, GGUF file or hub id")
     add("--weights", choices=tuple(map(str, Weights)), default="auto", help="[auto]")
     add("--threads", type=int, default=0, help="CPU threads; 0 takes all cores")
     add("--modes", type=_modes, default=("off", "lossless"), help="[off,lossless]")

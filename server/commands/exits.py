@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data(train: argparse.ArgumentParser, out: str) -> None:
     """Options on what to train on, and where results go."""
-    train.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    train.add_argument(
+        "--model", default="smollm2-135m", help="embedded name, folder, GGUF file or hub id"
+    )
     train.add_argument("--out", type=Path, required=True, help=out)
     source = train.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -142,7 +144,9 @@ def _add_drafting(train: argparse.ArgumentParser) -> None:
 
 def _add_task(train: argparse.ArgumentParser) -> None:
     """Options on the question and the rows it is asked about."""
-    train.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    train.add_argument(
+        "--model", default="smollm2-135m", help="embedded name, folder, GGUF file or hub id"
+    )
     train.add_argument(
         "--out",
         type=Path,

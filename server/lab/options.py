@@ -20,7 +20,9 @@ class LabError(Exception):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options both commands share."""
-    parser.add_argument("--model", default="smollm2-135m", help="embedded name, folder or hub id")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="embedded name, folder, GGUF file or hub id"
+    )
     parser.add_argument("--exits", type=Path, required=True, help="exit file of the model")
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="prompt files")
     parser.add_argument("--limit", type=positive, help="most prompts to use")

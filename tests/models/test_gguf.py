@@ -24,6 +24,7 @@ from offramp.models.families import config_from_hf
 from offramp.models.loading import gguf_folder
 from offramp.models.loading.formats import RoundedWeights, choose, rounded
 from offramp.models.loading.gguf_folder import folder_of
+from offramp.models.loading.gguf_weights import INDEX, GgufFile
 from offramp.models.loading.safetensors import StoredWeights, fingerprint, load_weights
 from offramp.models.loading.sources import find, resolve
 from offramp.models.rope import plain_inv_freq
@@ -353,6 +354,15 @@ class TestFolder:
             StoredWeights(first, CONFIG, dtype=torch.float32)
         again = folder_of(tmp_path / "elsewhere" / "m.gguf", tmp_path / "cache")
         StoredWeights(again, CONFIG, dtype=torch.float32)
+
+    def test_a_file_that_goes_while_it_is_read(self, tmp_path: Path) -> None:
+        write(tmp_path / "m.gguf")
+        stored = GgufFile(folder_of(tmp_path / "m.gguf", tmp_path / "cache") / INDEX)
+        norm = stored.get_slice("model.norm.weight")
+        assert torch.equal(norm[2:4], norm[:][2:4])
+        (tmp_path / "m.gguf").unlink()
+        with pytest.raises(CheckpointError, match="cannot read"):
+            norm[:]
 
     def test_another_file_under_the_same_name_is_another_model(self, tmp_path: Path) -> None:
         write(tmp_path / "m.gguf")
