@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def tensors(owner: object, seen: set[int]) -> Iterator[Tensor]:
         if owner.data_ptr() not in seen:
             seen.add(owner.data_ptr())
             yield owner
-    elif hasattr(owner, "__dict__"):
+    elif hasattr(owner, "__dict__") and not isinstance(owner, Enum):
         for value in vars(owner).values():
             yield from tensors(value, seen)
     elif hasattr(owner, "__dataclass_fields__"):
