@@ -23,6 +23,7 @@ from offramp.models.errors import CheckpointError, UnsupportedModel
 from offramp.models.families import config_from_hf
 from offramp.models.files import check_plain, is_number, is_whole, shown
 from offramp.models.loading.gguf_weights import INDEX, Place, transformers_names, write_index
+from offramp.models.rope import plain_inv_freq, scaled_inv_freq
 
 # Architectures by GGUF's names; Mistral's models are llama's with a window.
 _FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -196,7 +197,8 @@ def _rope(metadata: _Metadata, tensors: Mapping[str, Any], head_dim: int) -> dic
             "factor": float(factors.max(initial=1.0)),
             **_LLAMA3,
         }
-        known = _llama3_factors(rope, head_dim)
+        scaled, _ = scaled_inv_freq(rope, head_dim, 0)
+        known = np.divide(plain_inv_freq(theta, head_dim), scaled)
         if factors.shape != known.shape or not np.allclose(factors, known, rtol=1e-4):
             raise UnsupportedModel(_ROPE_FREQS, "other factors", "those of Llama 3.1 and 3.2")
     elif kind in ("linear", "yarn"):
@@ -206,15 +208,6 @@ def _rope(metadata: _Metadata, tensors: Mapping[str, Any], head_dim: int) -> dic
     elif kind != "none":
         raise UnsupportedModel(f"{metadata.arch}.rope.scaling.type", kind, "none, linear, yarn")
     return rope
-
-
-def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray[Any, Any]:
-    """What the wavelengths are multiplied with [head_dim // 2]."""
-    plain = rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim) * 2 * math.pi
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = (rope["original_max_position_embeddings"] / plain - low) / (high - low)
-    factors: np.ndarray[Any, Any] = 1 / ((1 - share.clip(0, 1)) / rope["factor"] + share.clip(0, 1))
-    return factors
 
 
 def _places(
@@ -287,8 +280,3 @@ def split_digits(backend: Any) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-
-
-def is_gguf(model: str | Path) -> bool:
-    """Whether a model's name is that of a GGUF file."""
-    return Path(model).suffix.lower() == ".gguf"

@@ -67,14 +67,9 @@ class GgufFile:
         """Whether some tensors have fewer than 16 bits a weight."""
         return any(place.type not in _PLAIN for place in self._places.values())
 
-    @property
-    def names(self) -> list[str]:
+    def keys(self) -> list[str]:
         """Names of the tensors."""
         return list(self._places)
-
-    def keys(self) -> list[str]:
-        """The same, in safetensors' words."""
-        return self.names
 
     def get_slice(self, name: str) -> GgufTensor:
         """A tensor of which nothing is read yet."""

@@ -156,7 +156,7 @@ def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     model = getattr(transformers, config.architectures[0]).from_pretrained(
         None,
         config=config,
-        state_dict={name: file.get_tensor(name) for name in file.names},
+        state_dict={name: file.get_tensor(name) for name in sorted(file.keys())},
         dtype=dtype,
     )
     model.generation_config = GenerationConfig.from_pretrained(folder)
