@@ -21,8 +21,9 @@ _SPENT = 0.01
 # text, so it takes many of them; what steps take drifts with the machine.
 _TOKENS_RENEWAL, _RATIO_RENEWAL = 1 / 1024, 1 / 8
 # From so many sequences on, of greedy and of sampled answers, guesses have to show that they gain
-# before they are made.
+# before they are made, unless by the costs of steps they spare this share of a token's time.
 _MANY = {False: 2, True: 1}
+_SURE = 0.25
 # A mind is changed where the other way is better by more than so many standard errors of the means.
 _CERTAINTY = 2.0
 _LEAST_RATIOS = 4
@@ -54,13 +55,15 @@ class _Mean:
 class _Trial:
     """Both ways for one number of running sequences, and which one runs now.
 
-    Guesses are ``near`` where this run or the next one guesses.
+    At first guesses are made where by the costs of steps they spare a large enough share
+    ``spared`` of a token's time. They are ``near`` where this run or the next one guesses.
     ``ratio`` is the logarithm of the seconds of a step without guesses over those of one with them,
     of runs one after the other, between which the machine has hardly changed.
     """
 
     running: int
     sampled: bool = False
+    spared: float = 0.0
     guessing: bool = field(init=False)
     guesses_pay: bool = field(init=False)
     near: bool = field(init=False)
@@ -72,7 +75,8 @@ class _Trial:
     _before: tuple[bool, float] | None = None
 
     def __post_init__(self) -> None:
-        self.guessing = self.guesses_pay = self.near = self.running < _MANY[self.sampled]
+        likely = self.running < _MANY[self.sampled] or self.spared >= _SURE
+        self.guessing = self.guesses_pay = self.near = likely
 
     def add(self, seconds: float | None, tokens: int) -> None:
         """A step ended, which made ``tokens``; the time of some is not known."""
@@ -139,18 +143,21 @@ class DraftTrials:
         self._begun: float | None = None
         self._tokens: int | None = None
 
-    def begin(self, running: int, now: float, *, sampled: bool = False) -> bool:
+    def begin(
+        self, running: int, now: float, *, sampled: bool = False, spared: float = 0.0
+    ) -> bool:
         """A step of ``running`` sequences begins at ``now`` (seconds); whether it may guess.
 
         Where most answers are ``sampled`` guesses are right less often, so those are weighed apart.
-        That ends the step before, with all that the engine did in between.
+        By the costs of steps guesses spare the share ``spared`` of a token's time, which counts
+        until trials say more. That ends the step before, with all that the engine did in between.
         """
         if self._tokens is not None:
             seconds = None if self._begun is None else now - self._begun
             self._running.add(seconds, self._tokens)
         trial = self._trials.get((running, sampled))
         if trial is None:
-            trial = self._trials[running, sampled] = _Trial(running, sampled)
+            trial = self._trials[running, sampled] = _Trial(running, sampled, spared)
         self._running, self._begun, self._tokens = trial, now, None
         return trial.guessing
 

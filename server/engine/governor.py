@@ -70,12 +70,14 @@ class HeadPlan:
 
     ``most`` guesses a sequence, 0 where drafts do not pay; none behind guesses that are all right
     with less probability than ``bound``. A j-th guess is worth verifying where those up to it are
-    all right with a probability of ``worth[j]``.
+    all right with a probability of ``worth[j]``. That is expected to spare the share ``spared`` of
+    a token's time.
     """
 
     most: int
     bound: float
     worth: tuple[float, ...]
+    spared: float = 0.0
 
 
 NO_DRAFTS = HeadPlan(0, 1.0, ())
@@ -248,6 +250,16 @@ class ExitGovernor:
         allowed = self._probes["head"].allow(pays=plan.most > 0)
         return _TRY if allowed and not plan.most else plan
 
+    def guesses_spare(self, rows: int, *, sampled: bool) -> float:
+        """The share of a token's time that the draft head's guesses for ``rows`` sequences spare.
+
+        As far as measured costs and acceptance tell; 0 where there is no draft head.
+        """
+        if not self.costs.first_guess.known:
+            return 0.0
+        luck = self.sampled_luck if sampled else 1.0
+        return self._standing("head", round(10 * luck), max(1, rows), self._weigh_head).spared
+
     def _weigh_head(self, tenths: int, rows: int) -> HeadPlan:
         luck = tenths / 10
         # All sequences draft, so their rows add up.
@@ -262,10 +274,13 @@ class ExitGovernor:
         likely = luck * self.head_acceptance.mean
         more = [max(0.0, gain * likely**index - further) for index, gain in enumerate(gains)]
         # The more sequences there are, the more fall out of step.
-        if gains[0] + sum(more[1:]) <= first + rows * _DRAFT_GAIN * token:
+        saved = gains[0] + sum(more[1:]) - first
+        if saved <= rows * _DRAFT_GAIN * token:
             return NO_DRAFTS
         bound = further / gains[1] if gains[1] else 1.0
-        return HeadPlan(MAX_HEAD_DRAFTS, bound, tuple(row / token for row in extra))
+        right = sum(likely ** (index + 1) for index, gain in enumerate(more) if gain)
+        spared = saved / (token * (1 + right))
+        return HeadPlan(MAX_HEAD_DRAFTS, bound, tuple(row / token for row in extra), spared)
 
     def worth_verifying(self, plan: HeadPlan, chances: Sequence[float], luck: float) -> int:
         """How many of a sequence's guesses, with the head's ``chances``, are worth verifying."""

@@ -105,8 +105,9 @@ class HostDecoder:
         """See Decoder."""
         begun = time.perf_counter()
         running = len(self._admission.running)
-        sampled = sum(each.sampled for each in self._admission.running.values())
-        guess = self._trials.begin(running, begun, sampled=2 * sampled > running)
+        sampled = 2 * sum(each.sampled for each in self._admission.running.values()) > running
+        spared = self.governor.guesses_spare(running, sampled=sampled)
+        guess = self._trials.begin(running, begun, sampled=sampled, spared=spared)
         drafting = self._drafting.run(running, guess=guess, keep_up=self._trials.near)
         planned = self._plan(now)
         if planned is None:

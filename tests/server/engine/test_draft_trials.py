@@ -12,10 +12,11 @@ from offramp.server.engine.draft_trials import DraftTrials
 class World:
     """Steps of one number of sequences, in a clock of their own."""
 
-    def __init__(self, running: int = 1, *, sampled: bool = False) -> None:
+    def __init__(self, running: int = 1, *, sampled: bool = False, spared: float = 0.0) -> None:
         self.trials = DraftTrials()
         self.running = running
         self.sampled = sampled
+        self.spared = spared
         self.now = 0.0
         self._random = random.Random(0)
 
@@ -23,7 +24,9 @@ class World:
         """The share of ``steps`` that guess, where these take so many seconds and make so many."""
         chosen = 0
         for _ in range(steps):
-            guessing = self.trials.begin(self.running, self.now, sampled=self.sampled)
+            guessing = self.trials.begin(
+                self.running, self.now, sampled=self.sampled, spared=self.spared
+            )
             chosen += guessing
             self.now += (guessed if guessing else plain) * self._random.uniform(0.9, 1.1)
             more = guessing and self._random.random() < tokens - 1
@@ -42,6 +45,24 @@ def test_the_faster_way_is_kept(running: int, guessed: float, tokens: float, pay
     world.run(1500, guessed, tokens, 3.0)
     share = world.run(4000, guessed, tokens, 3.0)
     assert share > 0.9 if pays else share < 0.1
+
+
+@pytest.mark.parametrize(("running", "sampled"), [(2, False), (1, True), (4, True)])
+def test_guesses_are_made_at_once_where_steps_cost_that_much_less(
+    running: int,
+    sampled: bool,  # noqa: FBT001
+) -> None:
+    """Steps that turn out otherwise are believed instead."""
+    sure, unsure = (
+        World(running, sampled=sampled, spared=0.4),
+        World(running, sampled=sampled, spared=0.1),
+    )
+    assert sure.run(32, 4.0, 1.6, 3.0) == 1
+    assert unsure.run(32, 4.0, 1.6, 3.0) == 0
+    assert sure.run(4000, 4.0, 1.6, 3.0) > 0.9
+    wrong = World(running, sampled=sampled, spared=0.4)
+    wrong.run(1500, 4.0, 1.1, 3.0)
+    assert wrong.run(4000, 4.0, 1.1, 3.0) < 0.1
 
 
 @pytest.mark.parametrize(("running", "guessed", "plain"), [(4, 5.0, 3.0), (1, 5.0, 3.0)])

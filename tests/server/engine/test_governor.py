@@ -258,6 +258,20 @@ def test_the_draft_head_is_not_asked_where_that_loses(made: ExitGovernor) -> Non
     assert made.head_plan(4).most == 0
 
 
+def test_what_guesses_spare_is_less_than_all_that_are_right() -> None:
+    """Half of all guesses are right; five in a row make 1.97 tokens of a pass for free rows."""
+    free = drafting_governor(0.0, first=0.0)
+    free.costs.next_guess = measured(0.0, 0.0)
+    assert free.guesses_spare(1, sampled=False) == pytest.approx(1 - 1 / 1.97, rel=0.02)
+    assert free.guesses_spare(2, sampled=False) == pytest.approx(1 - 1 / 1.97, rel=0.02)
+    assert 0 < free.guesses_spare(1, sampled=True) < free.guesses_spare(1, sampled=False)
+
+
+def test_guesses_that_do_not_pay_or_are_not_there_spare_nothing() -> None:
+    assert drafting_governor(24 * MS).guesses_spare(4, sampled=False) == 0
+    assert governor().guesses_spare(1, sampled=False) == 0
+
+
 def test_guesses_of_sampled_answers_have_to_pay_at_their_own_rate() -> None:
     """What they are known to be right is learnt from them, and greedy ones do not suffer."""
     made = drafting_governor(0.2 * MS, first=2.5 * MS)
