@@ -132,7 +132,8 @@ class EngineConfig(_Options):
     draft_head: str = _option(
         "Early exit",
         "auto",
-        'Draft head for lossless requests: a file, "auto" (the shipped one that fits) or "none".',
+        'Draft head for lossless requests: a file, "auto" (the shipped one that fits; on a GPU '
+        'none) or "none".',
     )
     decision_heads: str = _option(
         "Early exit",

@@ -189,7 +189,8 @@ def _default_mode(config: ServerConfig, info: EngineInfo) -> ExitMode:
     engine = config.engine
     wishes = (config.exit_threshold, engine.exit_quality, engine.exit_online_quality)
     exits = info.exit_layers and any(wish is not None for wish in wishes)
-    return ExitMode.LOSSLESS if info.draft_head and not exits else ExitMode.ADAPTIVE
+    guesses = info.draft_head and not info.decides_on_device
+    return ExitMode.LOSSLESS if guesses and not exits else ExitMode.ADAPTIVE
 
 
 def default_fault(config: ServerConfig, info: EngineInfo) -> str | None:

@@ -297,6 +297,7 @@ def _load(
         prompt_threshold=_prompt_threshold(config, exits),
         quality_floor=config.quality_floor,
         head_chances=() if drafts is None else drafts.chances,
+        decides_on_device=on_device,
         decision_layers=cuts,
         decision_tasks={name: _decision_info(task) for name, task in tasks.items()},
         sampling_defaults=sampling_defaults(folder) if config.generation_config == "auto" else {},
@@ -385,12 +386,12 @@ def exit_file(
 
 
 def draft_file(choice: str, own: str, shape: ModelConfig, *, on_device: bool) -> DraftFile | None:
-    """The draft head that --draft-head names, None without one."""
-    if on_device:
-        if choice not in {"auto", "none"}:
-            raise EngineConfigError(
-                f"--draft-head {choice}: draft heads guess on a CPU only; use --draft-head none"
-            )
+    """The draft head that --draft-head names, None without one.
+
+    Where decoding is decided on the device, only one that is named: guesses are made outside of its
+    loop.
+    """
+    if on_device and choice == "auto":
         return None
     path = _chosen("--draft-head", choice, own, shipped_draft_head, DraftFileError)
     return None if path is None else load_draft_head(path, fingerprint=own, config=shape)

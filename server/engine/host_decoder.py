@@ -104,8 +104,9 @@ class HostDecoder:
     def advance(self, now: float) -> tuple[list[TokenResult], StepStats | None]:
         """See Decoder."""
         begun = time.perf_counter()
-        running = len(self._admission.running)
-        sampled = 2 * sum(each.sampled for each in self._admission.running.values()) > running
+        own = [each for each in self._admission.running.values() if each.decoder is self]
+        running = len(own)
+        sampled = 2 * sum(each.sampled for each in own) > running
         spared = self.governor.guesses_spare(running, sampled=sampled)
         guess = self._trials.begin(running, begun, sampled=sampled, spared=spared)
         drafting = self._drafting.run(running, guess=guess, keep_up=self._trials.near)

@@ -229,7 +229,8 @@ class EngineInfo:
     ``exit_layers`` are the exit points, ascending; they cut the ``num_layers`` layers into
     segments. ``max_num_batched_tokens`` bounds the rows of one step, ``max_exit_debt`` the
     positions that one sequence may owe. ``head_chances`` are those of the draft head's file, empty
-    without a draft head. ``decision_layers`` cut the stack for decisions; ``decision_tasks`` are
+    without a draft head. Where the engine ``decides_on_device`` a device loop decodes what needs no
+    guesses. ``decision_layers`` cut the stack for decisions; ``decision_tasks`` are
     those that heads were trained for, by name. ``hidden_size`` is the length of an embedding.
     Layers take inputs of 8 bits of all requests if it is ``coarse``, else of those that are content
     with a quality of ``coarse_quality``, where that pays (None: of none).
@@ -253,6 +254,7 @@ class EngineInfo:
     quality_floor: float | None = None
     cache_dtype: str = "float32"
     head_chances: tuple[tuple[float, float], ...] = ()
+    decides_on_device: bool = False
     decision_layers: tuple[int, ...] = ()
     decision_tasks: Mapping[str, DecisionInfo] = field(default_factory=dict)
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)

@@ -66,6 +66,10 @@ def test_a_draft_head_makes_lossless_the_default() -> None:
     drafts = replace(INFO, head_chances=((0.1, 0.5),) * 10)
     assert settings({}, drafts).mode is ExitMode.LOSSLESS
     assert settings({}, replace(BARE, head_chances=((0.1, 0.5),) * 10)).mode is ExitMode.LOSSLESS
+    # Guesses are made outside of the device's loop, which is the faster way for most.
+    on_device = replace(drafts, decides_on_device=True)
+    assert settings({}, on_device).mode is ExitMode.ADAPTIVE
+    assert settings({}, on_device, early_exit="lossless").mode is ExitMode.LOSSLESS
     assert settings({"quality": 0.95}, drafts).mode is ExitMode.ADAPTIVE
     assert settings({}, drafts, early_exit="adaptive").mode is ExitMode.ADAPTIVE
     assert settings({}, drafts, exit_threshold=0.7).mode is ExitMode.ADAPTIVE

@@ -25,7 +25,6 @@ from offramp.server.engine.engine import Engine
 from offramp.server.engine.governor import HeadPlan
 from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import GenerationRequest
-from offramp.server.errors import EngineConfigError
 
 from .engine.test_engine_machine import host_of
 
@@ -308,14 +307,6 @@ def test_a_draft_head_that_is_none_is_refused(
     monkeypatch.chdir(tiny_dir)
     with pytest.raises(Exception, match=message):
         engine_with(tiny_dir, choice)
-
-
-def test_a_draft_head_where_the_device_decides_is_refused(tiny_dir: Path, head: Path) -> None:
-    config = EngineConfig(device="cpu", dtype="float32", draft_head=str(head))
-    with pytest.raises(EngineConfigError, match="on a CPU only"):
-        build_engine(config, tiny_dir, model_name="tiny", on_device=True)
-    auto = config.model_copy(update={"draft_head": "auto"})
-    assert not build_engine(auto, tiny_dir, model_name="tiny", on_device=True).info.draft_head
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int16"])

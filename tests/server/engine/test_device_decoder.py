@@ -12,19 +12,27 @@ import torch
 
 from offramp.models.config import Weights
 from offramp.models.costs import CostModel, StepCost
+from offramp.models.exits.draft_head import VECTORS, DraftFile, DraftHead
 from offramp.models.exits.file import ExitFile
 from offramp.models.exits.training.train import TrainOptions, new_head
 from offramp.models.families import config_from_hf
 from offramp.models.loading.formats import as_they_are
 from offramp.models.loading.safetensors import fingerprint, load_weights
-from offramp.models.sampling_params import ExitMode, ExitSettings, KVFill, SamplingParams
+from offramp.models.sampling_params import (
+    DraftSource,
+    ExitMode,
+    ExitSettings,
+    KVFill,
+    SamplingParams,
+)
 from offramp.models.transformer import Transformer
 from offramp.server.config import EngineConfig
 from offramp.server.engine.batch_delay import Holds
 from offramp.server.engine.build import build_engine
 from offramp.server.engine.device_decoder import DeviceDecoder
 from offramp.server.engine.engine import Engine
-from offramp.server.engine.governor import ExitGovernor
+from offramp.server.engine.governor import ExitGovernor, HeadPlan
+from offramp.server.engine.host_decoder import HostDecoder
 from offramp.server.engine.offline import Finished, run_all
 from offramp.server.engine.request import FinishReason, GenerationRequest
 from offramp.server.engine.thresholds import ExitThresholds
@@ -148,6 +156,48 @@ def test_a_model_without_exits_works_too(tiny_dir: Path) -> None:
     steps = run_all(build(tiny_dir, "none", on_device=False), asked, concurrency=4)
     passes = run_all(build(tiny_dir, "none", on_device=True), asked, concurrency=4)
     assert texts(passes) == texts(steps)
+
+
+@pytest.fixture(scope="module")
+def draft_head(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A draft head with random weights."""
+    torch.manual_seed(2)
+    config = config_from_hf(tiny_dir)
+    weights = load_weights(tiny_dir, config, dtype=torch.float32)
+    width, layers = config.hidden_size, (1, 3, 4)
+    shapes = {name: weights[f"layers.3.{name}"].shape for name in ("qkv", "o", "gate_up", "down")}
+    shapes |= {"fuse": torch.Size((width, 4 * width)), "feedback": torch.Size((width, 2 * width))}
+    matrices = {name: torch.randn(shape) / shape[1] ** 0.5 for name, shape in shapes.items()}
+    norms = dict.fromkeys(VECTORS, torch.ones(width))
+    head = DraftHead(layers, **matrices, **norms, vocab=torch.arange(config.vocab_size))
+    chances = tuple((0.1, 0.9) for _ in range(10))
+    path = tmp_path_factory.mktemp("head") / "head.draft.safetensors"
+    DraftFile(fingerprint(weights), head, chances, {}, {}).save(path)
+    return str(path)
+
+
+def test_lossless_requests_are_guessed_for_beside_passes(
+    tiny_dir: Path, exits: str, draft_head: str
+) -> None:
+    """By a draft head that is named, while the device decodes the others."""
+    lossless = ExitSettings(ExitMode.LOSSLESS)
+    asked = [replace(r, exits=r.exits if i % 2 else lossless) for i, r in enumerate(requests(14))]
+    off = [replace(r, exits=ExitSettings(ExitMode.OFF)) for r in asked]
+    steps = run_all(build(tiny_dir, exits, on_device=False, draft_head="none"), off, concurrency=8)
+    engine = build(tiny_dir, exits, on_device=True, draft_head=draft_head)
+    host = engine.decoders[-1]
+    assert isinstance(host, HostDecoder)
+    plan = HeadPlan(3, 0.0, (-1.0,) * 3, spared=0.9)
+    host.governor.head_plan = lambda rows, luck=1.0: plan  # type: ignore[method-assign]
+    host.governor.guesses_spare = lambda rows, *, sampled: 0.9  # type: ignore[method-assign]
+    found = run_all(engine, asked, concurrency=8)
+    for request, mixed, alone in zip(asked, found, steps, strict=True):
+        assert mixed.stats is not None
+        if request.exits.mode is not ExitMode.ADAPTIVE:
+            assert mixed.token_ids == alone.token_ids
+        guessed = DraftSource.HEAD in mixed.stats.drafts
+        assert guessed == (request.exits is lossless)
+    assert not build(tiny_dir, exits, on_device=True).info.draft_head
 
 
 FILTERS: list[dict[str, float]] = [
