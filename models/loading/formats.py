@@ -141,6 +141,12 @@ def keeps_integers(recipes: Recipes, weights: Mapping[str, Tensor]) -> bool:
     return all(first_to_hold(recipes.layers, weights[name]) in INTEGERS for name in _FIRST_LAYER)
 
 
+def integer_recipes(wish: Weights, weights: Mapping[str, Tensor]) -> Recipes | None:
+    """As `choose` says, if it keeps the first layer's matrices in integers; else None."""
+    recipes = choose(wish, weights)
+    return recipes if keeps_integers(recipes, weights) else None
+
+
 def as_they_are() -> Recipes:
     """Plain tensors, which the kernels of GPUs read."""
     return all_in(WeightFormat.PLAIN)

@@ -70,6 +70,13 @@ def _add_data(train: argparse.ArgumentParser, out: str) -> None:
         "--answers", type=Path, nargs="+", help="answers of an earlier run (JSON lines)"
     )
     train.add_argument("--save-answers", type=Path, help="keep the generated answers here")
+    train.add_argument(
+        "--weights",
+        type=Weights,
+        choices=(Weights.AUTO, Weights.INT8, Weights.INT4),
+        default=Weights.AUTO,
+        help="as the server's: answers, and states along them, are those of rounded weights [auto]",
+    )
     train.add_argument("--max-tokens", type=_count, default=192, help="longest answer [192]")
     train.add_argument("--concurrency", type=_count, default=32, help="answers in flight [32]")
     train.add_argument(
@@ -114,13 +121,6 @@ def _add_training(train: argparse.ArgumentParser) -> None:
 
 def _add_drafting(train: argparse.ArgumentParser) -> None:
     """Options on the draft head and how it learns."""
-    train.add_argument(
-        "--weights",
-        type=Weights,
-        choices=(Weights.AUTO, Weights.INT8, Weights.INT4),
-        default=Weights.AUTO,
-        help="as the server's: answers, and states along them, are those of rounded weights [auto]",
-    )
     train.add_argument(
         "--start",
         type=Path,

@@ -24,7 +24,7 @@ from offramp.models.exits.training.draft_data import DraftFeatures, collect_feat
 from offramp.models.exits.training.pipeline import Work, check_plot, plot_draft
 from offramp.models.exits.training.training_model import DenseModel
 from offramp.models.families import config_from_hf
-from offramp.models.loading.formats import choose, keeps_integers, rounded
+from offramp.models.loading.formats import integer_recipes, rounded
 from offramp.models.loading.safetensors import StoredWeights, fingerprint
 from offramp.models.loading.sources import resolve
 from offramp.models.transformer import Transformer
@@ -156,8 +156,8 @@ def _models(job: Job, longest: int) -> tuple[DenseModel, DenseModel | Transforme
     config, weights = job.config, job.weights
     device = device_of(job.args.device)
     if device.type == "cpu":
-        recipes = choose(job.args.weights, weights)
-        if keeps_integers(recipes, weights):
+        recipes = integer_recipes(job.args.weights, weights)
+        if recipes is not None:
             served = Transformer(config, weights, (), longest, recipes)
             return DenseModel(config, weights, longest), served
     whole = DenseModel(config, on_device(dict(weights), device), longest)

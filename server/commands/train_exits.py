@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.models.config import ModelConfig
+from offramp.models.config import ModelConfig, Weights
 from offramp.models.errors import UnsupportedModel
 from offramp.models.exits.file import ExitFile, check_fit, load_exits
 from offramp.models.exits.head import ExitHead
@@ -35,7 +35,8 @@ from offramp.models.exits.training.train import (
 )
 from offramp.models.exits.training.tune import Curriculum, TuneOptions
 from offramp.models.families import config_from_hf
-from offramp.models.loading.safetensors import fingerprint, load_weights
+from offramp.models.loading.formats import integer_recipes, rounded
+from offramp.models.loading.safetensors import StoredWeights, fingerprint
 from offramp.models.loading.sources import resolve
 from offramp.models.transformer import Transformer
 from offramp.server.commands.own_answers import (
@@ -49,7 +50,7 @@ from offramp.server.commands.own_answers import (
 from offramp.server.commands.tune_backbone import (
     Backbone,
     device_of,
-    frozen_backbone,
+    on_device,
     tuned_backbone,
 )
 from offramp.server.progress import progress
@@ -59,17 +60,23 @@ def run(args: argparse.Namespace) -> int:
     """Train as ``args`` say and print the metrics as one line of JSON."""
     if args.plot is not None:
         check_plot()
-    device_of(args.device)
+    as_served = device_of(args.device).type == "cpu" and args.backbone == "frozen"
+    if args.weights is not Weights.AUTO and not as_served:
+        raise TrainingError(f"--weights {args.weights} is for a frozen backbone on a CPU")
     check_out(args.out)
     folder = resolve(args.model)
     config = config_from_hf(folder)
     _check_exit_layers(args.exit_layers, config)
-    weights = load_weights(folder, config, dtype=torch.float32)
+    stored = StoredWeights(folder, config, dtype=torch.float32)
+    own = fingerprint(stored)
+    weights: Mapping[str, Tensor] = stored
+    if as_served:
+        weights = rounded(args.weights, stored, quantized=stored.quantized)
     work = Work()
     if args.work is not None:
-        work = Work.open(args.work, _identity(args, fingerprint(weights)))
+        work = Work.open(args.work, _identity(args, own))
     with progress() as show:
-        file, backbone = _train(Job(args, folder, config, weights, work, show))
+        file, backbone = _train(Job(args, folder, config, weights, work, show), own)
     file.save(args.out)
     backbone.save_deltas(args.out)
     if args.plot is not None:
@@ -94,6 +101,7 @@ def _identity(args: argparse.Namespace, model: str) -> dict[str, Any]:
         "sources": sources,
         "generated": bool(args.prompts),
         "max_tokens": args.max_tokens,
+        "weights": args.weights,
         **asdict(_options(args)),
         "start": None if args.start is None else digest(args.start),
         "backbone": args.backbone,
@@ -111,12 +119,15 @@ def _options(args: argparse.Namespace) -> TrainOptions:
     )
 
 
-def _train(job: Job) -> tuple[ExitFile, Backbone]:
+def _train(job: Job, own: str) -> tuple[ExitFile, Backbone]:
+    """Exits for the model with fingerprint ``own``."""
     args, work = job.args, job.work
-    answers = own_answers(job)
-    backbone = _backbone(job, answers)
+    answers = own_answers(job, args.weights)
+    backbone = _backbone(job, own, answers)
     longest = max(len(item.prompt) + len(item.answer) for item in answers)
-    model = Transformer(job.config, backbone.weights, args.exit_layers, longest)
+    as_served = backbone.weights is job.weights
+    recipes = integer_recipes(args.weights, job.weights) if as_served else None
+    model = Transformer(job.config, backbone.weights, args.exit_layers, longest, recipes)
     states = collect_shards(model, answers, work, job.bar("hidden states", len(answers)))
     file = train_exits(
         model,
@@ -138,11 +149,13 @@ def _train(job: Job) -> tuple[ExitFile, Backbone]:
     return replace(file, metrics=file.metrics | {"backbone": backbone.report}), backbone
 
 
-def _backbone(job: Job, answers: Sequence[Answer]) -> Backbone:
+def _backbone(job: Job, own: str, answers: Sequence[Answer]) -> Backbone:
     device = device_of(job.args.device)
-    start = _start(job, device)
+    start = _start(job, own, device)
     if job.args.backbone == "frozen":
-        return replace(frozen_backbone(job.weights, device), heads=start)
+        on_cpu = device.type == "cpu"
+        weights = job.weights if on_cpu else on_device(job.weights, device)
+        return Backbone(weights, own, heads=start)
     return tuned_backbone(
         job.weights,
         job.config,
@@ -156,7 +169,7 @@ def _backbone(job: Job, answers: Sequence[Answer]) -> Backbone:
     )
 
 
-def _start(job: Job, device: torch.device) -> tuple[ExitHead, ...]:
+def _start(job: Job, own: str, device: torch.device) -> tuple[ExitHead, ...]:
     """The heads that training starts with: plain ones, or those of --start."""
     args, options = job.args, _options(job.args)
     if args.start is None:
@@ -164,7 +177,7 @@ def _start(job: Job, device: torch.device) -> tuple[ExitHead, ...]:
         return tuple(plain_head(layer, norm, options) for layer in args.exit_layers)
     file = load_exits(
         args.start,
-        fingerprint=fingerprint(job.weights),
+        fingerprint=own,
         hidden_size=job.config.hidden_size,
         dtype=torch.float32,
         device=device,

@@ -46,7 +46,7 @@ class Backbone:
     its ``report``.
     """
 
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     fingerprint: str
     deltas: Deltas | None = None
     heads: tuple[ExitHead, ...] = ()
@@ -60,11 +60,6 @@ class Backbone:
         for stale in delta_paths(exit_file):
             stale.unlink()
         return []
-
-
-def frozen_backbone(weights: Mapping[str, Tensor], device: torch.device) -> Backbone:
-    """The model as it is."""
-    return Backbone(on_device(weights, device), fingerprint(dict(weights)))
 
 
 def tuned_backbone(
