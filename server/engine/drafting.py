@@ -3,7 +3,7 @@
 A sequence's next tokens are guessed by the draft head, or copied from where its text has been in
 the same place before (n-gram). Full depth verifies them in one pass; a sequence of which nothing is
 worth guessing has no drafts. Adaptive sequences get drafts as lossless ones do where by measured
-cost their tokens gain nothing by leaving early. (Exits draft as well, see HostDecoder: a lossless
+cost their tokens gain less by leaving early. (Exits draft as well, see HostDecoder: a lossless
 token that leaves early.) What an answer's grammar forces is drafted in every mode.
 """
 
@@ -109,7 +109,7 @@ class Drafting:
         Where ``guess`` is False, only what a grammar forces. With ``keep_up`` the draft head's
         entries are made all the same, many at a time, so that its next guesses are no worse.
         """
-        self._exits_save = self._adaptive and self._governor.exits_save(running)
+        self._exits_save = self._adaptive and self._governor.exits_save(running, guesses=keep_up)
         self._keeping_up = keep_up
         if not keep_up:
             self._let_go(list(self._holding.values()))

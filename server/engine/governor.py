@@ -6,6 +6,7 @@ force are shared.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,21 +147,34 @@ class ExitGovernor:
         pays = self._standing("check", segment, rows, self._checks_save)
         return self._probes[f"check {segment}"].allow(pays=pays)
 
-    def exits_save(self, rows: int) -> bool:
-        """Whether ``rows`` tokens are likely to save time at some exit, checks included."""
-        return self._every_exit or self._standing("exits", 0, max(1, rows), self._any_saves)
+    def exits_save(self, rows: int, *, guesses: bool = False) -> bool:
+        """Whether ``rows`` tokens are likely to save time at some exit, checks included.
 
-    def _any_saves(self, _: int, rows: int) -> bool:
-        return any(self._checks_save(i, rows) for i in range(len(self.costs.segments) - 1))
+        And more than with guesses of the draft head, where there are ``guesses``.
+        """
+        if self._every_exit:
+            return True
+        spared = self._standing("exits", 0, max(1, rows), self._exits_spare)
+        return spared >= (self.guesses_spare(rows, sampled=False) if guesses else 0.0)
+
+    def _exits_spare(self, _: int, rows: int) -> float:
+        """The largest share of a token's time that an exit spares, less than 0 if none does."""
+        exits = range(len(self.costs.segments) - 1)
+        gain = max((self._gain_of_checks(i, rows) for i in exits), default=-math.inf)
+        return gain / (self.costs.full_pass(rows) or 1.0)
 
     def _checks_save(self, segment: int, rows: int) -> bool:
+        return self._gain_of_checks(segment, rows) >= 0
+
+    def _gain_of_checks(self, segment: int, rows: int) -> float:
+        """Seconds that checks of ``rows`` tokens after ``segment`` gain, with a margin."""
         costs, share = self.costs, self._fires[segment]
         all_leave = share**rows
         leaving = share * rows
         saved = all_leave * self._saved(segment, rows, 0)
         saved += (1 - all_leave) * self._saved(segment, leaving, rows - leaving)
         paid = (1 - (1 - share) ** rows) * self._payment(segment, max(1.0, leaving))
-        return saved >= _MARGIN * (paid + costs.checks[segment].at(rows))
+        return saved - _MARGIN * (paid + costs.checks[segment].at(rows))
 
     def exits_pay(self, segment: int, leaving: int, staying: int) -> bool:
         """Whether ``leaving`` sequences gain time by leaving after ``segment``.

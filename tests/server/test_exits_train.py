@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from offramp.kernels.native import library
 from offramp.models.exits.file import load_exits, read_metadata, save_safetensors
 from offramp.models.exits.training import pipeline
 from offramp.models.exits.training.data import Answer, AnswerLog
@@ -74,6 +75,36 @@ def test_info_shows_the_metrics(
     shown = json.loads(capsys.readouterr().out)
     assert shown["data"]["answers"] == 120
     assert set(shown["metrics"]["curves"]) == {"2", "3"}
+
+
+@pytest.mark.skipif(library() is None, reason="needs the C kernels")
+@pytest.mark.parametrize(("weights", "moved"), [("int8", (0, 0.02)), ("int4", (0.02, 1))])
+def test_exits_for_rounded_weights(
+    tiny_dir: Path, answers: Path, tmp_path: Path, weights: str, moved: Any
+) -> None:
+    """States and keys and values are those of the rounded model; the exits are the model's own."""
+    maps, work = {}, tmp_path / "work"
+    own = fingerprint(load_weights(tiny_dir, config_from_hf(tiny_dir), dtype=torch.float32))
+    for form in ("auto", weights):
+        out = tmp_path / f"{form}.safetensors"
+        words = ["--answers", str(answers), "--weights", form, "--work", str(work / form)]
+        assert train(tiny_dir, out, *words) == 0
+        file = load_exits(
+            out, fingerprint=own, hidden_size=64, dtype=torch.float32, device=torch.device("cpu")
+        )
+        maps[form] = file.heads[0].kv_map
+    plain, rounded = maps.values()
+    assert plain is not None
+    assert rounded is not None
+    assert moved[0] < float((rounded - plain).norm() / plain.norm()) < moved[1]
+
+
+def test_a_backbone_that_is_tuned_keeps_its_weights(
+    tiny_dir: Path, answers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--answers", str(answers), "--weights", "int4", "--backbone", "tuned"]
+    assert train(tiny_dir, tmp_path / "a.safetensors", *words) == 1
+    assert "--weights int4 is for a frozen backbone on a CPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("last", ["adapter-2", "adapter-3", "gate-2"])

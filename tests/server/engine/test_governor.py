@@ -224,6 +224,20 @@ def test_exits_save_where_one_of_them_does() -> None:
     assert dear.exits_save(1)
 
 
+def test_exits_are_left_for_guesses_that_save_more() -> None:
+    """Guesses spare two fifths here, and exits what lies above the first of two."""
+    for above, saves in ((1 * MS, False), (60 * MS, True)):
+        made = drafting_governor(0.2 * MS)
+        made.costs.segments.append(measured(above, 0.0))
+        made.costs.checks = [measured(0.01 * MS, 0.0)] * 2
+        made.costs.fill = measured(0.01 * MS, 0.0)
+        for _ in range(300):
+            made.observe_checks(0, checked=8, fired=6)
+        assert made.guesses_spare(1, sampled=False) == pytest.approx(0.4, abs=0.1)
+        assert made.exits_save(1)
+        assert made.exits_save(1, guesses=True) is saves
+
+
 def test_owed_rows_are_recomputed_where_that_is_cheaper_than_a_projection() -> None:
     assert governor(fill=(1 * MS, 0.0)).recompute_pays(1, running=1, owed=1)
     assert not governor(fill=(0.01 * MS, 0.0)).recompute_pays(1, running=1, owed=1)
