@@ -48,12 +48,13 @@ class RoundedWeights(Mapping[str, Tensor]):
 
     Layers to ``form``, INT4 or INT8, embeddings and LM head to 8 bits: among logits of 4 bits there
     are ties. ``changed`` are the names of those that had to move, ``error`` is the largest move,
-    relative to the matrix's norm.
+    relative to the matrix's norm. Where one cannot be rounded, the error names the ``other`` wish.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], form: WeightFormat) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], form: WeightFormat, other: Weights) -> None:
         self._weights = weights
         self.form = form
+        self._other = other
         self.changed: set[str] = set()
         self.error = 0.0
 
@@ -69,7 +70,7 @@ class RoundedWeights(Mapping[str, Tensor]):
             rounded = nearest(form, weight)
         except PackError as reason:
             raise WeightFormatError(
-                f"--weights {self.form}: {name}: {reason}; use --weights auto"
+                f"--weights {self.form}: {name}: {reason}; use --weights {self._other}"
             ) from reason
         if rounded is not weight:
             error = float((rounded - weight).norm() / weight.norm())
@@ -96,10 +97,11 @@ def rounded(
     files to INT8: those of 5 and 6 bits have a grid that no format here holds. ``native`` as for
     `choose`.
     """
+    other = Weights.FP16 if quantized else Weights.AUTO
     if wish in _ROUNDED:
-        return RoundedWeights(weights, WeightFormat(wish))
+        return RoundedWeights(weights, WeightFormat(wish), other)
     if wish is Weights.AUTO and quantized and native and available(WeightFormat.INT8):
-        return RoundedWeights(weights, WeightFormat.INT8)
+        return RoundedWeights(weights, WeightFormat.INT8, other)
     return weights
 
 

@@ -139,6 +139,19 @@ def test_columns_that_no_group_divides_are_refused() -> None:
         rounded(Weights.INT8, own)["layers.0.down"]
 
 
+@pytest.mark.parametrize(("quantized", "other"), [(False, "auto"), (True, "fp16")])
+def test_the_way_out_of_rounding_is_one(
+    monkeypatch: pytest.MonkeyPatch, *, quantized: bool, other: str
+) -> None:
+    """Files of fewer bits are rounded by default, so that auto would fail in the same way."""
+    everywhere(monkeypatch, *WeightFormat)
+    own = weights(four=False) | {"layers.0.down": torch.randn(64, 40)}
+    for wish in (Weights.INT8, Weights.AUTO)[: 1 + quantized]:
+        with pytest.raises(WeightFormatError, match=f"use --weights {other}"):
+            rounded(wish, own, quantized=quantized)["layers.0.down"]
+    choose(Weights(other), own)
+
+
 def test_other_dtypes_are_left_alone() -> None:
     half = weights(dtype=torch.bfloat16)
     assert first_to_hold(choose(Weights.AUTO, half).layers, half["embed"]) is WeightFormat.PLAIN
