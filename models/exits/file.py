@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from offramp.models.config import ModelConfig
+from offramp.models.config import ModelConfig, Weights
 from offramp.models.errors import ModelError
 from offramp.models.exits.head import PREDICTOR, ExitHead
 from offramp.models.exits.points import CoarsePoint, OperatingPoint
@@ -80,6 +80,11 @@ class ExitFile:
     points: tuple[OperatingPoint, ...] = ()
     coarse: CoarsePoint | None = None
 
+    @property
+    def weights(self) -> Weights:
+        """The server's ``--weights`` that the exits were trained and calibrated for."""
+        return weights_of(self.data)
+
     def save(self, path: Path) -> None:
         """Write atomically, tensors in fp16; equal exits give equal bytes."""
         tensors = {
@@ -120,6 +125,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         }
         _check_metadata(found)
         coarse_of(found)
+        weights_of(found["data"])
     except ValueError as error:
         raise ExitFileError(f"{path} has broken metadata: {error}") from error
     points_of(path, found["operating_points"], len(found["exit_layers"]))
@@ -192,6 +198,11 @@ def points_of(path: Path, rows: Sequence[dict[str, Any]], exits: int) -> tuple[O
                 f"than quality {loose.quality}"
             )
     return tuple(points)
+
+
+def weights_of(data: Mapping[str, Any]) -> Weights:
+    """`ExitFile.weights`, by a file's ``data``; raises ValueError for none that there is."""
+    return Weights(data.get("weights", Weights.AUTO))
 
 
 def coarse_of(metadata: Mapping[str, Any]) -> CoarsePoint | None:

@@ -137,6 +137,7 @@ def _train(job: Job, own: str) -> tuple[ExitFile, Backbone]:
             "answers": len(answers),
             "sources": [path.name for path in args.prompts or args.answers],
             "backbone": args.backbone,
+            "weights": args.weights,
         },
         options=_options(args),
         report=reporter(job.show),

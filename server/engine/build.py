@@ -273,7 +273,9 @@ def _load(
     model = Transformer(shape, weights, layers, max_len, recipes)
     if isinstance(weights, RoundedWeights) and weights.changed:
         told = "%d matrices are rounded to at most %s, by up to %.2g of their norm%s"
-        spoilt = "; what exits promise was calibrated without that" if exits.points else ""
+        spoilt = ""
+        if exits.points and exits.weights is not config.weights:
+            spoilt = f"; what exits promise was found with --weights {exits.weights}"
         logger.warning(told, len(weights.changed), weights.form, weights.error, spoilt)
     del weights
     return_freed_memory()

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from offramp.models.exits.deltas import delta_paths
-from offramp.models.exits.file import ExitFile, load_exits, read_metadata
+from offramp.models.exits.file import ExitFile, load_exits, read_metadata, weights_of
 from offramp.models.exits.training.data import Answer
 from offramp.models.families import config_from_hf
 from offramp.models.loading.sources import resolve
@@ -120,9 +120,10 @@ def open_workbench(
 ) -> Workbench:
     """Load what ``args`` name (see options.add_options).
 
-    With ``every_exit`` tokens leave wherever their score allows it, else only where it also pays:
-    what calibration promises must not lean on exits that this machine happened to refuse. Answers
-    are made with inputs of ``activation_dtype``, and judged with 16 bits.
+    The model's weights are those that the exits were trained for. With ``every_exit`` tokens leave
+    wherever their score allows it, else only where it also pays: what calibration promises must not
+    lean on exits that this machine happened to refuse. Answers are made with inputs of
+    ``activation_dtype``, and judged with 16 bits.
 
     Raises ModelError (also for exits of another model) and EngineConfigError.
     """
@@ -131,6 +132,7 @@ def open_workbench(
     shape = config_from_hf(folder)
     config = EngineConfig(
         exits=str(args.exits),
+        weights=weights_of(metadata["data"]),
         max_num_seqs=args.concurrency,
         max_model_len=min(_CONTEXT, shape.max_position_embeddings),
         device=args.device,

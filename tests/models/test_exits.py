@@ -293,6 +293,7 @@ COARSE = json.dumps(
         ("thresholds", "[0.9, NaN]", "thresholds is no list of numbers"),
         ("floors", "[0.9, null]", "floors is no list of numbers"),
         ("metrics", "[]", "metrics is no object"),
+        ("data", '{"weights": "int5"}', "'int5' is not a valid Weights"),
         ("coarse_inputs", "[]", "coarse inputs are no object"),
         ("coarse_inputs", '{"quality": 0.9}', "coarse inputs are no object of agreement, conf"),
         ("coarse_inputs", COARSE.replace("0.98", '"high"'), "coarse inputs have values that are"),

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from offramp.kernels.native import library
+from offramp.models.config import Weights
 from offramp.models.exits.file import load_exits, read_metadata, save_safetensors
 from offramp.models.exits.training import pipeline
 from offramp.models.exits.training.data import Answer, AnswerLog
@@ -93,6 +94,7 @@ def test_exits_for_rounded_weights(
             out, fingerprint=own, hidden_size=64, dtype=torch.float32, device=torch.device("cpu")
         )
         maps[form] = file.heads[0].kv_map
+        assert file.weights is Weights(form)
     plain, rounded = maps.values()
     assert plain is not None
     assert rounded is not None

@@ -14,10 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from offramp.kernels.native import library
+from offramp.models.config import Weights
 from offramp.models.exits.calibration import Candidate
 from offramp.models.exits.file import ExitFile, load_exits, read_metadata
 from offramp.models.exits.points import OperatingPoint
 from offramp.models.sampling_params import ExitCriterion, KVFill
+from offramp.server.config import EngineConfig
+from offramp.server.engine.build import build_engine
 from offramp.server.lab import calibrate, candidates, selection
 
 Words = list[str]
@@ -249,3 +252,23 @@ def test_what_cannot_be_used_is_one_line(
     assert "--quality" in lines[0]
     assert "another model" in lines[1]
     assert "empty" in lines[2]
+
+
+@pytest.mark.skipif(library() is None, reason="needs the C kernels")
+def test_exits_of_a_rounded_model_are_calibrated_on_it(
+    words: Words, easy_dir: Path, exits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who serves it rounded so keeps the promise; where it is rounded otherwise the log says so."""
+    replace(load(exits), data={"weights": "int8"}).save(exits)
+    caplog.set_level("WARNING", "offramp.engine")
+    assert call([*words, "--quality", "0.8"]) == 0
+    assert "are rounded to at most int8" in caplog.text
+    said = "what exits promise was found with --weights int8"
+    for weights, warned in ((Weights.INT8, False), (Weights.INT4, True)):
+        caplog.clear()
+        config = EngineConfig(
+            device="cpu", exits=str(exits), weights=weights, max_num_seqs=2, max_model_len=64
+        )
+        build_engine(config, easy_dir, model_name="easy")
+        assert f"are rounded to at most {weights}" in caplog.text
+        assert (said in caplog.text) is warned
