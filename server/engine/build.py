@@ -272,11 +272,7 @@ def _load(
     layers = tuple(head.layer for head in heads)
     model = Transformer(shape, weights, layers, max_len, recipes)
     if isinstance(weights, RoundedWeights) and weights.changed:
-        told = "%d matrices are rounded to at most %s, by up to %.2g of their norm%s"
-        spoilt = ""
-        if exits.points and exits.weights is not config.weights:
-            spoilt = f"; what exits promise was found with --weights {exits.weights}"
-        logger.warning(told, len(weights.changed), weights.form, weights.error, spoilt)
+        _tell_of_rounding(weights, config, exits)
     del weights
     return_freed_memory()
     cache = _pages(config, model, blocks, cache_dtype, extra)
@@ -311,6 +307,14 @@ def _load(
     drafter = None if drafts is None else Drafter(model, drafts.head, cache, rows)
     decider = Decider(model, cache, cuts, tasks)
     return Runner(model, heads, cache, rows, exits.vocab, drafter, decider), info
+
+
+def _tell_of_rounding(weights: RoundedWeights, config: EngineConfig, exits: ExitFile) -> None:
+    told = "%d matrices are rounded to at most %s, by up to %.2g of their norm%s"
+    spoilt = ""
+    if exits.points and exits.weights is not config.weights:
+        spoilt = f"; what exits promise was found with --weights {exits.weights}"
+    logger.warning(told, len(weights.changed), weights.form, weights.error, spoilt)
 
 
 def _pages(
