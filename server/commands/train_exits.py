@@ -125,9 +125,7 @@ def _train(job: Job, own: str) -> tuple[ExitFile, Backbone]:
     answers = own_answers(job, args.weights)
     backbone = _backbone(job, own, answers)
     longest = max(len(item.prompt) + len(item.answer) for item in answers)
-    as_served = backbone.weights is job.weights
-    recipes = integer_recipes(args.weights, job.weights) if as_served else None
-    model = Transformer(job.config, backbone.weights, args.exit_layers, longest, recipes)
+    model = Transformer(job.config, backbone.weights, args.exit_layers, longest, backbone.recipes)
     states = collect_shards(model, answers, work, job.bar("hidden states", len(answers)))
     file = train_exits(
         model,
@@ -154,9 +152,10 @@ def _backbone(job: Job, own: str, answers: Sequence[Answer]) -> Backbone:
     device = device_of(job.args.device)
     start = _start(job, own, device)
     if job.args.backbone == "frozen":
-        on_cpu = device.type == "cpu"
-        weights = job.weights if on_cpu else on_device(job.weights, device)
-        return Backbone(weights, own, heads=start)
+        if device.type != "cpu":
+            return Backbone(on_device(job.weights, device), own, heads=start)
+        recipes = integer_recipes(job.args.weights, job.weights)
+        return Backbone(job.weights, own, heads=start, recipes=recipes)
     return tuned_backbone(
         job.weights,
         job.config,

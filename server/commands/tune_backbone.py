@@ -27,6 +27,7 @@ from offramp.models.exits.training.pipeline import Part, Work, split_answers
 from offramp.models.exits.training.train import Report, fit_kv_maps
 from offramp.models.exits.training.training_model import DenseModel
 from offramp.models.exits.training.tune import KVMaps, TuneOptions, Tuner
+from offramp.models.loading.formats import Recipes
 from offramp.models.loading.safetensors import fingerprint
 from offramp.models.transformer import Transformer
 
@@ -42,8 +43,8 @@ class PlacementError(ModelError):
 class Backbone:
     """Weights to train exits on, where training runs; ``fingerprint`` goes into the exit file.
 
-    A tuned one has its ``deltas``, the exits' ``heads`` and K,V ``maps`` as tuning left them, and
-    its ``report``.
+    Matrices are kept as ``recipes`` say (None: exactly). A tuned one has its ``deltas``, the exits'
+    ``heads`` and K,V ``maps`` as tuning left them, and its ``report``.
     """
 
     weights: Mapping[str, Tensor]
@@ -52,6 +53,7 @@ class Backbone:
     heads: tuple[ExitHead, ...] = ()
     maps: KVMaps | None = None
     report: dict[str, Any] | None = None
+    recipes: Recipes | None = None
 
     def save_deltas(self, exit_file: Path) -> list[Path]:
         """Write the deltas beside ``exit_file``; those of an earlier training there go."""

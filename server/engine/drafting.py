@@ -103,13 +103,17 @@ class Drafting:
         self._asking.pop(sequence.id, None)
         self._holding.pop(sequence.id, None)
 
-    def run(self, running: int, *, guess: bool = True, keep_up: bool = True) -> float:
+    def run(
+        self, running: int, *, guess: bool = True, keep_up: bool = True, spared: float = 0.0
+    ) -> float:
         """Draft for all who asked, beside ``running`` sequences; returns seconds on the device.
 
         Where ``guess`` is False, only what a grammar forces. With ``keep_up`` the draft head's
-        entries are made all the same, many at a time, so that its next guesses are no worse.
+        entries are made all the same, many at a time, so that its next guesses are no worse. Its
+        guesses are expected to spare the share ``spared`` of a token's time.
         """
-        self._exits_save = self._adaptive and self._governor.exits_save(running, guesses=keep_up)
+        beyond = spared if keep_up else 0.0
+        self._exits_save = self._adaptive and self._governor.exits_save(running, beyond)
         self._keeping_up = keep_up
         if not keep_up:
             self._let_go(list(self._holding.values()))

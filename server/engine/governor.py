@@ -147,15 +147,14 @@ class ExitGovernor:
         pays = self._standing("check", segment, rows, self._checks_save)
         return self._probes[f"check {segment}"].allow(pays=pays)
 
-    def exits_save(self, rows: int, *, guesses: bool = False) -> bool:
-        """Whether ``rows`` tokens are likely to save time at some exit, checks included.
+    def exits_save(self, rows: int, beyond: float = 0.0) -> bool:
+        """Whether some exit is likely to spare ``rows`` tokens this share of their time.
 
-        And more than with guesses of the draft head, where there are ``guesses``.
+        What checks cost is taken off.
         """
         if self._every_exit:
             return True
-        spared = self._standing("exits", 0, max(1, rows), self._exits_spare)
-        return spared >= (self.guesses_spare(rows, sampled=False) if guesses else 0.0)
+        return self._standing("exits", 0, max(1, rows), self._exits_spare) >= beyond
 
     def _exits_spare(self, _: int, rows: int) -> float:
         """The largest share of a token's time that an exit spares, less than 0 if none does."""
@@ -258,7 +257,7 @@ class ExitGovernor:
 
         Their guesses are right ``luck`` times as often as greedy ones.
         """
-        plan = self._standing("head", round(10 * luck), max(1, rows), self._weigh_head)
+        plan = self._head_plan(rows, luck)
         if rows > _TRIED_ROWS:
             return plan
         allowed = self._probes["head"].allow(pays=plan.most > 0)
@@ -271,8 +270,11 @@ class ExitGovernor:
         """
         if not self.costs.first_guess.known:
             return 0.0
-        luck = self.sampled_luck if sampled else 1.0
-        return self._standing("head", round(10 * luck), max(1, rows), self._weigh_head).spared
+        return self._head_plan(rows, self.sampled_luck if sampled else 1.0).spared
+
+    def _head_plan(self, rows: int, luck: float) -> HeadPlan:
+        # A step asks what guesses spare, and then for them.
+        return self._standing("head", round(10 * luck), max(1, rows), self._weigh_head, asked=2)
 
     def _weigh_head(self, tenths: int, rows: int) -> HeadPlan:
         luck = tenths / 10

@@ -109,7 +109,8 @@ class HostDecoder:
         sampled = 2 * sum(each.sampled for each in own) > running
         spared = self.governor.guesses_spare(running, sampled=sampled)
         guess = self._trials.begin(running, begun, sampled=sampled, spared=spared)
-        drafting = self._drafting.run(running, guess=guess, keep_up=self._trials.near)
+        keep_up = self._trials.near
+        drafting = self._drafting.run(running, guess=guess, keep_up=keep_up, spared=spared)
         planned = self._plan(now)
         if planned is None:
             return [], None

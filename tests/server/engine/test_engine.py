@@ -465,7 +465,7 @@ def test_adaptive_requests_are_guessed_for_where_exits_gain_nothing(
     monkeypatch.setattr(draft_trials, "_MANY", {False: 1000, True: 1000})
     engine, _ = fake_engine(leave_share=0.0, num_blocks=40, drafts=True)
     governor = host_of(engine).governor
-    governor.exits_save = lambda rows, *, guesses=False: save  # type: ignore[method-assign]
+    governor.exits_save = lambda rows, beyond=0.0: save  # type: ignore[method-assign]
     plain = request("a", [1, 2, 3], 12, ExitMode.ADAPTIVE)
     always = replace(plain, request_id="b", exits=replace(plain.exits, always=True))
     done, _ = run(engine, [plain, always])

@@ -114,7 +114,7 @@ def fake_engine(
         def head_plan(rows: int, luck: float = 1.0) -> HeadPlan:
             return plan if pays.random() < 0.7 else NO_DRAFTS
 
-        def exits_save(rows: int, *, guesses: bool = False) -> bool:
+        def exits_save(rows: int, beyond: float = 0.0) -> bool:
             return every_exit or pays.random() < 0.5
 
         governor.head_plan = head_plan  # type: ignore[method-assign]
